@@ -1,0 +1,1 @@
+"""KV cache for Hugging Face `generate`."""

@@ -1,0 +1,241 @@
+"""What a model's KV cache *is*: planes, layer groups, the rectangle one rank holds, and the numerics behind the values.
+
+Nothing here knows where an engine keeps these values; that is `lmcache.layout`. All records are frozen plain data
+(msgspec structs), so that they can be hashed, compared, sent between processes and written into file headers.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+import torch
+
+from lmcache.errors import SpecError
+
+
+class Plane(msgspec.Struct, frozen=True):
+    """One kind of value per (token, layer, kv head): `k`, `v`, `latent`, `scale`, …
+
+    Attributes:
+        name: short lower-case identifier, unique within its group.
+        dtype: torch dtype name without the prefix, e.g. `"bfloat16"`, `"float8_e4m3fn"`.
+        elems: number of elements per token and head (`head_dim` for `k` and `v`).
+    """
+
+    name: str
+    dtype: str
+    elems: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype named by `dtype`."""
+        found = getattr(torch, self.dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise SpecError(f"plane {self.name!r}: {self.dtype!r} is not a torch dtype; use a name such as 'bfloat16'")
+        return found
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return self.torch_dtype.itemsize
+
+
+class HitRule(msgspec.Struct, frozen=True):
+    """Which chunks of a group must be present for a hit that ends at a given token boundary.
+
+    - `all`: every chunk before the boundary (full attention, MLA).
+    - `trailing`: the chunks that cover the last `window` tokens (sliding-window attention; `window` is the number of
+      *previous* tokens the next token attends to, i.e. `sliding_window - 1`).
+    - `state_at`: the object of exactly the chunk that ends at the boundary (Mamba-like recurrent state).
+    - `whole`: the one object stored with the first chunk (cross attention).
+    """
+
+    kind: Literal["all", "trailing", "state_at", "whole"] = "all"
+    window: int = 0
+
+
+ALL = HitRule("all")
+
+
+def trailing(window: int) -> HitRule:
+    """The rule of a sliding-window group whose next token attends to `window` previous tokens."""
+    if window < 1:
+        raise SpecError(f"a trailing window must be at least 1 token, not {window}")
+    return HitRule("trailing", window)
+
+
+class LayerGroup(msgspec.Struct, frozen=True):
+    """Layers that share planes, geometry and reuse rule.
+
+    Attributes:
+        name: for people, e.g. `"full"` or `"sliding"`.
+        layers: global layer indices of the whole model's group, ascending, not necessarily consecutive.
+        planes: the kinds of value each of these layers holds per token and head.
+        kv_heads: kv heads of the whole model (1 for MLA), before tensor-parallel sharding.
+        rule: what a hit needs of this group.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    planes: tuple[Plane, ...]
+    kv_heads: int
+    rule: HitRule = ALL
+
+
+class Rect(msgspec.Struct, frozen=True, order=True):
+    """The rectangle of global layers × kv heads that one rank holds, both half-open ranges.
+
+    `layers` bounds *global* layer indices; a group's layers outside of it belong to other ranks.
+    """
+
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+
+
+class Numerics(msgspec.Struct, frozen=True):
+    """Everything beside model and tokens that decides the *bits* of KV. Part of the namespace unless sharing is semantic."""
+
+    engine: str = ""
+    engine_version: str = ""
+    attention_backend: str = ""
+    isa: str = ""
+    dtype: str = ""
+    quantization: str = ""
+    tp: int = 1
+    pp: int = 1
+    extra: tuple[tuple[str, str], ...] = ()
+
+
+def host_isa() -> str:
+    """This host's arithmetic identity: machine and the vector extension torch dispatches to, e.g. `x86_64-AVX512`."""
+    return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+
+
+class KVSpec(msgspec.Struct, frozen=True):
+    """What one rank's KV cache is. Build it with `uniform` or from explicit groups, then `validate`.
+
+    Attributes:
+        model: model identity, see `lmcache.keys.model_identity`; any stable string.
+        groups: at least one layer group; together their layers are disjoint.
+        rects: one rectangle per group, what *this* rank holds of it.
+        numerics: see `Numerics`.
+    """
+
+    model: str
+    groups: tuple[LayerGroup, ...]
+    rects: tuple[Rect, ...]
+    numerics: Numerics = Numerics()
+
+    @classmethod
+    def uniform(
+        cls,
+        model: str,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype | str,
+        v_head_dim: int | None = None,
+        numerics: Numerics | None = None,
+    ) -> KVSpec:
+        """One group of `layers` full-attention layers with planes `k` and `v`, all of it on one rank."""
+        name = dtype_name(dtype)
+        planes = (Plane("k", name, head_dim), Plane("v", name, v_head_dim or head_dim))
+        group = LayerGroup("full", tuple(range(layers)), planes, kv_heads)
+        return cls.of_groups(model, (group,), numerics or Numerics(isa=host_isa(), dtype=name))
+
+    @classmethod
+    def of_groups(cls, model: str, groups: Sequence[LayerGroup], numerics: Numerics | None = None) -> KVSpec:
+        """A spec whose one rank holds all of every group."""
+        rects = tuple(Rect((0, max(g.layers, default=-1) + 1), (0, g.kv_heads)) for g in groups)
+        spec = cls(model, tuple(groups), rects, numerics or Numerics(isa=host_isa()))
+        spec.validate()
+        return spec
+
+    def shard(self, *, layers: tuple[int, int] | None = None, tp_rank: int = 0, tp_size: int = 1) -> KVSpec:
+        """The spec of one rank: pipeline stage `layers` (global, half-open) and head shard `tp_rank` of `tp_size`.
+
+        Groups with fewer kv heads than ranks are replicated, as engines do (MLA: one head on every rank).
+        """
+        if not 0 <= tp_rank < tp_size:
+            raise SpecError(f"tp_rank must be in [0, {tp_size}), not {tp_rank}")
+        rects = []
+        for group, rect in zip(self.groups, self.rects, strict=True):
+            heads = (0, group.kv_heads)
+            if group.kv_heads >= tp_size:
+                if group.kv_heads % tp_size:
+                    raise SpecError(
+                        f"group {group.name!r} has {group.kv_heads} kv heads, not divisible by tp_size={tp_size}"
+                    )
+                per = group.kv_heads // tp_size
+                heads = (tp_rank * per, (tp_rank + 1) * per)
+            elif tp_size % group.kv_heads:
+                raise SpecError(f"tp_size={tp_size} is not a multiple of group {group.name!r}'s {group.kv_heads} heads")
+            else:
+                head = tp_rank // (tp_size // group.kv_heads)
+                heads = (head, head + 1)
+            rects.append(Rect(layers or rect.layers, heads))
+        spec = KVSpec(self.model, self.groups, tuple(rects), self.numerics)
+        spec.validate()
+        return spec
+
+    def validate(self) -> None:
+        """Raise `SpecError` naming the first inconsistency."""
+        if not self.groups:
+            raise SpecError("a KVSpec needs at least one layer group")
+        if len(self.rects) != len(self.groups):
+            raise SpecError(f"{len(self.groups)} groups need as many rects, got {len(self.rects)}")
+        seen: dict[int, str] = {}
+        for group, rect in zip(self.groups, self.rects, strict=True):
+            where = f"group {group.name!r}"
+            if not group.layers or list(group.layers) != sorted(set(group.layers)) or group.layers[0] < 0:
+                raise SpecError(f"{where}: layers must be ascending, distinct and not negative, got {group.layers}")
+            for layer in group.layers:
+                if layer in seen:
+                    raise SpecError(f"{where}: layer {layer} already belongs to group {seen[layer]!r}")
+                seen[layer] = group.name
+            if group.kv_heads < 1:
+                raise SpecError(f"{where}: kv_heads must be at least 1, not {group.kv_heads}")
+            if not group.planes or len({p.name for p in group.planes}) != len(group.planes):
+                raise SpecError(f"{where}: needs planes with distinct names, got {[p.name for p in group.planes]}")
+            for plane in group.planes:
+                if plane.elems < 1:
+                    raise SpecError(f"{where}: plane {plane.name!r} needs at least 1 element, not {plane.elems}")
+                _ = plane.torch_dtype
+            if group.rule.kind == "trailing" and group.rule.window < 1:
+                raise SpecError(f"{where}: a trailing window must be at least 1 token, not {group.rule.window}")
+            (l0, l1), (h0, h1) = rect.layers, rect.heads
+            if not (0 <= h0 < h1 <= group.kv_heads):
+                raise SpecError(f"{where}: heads [{h0}, {h1}) lie outside of [0, {group.kv_heads})")
+            if not (0 <= l0 < l1):
+                raise SpecError(f"{where}: layers [{l0}, {l1}) is not a range")
+
+    def local_layers(self, group: int) -> tuple[int, ...]:
+        """Global indices of the layers of `group` that this rank holds, ascending."""
+        low, high = self.rects[group].layers
+        return tuple(layer for layer in self.groups[group].layers if low <= layer < high)
+
+    def local_heads(self, group: int) -> int:
+        """How many kv heads of `group` this rank holds."""
+        low, high = self.rects[group].heads
+        return high - low
+
+    def bytes_per_token(self, group: int) -> int:
+        """Bytes of KV per token that this rank holds for `group`."""
+        per_head = sum(p.elems * p.itemsize for p in self.groups[group].planes)
+        return per_head * self.local_heads(group) * len(self.local_layers(group))
+
+    def object_bytes(self, group: int, tokens: int) -> int:
+        """Payload bytes of an object of `tokens` tokens of `group` on this rank, in any order (all orders are dense)."""
+        return self.bytes_per_token(group) * tokens
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """`torch.bfloat16` or `"bfloat16"` → `"bfloat16"`."""
+    name = str(dtype).removeprefix("torch.")
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise SpecError(f"{dtype!r} is not a torch dtype; use e.g. torch.bfloat16 or 'bfloat16'")
+    return name
