@@ -8,6 +8,7 @@ reordered report is harmless. Each op is one hop between two places; ops of one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,13 @@ class Name(NamedTuple):
     group: int
     tokens: int
     depth: int
+
+
+class Chain(NamedTuple):
+    """A token sequence as the index sees it: one 32-byte digest per full chunk, each covering everything before it."""
+
+    namespace: bytes
+    digests: Sequence[bytes]
 
 
 class Engine(msgspec.Struct, frozen=True, tag="engine", array_like=True):

@@ -37,7 +37,7 @@ class Read(NamedTuple):
 
 
 class Write(NamedTuple):
-    """Store the concatenation of `parts` under `id`, unless an object of that name is already there (then: OK, kept)."""
+    """Store the concatenation of `parts` under `id`; an object that is already there is kept, which counts as `OK`."""
 
     id: ObjectId
     parts: Sequence[memoryview | bytes]
@@ -77,7 +77,7 @@ class Tier(Protocol):
         ...
 
     def write(self, writes: Sequence[Write], *, deadline: float | None = None) -> list[Result]:
-        """Publish each object whole or not at all; `FULL` when there is no room. Visible to other processes on return."""
+        """Publish each object whole or not at all, visible to others on return; `FULL` when there is no room."""
         ...
 
     def delete(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:

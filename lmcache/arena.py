@@ -1,0 +1,130 @@
+"""Arenas: equal slots of device or host memory, one arena per layer group.
+
+The index decides which slot holds what; an arena only owns the bytes. Equal slots mean O(1) reuse and no fragmentation.
+Memory grows in slabs as slots are first used, from a *provider*: anonymous pages (huge pages asked for where the kernel has
+them), pinned host memory for GPU copies, or any device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from lmcache.errors import ConfigError
+
+Provider = Callable[[int], torch.Tensor]
+"""Bytes wanted → one-dimensional uint8 tensor of that many bytes; raises `MemoryError` or `RuntimeError` if it cannot."""
+
+_SLAB_BYTES = 1 << 30
+_ALIGN = 4096
+
+
+def anonymous(nbytes: int) -> torch.Tensor:
+    """Pageable host memory. Asks for huge pages: first touch is several times faster, and gathers miss fewer TLB entries."""
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError) as error:
+        raise MemoryError(f"no {nbytes} bytes of host memory: {error}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # kernels without transparent huge pages say EINVAL
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def pinned(nbytes: int) -> torch.Tensor:
+    """Page-locked host memory, which a GPU reads and writes at the link's speed."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def on_device(device: torch.device) -> Provider:
+    """Memory of an accelerator."""
+    return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def why_not_pinned() -> str | None:
+    """The reason why pinned memory cannot be had here, or `None` if it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device"
+    try:
+        pinned(4096)
+    except RuntimeError as error:  # WSL2 and containers with a locked-memory limit
+        return f"pinned allocation failed: {str(error).splitlines()[0]}"
+    return None
+
+
+def host_provider(pin: Literal["auto", "always", "never"] = "auto") -> tuple[Provider, str]:
+    """The best host memory that works here, and one line that says which and why.
+
+    Raises:
+        ConfigError: `pin="always"` where memory cannot be pinned.
+    """
+    if pin == "never":
+        return anonymous, "pageable memory: pin_memory is 'never'"
+    reason = why_not_pinned()
+    if reason is None:
+        return pinned, "pinned memory"
+    if pin == "always":
+        raise ConfigError(f"pin_memory is 'always', but {reason}; use pin_memory='auto' to go on with pageable memory")
+    return anonymous, f"pageable memory: {reason}"
+
+
+class Arena:
+    """`slots` slots of `slot_bytes` bytes each, allocated in slabs on first use. Thread-safe.
+
+    Args:
+        slots: how many slots there are; 0 is allowed.
+        slot_bytes: bytes per slot; rounded up to 4 KiB inside, so that every slot is page-aligned.
+        provider: where slabs come from.
+        slab_bytes: size of a slab (at least one slot).
+    """
+
+    def __init__(
+        self, slots: int, slot_bytes: int, provider: Provider = anonymous, *, slab_bytes: int = _SLAB_BYTES
+    ) -> None:
+        if slots < 0 or slot_bytes < 1:
+            raise ConfigError(f"an arena needs slots >= 0 and slot_bytes >= 1, got {slots} and {slot_bytes}")
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self.stride = -(-slot_bytes // _ALIGN) * _ALIGN
+        self._per_slab = max(1, min(slots, slab_bytes // self.stride))
+        self._provider = provider
+        self._slabs: dict[int, torch.Tensor] = {}
+        self._views: dict[int, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def view(self, slot: int) -> torch.Tensor:
+        """The slot's bytes: uint8, shape `(slot_bytes,)`. Neighbouring slots of one slab are `stride` bytes apart.
+
+        Raises:
+            MemoryError: the slab that holds this slot cannot be allocated.
+            IndexError: there is no such slot.
+        """
+        found = self._views.get(slot)
+        if found is not None:
+            return found
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"slot {slot} is outside of [0, {self.slots})")
+        slab, position = divmod(slot, self._per_slab)
+        with self._lock:
+            memory = self._slabs.get(slab)
+            if memory is None:
+                count = min(self._per_slab, self.slots - slab * self._per_slab)
+                try:
+                    memory = self._provider(count * self.stride)
+                except RuntimeError as error:  # torch's out-of-memory errors
+                    raise MemoryError(str(error)) from error
+                self._slabs[slab] = memory
+            view = memory[position * self.stride : position * self.stride + self.slot_bytes]
+            self._views[slot] = view
+        return view
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all slabs so far."""
+        with self._lock:
+            return sum(slab.numel() for slab in self._slabs.values())
