@@ -1,1 +1,69 @@
-"""Engine-agnostic KV cache for LLM engines: a hit is bit-for-bit what was computed, or it is a miss."""
+"""Engine-agnostic KV cache for LLM engines: a hit is bit-for-bit what was computed, or it is a miss.
+
+The names below are loaded on first use, so that `import lmcache` costs next to nothing and pulls in no engine.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmcache.config import Config as Config
+    from lmcache.engine import CacheEngine as CacheEngine
+    from lmcache.errors import ConfigError as ConfigError
+    from lmcache.errors import FormatError as FormatError
+    from lmcache.errors import FormatVersionError as FormatVersionError
+    from lmcache.errors import LayoutError as LayoutError
+    from lmcache.errors import LMCacheError as LMCacheError
+    from lmcache.errors import SlotError as SlotError
+    from lmcache.errors import SpecError as SpecError
+    from lmcache.errors import TierError as TierError
+    from lmcache.errors import TokenError as TokenError
+    from lmcache.layout import Layout as Layout
+    from lmcache.layout import PagedKV as PagedKV
+    from lmcache.spec import HitRule as HitRule
+    from lmcache.spec import KVSpec as KVSpec
+    from lmcache.spec import LayerGroup as LayerGroup
+    from lmcache.spec import Plane as Plane
+
+    __version__: str
+
+_HOMES = {
+    "CacheEngine": "engine",
+    "Config": "config",
+    "ConfigError": "errors",
+    "FormatError": "errors",
+    "FormatVersionError": "errors",
+    "HitRule": "spec",
+    "KVSpec": "spec",
+    "LMCacheError": "errors",
+    "LayerGroup": "spec",
+    "Layout": "layout",
+    "LayoutError": "errors",
+    "PagedKV": "layout",
+    "Plane": "spec",
+    "SlotError": "errors",
+    "SpecError": "errors",
+    "TierError": "errors",
+    "TokenError": "errors",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604, RUF022
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lmcache-sdk")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'lmcache' has no attribute {name!r}")
+    value = getattr(import_module(f"lmcache.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,253 @@
+"""How one setting is declared: a descriptor that carries kind, default, unit and explanation, and checks what it is given.
+
+`lmcache.config` declares the settings; the documentation page, `lmcache doctor` and error messages are made from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, overload
+
+from lmcache.errors import ConfigError
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+Out_co = TypeVar("Out_co", covariant=True)
+
+UNITS = {"B": 1} | {
+    f"{letter}{infix}": base**power
+    for power, letter in enumerate("KMGTP", start=1)
+    for infix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def parse_size(value: object) -> int:
+    """Bytes from an int, or from text with a unit: `"4GiB"` (2**30), `"500MB"` (10**6), `"1.5GiB"`, `"4096"`.
+
+    Raises:
+        ConfigError: anything else; "4G" and "4gb" are refused too, because people mean different things by them.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 0:
+            raise ConfigError(f"{value} is negative; give a number of bytes from 0 up, or text such as '4GiB'")
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ConfigError(f"{value!r} is not a size; give a whole number of bytes, or text such as '4GiB' or '500MB'")
+    number, unit = match.groups()
+    if unit and unit not in UNITS:
+        near = [u for u in UNITS if u[0].lower() == unit[0].lower()]
+        raise ConfigError(f"{value!r} has no unit known here; write {' or '.join(number + u for u in near or ['GiB'])}")
+    size = Fraction(number) * UNITS[unit or "B"]
+    if size.denominator != 1:
+        raise ConfigError(f"{value!r} is not a whole number of bytes")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """The shortest exact text that `parse_size` reads back, e.g. `4GiB`, `500MB`, `1234567B`."""
+    if size:
+        for unit, scale in sorted(UNITS.items(), key=lambda item: (-item[1], item[0])):
+            if size % scale == 0:
+                return f"{size // scale}{unit}"
+    return f"{size}B"
+
+
+class Kind(Protocol[Out_co]):
+    """What values a setting takes."""
+
+    @property
+    def label(self) -> str:
+        """For documentation: `whole number`, `"lru" | "lfu"`, …"""
+        ...
+
+    def check(self, value: Any) -> Out_co:
+        """The value to use, or a `ConfigError` that says what would be right (without the setting's name)."""
+        ...
+
+    def from_text(self, text: str) -> Any:
+        """What `check` should see for a value given as text (environment)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number of at least `low`."""
+
+    low: int = 0
+    high: int | None = None
+
+    @property
+    def label(self) -> str:
+        """See `Kind`."""
+        return "whole number"
+
+    def check(self, value: Any) -> int:
+        """See `Kind`."""
+        wanted = f"a whole number from {self.low} " + ("up" if self.high is None else f"to {self.high}")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{value!r} is not {wanted}")
+        if value < self.low or (self.high is not None and value > self.high):
+            raise ConfigError(f"{value} is out of range; give {wanted}")
+        return value
+
+    def from_text(self, text: str) -> Any:
+        """See `Kind`."""
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A finite number of seconds above 0."""
+
+    @property
+    def label(self) -> str:
+        """See `Kind`."""
+        return "number"
+
+    def check(self, value: Any) -> float:
+        """See `Kind`."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ConfigError(f"{value!r} is not a number of seconds above 0, such as 2.5")
+        return float(value)
+
+    def from_text(self, text: str) -> Any:
+        """See `Kind`."""
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes. `auto` computes the value that the word `auto` stands for."""
+
+    low: int = 0
+    auto: Callable[[], int] | None = None
+
+    @property
+    def label(self) -> str:
+        """See `Kind`."""
+        return 'size, or `"auto"`' if self.auto else "size"
+
+    def check(self, value: Any) -> int:
+        """See `Kind`."""
+        if self.auto is not None and value == "auto":
+            return self.auto()
+        size = parse_size(value)
+        if size < self.low:
+            raise ConfigError(f"{value!r} is too small; give at least {format_size(self.low)}")
+        return size
+
+    def from_text(self, text: str) -> Any:
+        """See `Kind`."""
+        return text
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few words."""
+
+    options: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """See `Kind`."""
+        return " \\| ".join(f'`"{o}"`' for o in self.options)
+
+    def check(self, value: Any) -> str:
+        """See `Kind`."""
+        if not isinstance(value, str) or value not in self.options:
+            raise ConfigError(f"{value!r} is not one of {', '.join(map(repr, self.options))}")
+        return value
+
+    def from_text(self, text: str) -> Any:
+        """See `Kind`."""
+        return text
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder, made absolute, or None. Whether it can be used is found out by whoever opens it."""
+
+    @property
+    def label(self) -> str:
+        """See `Kind`."""
+        return "path, or nothing"
+
+    def check(self, value: Any) -> Path | None:
+        """See `Kind`."""
+        if value is None:
+            return None
+        if not isinstance(value, (str, Path)) or not str(value).strip():
+            raise ConfigError(f"{value!r} is not a path; give the folder's name as text")
+        try:
+            path = Path(value).expanduser().absolute()
+        except RuntimeError as error:  # "~someone" who is not known here
+            raise ConfigError(f"{str(value)!r}: {error}; give an absolute path") from None
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{str(value)!r} is a file; give a folder, which is made if it is not there yet")
+        return path
+
+    def from_text(self, text: str) -> Any:
+        """See `Kind`."""
+        return text
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Yes or no."""
+
+    @property
+    def label(self) -> str:
+        """See `Kind`."""
+        return "`true` \\| `false`"
+
+    def check(self, value: Any) -> bool:
+        """See `Kind`."""
+        if not isinstance(value, bool):
+            raise ConfigError(f"{value!r} is neither true nor false")
+        return value
+
+    def from_text(self, text: str) -> Any:
+        """See `Kind`."""
+        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)
+
+
+class Setting(Generic[In, Out]):
+    """The declaration of one field of a frozen dataclass: what `kind` it is, its default, unit and meaning.
+
+    Type checkers see that the constructor takes `In` and the attribute is `Out` (a size goes in as text, comes out as int).
+    """
+
+    name: str
+
+    def __init__(self, kind: Kind[Out], default: In, *, unit: str = "", doc: str) -> None:
+        self.kind = kind
+        self.default = default
+        self.unit = unit
+        self.doc = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> In: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Out: ...
+    def __get__(self, instance: object | None, owner: type) -> In | Out:
+        if instance is None:
+            return self.default  # this is how a dataclass learns the default
+        value: Out = instance.__dict__[self.name]
+        return value
+
+    def __set__(self, instance: object, value: In) -> None:
+        try:
+            instance.__dict__[self.name] = self.kind.check(value)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
