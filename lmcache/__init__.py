@@ -49,7 +49,7 @@ _HOMES = {
     "TokenError": "errors",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604, RUF022
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
