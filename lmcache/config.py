@@ -14,11 +14,17 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lmcache.errors import ConfigError
 from lmcache.machine import memory_limit
 from lmcache.settings import Choice, Flag, Folder, Seconds, Setting, Size, Whole, format_size, parse_size
+
+Order = Literal["canonical", "native"]
+Policy = Literal["lru", "lfu", "s3fifo"]
+Share = Literal["exact", "semantic"]
+Fingerprint = Literal["fast", "full"]
+Pinning = Literal["auto", "always", "never"]
 
 PREFIX = "LMCACHE_"
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
@@ -63,28 +69,28 @@ class Config:
         unit="bytes",
         doc="The disk tier's folder is kept below this size by evicting, for all processes that share it together.",
     )
-    disk_order: Setting[str, str] = Setting(
+    disk_order: Setting[Order, Order] = Setting(
         Choice(("canonical", "native")),
         "canonical",
         doc="Byte order of objects on disk. `canonical` is read by every engine, block size and processor without knowing the "
         "writer; `native` keeps the writer's pages (faster), and readers with another layout translate.",
     )
-    policy: Setting[str, str] = Setting(
+    policy: Setting[Policy, Policy] = Setting(
         Choice(("lru", "lfu", "s3fifo")), "lru", doc="Which objects leave memory first when room is needed."
     )
-    share: Setting[str, str] = Setting(
+    share: Setting[Share, Share] = Setting(
         Choice(("exact", "semantic")),
         "exact",
         doc="`exact`: KV is reused only where the same numerics computed it (engine, version, attention backend, instruction "
         "set, dtype, parallelism), so a hit is what recomputation gives. `semantic` reuses KV across numerics: same "
         "model and tokens, other rounding.",
     )
-    fingerprint: Setting[str, str] = Setting(
+    fingerprint: Setting[Fingerprint, Fingerprint] = Setting(
         Choice(("fast", "full")),
         "fast",
         doc="How local weights are identified: `fast` reads headers, sizes and samples of each file; `full` hashes every byte.",
     )
-    pin_memory: Setting[str, str] = Setting(
+    pin_memory: Setting[Pinning, Pinning] = Setting(
         Choice(("auto", "always", "never")),
         "auto",
         doc="Page-lock host memory for faster device copies. `auto`: where it works; `always`: refuse to start otherwise.",

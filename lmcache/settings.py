@@ -150,21 +150,22 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[Out]):
     """One of a few words."""
 
-    options: tuple[str, ...]
+    options: tuple[Out, ...]
 
     @property
     def label(self) -> str:
         """See `Kind`."""
         return " \\| ".join(f'`"{o}"`' for o in self.options)
 
-    def check(self, value: Any) -> str:
+    def check(self, value: Any) -> Out:
         """See `Kind`."""
-        if not isinstance(value, str) or value not in self.options:
-            raise ConfigError(f"{value!r} is not one of {', '.join(map(repr, self.options))}")
-        return value
+        for option in self.options:
+            if type(value) is type(option) and value == option:
+                return option
+        raise ConfigError(f"{value!r} is not one of {', '.join(map(repr, self.options))}")
 
     def from_text(self, text: str) -> Any:
         """See `Kind`."""
