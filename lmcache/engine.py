@@ -1,0 +1,515 @@
+"""`CacheEngine`: one index and one transfer in one process, thread-safe, with blocking convenience.
+
+A store gathers the caller's KV into DRAM and returns; writing it further down happens behind the caller's back. A lookup
+leases what it found, so that it stays until it was retrieved or released. A retrieve copies it into the caller's KV and says
+how many tokens really arrived. Whatever fails inside is a miss, a counter and one log line; only wrong calls raise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from lmcache.arena import Arena, host_provider
+from lmcache.config import Config
+from lmcache.errors import LMCacheError, SlotError, TierError
+from lmcache.index import Finished, Index, TierInfo
+from lmcache.keys import Chain, Extra, TokenIds, as_tokens, chain_of, namespace_of
+from lmcache.layout import BoundKV, PagedKV, validate_slots
+from lmcache.ledger import EngineView
+from lmcache.log import Throttle, info
+from lmcache.metrics import Metrics
+from lmcache.objectio import ObjectIO
+from lmcache.plan import Plan
+from lmcache.spec import KVSpec
+from lmcache.tiers.base import Tier
+from lmcache.transfer import Transfer
+
+__all__ = ["CacheEngine", "Hit", "LayerLoad"]
+
+T = TypeVar("T")
+Slots = torch.Tensor | Mapping[int, torch.Tensor]
+"""int64, one slot per token; with several groups a mapping group → such a tensor. −1 = not resident."""
+
+_BOUNCE_SLOTS = 8
+"""Arena slots per group that exist even with `dram_bytes=0`, as way stations to the tiers below."""
+
+
+class Hit:
+    """What a lookup found. Use it as a context manager, or call `release`: until then it is kept from eviction.
+
+    Attributes:
+        tokens: how many leading tokens can be retrieved; a multiple of `chunk_tokens`.
+        by_tier: where they lie now, e.g. `{"dram": 2048, "disk": 512}`.
+        stop: why the hit ends there, one of `lmcache.index`'s reasons.
+    """
+
+    def __init__(self, engine: CacheEngine, owner: int, tokens: int, by_tier: Mapping[str, int], stop: str) -> None:
+        self.tokens = tokens
+        self.by_tier = dict(by_tier)
+        self.stop = stop
+        self.owner = owner
+        self._engine: CacheEngine | None = engine
+
+    def release(self) -> None:
+        """Let go of what was found. Idempotent."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine._release(self.owner)
+
+    def __enter__(self) -> Hit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"Hit(tokens={self.tokens}, by_tier={self.by_tier}, stop={self.stop!r})"
+
+
+class LayerLoad:
+    """A retrieve under way, layer by layer: `wait(layer)` before the forward pass reads that layer, `finish()` at the end."""
+
+    def __init__(self, engine: CacheEngine, layers: Mapping[int, int]) -> None:
+        self._engine = engine
+        self._arrived = {
+            key: threading.Event() for group, n in layers.items() for key in ((group, i) for i in range(n))
+        }
+        self._job: int | None = None
+        self._loaded: int | None = None
+
+    def _layer_done(self, group: int, layer: int) -> None:
+        self._arrived[group, layer].set()
+
+    def wait(self, layer: int, *, group: int = 0, timeout: float | None = None) -> bool:
+        """Block until local layer `layer` of `group` is in place, or the load failed; True if it arrived."""
+        event = self._arrived[group, layer]
+        limit = self._engine.config.load_timeout_s if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        while not event.is_set() and self._loaded is None and time.monotonic() < deadline:
+            event.wait(0.005)
+            if not event.is_set():
+                self._loaded = self._engine._try_result(self._job)
+        return event.is_set()
+
+    def finish(self) -> int:
+        """Tokens really loaded. If fewer than the hit, the slots beyond are undefined: recompute from there."""
+        if self._loaded is None:
+            self._loaded = self._engine._result(self._job)
+        for event in self._arrived.values():
+            event.set()
+        return self._loaded
+
+
+class CacheEngine:
+    """A tiered KV cache for one model on one rank.
+
+    Args:
+        config: settings; `Config.load()` (environment and file) by default.
+        spec: what the KV is.
+        tiers: the tiers below DRAM, nearest first; by default what `config` says (disk).
+
+    Raises:
+        ConfigError, SpecError: impossible settings.
+        TierError: a tier cannot be opened and `config.strict` is set; otherwise the cache runs without it.
+    """
+
+    def __init__(self, config: Config | None, spec: KVSpec, *, tiers: Sequence[Tier] | None = None) -> None:
+        self.config = config if config is not None else Config.load()
+        spec.validate()
+        self.spec = spec
+        self.metrics = Metrics()
+        self._log = Throttle()
+        self._tiers = list(tiers) if tiers is not None else self._open_tiers()
+        provider, self.memory = host_provider(self.config.pin_memory)
+        chunk = self.config.chunk_tokens
+        sizes = [spec.object_bytes(group, chunk) for group in range(len(spec.groups))]
+        counts = _share_out(self.config.dram_bytes, sizes)
+        self._arenas = [Arena(n, size, provider) for n, size in zip(counts, sizes, strict=True)]
+        self._index = Index(
+            [(group.name, group.rule) for group in spec.groups],
+            chunk,
+            counts,
+            tiers=[TierInfo(tier.name, tier.shared) for tier in self._tiers],
+            policy=self.config.policy,
+            lease_ttl=self.config.lease_s,
+            load_deadline=self.config.load_timeout_s,
+            probe_deadline=self.config.probe_timeout_s,
+        )
+        self._transfer = Transfer(
+            spec,
+            chunk,
+            self._arenas,
+            self._tiers,
+            io=ObjectIO(spec, chunk, order=self.config.disk_order),
+            metrics=self.metrics,
+            log=self._log,
+            read_threads=self.config.io_threads,
+            write_threads=self.config.io_threads,
+            queue_bytes=self.config.queue_bytes,
+        )
+        self._lock = threading.RLock()
+        self._owners = itertools.count(1)
+        self._results: dict[int, Finished] = {}
+        self._awaited: set[int] = set()
+        self._seen = -1
+        self._weights_version = ""
+        self._namespaces: dict[tuple[str, str], bytes] = {}
+        self._closed = False
+        info("cache-open", memory=self.memory, slots=counts, tiers=[t.name for t in self._tiers])
+
+    def _open_tiers(self) -> list[Tier]:
+        if self.config.disk_path is None:
+            return []
+        from lmcache.tiers.disk import DiskTier
+
+        try:
+            return [DiskTier(self.config.disk_path, self.config.disk_bytes)]
+        except TierError as error:
+            if self.config.strict:
+                raise
+            self.metrics.failed("open", "disk")
+            self._log.warning("tier-disabled", tier="disk", reason=error)
+            return []
+
+    # ---------------------------------------------------------------- names
+
+    def namespace(self, *, salt: str = "", lora: str = "") -> bytes:
+        """The namespace of this model's KV for a tenant and LoRA, under the current weights version."""
+        found = self._namespaces.get((salt, lora))
+        if found is None:
+            found = namespace_of(
+                self.spec,
+                chunk_tokens=self.config.chunk_tokens,
+                salt=salt,
+                lora=lora,
+                weights_version=self._weights_version,
+                share=self.config.share,
+            )
+            self._namespaces[salt, lora] = found
+        return found
+
+    def chain(self, tokens: TokenIds, *, salt: str = "", lora: str = "", extras: Sequence[Extra] = ()) -> Chain:
+        """The names of every full chunk of `tokens`. Raises `TokenError` for what are not token ids."""
+        ids = as_tokens(tokens)
+        return chain_of(self.namespace(salt=salt, lora=lora), ids, self.config.chunk_tokens, extras)
+
+    def set_weights_version(self, version: str | int) -> None:
+        """The weights changed under one name (RL step, hot reload): nothing stored before is found any more."""
+        with self._lock:
+            self._weights_version = str(version)
+            self._namespaces.clear()
+
+    # ---------------------------------------------------------------- store
+
+    def store(
+        self,
+        tokens: TokenIds,
+        kv: PagedKV,
+        slots: Slots,
+        *,
+        salt: str = "",
+        lora: str = "",
+        extras: Sequence[Extra] = (),
+    ) -> int:
+        """Keep the KV of `tokens`; on return the engine may overwrite it. Writing to lower tiers goes on behind.
+
+        Args:
+            tokens: the whole sequence from its first token.
+            kv: the engine's live tensors.
+            slots: where each token's KV lies; chunks with a −1 among their slots are left out of that group.
+            salt, lora, extras: see `lmcache.keys`.
+
+        Returns:
+            Tokens newly taken in: 0 if all of them were there already, or there was no room.
+
+        Raises:
+            TokenError, SlotError, LayoutError, SpecError: a wrong call; nothing was moved.
+        """
+        with self.metrics.timed("store"):
+            chain = self.chain(tokens, salt=salt, lora=lora, extras=extras)
+            return self.store_chain(chain, kv, slots)
+
+    def store_chain(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
+        """`store` for an engine that brings its own names, see `lmcache.keys.Chain`."""
+        bound = kv.bind(self.spec)
+        chunk = self.config.chunk_tokens
+        whole = len(chain.digests) * chunk
+        by_group = self._slots(bound, slots, whole, unique=False)
+        return self._safely("store", 0, lambda: self._store(chain, bound, by_group))
+
+    def _store(self, chain: Chain, kv: BoundKV, slots: Mapping[int, torch.Tensor]) -> int:
+        resident = [self._resident(slots[group]) for group in range(len(self.spec.groups))]
+        self._pump()
+        with self._lock:
+            store = self._index.begin_store(
+                next(self._owners), chain, first=0, last=len(chain.digests), now=time.monotonic(), resident=resident
+            )
+            plan = self._index.take_plan()
+        for reason, count in store.skipped.items():
+            self.metrics.skipped_store(reason, count)
+        self._transfer.execute(plan, {} if store.job is None else {store.job: EngineView(kv, slots)})
+        self._pump()
+        self.metrics.stored(store.accepted)
+        return store.accepted
+
+    def _resident(self, slots: torch.Tensor) -> list[bool]:
+        present: list[bool] = (slots >= 0).view(-1, self.config.chunk_tokens).all(1).tolist()  # one value per chunk
+        return present
+
+    # ---------------------------------------------------------------- lookup
+
+    def lookup(
+        self,
+        tokens: TokenIds,
+        *,
+        salt: str = "",
+        lora: str = "",
+        extras: Sequence[Extra] = (),
+        max_tokens: int | None = None,
+    ) -> Hit:
+        """How many leading tokens of `tokens` can be retrieved.
+
+        `max_tokens` caps it: an engine that must compute the last prompt token itself passes `len(tokens) - 1`.
+        Tiers that other processes share are asked, for at most `probe_timeout_s`.
+        """
+        with self.metrics.timed("lookup"):
+            chain = self.chain(tokens, salt=salt, lora=lora, extras=extras)
+            total = len(tokens)
+            return self.lookup_chain(chain, total, total if max_tokens is None else max_tokens)
+
+    def lookup_chain(self, chain: Chain, total: int, max_tokens: int) -> Hit:
+        """`lookup` for an engine that brings its own names; `total` is only for the metrics."""
+        owner = next(self._owners)
+        hit = self._safely("lookup", None, lambda: self._lookup(owner, chain, max_tokens))
+        if hit is None:
+            hit = Hit(self, owner, 0, {}, "failed")
+        self.metrics.requested(total)
+        for tier, tokens in hit.by_tier.items():
+            self.metrics.hit(tier, tokens)
+        whole = len(chain.digests) * self.config.chunk_tokens
+        if hit.tokens < whole:
+            self.metrics.missed(hit.stop, whole - hit.tokens)
+        if total > whole:
+            self.metrics.missed("tail", total - whole)
+        return hit
+
+    def _lookup(self, owner: int, chain: Chain, max_tokens: int) -> Hit:
+        self._pump()
+        until = time.monotonic() + self.config.probe_timeout_s
+        while True:
+            seen = self._transfer.news
+            with self._lock:
+                now = time.monotonic()
+                found = self._index.lookup(owner, chain, max_tokens, now)
+                plan = self._index.take_plan()
+            self._execute(plan)
+            if found.status != "pending" or now >= until:
+                return Hit(self, owner, found.tokens, found.by_tier, found.stop)
+            self._transfer.wait(seen, until - now)
+            self._pump()
+
+    def _release(self, owner: int) -> None:
+        with self._lock:
+            self._index.forget(owner)
+
+    # ---------------------------------------------------------------- retrieve
+
+    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots) -> int:
+        """Copy what `hit` found into the engine's KV, and wait for it.
+
+        Args:
+            hit: from `lookup` of this engine, not released yet.
+            kv: the engine's live tensors.
+            slots: where each of the first `hit.tokens` tokens goes; −1 = leave this token out.
+
+        Returns:
+            Tokens really loaded, 0..hit.tokens. The slots beyond are undefined: compute from there.
+
+        Raises:
+            SlotError, LayoutError, SpecError: a wrong call; nothing was moved.
+        """
+        with self.metrics.timed("retrieve"):
+            bound = kv.bind(self.spec)
+            by_group = self._slots(bound, slots, hit.tokens, unique=True)
+            return self._safely("retrieve", 0, lambda: self._result(self._begin_load(hit, EngineView(bound, by_group))))
+
+    def retrieve_layers(self, hit: Hit, kv: PagedKV, slots: Slots) -> LayerLoad:
+        """Like `retrieve`, but returns at once: layer *i + 1* loads while the caller computes layer *i*."""
+        bound = kv.bind(self.spec)
+        by_group = self._slots(bound, slots, hit.tokens, unique=True)
+        load = LayerLoad(self, {g: len(self.spec.local_layers(g)) for g in range(len(self.spec.groups))})
+        view = EngineView(bound, by_group, load._layer_done)
+        load._job = self._safely("retrieve", None, lambda: self._begin_load(hit, view))
+        return load
+
+    def prefetch(self, hit: Hit) -> None:
+        """Start to bring what `hit` found on lower tiers into DRAM; returns at once."""
+
+        def begin() -> None:
+            self._pump()
+            with self._lock:
+                self._index.begin_prefetch(hit.owner, time.monotonic())
+                plan = self._index.take_plan()
+            self._execute(plan)
+
+        self._safely("prefetch", None, begin)
+
+    def _begin_load(self, hit: Hit, view: EngineView) -> int | None:
+        if hit.tokens == 0:
+            return None
+        self._pump()
+        with self._lock:
+            job = self._index.begin_load(hit.owner, time.monotonic())
+            plan = self._index.take_plan()
+            if job is not None:
+                self._awaited.add(job)
+        self._transfer.execute(plan, {} if job is None else {job: view})
+        return job
+
+    def _result(self, job: int | None) -> int:
+        """Wait for a load and count what arrived."""
+        while True:
+            seen = self._transfer.news
+            loaded = self._try_result(job)
+            if loaded is not None:
+                return loaded
+            self._transfer.wait(seen, 1.0)
+
+    def _try_result(self, job: int | None) -> int | None:
+        if job is None:
+            return 0
+        self._pump()
+        with self._lock:
+            finished = self._results.pop(job, None)
+            if finished is None:
+                return None
+            self._awaited.discard(job)
+        self.metrics.loaded(finished.ok_tokens)
+        return finished.ok_tokens
+
+    # ---------------------------------------------------------------- the rest
+
+    def flush(self, *, durable: bool = False, timeout: float = 60.0) -> bool:
+        """Wait until everything stored so far is visible in the tiers below and safe from kill −9.
+
+        `durable=True` also survives power loss. False if a tier was too slow.
+        """
+        done = self._drain(timeout)
+        for tier in self._tiers:
+            tier.flush(durable=durable)
+        return done
+
+    def _drain(self, timeout: float, kind: str = "spill") -> bool:
+        until = time.monotonic() + timeout
+        while True:
+            seen = self._transfer.news
+            self._pump()
+            if not self._transfer.running(kind):
+                return True
+            if (left := until - time.monotonic()) <= 0:
+                return False
+            self._transfer.wait(seen, left)
+
+    def clear(self, salt: str | None = None) -> int:
+        """Drop everything (of one tenant) from every tier; returns how many objects went. Nothing of it is served again.
+
+        Without `salt` the tiers are emptied, other models' objects in a shared folder included. With it, all LoRAs that
+        this process has used with that salt go.
+        """
+        with self._lock:
+            names: list[bytes | None] = [None]
+            if salt is not None:
+                self.namespace(salt=salt)
+                names = [found for (owner, _), found in self._namespaces.items() if owner == salt]
+            gone = sum(self._index.clear(name, time.monotonic()) for name in names)
+        self._drain(30.0)  # what is being written now would come back
+        for tier in self._tiers:
+            gone += sum(tier.clear(name) for name in names)
+        return gone
+
+    def stats(self) -> dict[str, float]:
+        """All metrics by name, and the index's own counts as `index_*`."""
+        self._pump()
+        self.metrics.queue(*self._transfer.queue())
+        for tier in self._tiers:
+            self.metrics.tier(tier.name, tier.used_bytes())
+        with self._lock:
+            index = {f"index_{name}": float(value) for name, value in self._index.stats().items()}
+        return self.metrics.snapshot() | index
+
+    def close(self) -> None:
+        """Finish write-behind, end all threads, release the tiers. Idempotent; a hung tier is left behind after seconds."""
+        if self._closed:
+            return
+        self._closed = True
+        self._drain(10.0)
+        if self._transfer.close():
+            for tier in self._tiers:
+                tier.close()
+        else:
+            self._log.warning("close-incomplete", reason="a tier call still hangs; its threads are left behind")
+
+    def __enter__(self) -> CacheEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- control loop
+
+    def _execute(self, plan: Plan) -> None:
+        if plan.jobs:
+            self._transfer.execute(plan)
+
+    def _pump(self) -> None:
+        """Hand reports to the index and its new jobs to the transfer, until both are quiet."""
+        while True:
+            news = self._transfer.news
+            with self._lock:
+                now = time.monotonic()
+                finished = self._index.tick(now)
+                if news != self._seen:
+                    self._seen = news
+                    finished = [*finished, *self._index.report(self._transfer.poll(), now)]
+                for job in finished:
+                    if job.job in self._awaited:
+                        self._results[job.job] = job
+                plan = self._index.take_plan()
+            self._execute(plan)
+            if not plan.jobs and self._transfer.news == self._seen:
+                return
+
+    def _slots(self, kv: BoundKV, slots: Slots, tokens: int, *, unique: bool) -> dict[int, torch.Tensor]:
+        groups = range(len(self.spec.groups))
+        if isinstance(slots, torch.Tensor):
+            if len(groups) > 1:
+                raise SlotError(f"this spec has {len(groups)} groups: pass a mapping group -> slots")
+            slots = {0: slots}
+        if missing := [group for group in groups if group not in slots]:
+            raise SlotError(f"no slots for group {missing[0]}; groups are numbered 0..{len(groups) - 1}")
+        return {group: validate_slots(slots[group], kv.num_slots(group), tokens, unique=unique) for group in groups}
+
+    def _safely(self, op: str, default: T, call: Callable[[], T]) -> T:
+        """A cache failure is a miss: only errors about the call itself leave this engine."""
+        try:
+            return call()
+        except LMCacheError:
+            raise
+        except Exception as error:
+            self.metrics.failed(op, "internal")
+            self._log.warning("internal-error", op=op, error=f"{type(error).__name__}: {error}")
+            return default
+
+
+def _share_out(budget: int, sizes: Sequence[int]) -> list[int]:
+    """Arena slots per group: as many chunks as the budget holds of *all* groups together, and a few way stations."""
+    return [max(_BOUNCE_SLOTS, budget // sum(sizes))] * len(sizes)

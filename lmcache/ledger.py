@@ -1,0 +1,248 @@
+"""What a transfer was asked to do, how far it is, what each slot holds, and what the index has acknowledged.
+
+Two guards live here that make a stale instruction harmless. Each slot carries the name and generation of what was put into
+it, and nothing is read from a slot whose tag is not exactly what the op says. And an op past its deadline can no longer
+*begin* to write engine memory: the check and the mark are one step under one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from lmcache.keys import Name
+from lmcache.layout import BoundKV, ObjectLayout
+from lmcache.plan import Copy, Job, JobReport, Op, Plan, Report, Slot, Status
+
+LayerDone = Callable[[int, int], None]
+"""Called as `layer_done(group, layer)` when a layer (local position) of all objects of a load is in engine memory."""
+
+SlotKey = tuple[int, int]
+"""(group, slot index)"""
+
+
+class EngineView(NamedTuple):
+    """The engine memory a job copies from or to.
+
+    Attributes:
+        kv: the live tensors.
+        slots: group → int64 tensor, one slot per token of the request (−1 = not resident, never read or written).
+        layer_done: if given, a load writes layer by layer, across all objects, and calls this after each layer.
+    """
+
+    kv: BoundKV
+    slots: Mapping[int, torch.Tensor]
+    layer_done: LayerDone | None = None
+
+
+class Run:
+    """One job under way. Only the ledger changes it."""
+
+    __slots__ = ("deadline", "detail", "epoch", "job", "late", "moving", "nbytes", "statuses", "unfinished", "view")
+
+    def __init__(self, job: Job, view: EngineView | None, epoch: int, now: float) -> None:
+        self.job = job
+        self.view = view
+        self.epoch = epoch
+        self.deadline = now + job.deadline if job.deadline else None
+        self.statuses = [Status.PENDING] * len(job.ops)
+        self.unfinished = set(range(len(job.ops)))  # ops that may still touch memory
+        self.moving = 0  # ops writing engine memory at this moment
+        self.late = False  # no op may begin to write engine memory any more
+        self.nbytes = 0
+        self.detail = ""
+
+    def copy(self, index: int) -> Copy:
+        """Op `index`, which the caller knows to be a copy."""
+        op = self.job.ops[index]
+        assert isinstance(op, Copy)
+        return op
+
+
+class _Tag(NamedTuple):
+    name: Name
+    generation: int
+    layout: ObjectLayout
+
+
+class Ledger:
+    """Thread-safe bookkeeping of one rank's jobs and slot contents."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._epoch = 0
+        self._seq = 0
+        self._running: dict[int, Run] = {}
+        self._reports: dict[int, JobReport] = {}
+        self._first_sent: dict[int, int] = {}
+        self._tags: dict[SlotKey, _Tag] = {}
+        self._stale: Counter[SlotKey] = Counter()  # slots that calls from before the last reset still use
+        self.news = 0
+
+    # ---------------------------------------------------------------- plans and reports
+
+    def begin(self, plan: Plan, views: Mapping[int, EngineView]) -> list[Run]:
+        """Take up the jobs of `plan` that are new; a plan may come twice. A new epoch voids everything older."""
+        now = time.monotonic()
+        runs = []
+        with self._lock:
+            if plan.epoch != self._epoch:
+                self._reset(plan.epoch)
+            if self._rank < len(plan.acked):
+                self._acknowledge(plan.acked[self._rank])
+            for job in plan.jobs:
+                if job.id not in self._running and job.id not in self._reports:
+                    self._running[job.id] = run = Run(job, views.get(job.id), self._epoch, now)
+                    runs.append(run)
+        return runs
+
+    def report(self) -> Report:
+        """Everything the index has not acknowledged, deadlines applied."""
+        with self._lock:
+            self._expire(time.monotonic())
+            self._seq += 1
+            for job in self._reports:
+                self._first_sent.setdefault(job, self._seq)
+            return Report(self._epoch, self._rank, self._seq, tuple(self._reports.values()))
+
+    def finish(self, run: Run, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = "") -> None:
+        """Record how ops ended. From here on they touch no memory."""
+        with self._lock:
+            for index in indices:
+                run.unfinished.discard(index)
+                if run.statuses[index] is Status.PENDING:  # else it was declared late
+                    run.statuses[index] = status
+                if run.epoch != self._epoch and (key := slot_of(run.job.ops[index])) is not None:
+                    self._stale[key] -= 1
+            run.nbytes += nbytes
+            if status is not Status.OK:
+                run.detail = run.detail or detail
+            if indices and not run.unfinished:
+                self._publish(run)
+
+    def wait(self, seen: int, timeout: float) -> None:
+        """Return when `news` is no longer `seen`, when a deadline passes, or after `timeout` seconds."""
+        with self._lock:
+            if self.news != seen:
+                return
+            deadlines = [r.deadline for r in self._running.values() if r.deadline is not None and not r.late]
+            if deadlines:
+                timeout = min(timeout, max(0.0, min(deadlines) - time.monotonic()) + 0.001)
+            self._changed.wait(timeout)
+
+    def running(self, kind: str | None = None) -> int:
+        """How many jobs (of one kind) are under way."""
+        with self._lock:
+            return sum(1 for run in self._running.values() if kind is None or run.job.kind == kind)
+
+    # ---------------------------------------------------------------- engine memory
+
+    def begin_engine_write(self, run: Run) -> bool:
+        """From here until `end_engine_write` the job counts as writing; False once it is late or fenced."""
+        with self._lock:
+            if run.late:
+                return False
+            run.moving += 1
+            return True
+
+    def end_engine_write(self, run: Run) -> None:
+        """See `begin_engine_write`."""
+        with self._lock:
+            run.moving -= 1
+            if run.moving == 0:
+                self._changed.notify_all()
+
+    def fence(self, jobs: Sequence[int], timeout: float | None) -> bool:
+        """Forbid new writes of `jobs` to engine memory and wait for the current ones; False after `timeout` seconds."""
+        with self._lock:
+            runs = [self._running[job] for job in jobs if job in self._running]
+            for run in runs:
+                run.late = True
+            return self._changed.wait_for(lambda: all(run.moving == 0 for run in runs), timeout)
+
+    # ---------------------------------------------------------------- slot contents
+
+    def claim(self, group: int, slot: int) -> None:
+        """Take a slot's memory for writing: whatever it held is gone.
+
+        Raises:
+            MemoryError: a call from before the last reset still reads or writes it.
+        """
+        with self._lock:
+            self._tags.pop((group, slot), None)
+            if self._stale[group, slot] > 0:
+                raise MemoryError(f"slot {slot} of group {group} is still used by a call from before the last reset")
+
+    def tag(self, run: Run, indices: Sequence[int], layout: ObjectLayout) -> None:
+        """The destination slots of these ops now hold their objects, in `layout`."""
+        with self._lock:
+            if run.epoch != self._epoch:
+                return
+            for copy in map(run.copy, indices):
+                assert isinstance(copy.dst, Slot)
+                self._tags[copy.name.group, copy.dst.index] = _Tag(copy.name, copy.dst.generation, layout)
+
+    def layouts(self, run: Run, indices: Sequence[int]) -> list[ObjectLayout | None]:
+        """In which layout the source slot of each op holds its object; None where it does not hold exactly that object."""
+        with self._lock:
+            found: list[ObjectLayout | None] = []
+            for copy in map(run.copy, indices):
+                assert isinstance(copy.src, Slot)
+                tag = self._tags.get((copy.name.group, copy.src.index))
+                right = tag is not None and tag.name == copy.name and tag.generation == copy.src.generation
+                found.append(tag.layout if right and tag is not None and run.epoch == self._epoch else None)
+            return found
+
+    # ---------------------------------------------------------------- lock held
+
+    def _reset(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._seq = 0
+        for run in self._running.values():
+            run.late = True
+            self._stale.update(key for i in run.unfinished if (key := slot_of(run.job.ops[i])) is not None)
+        self._running = {}
+        self._reports = {}
+        self._first_sent = {}
+        self._tags = {}
+
+    def _acknowledge(self, seq: int) -> None:
+        for job in [job for job, sent in self._first_sent.items() if sent <= seq]:
+            del self._first_sent[job]
+            del self._reports[job]
+
+    def _expire(self, now: float) -> None:
+        for run in list(self._running.values()):
+            if run.deadline is None or run.late or now < run.deadline or run.moving:
+                continue
+            run.late = True
+            run.statuses = [Status.LATE if s is Status.PENDING else s for s in run.statuses]
+            self._publish(run)
+
+    def _publish(self, run: Run) -> None:
+        if self._running.get(run.job.id) is not run:  # of an epoch that is over
+            return
+        final = not run.unfinished
+        statuses = tuple(int(status) for status in run.statuses)
+        self._reports[run.job.id] = JobReport(run.job.id, statuses, final, run.nbytes, run.detail)
+        self._first_sent.pop(run.job.id, None)
+        if final:
+            del self._running[run.job.id]
+        self.news += 1
+        self._changed.notify_all()
+
+
+def slot_of(op: Op) -> SlotKey | None:
+    """The slot an op reads or writes."""
+    if isinstance(op, Copy):
+        for place in (op.src, op.dst):
+            if isinstance(place, Slot):
+                return op.name.group, place.index
+    return None

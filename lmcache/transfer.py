@@ -1,0 +1,446 @@
+"""The data plane of one rank: executes plans, moves bytes, decides nothing.
+
+`execute` starts a plan and never waits for a tier: copies between engine memory and arena slots happen at once, in large
+batches; tier calls go to worker threads. `poll` answers with what the index has not acknowledged yet. `fence` waits until
+jobs no longer touch engine memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from threading import Lock
+
+import torch
+
+from lmcache.arena import Arena
+from lmcache.keys import Name, ObjectId
+from lmcache.layout import ObjectLayout, gather, scatter
+from lmcache.ledger import EngineView, Ledger, Run, SlotKey
+from lmcache.log import Throttle
+from lmcache.metrics import Metrics
+from lmcache.objectio import ObjectIO
+from lmcache.plan import Copy, Delete, Engine, Plan, Probe, Report, Slot, Status
+from lmcache.plan import Tier as TierPlace
+from lmcache.spec import KVSpec
+from lmcache.tiers.base import Result, Tier
+from lmcache.workers import Workers
+
+__all__ = ["EngineView", "Transfer"]
+
+_ALARMS = frozenset({Status.CORRUPT, Status.FAILED, Status.FULL, Status.LATE})
+"""Statuses worth a warning; a vanished object or a cancelled op is everyday business."""
+
+
+class Transfer:
+    """Executes plans on one rank.
+
+    Args:
+        spec: what this rank's KV is.
+        chunk_tokens: tokens per object.
+        arenas: one per group, host memory.
+        tiers: nearest first; positions are those in `plan.Tier`.
+        io: reads and writes objects of `tiers`.
+        metrics, log: where failures are counted and told.
+        rank: this rank's number in reports.
+        read_threads, write_threads: per tier.
+        queue_bytes: write-behind data waiting at most; beyond that a spill is skipped and counted.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        chunk_tokens: int,
+        arenas: Sequence[Arena],
+        tiers: Sequence[Tier],
+        *,
+        io: ObjectIO,
+        metrics: Metrics,
+        log: Throttle,
+        rank: int = 0,
+        read_threads: int = 2,
+        write_threads: int = 1,
+        queue_bytes: int = 1 << 30,
+    ) -> None:
+        self._spec = spec
+        self._chunk_tokens = chunk_tokens
+        self._arenas = arenas
+        self._tiers = tiers
+        self._io = io
+        self._metrics = metrics
+        self._log = log
+        self._queue_bytes = queue_bytes
+        self._ledger = Ledger(rank)
+        self._readers = [Workers(f"lmcache-{t.name}-read", read_threads) for t in tiers]
+        self._writers = [Workers(f"lmcache-{t.name}-write", write_threads) for t in tiers]
+        self._copiers = Workers("lmcache-copy", 1)
+        self._lock = Lock()
+        self._write_bytes = 0
+        self._native: dict[int, ObjectLayout] = {}
+
+    # ---------------------------------------------------------------- plans in, reports out
+
+    def execute(self, plan: Plan, views: Mapping[int, EngineView] | None = None) -> None:
+        """Start every job of `plan`. `views[job id]` is needed by jobs that copy from or to the engine.
+
+        On return the sources of its stores may be overwritten, and loads from ready slots are complete. A job that was
+        seen before is ignored, so a plan may be delivered twice.
+        """
+        for run in self._ledger.begin(plan, views or {}):
+            self._start(run)
+
+    def poll(self) -> Report:
+        """Everything this rank has to report and the index has not acknowledged."""
+        return self._ledger.report()
+
+    @property
+    def news(self) -> int:
+        """Grows whenever a job becomes reportable; lets a caller skip `poll` when nothing happened."""
+        return self._ledger.news
+
+    def wait(self, seen: int, timeout: float) -> None:
+        """Return when `news` is no longer `seen`, when a deadline passes, or after `timeout` seconds."""
+        self._ledger.wait(seen, timeout)
+
+    def fence(self, jobs: Sequence[int], timeout: float | None = None) -> bool:
+        """Wait until none of `jobs` writes engine memory, now or later; loads that have not begun are cancelled."""
+        return self._ledger.fence(jobs, timeout)
+
+    def running(self, kind: str | None = None) -> int:
+        """How many jobs (of one kind) are under way."""
+        return self._ledger.running(kind)
+
+    def queue(self) -> tuple[int, int]:
+        """Tier calls waiting for a thread, and bytes waiting to be written."""
+        return sum(w.queued for w in (*self._readers, *self._writers)), self._write_bytes
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Finish queued work and end the threads; False if some tier call still hangs."""
+        ended = [workers.close(timeout) for workers in (*self._readers, *self._writers, self._copiers)]
+        return all(ended)
+
+    def _finish(self, run: Run, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = "") -> None:
+        self._ledger.finish(run, indices, status, nbytes, detail)
+        if indices and status in _ALARMS:
+            self._metrics.failed(run.job.kind, status.name.lower(), len(indices))
+            self._log.warning(f"{run.job.kind}-{status.name.lower()}", objects=len(indices), detail=detail)
+
+    # ---------------------------------------------------------------- the start of a job
+
+    def _start(self, run: Run) -> None:
+        """Sort the ops of a job by kind of hop and set each kind going."""
+        stores: dict[int, list[int]] = {}
+        ready: dict[int, list[int]] = {}
+        fills: list[int] = []
+        direct: list[int] = []
+        spills: list[int] = []
+        tier_ops: dict[tuple[int, bool], list[int]] = {}
+        followers: dict[SlotKey, list[int]] = {}
+        unsupported: list[int] = []
+        for i, op in enumerate(run.job.ops):
+            if isinstance(op, (Probe, Delete)):
+                tier_ops.setdefault((op.tier, isinstance(op, Probe)), []).append(i)
+                continue
+            group = op.name.group
+            if isinstance(op.src, Engine) and isinstance(op.dst, Slot):
+                stores.setdefault(group, []).append(i)
+            elif isinstance(op.src, Slot) and isinstance(op.dst, Engine):
+                key = (group, op.src.index)
+                if key in followers:
+                    followers[key].append(i)
+                else:
+                    ready.setdefault(group, []).append(i)
+            elif isinstance(op.src, TierPlace) and isinstance(op.dst, Slot):
+                fills.append(i)
+                followers[group, op.dst.index] = []
+            elif isinstance(op.src, TierPlace) and isinstance(op.dst, Engine):
+                direct.append(i)
+            elif isinstance(op.src, Slot) and isinstance(op.dst, TierPlace):
+                spills.append(i)
+            else:
+                unsupported.append(i)
+        self._finish(run, unsupported, Status.FAILED, detail="this transfer has no such hop")
+
+        for group, indices in stores.items():
+            self._guard(run, indices, lambda g=group, ix=indices: self._store(run, g, ix))
+        for i in spills:
+            self._queue_spill(run, i)
+        for (tier, probe), indices in tier_ops.items():
+            call = self._probe if probe else self._delete
+            self._submit(self._readers[tier], run, indices, lambda c=call, t=tier, ix=indices: c(run, t, ix))
+
+        if run.view is not None and run.view.layer_done is not None:
+            self._start_layerwise(run, ready, fills, direct, followers)
+            return
+        for i in fills:
+            op = run.copy(i)
+            assert isinstance(op.dst, Slot)
+            after = followers[op.name.group, op.dst.index]
+            self._submit(self._reader(op), run, [i, *after], lambda i=i, a=after: self._fill_and_scatter(run, i, a))
+        for i in direct:
+            self._submit(self._reader(run.copy(i)), run, [i], lambda i=i: self._load_direct(run, i))
+        for group, indices in ready.items():
+            self._guard(run, indices, lambda g=group, ix=indices: self._scatter(run, g, ix))
+
+    def _reader(self, op: Copy) -> Workers:
+        assert isinstance(op.src, TierPlace)
+        return self._readers[op.src.index]
+
+    def _submit(self, workers: Workers, run: Run, indices: Sequence[int], task: Callable[[], None]) -> None:
+        if not workers.submit(lambda: self._guard(run, indices, task)):
+            self._finish(run, indices, Status.CANCELLED, detail="the cache is closed")
+
+    def _guard(self, run: Run, indices: Sequence[int], task: Callable[[], None]) -> None:
+        """The one place where whatever goes wrong in the data plane turns into a status instead of an exception."""
+        try:
+            task()
+        except Exception as error:
+            left = [i for i in indices if i in run.unfinished]
+            self._finish(run, left, Status.FAILED, detail=f"{type(error).__name__}: {error}")
+
+    # ---------------------------------------------------------------- hops
+
+    def _store(self, run: Run, group: int, indices: Sequence[int]) -> None:
+        """Engine → slots, all objects of a group in one gather. On return the engine may overwrite the source."""
+        view = _view_of(run)
+        layout = view.kv.native(group, self._chunk_tokens)
+        arena = self._arenas[group]
+        live, outs, starts = [], [], []
+        for i in indices:
+            op = run.copy(i)
+            assert isinstance(op.dst, Slot)
+            try:
+                self._ledger.claim(group, op.dst.index)
+                outs.append(arena.view(op.dst.index))
+            except MemoryError as error:
+                self._finish(run, [i], Status.FULL, detail=str(error))
+                continue
+            live.append(i)
+            starts.append(op.start)
+        if not live:
+            return
+        gather(view.kv, group, _slots_at(view.slots[group], starts, self._chunk_tokens), outs, layout)
+        self._native[group] = layout
+        self._ledger.tag(run, live, layout)
+        nbytes = layout.nbytes * len(live)
+        self._metrics.moved("engine", "dram", nbytes)
+        self._finish(run, live, Status.OK, nbytes)
+
+    def _scatter(self, run: Run, group: int, indices: Sequence[int], layers: slice | None = None) -> bool:
+        """Slots → engine. With `layers`, only those, and the ops stay open. False if nothing may be written any more."""
+        view = _view_of(run)
+        batches: dict[ObjectLayout, list[int]] = {}
+        stale: list[int] = []
+        for i, held in zip(indices, self._ledger.layouts(run, indices), strict=True):
+            if held is None:
+                stale.append(i)
+            else:
+                batches.setdefault(held, []).append(i)
+        self._finish(run, stale, Status.SKIPPED, detail="the slot does not hold this object")
+        if not self._ledger.begin_engine_write(run):
+            self._finish(run, [i for i in indices if i not in stale], Status.CANCELLED)
+            return False
+        try:
+            for layout, batch in batches.items():
+                copies = [run.copy(i) for i in batch]
+                srcs = [self._arenas[group].view(op.src.index) for op in copies if isinstance(op.src, Slot)]
+                slots = _slots_at(view.slots[group], [op.start for op in copies], self._chunk_tokens)
+                scatter(srcs, layout, view.kv, group, slots, layers)
+        finally:
+            self._ledger.end_engine_write(run)
+        if layers is None:
+            for layout, batch in batches.items():
+                self._metrics.moved("dram", "engine", layout.nbytes * len(batch))
+                self._finish(run, batch, Status.OK, layout.nbytes * len(batch))
+        return True
+
+    def _fill_and_scatter(self, run: Run, index: int, after: Sequence[int]) -> None:
+        if self._fill(run, index):
+            if after:
+                self._scatter(run, run.job.ops[after[0]].name.group, after)
+        else:
+            self._finish(run, after, Status.SKIPPED)
+
+    def _fill(self, run: Run, index: int) -> bool:
+        """Tier → slot: read, verify, and tag the slot if all is well."""
+        op = run.copy(index)
+        assert isinstance(op.src, TierPlace)
+        assert isinstance(op.dst, Slot)
+        if run.late:
+            self._finish(run, [index], Status.CANCELLED)
+            return False
+        group = op.name.group
+        try:
+            self._ledger.claim(group, op.dst.index)
+            out = self._arenas[group].view(op.dst.index)
+        except MemoryError as error:
+            self._finish(run, [index], Status.FULL, detail=str(error))
+            return False
+        tier = self._tiers[op.src.index]
+        loaded = self._io.load(tier, self._object_id(op.name), out, self._native.get(group), run.deadline)
+        if loaded.layout is None:
+            self._lost(run, index, tier, loaded.result)
+            return False
+        self._ledger.tag(run, [index], loaded.layout)
+        self._metrics.moved(tier.name, "dram", loaded.result.nbytes)
+        self._finish(run, [index], Status.OK, loaded.result.nbytes)
+        return True
+
+    def _load_direct(self, run: Run, index: int) -> None:
+        """Tier → engine by way of this thread's bounce buffer, when the arena has no slot to spare."""
+        op = run.copy(index)
+        assert isinstance(op.src, TierPlace)
+        view = _view_of(run)
+        group = op.name.group
+        if run.late:
+            self._finish(run, [index], Status.CANCELLED)
+            return
+        tier = self._tiers[op.src.index]
+        out = self._io.bounce(group)
+        loaded = self._io.load(tier, self._object_id(op.name), out, None, run.deadline)
+        if loaded.layout is None:
+            self._lost(run, index, tier, loaded.result)
+            return
+        if not self._ledger.begin_engine_write(run):
+            self._finish(run, [index], Status.CANCELLED)
+            return
+        try:
+            slots = _slots_at(view.slots[group], [op.start], self._chunk_tokens)
+            scatter([out], loaded.layout, view.kv, group, slots)
+        finally:
+            self._ledger.end_engine_write(run)
+        self._metrics.moved(tier.name, "engine", loaded.result.nbytes)
+        self._finish(run, [index], Status.OK, loaded.result.nbytes)
+
+    def _lost(self, run: Run, index: int, tier: Tier, result: Result) -> None:
+        if result.status is Status.CORRUPT:
+            self._metrics.corrupted(tier.name)
+        self._finish(run, [index], result.status, detail=f"{tier.name}: {result.detail}")
+
+    def _queue_spill(self, run: Run, index: int) -> None:
+        """Slot → tier, write-behind. What does not fit into the queue is dropped: a slow disk never slows the engine."""
+        op = run.copy(index)
+        assert isinstance(op.dst, TierPlace)
+        nbytes = self._arenas[op.name.group].slot_bytes
+        with self._lock:
+            fits = self._write_bytes + nbytes <= max(self._queue_bytes, nbytes)
+            if fits:
+                self._write_bytes += nbytes
+        if not fits:
+            self._metrics.skipped_store("queue")
+            self._finish(run, [index], Status.SKIPPED, detail="write-behind queue is full")
+            return
+        self._submit(self._writers[op.dst.index], run, [index], lambda: self._spill(run, index, nbytes))
+
+    def _spill(self, run: Run, index: int, queued: int) -> None:
+        op = run.copy(index)
+        assert isinstance(op.src, Slot)
+        assert isinstance(op.dst, TierPlace)
+        tier = self._tiers[op.dst.index]
+        try:
+            [held] = self._ledger.layouts(run, [index])
+            if held is None:
+                self._finish(run, [index], Status.SKIPPED, detail="the slot does not hold this object")
+                return
+            payload = self._arenas[op.name.group].view(op.src.index)
+            result = self._io.save(tier, self._object_id(op.name), payload, held)
+            if result.status is Status.OK:
+                self._metrics.moved("dram", tier.name, result.nbytes)
+            else:
+                self._metrics.skipped_store(result.status.name.lower())
+            self._finish(run, [index], result.status, result.nbytes, f"{tier.name}: {result.detail}")
+        finally:
+            with self._lock:
+                self._write_bytes -= queued
+
+    def _probe(self, run: Run, tier: int, indices: Sequence[int]) -> None:
+        ids = [self._object_id(run.job.ops[i].name) for i in indices]
+        for i, result in zip(indices, self._tiers[tier].contains(ids, deadline=run.deadline), strict=True):
+            self._finish(run, [i], result.status, detail=result.detail)
+
+    def _delete(self, run: Run, tier: int, indices: Sequence[int]) -> None:
+        ids = [self._object_id(run.job.ops[i].name) for i in indices]
+        for i, result in zip(indices, self._tiers[tier].delete(ids, deadline=run.deadline), strict=True):
+            self._finish(run, [i], result.status, detail=result.detail)
+
+    def _object_id(self, name: Name) -> ObjectId:
+        return ObjectId.of(name, self._spec.rects[name.group])
+
+    # ---------------------------------------------------------------- layer by layer
+
+    def _start_layerwise(
+        self,
+        run: Run,
+        ready: Mapping[int, list[int]],
+        fills: Sequence[int],
+        direct: Sequence[int],
+        followers: Mapping[SlotKey, list[int]],
+    ) -> None:
+        """Fill slots first; when the last tier call has returned, write layer after layer across all objects."""
+        waiting = {group: list(indices) for group, indices in ready.items()}
+        left = len(fills) + len(direct)
+
+        def arrived(more: Sequence[int] = ()) -> None:
+            nonlocal left
+            with self._lock:
+                for i in more:
+                    waiting.setdefault(run.job.ops[i].name.group, []).append(i)
+                left -= 1
+                last = left <= 0
+            if last:
+                every = [i for indices in waiting.values() for i in indices]
+                self._submit(self._copiers, run, every, lambda: self._scatter_layers(run, waiting))
+
+        def fill(index: int, after: Sequence[int]) -> None:
+            try:
+                filled = self._fill(run, index)
+            finally:
+                if index in run.unfinished:  # it raised: the guard reports this op and its followers
+                    arrived()
+            if not filled:
+                self._finish(run, after, Status.SKIPPED)
+            arrived(after if filled else ())
+
+        def load(index: int) -> None:
+            try:
+                self._load_direct(run, index)
+            finally:
+                arrived()
+
+        for i in fills:
+            op = run.copy(i)
+            assert isinstance(op.dst, Slot)
+            after = followers[op.name.group, op.dst.index]
+            self._submit(self._reader(op), run, [i, *after], lambda i=i, a=after: fill(i, a))
+        for i in direct:
+            self._submit(self._reader(run.copy(i)), run, [i], lambda i=i: load(i))
+        if not fills and not direct:
+            arrived()
+
+    def _scatter_layers(self, run: Run, waiting: Mapping[int, list[int]]) -> None:
+        view = _view_of(run)
+        assert view.layer_done is not None
+        for group, indices in sorted(waiting.items()):
+            for layer in range(len(self._spec.local_layers(group))):
+                live = [i for i in indices if i in run.unfinished]
+                if not self._scatter(run, group, live, slice(layer, layer + 1)):
+                    break
+                view.layer_done(group, layer)
+            live = [i for i in indices if i in run.unfinished]
+            nbytes = self._arenas[group].slot_bytes * len(live)
+            self._metrics.moved("dram", "engine", nbytes)
+            self._finish(run, live, Status.OK, nbytes)
+
+
+def _view_of(run: Run) -> EngineView:
+    if run.view is None:
+        raise ValueError(f"job {run.job.id} ({run.job.kind}) copies engine memory, but no view of it was passed")
+    return run.view
+
+
+def _slots_at(slots: torch.Tensor, starts: Sequence[int], tokens: int) -> torch.Tensor:
+    """The slots of the objects that start at `starts` (multiples of `tokens`), one after another."""
+    first, count = starts[0], len(starts)
+    if starts[-1] == first + (count - 1) * tokens and all(b - a == tokens for a, b in pairwise(starts)):
+        return slots[first : first + count * tokens]
+    return torch.cat([slots[start : start + tokens] for start in starts])

@@ -1,0 +1,70 @@
+"""A pool of daemon threads for blocking tier calls.
+
+Why not `concurrent.futures`: its threads are joined at interpreter exit, so one call that hangs in a dead remote would keep
+the engine's process from ending. These threads are started on demand and may be left behind.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+Task = Callable[[], None]
+
+
+class Workers:
+    """Up to `threads` daemon threads that run tasks in the order they were submitted. Tasks must not raise."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._name = name
+        self._limit = threads
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._queued = 0
+        self._closed = False
+
+    @property
+    def queued(self) -> int:
+        """Tasks that no thread has begun."""
+        with self._lock:
+            return self._queued
+
+    def submit(self, task: Task) -> bool:
+        """Run `task` soon; False if the pool is closed."""
+        with self._lock:
+            if self._closed:
+                return False
+            self._queued += 1
+            self._tasks.put(task)
+            if self._idle < self._queued and len(self._threads) < self._limit:
+                thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return True
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Let queued tasks finish, end the threads, and say whether all of them ended within `timeout` seconds."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+            for _ in threads:
+                self._tasks.put(None)
+        for thread in threads:
+            thread.join(timeout)
+        return not any(thread.is_alive() for thread in threads)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            task = self._tasks.get()
+            with self._lock:
+                self._idle -= 1
+                if task is not None:
+                    self._queued -= 1
+            if task is None:
+                return
+            task()
