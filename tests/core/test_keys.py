@@ -1,0 +1,224 @@
+"""Names depend on what decides the values, on nothing else, and never change silently."""
+
+from __future__ import annotations
+
+import array
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmcache.errors import ConfigError, TokenError
+from lmcache.keys import NAMES_VERSION, Extra, as_tokens, chain_of, namespace_of
+from lmcache.spec import HitRule, KVSpec, LayerGroup, Numerics, Plane, trailing
+
+VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
+
+SPEC = KVSpec.uniform(
+    "org/model@abc",
+    layers=4,
+    kv_heads=2,
+    head_dim=64,
+    dtype=torch.bfloat16,
+    numerics=Numerics(engine="e", engine_version="1", attention_backend="sdpa", isa="x", dtype="bfloat16"),
+)
+
+
+def ns(spec: KVSpec = SPEC, **changes: object) -> bytes:
+    return namespace_of(spec, **({"chunk_tokens": 16} | changes))  # type: ignore[arg-type]
+
+
+def hybrid() -> KVSpec:
+    planes = (Plane("k", "float16", 32), Plane("v", "float16", 32))
+    full = LayerGroup("full", (0, 2), planes, 2)
+    sliding = LayerGroup("sliding", (1, 3), planes, 2, trailing(511))
+    return KVSpec.of_groups("hybrid", (full, sliding), Numerics(engine="e"))
+
+
+CASES = {
+    "plain": lambda: chain_of(ns(), np.arange(48, dtype=np.uint32), 16),
+    "salt and lora": lambda: chain_of(ns(salt="tenant-a", lora="f00d"), np.arange(32, dtype=np.uint32), 16),
+    "semantic": lambda: chain_of(ns(share="semantic"), np.arange(16, dtype=np.uint32), 16),
+    "weights version": lambda: chain_of(ns(weights_version="7"), np.arange(16, dtype=np.uint32), 16),
+    "chunk 256": lambda: chain_of(ns(chunk_tokens=256), np.arange(512, dtype=np.uint32), 256),
+    "extras": lambda: chain_of(
+        ns(), np.arange(48, dtype=np.uint32), 16, [Extra(20, 20, b"d" * 32), Extra(3, 2, b"e" * 16)]
+    ),
+    "hybrid": lambda: chain_of(ns(hybrid()), np.full(16, 2**32 - 1, dtype=np.uint32), 16),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_are_frozen(case: str) -> None:
+    """If this fails, every cache in the field is lost: bump NAMES_VERSION on purpose, never by accident."""
+    assert VECTORS["version"] == NAMES_VERSION
+    chain = CASES[case]()
+    assert [d.hex() for d in chain.digests] == VECTORS["chains"][case]
+
+
+def test_a_name_is_the_documented_formula() -> None:
+    from blake3 import blake3
+
+    tokens = np.arange(32, dtype="<u4")
+    first = blake3(b"chunk" + ns() + (16).to_bytes(4, "little") + tokens[:16].tobytes()).digest()
+    second = blake3(b"chunk" + first + (16).to_bytes(4, "little") + tokens[16:].tobytes()).digest()
+    assert list(chain_of(ns(), tokens, 16).digests) == [first, second]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        list,
+        tuple,
+        lambda t: np.array(t, dtype=np.int64),
+        lambda t: np.array(t, dtype=np.uint16),
+        lambda t: np.array(t, dtype=">i4"),
+        lambda t: np.array(t + t, dtype=np.int32)[: len(t)],
+        lambda t: np.repeat(np.array(t), 2)[::2],
+        lambda t: torch.tensor(t),
+        lambda t: torch.tensor(t, dtype=torch.int32),
+        lambda t: array.array("q", t),
+        lambda t: [np.int64(x) for x in t],
+        lambda t: range(len(t)),
+    ],
+)
+def test_every_kind_of_input_gives_the_same_names(make: object) -> None:
+    tokens = list(range(40))
+    assert chain_of(ns(), as_tokens(make(tokens)), 16) == chain_of(ns(), as_tokens(tokens), 16)  # type: ignore[operator]
+
+
+def test_names_are_the_same_in_another_process_with_another_hash_seed() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_keys import CASES\n"
+        "import json; print(json.dumps({n: [d.hex() for d in c().digests] for n, c in CASES.items()}))"
+    )
+    for seed in ("0", "12345"):
+        out = subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parent)],
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        assert json.loads(out) == VECTORS["chains"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([1, -1], "-1"),
+        ([1, 2**32], str(2**32)),
+        (np.array([5, -3]), "-3"),
+        (np.array([2**40]), str(2**40)),
+        (np.array([[1, 2]]), "one-dimensional"),
+        (np.array([1.0]), "integers"),
+        (torch.tensor([1.5]), "integers"),
+        (torch.tensor([[1]]), "one-dimensional"),
+        ([1.5], "integer"),
+        (["a"], "integer"),
+        ("abc", "tokenizer"),
+        ([[1, 2]], "integer"),
+        (np.array([True]), "integers"),
+    ],
+)
+def test_what_are_not_token_ids_is_refused_naming_the_value(tokens: object, says: str) -> None:
+    with pytest.raises(TokenError, match=says.replace("[", r"\[")):
+        as_tokens(tokens)  # type: ignore[arg-type]
+
+
+def test_everything_that_changes_values_changes_the_namespace() -> None:
+    def numerics(**change: object) -> KVSpec:
+        return msgspec.structs.replace(SPEC, numerics=msgspec.structs.replace(SPEC.numerics, **change))
+
+    def group(**change: object) -> KVSpec:
+        return msgspec.structs.replace(SPEC, groups=(msgspec.structs.replace(SPEC.groups[0], **change),))
+
+    variants = {
+        "base": ns(),
+        "salt": ns(salt="a"),
+        "lora": ns(lora="a"),
+        "salt/lora are not interchangeable": ns(salt="", lora="a\0"),
+        "weights": ns(weights_version="1"),
+        "chunk": ns(chunk_tokens=32),
+        "semantic": ns(share="semantic"),
+        "model": ns(msgspec.structs.replace(SPEC, model="org/model@abd")),
+        "dtype": ns(group(planes=(Plane("k", "float16", 64), Plane("v", "float16", 64)))),
+        "kv dtype fp8": ns(group(planes=(Plane("k", "float8_e4m3fn", 64), Plane("v", "float8_e4m3fn", 64)))),
+        "head dim": ns(group(planes=(Plane("k", "bfloat16", 32), Plane("v", "bfloat16", 64)))),
+        "heads": ns(group(kv_heads=4)),
+        "layers": ns(group(layers=(0, 1, 2))),
+        "window": ns(group(rule=trailing(7))),
+        "rule": ns(group(rule=HitRule("state_at"))),
+    } | {
+        f"numerics.{name}": ns(numerics(**{name: value}))
+        for name, value in {
+            "engine": "f",
+            "engine_version": "2",
+            "attention_backend": "eager",
+            "isa": "y",
+            "dtype": "float16",
+            "quantization": "awq",
+            "tp": 2,
+            "pp": 2,
+            "extra": (("threads", "2"),),
+        }.items()
+    }
+    assert len(set(variants.values())) == len(variants)
+
+
+def test_rects_and_group_names_do_not_change_the_namespace() -> None:
+    assert ns(SPEC.shard(tp_rank=1, tp_size=2)) == ns()
+    renamed = msgspec.structs.replace(SPEC, groups=(msgspec.structs.replace(SPEC.groups[0], name="other"),))
+    assert ns(renamed) == ns()
+
+
+def test_semantic_sharing_ignores_numerics_and_nothing_else() -> None:
+    other = msgspec.structs.replace(SPEC, numerics=Numerics(engine="another", tp=4))
+    assert ns(other, share="semantic") == ns(share="semantic")
+    assert ns(other, share="semantic", salt="a") != ns(share="semantic")
+    with pytest.raises(ConfigError, match="semantic"):
+        ns(share="sometimes")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=80), st.data())
+def test_a_digest_covers_all_tokens_up_to_its_chunk_and_none_after(tokens: list[int], data: st.DataObject) -> None:
+    chain = chain_of(ns(), as_tokens(tokens), 8)
+    assert len(chain.digests) == len(tokens) // 8
+    if not tokens:
+        return
+    at = data.draw(st.integers(0, len(tokens) - 1))
+    changed = [*tokens[:at], tokens[at] ^ 1, *tokens[at + 1 :]]
+    other = chain_of(ns(), as_tokens(changed), 8)
+    assert chain.digests[: at // 8] == other.digests[: at // 8]
+    assert not set(chain.digests[at // 8 :]) & set(other.digests)
+
+
+def test_an_image_changes_the_chunks_from_where_it_stands_and_not_the_system_prompt() -> None:
+    tokens = as_tokens(range(64))
+    plain = chain_of(ns(), tokens, 16).digests
+    image = chain_of(ns(), tokens, 16, [Extra(20, 4, b"a" * 32)]).digests
+    other = chain_of(ns(), tokens, 16, [Extra(20, 4, b"b" * 32)]).digests
+    moved = chain_of(ns(), tokens, 16, [Extra(21, 4, b"a" * 32)]).digests
+    assert plain[0] == image[0] == other[0] == moved[0]
+    assert len({plain[1], image[1], other[1], moved[1]}) == 4
+    spanning = chain_of(ns(), tokens, 16, [Extra(20, 30, b"a" * 32)]).digests
+    assert spanning[1] != image[1], "the same image over more tokens is another input"
+
+
+def test_extras_come_in_any_order_and_short_digests_are_refused() -> None:
+    tokens = as_tokens(range(32))
+    a, b = Extra(1, 2, b"a" * 16), Extra(5, 2, b"b" * 16)
+    assert chain_of(ns(), tokens, 16, [a, b]) == chain_of(ns(), tokens, 16, [b, a])
+    for bad, says in ((Extra(0, 1, b"ab"), "16"), (Extra(-1, 1, b"a" * 16), "start"), (Extra(0, 0, b"a" * 16), "span")):
+        with pytest.raises(TokenError, match=says):
+            chain_of(ns(), tokens, 16, [bad])
