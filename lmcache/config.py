@@ -126,7 +126,8 @@ class Config:
     strict: Setting[bool, bool] = Setting(
         Flag(),
         False,
-        doc="Raise where a model or call cannot be cached, instead of running it uncached with one log line.",
+        doc="Raise where a part of the cache cannot do its work (a folder that cannot be opened, a model or call that cannot "
+        "be cached), instead of going on without it, a counter and one log line.",
     )
 
     def __new__(cls, **given: Any) -> Config:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -37,48 +37,62 @@ SECONDS_BUCKETS: Final = (
 M = TypeVar("M", Counter, Gauge)
 
 
+class Family(NamedTuple):
+    """A metric as documentation shows it."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    doc: str
+
+
 class Metrics:
-    """The metrics of one cache. One method per event; each says what to count and in which unit."""
+    """The metrics of one cache. One method per event; each says what to count and in which unit.
+
+    Attributes:
+        registry: what a prometheus endpoint scrapes.
+        families: what there is, for documentation.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
 
-        def counter(name: str, doc: str, *labels: str) -> Counter:
-            return Counter(name, doc, labels, registry=self.registry)
+        self.families: list[Family] = []
 
+        def counter(name: str, doc: str, *labels: str) -> Counter:
+            self.families.append(Family(f"lmcache_{name}", "counter", labels, doc))
+            return Counter(f"lmcache_{name}", doc, labels, registry=self.registry)
+
+        def gauge(name: str, doc: str, *labels: str) -> Gauge:
+            self.families.append(Family(f"lmcache_{name}", "gauge", labels, doc))
+            return Gauge(f"lmcache_{name}", doc, labels, registry=self.registry)
+
+        def seconds(op: Op, doc: str) -> Histogram:
+            self.families.append(Family(f"lmcache_{op}_seconds", "histogram", (), doc))
+            return Histogram(f"lmcache_{op}_seconds", doc, buckets=SECONDS_BUCKETS, registry=self.registry)
+
+        self._requested_tokens = counter("requested_tokens_total", "Tokens asked for by lookups.")
         self._hit_tokens = counter(
-            "lmcache_hit_tokens_total", "Tokens found by lookups, by the tier nearest to the engine.", "tier"
+            "hit_tokens_total", "Tokens found by lookups, by the tier nearest to the engine.", "tier"
         )
-        self._requested_tokens = counter("lmcache_requested_tokens_total", "Tokens asked for by lookups.")
-        self._miss_tokens = counter("lmcache_miss_tokens_total", "Tokens not found by lookups, by reason.", "reason")
-        self._loaded_tokens = counter("lmcache_loaded_tokens_total", "Tokens handed back to the engine.")
-        self._stored_tokens = counter("lmcache_stored_tokens_total", "Tokens newly accepted by stores.")
-        self._moved_bytes = counter(
-            "lmcache_moved_bytes_total", "Bytes of KV moved, by source and destination.", "src", "dst"
-        )
-        self._evictions = counter("lmcache_evictions_total", "Objects evicted, by tier.", "tier")
-        self._corruptions = counter(
-            "lmcache_corruptions_total", "Objects whose bytes failed verification, by tier.", "tier"
-        )
-        self._failures = counter("lmcache_failures_total", "Operations that failed and became misses.", "op", "reason")
-        self._skipped = counter(
-            "lmcache_skipped_stores_total", "Objects not stored or not written down, by reason.", "reason"
-        )
-        self._uncached = counter(
-            "lmcache_uncached_requests_total", "Requests that ran without cache, by reason.", "reason"
-        )
-        self._queue = Gauge("lmcache_queue_depth", "Jobs waiting for or held by I/O threads.", registry=self.registry)
-        self._queue_bytes = Gauge(
-            "lmcache_queue_bytes", "Bytes waiting to be written to tiers below.", registry=self.registry
-        )
-        self._slots = Gauge(
-            "lmcache_arena_slots", "Arena slots, by group and state.", ("group", "state"), registry=self.registry
-        )
-        self._tier_bytes = Gauge("lmcache_tier_bytes", "Bytes that a tier occupies.", ("tier",), registry=self.registry)
+        self._miss_tokens = counter("miss_tokens_total", "Tokens not found by lookups, by reason.", "reason")
+        self._loaded_tokens = counter("loaded_tokens_total", "Tokens handed back to the engine.")
+        self._stored_tokens = counter("stored_tokens_total", "Tokens newly accepted by stores.")
         self._seconds: dict[Op, Histogram] = {
-            op: Histogram(f"lmcache_{op}_seconds", doc, buckets=SECONDS_BUCKETS, registry=self.registry)
-            for op, doc in _TIMED.items()
+            "lookup": seconds("lookup", "Seconds per lookup."),
+            "retrieve": seconds("retrieve", "Seconds per retrieve."),
+            "store": seconds("store", "Seconds per store, until the source may be overwritten."),
         }
+        self._moved_bytes = counter("moved_bytes_total", "Bytes of KV moved, by source and destination.", "src", "dst")
+        self._evictions = counter("evictions_total", "Objects evicted, by tier.", "tier")
+        self._corruptions = counter("corruptions_total", "Objects whose bytes failed verification, by tier.", "tier")
+        self._failures = counter("failures_total", "Operations that failed and became misses.", "op", "reason")
+        self._skipped = counter("skipped_stores_total", "Objects not stored, or not written down, by reason.", "reason")
+        self._uncached = counter("uncached_requests_total", "Requests that ran without cache, by reason.", "reason")
+        self._queue = gauge("queue_depth", "Jobs waiting for or held by I/O threads.")
+        self._queue_bytes = gauge("queue_bytes", "Bytes waiting to be written to tiers below.")
+        self._slots = gauge("arena_slots", "Arena slots, by group and state.", "group", "state")
+        self._tier_bytes = gauge("tier_bytes", "Bytes that a tier occupies.", "tier")
         self._children: dict[tuple[object, ...], Counter | Gauge] = {}
 
     def requested(self, tokens: int) -> None:
@@ -179,10 +193,3 @@ class Metrics:
         if child is None:  # two threads may both bind it: the metric hands both the same child
             child = self._children[key] = metric.labels(*labels)
         return child  # type: ignore[return-value]  # the key holds the metric, so the child is of its type
-
-
-_TIMED: Final[dict[Op, str]] = {
-    "lookup": "Seconds per lookup.",
-    "retrieve": "Seconds per retrieve.",
-    "store": "Seconds per store, until the source may be overwritten.",
-}

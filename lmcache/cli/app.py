@@ -1,0 +1,50 @@
+"""Puts the commands together and turns typed errors into one line on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lmcache.cli import bench, clear, demo, doctor, ls, verify
+from lmcache.errors import LMCacheError
+
+app = typer.Typer(
+    name="lmcache",
+    help="An engine-agnostic KV cache: a hit is bit-for-bit what was computed, or it is a miss.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import lmcache
+
+        typer.echo(f"lmcache-sdk {lmcache.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (demo, doctor, bench, ls, verify, clear):
+    command.register(app)
+
+
+def main() -> None:
+    """Entry point. Exit status: 0 = fine, 1 = the command found something wrong, 2 = it could not do what was asked."""
+    try:
+        app()
+    except LMCacheError as error:
+        print(f"lmcache: {error}", file=sys.stderr)
+        sys.exit(2)

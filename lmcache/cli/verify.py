@@ -1,0 +1,138 @@
+"""`lmcache verify`: every byte of every file of the disk tier is checked again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lmcache.cli.output import JsonOption, PathOption, console, disk_folder, human_bytes, print_json
+from lmcache.errors import FormatError, FormatVersionError
+
+if TYPE_CHECKING:
+    from lmcache.keys import ObjectId
+    from lmcache.tiers.folder import Entry
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file and what is wrong with it."""
+
+    file: str
+    reason: str
+
+
+@dataclass
+class Verdict:
+    """The outcome. `newer`: written by a newer release, so neither good nor bad; they are never deleted."""
+
+    checked: int = 0
+    bytes: int = 0
+    bad: list[Problem] = field(default_factory=list)
+    unreadable: list[Problem] = field(default_factory=list)
+    newer: list[Problem] = field(default_factory=list)
+    deleted: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing needs attention."""
+        return not self.bad and not self.unreadable
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(verify)
+
+
+def verify(
+    path: PathOption = None,
+    delete_bad: Annotated[bool, typer.Option("--delete-bad", help="Remove the files that are damaged.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Check header, length and checksums of every file. Engines may go on using the folder meanwhile.
+
+    Exit status 1 if anything is damaged or cannot be read, whether or not it was then deleted.
+
+    \b
+    Examples:
+      lmcache verify
+      lmcache verify --path /mnt/nvme/kv --delete-bad
+      lmcache verify --json
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from lmcache.tiers.folder import walk
+
+    folder = disk_folder(path)
+    entries = [entry for entry in walk(str(folder / "objects")) if not entry.temp]
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("verify", total=sum(entry.size for entry in entries))
+        verdict, ids = check(entries, lambda nbytes: progress.advance(bar, nbytes))
+    if delete_bad and ids:
+        verdict.deleted = _delete(folder, ids)
+    if json:
+        print_json({"path": str(folder), "ok": verdict.ok, **asdict(verdict)})
+    else:
+        out = console()
+        for title, problems in (
+            ("bad", verdict.bad),
+            ("unreadable", verdict.unreadable),
+            ("newer format", verdict.newer),
+        ):
+            for problem in problems:
+                out.print(f"{title}: {problem.file}: {problem.reason}", markup=False, soft_wrap=True)
+        done = f", {verdict.deleted} deleted" if verdict.deleted else ""
+        out.print(
+            f"{verdict.checked:,} files, {human_bytes(verdict.bytes)} checked: {len(verdict.bad)} bad{done}, "
+            f"{len(verdict.unreadable)} unreadable, {len(verdict.newer)} of a newer format"
+        )
+    if not verdict.ok:
+        raise typer.Exit(1)
+
+
+def check(entries: Iterable[Entry], advance: Callable[[int], object]) -> tuple[Verdict, list[ObjectId]]:
+    """The verdict on all files, and the names of the bad ones. A file that is evicted meanwhile is left out."""
+    from lmcache.objectfile import verify_file
+    from lmcache.tiers.folder import object_of
+
+    verdict = Verdict()
+    bad: list[ObjectId] = []
+    for entry in entries:
+        id = object_of(entry)
+        try:
+            if id is None:
+                continue  # `walk` only yields names that parse; this is for the type checker
+            verify_file(entry.path, id)
+        except FileNotFoundError:
+            continue
+        except FormatVersionError as error:
+            verdict.newer.append(Problem(entry.path, str(error)))
+        except FormatError as error:
+            if os.path.exists(entry.path):  # not one that was removed and written anew while we read it
+                verdict.bad.append(Problem(entry.path, str(error)))
+                assert id is not None
+                bad.append(id)
+        except OSError as error:
+            verdict.unreadable.append(Problem(entry.path, error.strerror or str(error)))
+        finally:
+            advance(entry.size)
+        verdict.checked += 1
+        verdict.bytes += entry.size
+    return verdict, bad
+
+
+def _delete(folder: Path, ids: list[ObjectId]) -> int:
+    from lmcache.plan import Status
+    from lmcache.tiers.disk import DiskTier
+
+    tier = DiskTier(folder)
+    try:
+        return sum(result.status is Status.OK for result in tier.delete(ids))
+    finally:
+        tier.close()
