@@ -1,0 +1,199 @@
+"""Where objects lie in a disk tier's folder, and how a finished file gets its name.
+
+    <root>/objects/<namespace hex>/<first 2 hex of chain>/<chain hex>.<group>.L<a>-<b>.H<a>-<b>.<depth>.<tokens>.safetensors
+
+A name is a pure function of the `ObjectId` and gives it back, so a folder needs no index: listing it is enough. Whatever
+else lies there is foreign: never served, never removed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import socket
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import xxhash
+
+from lmcache.keys import ObjectId
+from lmcache.spec import Rect
+
+_NUMBER = "(0|[1-9][0-9]{0,18})"
+_NAMESPACE = re.compile("([0-9a-f]{2}){1,32}")
+_OBJECT = re.compile(
+    rf"((?:[0-9a-f]{{2}}){{1,32}})\.{_NUMBER}\.L{_NUMBER}-{_NUMBER}\.H{_NUMBER}-{_NUMBER}\.{_NUMBER}\.{_NUMBER}\.safetensors"
+)
+_TEMP = re.compile(r"\.tmp-([0-9a-f]{16})-([0-9]{1,10})-[0-9a-f]{16}")
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class Entry(NamedTuple):
+    """One of our files. `temp` = not published yet, or left behind by a killed process; else it is an object."""
+
+    path: str
+    name: str
+    temp: bool
+    size: int
+    used: float
+    """When it was last read or written, seconds since 1970."""
+
+
+def relative_path(id: ObjectId) -> str:
+    """The object's place below `<root>/objects`."""
+    chain, (l0, l1), (h0, h1) = id.chain.hex(), id.rect.layers, id.rect.heads
+    return (
+        f"{id.namespace.hex()}/{chain[:2]}/{chain}.{id.group}.L{l0}-{l1}.H{h0}-{h1}.{id.depth}.{id.tokens}.safetensors"
+    )
+
+
+def parse_path(namespace: str, shard: str, name: str) -> ObjectId | None:
+    """The id that `relative_path` turns into `namespace/shard/name`, None if there is none."""
+    found = _OBJECT.fullmatch(name)
+    if found is None or not name.startswith(shard) or not _NAMESPACE.fullmatch(namespace):
+        return None
+    chain, *numbers = found.groups()
+    group, l0, l1, h0, h1, depth, tokens = map(int, numbers)
+    return ObjectId(bytes.fromhex(namespace), bytes.fromhex(chain), group, Rect((l0, l1), (h0, h1)), tokens, depth)
+
+
+def depth_of(name: str) -> int:
+    """The chunk's index in its chain, from an object's file name."""
+    return int(name.rsplit(".", 3)[1])
+
+
+def host_tag() -> str:
+    """Who can tell whether a process id is alive: this boot of this host and its pid namespace, 16 hex digits."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            text = f"{file.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        text = socket.gethostname()
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def temp_name(tag: str) -> str:
+    """A fresh name for a file that is being written by this process."""
+    return f".tmp-{tag}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def is_stale(entry: Entry, tag: str, now: float, max_age: float) -> bool:
+    """Whether nobody will finish this temporary: its process is dead (where we can know), or it is older than `max_age`."""
+    found = _TEMP.fullmatch(entry.name)
+    assert found is not None
+    if now - entry.used > max_age:
+        return True
+    if found[1] != tag:
+        return False
+    try:
+        os.kill(int(found[2]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def walk(objects: str, namespace: bytes | None = None) -> Iterator[Entry]:
+    """Our files below `<root>/objects` (of one namespace). Files that vanish meanwhile are left out.
+
+    Raises:
+        OSError: a folder can't be listed for another reason than being gone.
+    """
+    for space in _folders(objects):
+        if not _NAMESPACE.fullmatch(space.name) or (namespace is not None and space.name != namespace.hex()):
+            continue
+        for shard in _folders(space.path):
+            for entry in _listing(shard.path):
+                temp = entry.name[0] == "."
+                pattern = _TEMP if temp else _OBJECT
+                if not pattern.fullmatch(entry.name) or not (temp or entry.name.startswith(shard.name)):
+                    continue
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    used = max(status.st_atime, status.st_mtime)
+                    yield Entry(entry.path, entry.name, temp, status.st_size, used)
+
+
+def object_of(entry: Entry) -> ObjectId | None:
+    """The id of an entry met by `walk`."""
+    rest, shard = os.path.split(os.path.dirname(entry.path))
+    return parse_path(os.path.basename(rest), shard, entry.name)
+
+
+def make_folders(root: str, folder: str) -> None:
+    """Make `folder` below `root`, and `root` itself, readable by the owner alone. What exists stays as it is."""
+    if os.path.isdir(folder):
+        return
+    if folder != root:
+        make_folders(root, os.path.dirname(folder))
+    else:
+        os.makedirs(os.path.dirname(root) or ".", exist_ok=True)
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
+
+
+def publish(temp: str, path: str) -> None:
+    """Give a finished file its name, atomically and without replacing. The temporary name is gone afterwards.
+
+    Raises:
+        FileExistsError: something of that name is there; nothing changed, `temp` still exists.
+        FileNotFoundError: `temp` or the folder was removed meanwhile.
+    """
+    try:
+        os.link(temp, path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _rename_without_replacing(temp, path)
+        return
+    os.unlink(temp)
+
+
+def _rename_without_replacing(temp: str, path: str) -> None:
+    """For filesystems without hard links (exFAT, some FUSE and cloud mounts)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(_AT_FDCWD, os.fsencode(temp), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(code, os.strerror(code), path)
+    # Neither is there. Two writers of one name may now both win in turn; each file is whole and holds the same values.
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    os.rename(temp, path)
+
+
+def unlink(path: str) -> bool:
+    """Remove a file; False if it was gone."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _listing(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _folders(folder: str) -> Iterator[os.DirEntry[str]]:
+    return (entry for entry in _listing(folder) if entry.is_dir(follow_symlinks=False))

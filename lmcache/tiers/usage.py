@@ -1,0 +1,141 @@
+"""How many bytes a folder holds, as all processes that write to it know it together.
+
+Two 64-bit numbers in the file `<root>/usage`, changed under a file lock that is held for microseconds: `used` (objects, and
+reservations of writes under way) and `wanted` (room that a writer found missing). It is advice, not truth: a killed process
+leaves it slightly wrong, and the janitor corrects it from the folder's listing. Where the file can't be used (read-only
+filesystem, no locks), the numbers are this process's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+_RECORD = struct.Struct("<8sqq")
+_MAGIC = b"lmcache1"
+_PATIENCE = 0.2
+"""Seconds to wait for the lock: its holder may be a stopped process, and a slightly wrong number is better than a hang."""
+
+
+class Count(NamedTuple):
+    """What the record says, in bytes."""
+
+    used: int
+    wanted: int
+
+
+class Usage:
+    """The counter of one folder. Thread-safe; several processes may share it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._mutex = threading.Lock()
+        self._fd = -1
+        self._own = Count(0, 0)
+
+    def add(self, delta: int, limit: int | None = None) -> bool:
+        """Count `delta` bytes more, unless that makes it more than `limit`: then note the missing room and return False."""
+        fits = True
+
+        def change(now: Count) -> Count:
+            nonlocal fits
+            fits = limit is None or now.used + delta <= limit
+            return Count(max(0, now.used + delta), now.wanted) if fits else Count(now.used, max(now.wanted, delta))
+
+        self._update(change)
+        return fits
+
+    def read(self) -> Count:
+        """The numbers now."""
+        return self._update(lambda now: now)
+
+    def correct(self, before: int, counted: int) -> Count:
+        """Replace `before`, read when a listing began, by what it `counted`; what came meanwhile is added. Room is no longer
+        wanted: whoever still waits says so again.
+        """
+        return self._update(lambda now: Count(counted + max(0, now.used - before), 0))
+
+    def known(self) -> bool:
+        """Whether an earlier process left a count."""
+        with self._mutex, contextlib.suppress(OSError):
+            return _unpack(os.pread(self._open(), _RECORD.size, 0)) is not None
+        return False
+
+    def stale(self) -> bool:
+        """Whether the open file is no longer the one of that name (the folder was moved or replaced)."""
+        with self._mutex:
+            return self._fd >= 0 and not same_file(self._fd, self._path)
+
+    def reopen(self) -> None:
+        """Forget the open file and its lock. For a forked child: the lock would be shared with its parent."""
+        self._mutex = threading.Lock()
+        self.close()
+
+    def close(self) -> None:
+        """Release the file; it is opened again when needed."""
+        with self._mutex:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
+
+    def _open(self) -> int:
+        if self._fd >= 0 and os.fstat(self._fd).st_nlink == 0:  # the folder was removed under us
+            os.close(self._fd)
+            self._fd = -1
+        if self._fd < 0:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._fd = os.open(self._path, flags, 0o600)
+        return self._fd
+
+    def _update(self, change: Callable[[Count], Count]) -> Count:
+        with self._mutex:
+            try:
+                fd = self._open()
+                locked = _lock(fd)
+            except OSError:
+                self._own = change(self._own)
+                return self._own
+            try:
+                now = _unpack(os.pread(fd, _RECORD.size, 0)) or Count(0, 0)
+                self._own = change(now)
+                if self._own != now:
+                    os.pwrite(fd, _RECORD.pack(_MAGIC, *self._own), 0)
+            except OSError:
+                pass  # the janitor will correct it
+            finally:
+                if locked:
+                    fcntl.flock(fd, fcntl.LOCK_UN)
+            return self._own
+
+
+def same_file(fd: int, path: str) -> bool:
+    """Whether `path` still names the open file `fd`."""
+    try:
+        there, here = os.stat(path, follow_symlinks=False), os.fstat(fd)
+    except OSError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def _unpack(data: bytes) -> Count | None:
+    if len(data) != _RECORD.size:
+        return None
+    magic, used, wanted = _RECORD.unpack(data)
+    return Count(max(0, used), max(0, wanted)) if magic == _MAGIC else None
+
+
+def _lock(fd: int) -> bool:
+    """Lock, or give up after a while."""
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.0005)
+    return False
