@@ -1,0 +1,42 @@
+"""Worker threads run tasks in order, start on demand, and never keep a process alive."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+from lmcache.workers import Workers
+
+
+def test_tasks_run_in_order_on_one_thread_and_all_run_before_close_returns() -> None:
+    workers, seen = Workers("w", 1), []
+    for i in range(100):
+        assert workers.submit(lambda i=i: seen.append(i))
+    assert workers.close()
+    assert seen == list(range(100))
+    assert not workers.submit(lambda: None)
+    assert workers.close(), "closing twice is harmless"
+
+
+def test_threads_start_only_when_there_is_more_work_than_hands() -> None:
+    before = threading.active_count()
+    workers = Workers("w", 8)
+    assert threading.active_count() == before
+    gate = threading.Event()
+    for _ in range(3):
+        workers.submit(gate.wait)
+    assert threading.active_count() == before + 3
+    gate.set()
+    assert workers.close()
+    assert threading.active_count() == before
+
+
+def test_a_hanging_task_does_not_keep_close_or_the_process_waiting() -> None:
+    code = (
+        "import threading; from lmcache.workers import Workers\n"
+        "w = Workers('w', 2); w.submit(threading.Event().wait)\n"
+        "assert not w.close(0.05); print('ended')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert out.stdout.strip() == "ended"
