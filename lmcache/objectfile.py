@@ -387,14 +387,19 @@ def decode_header(data: memoryview | bytes, id: ObjectId | None = None) -> Heade
         raise FormatError(f"truncated: the header has {size} bytes, only {len(data)} are there")
     try:
         text = _decode_outer(data[8:size]).metadata.lmcache
-        version = _decode_version(text).format
-        if version > FORMAT:
-            raise FormatVersionError(
-                f"written by format {version}, this release reads ≤ {FORMAT}: upgrade lmcache-sdk to read it"
-            )
-        header = _decode_inner(text)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"the header is damaged: {error}") from None
+    try:
+        header = _decode_inner(text)
+        version = header.format
+    except (msgspec.MsgspecError, RecursionError) as error:
+        version = _version_of(text)
+        if version <= FORMAT:
+            raise FormatError(f"the header is damaged: {error}") from None
+    if version > FORMAT:
+        raise FormatVersionError(
+            f"written by format {version}, this release reads ≤ {FORMAT}: upgrade lmcache-sdk to read it"
+        )
     raw, digest = bytes(data[:size]), header.digest.encode()
     at = raw.rfind(digest)
     if xxhash.xxh3_128_hexdigest(b"".join((raw[:at], _ZEROS.encode(), raw[at + 32 :]))) != header.digest:
@@ -416,9 +421,12 @@ def verify(header: Header, payload: memoryview, segments: range | None = None) -
     Raises:
         FormatError: naming the first segment whose bytes are missing or wrong.
     """
-    for index in range(len(header.segments)) if segments is None else segments:
-        segment = header.segments[index]
-        verify_segment(segment, payload[segment.offset : segment.offset + segment.stored])
+    checked = header.segments if segments is None else [header.segments[index] for index in segments]
+    hexdigest = xxhash.xxh3_128_hexdigest
+    for segment in checked:
+        data = payload[segment.offset : segment.offset + segment.stored]
+        if hexdigest(data) != segment.xxh3 or len(data) != segment.stored:
+            verify_segment(segment, data)  # says what is wrong
 
 
 def verify_segment(segment: Segment, data: memoryview) -> None:
@@ -478,6 +486,14 @@ def _covered(runs: Iterable[tuple[int, int]]) -> int:
             raise FormatError(f"a segment of {length} bytes at {offset}: the next one should start at {at}")
         at += length
     return at
+
+
+def _version_of(text: str) -> int:
+    """The one thing that can be read from a header of any version; 0 if not even that."""
+    try:
+        return _decode_version(text).format
+    except (msgspec.MsgspecError, RecursionError):
+        return 0
 
 
 def _check(header: Header) -> None:

@@ -19,11 +19,21 @@ from pathlib import Path
 
 from lmcache.errors import TierError
 from lmcache.keys import ObjectId
-from lmcache.log import Throttle
+from lmcache.log import Throttle, info
 from lmcache.plan import Status
 from lmcache.tiers.base import Found, Read, Result, Write
-from lmcache.tiers.folder import host_tag, make_folders, object_of, publish, relative_path, temp_name, unlink, walk
-from lmcache.tiers.janitor import Janitor, Timing
+from lmcache.tiers.folder import (
+    host_tag,
+    make_folders,
+    object_of,
+    prune,
+    publish,
+    relative_path,
+    temp_name,
+    unlink,
+    walk,
+)
+from lmcache.tiers.janitor import HIGH, Janitor, Timing
 from lmcache.tiers.rawio import Late, read_all, write_all
 from lmcache.tiers.usage import Usage
 
@@ -32,6 +42,7 @@ _OPEN_TEMP = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _MANY = 1 << 16
+_TRIES = 8
 _FIRST_PAUSE, _LAST_PAUSE = 0.1, 30.0
 
 
@@ -110,6 +121,7 @@ class DiskTier:
                 if unlink(entry.path) and not entry.temp:
                     removed += 1
                     self._usage.add(-entry.size)
+            prune(self._objects, time.time())
         except OSError as error:
             raise TierError(f"{self._root}: not everything could be removed: {error}") from error
         return removed
@@ -185,6 +197,8 @@ class DiskTier:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 return Result(Status.MISSING, 0, "not a regular file")
+            if not status.st_size:
+                return Result(Status.MISSING, 0, "an empty file")
             moved = read_all(fd, read.buffers, read.ranges, deadline)
             self._touch(fd, status)
             return Result(Status.OK, moved)
@@ -206,7 +220,7 @@ class DiskTier:
         size = sum(memoryview(part).nbytes for part in write.parts)
         if not size:
             return Result(Status.FAILED, 0, "an object has at least one byte")
-        if self._capacity is not None and size > self._capacity:
+        if self._capacity is not None and size > HIGH * self._capacity:
             return Result(Status.FULL, 0, f"{size} bytes do not fit into {self._capacity}")
         path = self._path(write.id)
         try:
@@ -217,9 +231,8 @@ class DiskTier:
         if time.monotonic() < self._resume_at:
             return Result(Status.FULL, 0, f"no space left on device; next try in ≤ {self._pause:g} s")
         self._janitor.start()
-        while not self._usage.add(size, self._capacity):
-            if not self._janitor.make_room(size, deadline):
-                return Result(Status.FULL, 0, f"{self._capacity} bytes are in use and can't be freed fast enough")
+        if not self._reserve(size, deadline):
+            return Result(Status.FULL, 0, f"{self._capacity} bytes are in use and can't be freed fast enough")
         kept = False
         try:
             kept = self._publish(path, write.parts, size, deadline)
@@ -234,6 +247,15 @@ class DiskTier:
         finally:
             if not kept:
                 self._usage.add(-size)
+
+    def _reserve(self, size: int, deadline: float | None) -> bool:
+        """Count `size` bytes as used, evicting if need be. Others may take the room that was made, so it may take some tries."""
+        for _ in range(_TRIES):
+            if self._usage.add(size, self._capacity):
+                return True
+            if not self._janitor.make_room(size, deadline):
+                return False
+        return False
 
     def _publish(self, path: str, parts: Sequence[memoryview | bytes], size: int, deadline: float | None) -> bool:
         """Write a temporary file and give it its name; False if another writer was faster."""
@@ -257,6 +279,8 @@ class DiskTier:
                 with contextlib.suppress(OSError):
                     os.unlink(temp)
         with self._lock:
+            if self._pause:
+                info("disk-recovered", path=self._root)
             self._pause = 0.0
             if len(self._unsynced) < _MANY:
                 self._unsynced[path] = None

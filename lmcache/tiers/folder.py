@@ -8,6 +8,7 @@ else lies there is foreign: never served, never removed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -125,6 +126,15 @@ def walk(objects: str, namespace: bytes | None = None) -> Iterator[Entry]:
                     yield Entry(entry.path, entry.name, temp, status.st_size, used)
 
 
+def prune(objects: str, before: float) -> None:
+    """Remove empty folders that did not change since `before` (seconds since 1970): namespaces come and go."""
+    for space in _folders(objects):
+        for folder in (*_folders(space.path), space):
+            with contextlib.suppress(OSError):
+                if _NAMESPACE.fullmatch(folder.name) and folder.stat(follow_symlinks=False).st_mtime <= before:
+                    os.rmdir(folder.path)
+
+
 def object_of(entry: Entry) -> ObjectId | None:
     """The id of an entry met by `walk`."""
     rest, shard = os.path.split(os.path.dirname(entry.path))
@@ -160,7 +170,8 @@ def publish(temp: str, path: str) -> None:
             raise
         _rename_without_replacing(temp, path)
         return
-    os.unlink(temp)
+    with contextlib.suppress(OSError):  # it is published; what is left of the other name is the janitor's
+        os.unlink(temp)
 
 
 def _rename_without_replacing(temp: str, path: str) -> None:

@@ -15,7 +15,7 @@ import time
 from typing import NamedTuple
 
 from lmcache.log import Throttle
-from lmcache.tiers.folder import Entry, depth_of, host_tag, is_stale, unlink, walk
+from lmcache.tiers.folder import Entry, depth_of, host_tag, is_stale, prune, unlink, walk
 from lmcache.tiers.usage import Usage, same_file
 
 HIGH, LOW = 0.95, 0.90
@@ -61,7 +61,7 @@ class Janitor:
 
     def forked(self) -> None:
         """Start over: in a new process nothing is running, and the parent's lock is not ours."""
-        self._mutex = threading.Lock()  # one pass, one change of the lock at a time
+        self._mutex = threading.RLock()  # one pass, one change of the lock at a time; `close` may come from a finalizer
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._next_scan = 0.0
@@ -174,6 +174,8 @@ class Janitor:
         entries: list[Entry] = []
         counted, now = 0, time.time()
         for entry in walk(self._objects):
+            if self._closed:
+                return
             if entry.temp:
                 if is_stale(entry, self._tag, now, self._timing.temp_age):
                     unlink(entry.path)
@@ -182,6 +184,8 @@ class Janitor:
             else:
                 counted += entry.size
                 entries.append(entry)
+        if begun >= self._next_scan:
+            prune(self._objects, now - self._timing.temp_age)
         used = self._usage.correct(before.used, counted).used
         if self._capacity is not None:
             need = max(need, before.wanted)

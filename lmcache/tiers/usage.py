@@ -35,7 +35,7 @@ class Usage:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
         self._fd = -1
         self._own = Count(0, 0)
 
@@ -74,7 +74,7 @@ class Usage:
 
     def reopen(self) -> None:
         """Forget the open file and its lock. For a forked child: the lock would be shared with its parent."""
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
         self.close()
 
     def close(self) -> None:
@@ -110,7 +110,8 @@ class Usage:
                 pass  # the janitor will correct it
             finally:
                 if locked:
-                    fcntl.flock(fd, fcntl.LOCK_UN)
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(fd, fcntl.LOCK_UN)
             return self._own
 
 
