@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lmcache.cli import bench, clear, demo, doctor, ls, verify
+from lmcache.cli import clear, doctor, ls, verify
 from lmcache.errors import LMCacheError
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def _root(
     pass
 
 
-for command in (demo, doctor, bench, ls, verify, clear):
+for command in (doctor, ls, verify, clear):
     command.register(app)
 
 
@@ -45,6 +45,6 @@ def main() -> None:
     """Entry point. Exit status: 0 = fine, 1 = the command found something wrong, 2 = it could not do what was asked."""
     try:
         app()
-    except LMCacheError as error:
+    except (LMCacheError, OSError) as error:
         print(f"lmcache: {error}", file=sys.stderr)
         sys.exit(2)

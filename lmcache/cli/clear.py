@@ -39,17 +39,19 @@ def clear(
     if namespace is not None:
         full = _complete(namespace, sorted(tallies))
         tallies = {full: tallies[full]}
-    objects, nbytes = sum(t.objects for t in tallies.values()), sum(t.bytes for t in tallies.values())
+    objects, nbytes = sum(t.objects for t in tallies.values()), sum(t.nbytes for t in tallies.values())
     what = f"{objects:,} objects ({human_bytes(nbytes)}) in {folder}"
     if not yes:
         if json:
             raise ConfigError("--json asks no questions: confirm with --yes")
         typer.confirm(f"Remove {what}?", abort=True)
-    tier = DiskTier(folder)
-    try:
-        removed = tier.clear() if namespace is None else sum(tier.clear(bytes.fromhex(name)) for name in tallies)
-    finally:
-        tier.close()
+    removed = 0
+    if (folder / "objects").is_dir():  # in any other folder a tier would first have to be made
+        tier = DiskTier(folder)
+        try:
+            removed = tier.clear() if namespace is None else sum(tier.clear(bytes.fromhex(name)) for name in tallies)
+        finally:
+            tier.close()
     if json:
         print_json({"path": str(folder), "namespaces": sorted(tallies), "removed": removed, "bytes": nbytes})
     else:

@@ -132,7 +132,8 @@ def _devices() -> Iterator[Finding]:
 
     yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {host_isa()}, torch {torch.__version__}")
     if not torch.cuda.is_available():
-        why = "this torch was built without CUDA and ROCm" if not torch.backends.cuda.is_built() else "no usable GPU"
+        built = torch.version.cuda or torch.version.hip
+        why = "no usable GPU" if built else "this torch was built without CUDA and ROCm"
         yield Finding("gpu", "note", f"none: {why}", "everything works on the CPU")
         return
     for index in range(torch.cuda.device_count()):
@@ -179,7 +180,10 @@ def disk(folder: Path | None, limit: int, probe_bytes: int) -> Finding:
         return Finding("disk", "bad", f"{detail}; cannot write: {error.strerror}", "set disk_path to a writable folder")
     if free < limit:
         return Finding(
-            "disk", "note", detail, f"disk_bytes is {human_bytes(limit)}: stores are skipped when it is full"
+            "disk",
+            "note",
+            detail,
+            f"disk_bytes is {human_bytes(limit)}: the disk fills before; stores are skipped then",
         )
     return Finding("disk", "ok", detail)
 

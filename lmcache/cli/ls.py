@@ -18,7 +18,7 @@ class Tally:
 
     namespace: str
     objects: int = 0
-    bytes: int = 0
+    nbytes: int = 0
     oldest_s: float = 0.0
     newest_s: float = float("inf")
     chunks: dict[bytes, int] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Tally:
             "objects": self.objects,
             "chunks": len(self.chunks),
             "tokens": self.tokens,
-            "bytes": self.bytes,
+            "bytes": self.nbytes,
             "oldest_s": round(self.oldest_s, 1),
             "newest_s": round(self.newest_s, 1),
         }
@@ -55,12 +55,12 @@ def ls(path: PathOption = None, json: JsonOption = False) -> None:
       lmcache ls --path /mnt/nvme/kv --json
     """
     folder = disk_folder(path)
-    tallies = sorted(tally(folder).values(), key=lambda t: -t.bytes)
+    tallies = sorted(tally(folder).values(), key=lambda t: -t.nbytes)
     total = {
         "namespaces": len(tallies),
         "objects": sum(t.objects for t in tallies),
         "tokens": sum(t.tokens for t in tallies),
-        "bytes": sum(t.bytes for t in tallies),
+        "bytes": sum(t.nbytes for t in tallies),
     }
     if json:
         print_json({"path": str(folder), "total": total, "namespaces": [t.plain() for t in tallies]})
@@ -72,7 +72,7 @@ def ls(path: PathOption = None, json: JsonOption = False) -> None:
         table.add_column(title, justify="left" if title == "namespace" else "right")
     for t in tallies:
         ages = (human_age(t.newest_s), human_age(t.oldest_s))
-        table.add_row(t.namespace[:16], f"{t.objects:,}", f"{t.tokens:,}", human_bytes(t.bytes), *ages)
+        table.add_row(t.namespace[:16], f"{t.objects:,}", f"{t.tokens:,}", human_bytes(t.nbytes), *ages)
     out = console()
     if tallies:
         out.print(table)
@@ -92,7 +92,7 @@ def tally(folder: Path) -> dict[str, Tally]:
         name = id.namespace.hex()
         t = tallies.get(name) or tallies.setdefault(name, Tally(name))
         t.objects += 1
-        t.bytes += entry.size
+        t.nbytes += entry.size
         t.chunks[id.chain] = id.tokens
         age = max(0.0, now - entry.used)
         t.oldest_s, t.newest_s = max(t.oldest_s, age), min(t.newest_s, age)

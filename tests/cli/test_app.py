@@ -1,0 +1,68 @@
+"""The command line as a whole: quick, complete, and errors are one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from clilab import Run
+from typer.main import get_command
+
+import lmcache
+from lmcache.cli import app, main
+from lmcache.cli.output import human_age, human_bytes
+
+HEAVY = ("torch", "numpy", "transformers", "yaml", "lmcache_hf", "lmcache.tiers.disk", "prometheus_client")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys\ntry:\n    from lmcache.cli import main; main()\nexcept SystemExit: pass\nprint('LOADED', *sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=120, check=True
+    )
+    text, _, loaded = done.stdout.partition("LOADED")
+    assert "verify" in text
+    assert not set(loaded.split()).intersection(HEAVY)
+
+
+def test_every_command_has_json_and_examples(run: Run) -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert {"doctor", "ls", "verify", "clear"} <= set(commands)
+    for name, command in commands.items():
+        for path, leaf in [([name, sub], c) for sub, c in getattr(command, "commands", {}).items()] or [
+            ([name], command)
+        ]:
+            assert "--json" in [o for p in leaf.params for o in p.opts], path
+            shown = run(*path, "--help", env={"COLUMNS": "200"})
+            assert shown.exit_code == 0
+            assert "Examples" in shown.stdout, path
+            assert f"lmcache {' '.join(path)}" in shown.stdout, path
+
+
+def test_the_version_is_the_packages(run: Run) -> None:
+    assert run("--version").stdout == f"lmcache-sdk {lmcache.__version__}\n"
+
+
+def test_a_typed_error_is_one_line_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lmcache", "ls", "--path", str(tmp_path / "none"), "--json"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"lmcache: there is no folder '{tmp_path}/none'; check --path, or the configured disk_path\n"
+
+
+def test_sizes_and_ages_are_short_for_people() -> None:
+    assert [human_bytes(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 GiB",
+        "3.0 TiB",
+    ]
+    assert [human_age(s) for s in (-1, 5, 90, 7200, 200000)] == ["0 s", "5 s", "2 min", "2 h", "2 d"]
