@@ -1,0 +1,197 @@
+"""Addresses as plain integers: where an element lies, and which bytes are contiguous on both sides of a copy.
+
+An axis whose positions lie regularly in memory is a list of *digits*: position i, written in mixed radix from the major
+to the minor digit, lies at the sum of digit × stride. A plain axis has one digit; `slot/16 … slot%16` has two, with
+strides that need not be ordered. All offsets and strides are in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Digits = tuple[tuple[int, int], ...]
+"""(size, stride in bytes) of each digit of an axis, major first; the axis' extent is the product of the sizes."""
+
+Dim = tuple[int, int, int]
+"""(size, stride in bytes on side A, stride in bytes on side B) of one loop of a copy."""
+
+
+def table(digits: Digits) -> npt.NDArray[np.int64]:
+    """Byte offset of each position of an axis, int64 `(extent,)`."""
+    out = np.zeros(1, dtype=np.int64)
+    for size, stride in digits:
+        out = (out[:, None] + np.arange(size, dtype=np.int64)[None, :] * stride).reshape(-1)
+    return out
+
+
+def extent(digits: Digits) -> int:
+    """How many positions an axis has."""
+    out = 1
+    for size, _ in digits:
+        out *= size
+    return out
+
+
+@dataclass(frozen=True)
+class PlaneAddress:
+    """Where one plane of one layer lies: element (page, head, slot, elem) starts at byte
+    `base + page·page_stride + head·head_stride + T[slot] + E[elem]` of storage number `storage`.
+
+    Attributes:
+        storage: index into the list of flat storages this address belongs to.
+        base: byte offset of element (0, 0, 0, 0) in that storage.
+        page: bytes from a page to the next.
+        head: bytes from a kv head to the next (0 where there is one).
+        slot: digits of the slot inside its page; their extent is the page's tokens.
+        elem: digits of the element.
+        itemsize: bytes per element.
+    """
+
+    storage: int
+    base: int
+    page: int
+    head: int
+    slot: Digits
+    elem: Digits
+    itemsize: int
+
+    @cached_property
+    def T(self) -> npt.NDArray[np.int64]:  # noqa: N802 - the name in the formula
+        """Byte offset of each slot inside its page, `(block_tokens,)`."""
+        return table(self.slot)
+
+    @cached_property
+    def E(self) -> npt.NDArray[np.int64]:  # noqa: N802 - the name in the formula
+        """Byte offset of each element, `(elems,)`."""
+        return table(self.elem)
+
+    def at(self, page: int, head: int, slot: int, elem: int) -> int:
+        """Byte offset of one element in its storage."""
+        return int(self.base + page * self.page + head * self.head + int(self.T[slot]) + int(self.E[elem]))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an axis that lies regularly on both sides: `dims` loops from offsets `a` and `b`."""
+
+    a: int
+    b: int
+    dims: tuple[Dim, ...]
+
+
+def refine(a: Digits, b: Digits) -> tuple[Piece, ...]:
+    """One axis of equal extent in two arrangements, as loops that are regular on *both* sides.
+
+    Digits are split where the other side splits them; that is one piece whenever one side's radix divides the other's.
+    Where neither divides (pages of 12 and of 16 tokens), the axis falls into several pieces.
+    """
+    if extent(a) != extent(b):
+        raise ValueError(f"axes of {extent(a)} and {extent(b)} positions cannot be matched")
+    dims: list[Dim] = []
+    left, right = [d for d in a if d[0] > 1], [d for d in b if d[0] > 1]
+    while left and right:
+        (n, s), (m, t) = left.pop(), right.pop()
+        step = min(n, m)
+        if n % step or m % step:
+            return _irregular(table(a), table(b))
+        dims.append((step, s, t))
+        if n > step:
+            left.append((n // step, s * step))
+        if m > step:
+            right.append((m // step, t * step))
+    return (Piece(0, 0, tuple(reversed(dims))),)
+
+
+def _irregular(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> tuple[Piece, ...]:
+    """Maximal runs of constant step on both sides."""
+    pieces = []
+    start, n = 0, len(a)
+    while start < n:
+        stop = start + 1
+        if stop < n:
+            step = (int(a[stop] - a[start]), int(b[stop] - b[start]))
+            while stop < n and (int(a[stop] - a[stop - 1]), int(b[stop] - b[stop - 1])) == step:
+                stop += 1
+            dims: tuple[Dim, ...] = ((stop - start, *step),) if stop - start > 1 else ()
+        else:
+            dims = ()
+        pieces.append(Piece(int(a[start]), int(b[start]), dims))
+        start = stop
+    return tuple(pieces)
+
+
+def coalesce(dims: Sequence[Dim]) -> tuple[Dim, ...]:
+    """The same set of (offset A, offset B) pairs with as few loops as possible, largest stride on side B first.
+
+    The order of the loops does not matter to a copy, so they are sorted, and neighbours that continue each other on both
+    sides become one.
+    """
+    out: list[Dim] = []
+    for size, a, b in sorted((d for d in dims if d[0] != 1), key=lambda d: (-d[2], -d[1])):
+        if out and out[-1][1] == a * size and out[-1][2] == b * size:
+            out[-1] = (out[-1][0] * size, a, b)
+        else:
+            out.append((size, a, b))
+    return tuple(out)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One regular copy between side A and side B that repeats for every layer and every unit (a page, or some tokens).
+
+    Attributes:
+        sources: (storage, byte offset) on side A per layer, at unit address 0; the layers are `first`, `first + 1`, …
+        offset: byte offset on side B of layer `first`, unit 0.
+        layer: bytes from a layer to the next on side B.
+        units: digits of the unit on side B; on side A, units lie wherever the slots say.
+        dims: loops (size, stride on A, stride on B); the innermost is `(n, 1, 1)`, n contiguous bytes on both sides.
+        tag: strips are merged only with others of this tag (they share the addresses of their units on side A).
+    """
+
+    sources: tuple[tuple[int, int], ...]
+    offset: int
+    layer: int
+    units: Digits
+    dims: tuple[Dim, ...]
+    tag: int = 0
+    first: int = 0
+
+    @property
+    def run(self) -> int:
+        """Contiguous bytes on both sides."""
+        return self.dims[-1][0]
+
+    def tidy(self) -> Strip:
+        """The same copy with the fewest loops."""
+        dims = coalesce(self.dims)
+        return replace(self, dims=dims if dims and dims[-1][1:] == (1, 1) else (*dims, (1, 1, 1)))
+
+
+def merge_strips(strips: Sequence[Strip]) -> tuple[Strip, ...]:
+    """Join strips whose bytes follow each other on both sides for every layer (K and V of a packed page), repeatedly."""
+    work = [s.tidy() for s in strips]
+    while True:
+        by_start = {(s.offset, s.sources[0]): s for s in work}
+        for first in work:
+            storage, base = first.sources[0]
+            after = by_start.get((first.offset + first.run, (storage, base + first.run)))
+            if after is not None and after is not first and _follows(first, after):
+                joined = replace(first, dims=(*first.dims[:-1], (first.run + after.run, 1, 1))).tidy()
+                work = [joined, *(s for s in work if s is not first and s is not after)]
+                break
+        else:
+            return tuple(sorted(work, key=lambda s: s.offset))
+
+
+def _follows(a: Strip, b: Strip) -> bool:
+    return (
+        a.dims[:-1] == b.dims[:-1]
+        and (a.tag, a.first, a.layer, a.units) == (b.tag, b.first, b.layer, b.units)
+        and len(a.sources) == len(b.sources)
+        and all(s == t and y == x + a.run for (s, x), (t, y) in zip(a.sources, b.sources, strict=True))
+    )

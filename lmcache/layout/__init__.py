@@ -1,0 +1,25 @@
+"""How KV lies in memory: an engine's pages (`Layout`, `PagedKV`), an object's bytes (`ObjectLayout`), and moving between.
+
+`gather` and `scatter` are the only ways in and out of an engine's memory; `translate` rearranges an object.
+"""
+
+from lmcache.layout.axes import Axes
+from lmcache.layout.move import gather, scatter, translate
+from lmcache.layout.objects import ObjectLayout, ObjectPlane, Segment
+from lmcache.layout.paged import BoundGroup, BoundKV, Layout, PagedKV
+from lmcache.layout.slots import validate_slots
+
+__all__ = [
+    "Axes",
+    "BoundGroup",
+    "BoundKV",
+    "Layout",
+    "ObjectLayout",
+    "ObjectPlane",
+    "PagedKV",
+    "Segment",
+    "gather",
+    "scatter",
+    "translate",
+    "validate_slots",
+]
