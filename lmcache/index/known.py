@@ -1,0 +1,58 @@
+"""What the tiers are known to hold. Knowledge, not truth: every load verifies, and a wrong belief is a miss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from lmcache.plan import Name
+
+_NOTHING: Mapping[bytes, int] = MappingProxyType({})
+
+
+class Known:
+    """Contents of one tier: per namespace and group, digest → bit mask of the ranks that hold their part."""
+
+    __slots__ = ("_full", "_masks")
+
+    def __init__(self, ranks: int) -> None:
+        self._full = (1 << ranks) - 1
+        self._masks: dict[tuple[bytes, int], dict[bytes, int]] = {}
+
+    def masks(self, namespace: bytes, group: int) -> Mapping[bytes, int]:
+        """digest → ranks, for a walk over many digests; an object is usable when all ranks have it."""
+        return self._masks.get((namespace, group), _NOTHING)
+
+    def has(self, namespace: bytes, group: int, digest: bytes) -> bool:
+        """Whether every rank has the object."""
+        return self.masks(namespace, group).get(digest) == self._full
+
+    def add(self, name: Name, rank: int) -> None:
+        """`rank` has its part of the object."""
+        masks = self._masks.setdefault((name.namespace, name.group), {})
+        masks[name.chain] = masks.get(name.chain, 0) | 1 << rank
+
+    def remove(self, name: Name, rank: int | None = None) -> bool:
+        """`rank` (None: any rank) no longer has it; returns whether it was believed to."""
+        key = (name.namespace, name.group)
+        masks = self._masks.get(key)
+        before = masks.get(name.chain, 0) if masks else 0
+        if masks is None or not before:
+            return False
+        after = 0 if rank is None else before & ~(1 << rank)
+        if after:
+            masks[name.chain] = after
+        else:
+            del masks[name.chain]
+            if not masks:
+                del self._masks[key]
+        return after != before
+
+    def clear(self, namespace: bytes | None) -> None:
+        """Forget everything (of one namespace)."""
+        for key in [k for k in self._masks if namespace is None or k[0] == namespace]:
+            del self._masks[key]
+
+    def __len__(self) -> int:
+        """Objects usable on every rank."""
+        return sum(sum(mask == self._full for mask in masks.values()) for masks in self._masks.values())
