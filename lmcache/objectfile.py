@@ -15,34 +15,49 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import msgspec
 import xxhash
 
-from lmcache.errors import FormatError, FormatVersionError
+from lmcache.errors import FormatError
 from lmcache.keys import ObjectId
+from lmcache.objectheader import (
+    ALIGN,
+    FORMAT,
+    HEADER_PROBE,
+    HUGE,
+    MAX_HEADER,
+    ZERO_DIGEST,
+    Header,
+    PlaneForm,
+    Segment,
+    covered,
+    decode_header,
+    describe_id,
+    header_bytes,
+)
 from lmcache.spec import KVSpec, Rect, host_isa
 
-FORMAT = 1
-"""The format version this release writes, and the newest it reads."""
-
-ALIGN = 4096
-"""Payloads start, and files end, at multiples of this: the page size of every storage API worth having."""
-
-MAX_HEADER = 1 << 20
-"""No header is longer than this, so a damaged length field can't make a reader allocate or parse more."""
-
-HEADER_PROBE = 32 << 10
-"""How much to read first when the payload's offset is not known: the whole header of nearly every model."""
-
-_ZEROS = "0" * 32
-_HUGE = (1 << 63) - 1
-
-_Natural = Annotated[int, msgspec.Meta(ge=0, le=_HUGE)]
-_Hex = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2}){1,32}$")]
-_Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
+__all__ = [
+    "ALIGN",
+    "FORMAT",
+    "HEADER_PROBE",
+    "MAX_HEADER",
+    "Form",
+    "Header",
+    "PlaneForm",
+    "Segment",
+    "SegmentSpan",
+    "canonical_form",
+    "decode_header",
+    "describe_id",
+    "header_bytes",
+    "verify",
+    "verify_file",
+    "verify_segment",
+]
 
 # torch dtype → safetensors dtype. What is not listed is shown as raw bytes (U8) with a longer last axis.
 _SAFETENSORS_DTYPES: Mapping[str, str] = {
@@ -68,123 +83,6 @@ class SegmentSpan(NamedTuple):
     layer: int
     offset: int
     length: int
-
-
-class PlaneForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One plane as this object holds it.
-
-    Attributes:
-        name: the plane's name in the spec.
-        dtype: torch dtype name.
-        shape: (layers, tokens, heads, elems), whatever the order of the bytes.
-        axes: the axis string of the arrangement, `layer token head elem` in canonical order.
-        block_tokens: tokens per page of the arrangement, None where it has no pages.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[_Natural, ...]
-    axes: str
-    block_tokens: int | None = None
-
-
-class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A contiguous run of the payload with its own checksum.
-
-    Attributes:
-        planes: the planes inside, one in canonical order.
-        layer: position among the group's local layers.
-        offset: first byte, counted from the start of the payload.
-        raw: bytes after decoding.
-        stored: bytes in the file.
-        codec: how `stored` bytes become `raw` bytes; `raw` = they are the same.
-        xxh3: XXH3-128 of the stored bytes, 32 hex digits.
-    """
-
-    planes: tuple[str, ...]
-    layer: _Natural
-    offset: _Natural
-    raw: _Natural
-    stored: _Natural
-    codec: str
-    xxh3: str
-
-
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a file says about itself. `payload_offset` is where the payload starts in this file (not part of the JSON).
-
-    Attributes:
-        format: version of this format.
-        order: `canonical` (plane layer token head elem) or `native` (as `layout` describes).
-        planes: see `PlaneForm`.
-        layout: the complete description of the arrangement, as `ObjectLayout.describe()` gave it.
-        isa: the writer's arithmetic identity, e.g. `x86_64-AVX512`.
-        codec: the codec of all segments.
-        payload_bytes: stored length of the payload.
-        namespace, chain, parent: hex digests; `parent` is the chain of the chunk before, None for the first one.
-        depth, group, layers, heads: the rest of the id; `layers` and `heads` are the rect.
-        tokens: token range [first, last) in the sequence.
-        position0: position (as positional encoding sees it) of the sequence's token 0.
-        write_id: random, tells two writes of the same object apart.
-        segments: ascending, they cover the payload without gap.
-        digest: XXH3-128 of bytes [0, payload_offset) of the file with these 32 digits replaced by `0`.
-    """
-
-    format: _Natural
-    order: Literal["canonical", "native"]
-    planes: tuple[PlaneForm, ...]
-    layout: dict[str, object]
-    isa: str
-    codec: str
-    payload_bytes: _Natural
-    namespace: _Hex
-    chain: _Hex
-    parent: _Hex | None
-    depth: _Natural
-    group: _Natural
-    layers: tuple[_Natural, _Natural]
-    heads: tuple[_Natural, _Natural]
-    tokens: tuple[_Natural, _Natural]
-    position0: _Natural
-    write_id: str
-    segments: tuple[Segment, ...]
-    digest: _Digest
-
-    @property
-    def id(self) -> ObjectId:
-        """The object's name, from the header's own words."""
-        return ObjectId(
-            bytes.fromhex(self.namespace),
-            bytes.fromhex(self.chain),
-            self.group,
-            Rect(self.layers, self.heads),
-            self.tokens[1] - self.tokens[0],
-            self.depth,
-        )
-
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of the decoded payload: `spec.object_bytes(group, tokens)` of a spec that fits."""
-        return sum(segment.raw for segment in self.segments)
-
-
-class _Version(msgspec.Struct):
-    """The one field that all versions share."""
-
-    format: int
-
-
-class _Metadata(msgspec.Struct):
-    lmcache: str
-
-
-class _SafetensorsJson(msgspec.Struct, rename={"metadata": "__metadata__"}):
-    metadata: _Metadata
-
-
-_decode_outer = msgspec.json.Decoder(_SafetensorsJson).decode
-_decode_version = msgspec.json.Decoder(_Version).decode
-_decode_inner = msgspec.json.Decoder(Header).decode
 
 
 class Form:
@@ -216,7 +114,7 @@ class Form:
         self.planes = tuple(planes)
         self.spans = tuple(spans)
         self.isa = host_isa() if isa is None else isa
-        self.nbytes = _covered((span.offset, span.length) for span in self.spans)
+        self.nbytes = covered((span.offset, span.length) for span in self.spans)
         names = {plane.name for plane in self.planes}
         for span in self.spans:
             if not span.planes or not set(span.planes) <= names:
@@ -244,14 +142,14 @@ class Form:
             pieces.append(_escape(glue + text[:-2]))
             glue = '"},'
         self._pieces = tuple(pieces)
-        self._after = _escape('"}],"digest":"' if pieces else ',"segments":[],"digest":"') + _ZEROS
+        self._after = _escape('"}],"digest":"' if pieces else ',"segments":[],"digest":"') + ZERO_DIGEST
         self._close = _escape('"}') + '"}}'
         longest = self._text(
-            ObjectId(b"\0" * 32, b"\0" * 32, _HUGE, Rect((_HUGE, _HUGE), (_HUGE, _HUGE)), 0, _HUGE),
+            ObjectId(b"\0" * 32, b"\0" * 32, HUGE, Rect((HUGE, HUGE), (HUGE, HUGE)), 0, HUGE),
             ["0" * 32] * len(self.spans),
             parent=b"\0" * 32,
-            first=_HUGE,
-            position0=_HUGE,
+            first=HUGE,
+            position0=HUGE,
         )
         self.payload_offset = -(-(8 + len(longest)) // ALIGN) * ALIGN
         """Where the payload starts, the same for every object of this form: what a reader with the same layout expects."""
@@ -324,6 +222,7 @@ class Form:
         Raises:
             FormatError: the payload's length is not this form's, or a digest of the id has not 1..32 bytes.
         """
+        payload = payload.cast("B")
         if payload.nbytes != self.nbytes:
             raise FormatError(f"the payload has {payload.nbytes} bytes, this form {self.nbytes}")
         for digest in (id.namespace, id.chain, parent):
@@ -355,59 +254,6 @@ def canonical_form(spec: KVSpec, group: int, tokens: int, *, isa: str | None = N
             spans.append(SegmentSpan((plane.name,), layer, at, size))
             at += size
     return Form(order="canonical", planes=planes, layout={"order": "canonical"}, spans=spans, isa=isa)
-
-
-def header_bytes(data: memoryview | bytes) -> int:
-    """Where the payload starts, from the first 8 bytes of a file.
-
-    Raises:
-        FormatError: fewer than 8 bytes, or a length that no header of this format has.
-    """
-    if len(data) < 8:
-        raise FormatError(f"only {len(data)} bytes: not an object")
-    size = 8 + int.from_bytes(data[:8], "little")
-    if size > MAX_HEADER or size % ALIGN:
-        raise FormatError(f"a header of {size} bytes: this format's are multiples of {ALIGN} up to {MAX_HEADER}")
-    return size
-
-
-def decode_header(data: memoryview | bytes, id: ObjectId | None = None) -> Header:
-    """Parse and check a header. `data` starts at the file's first byte and may reach into the payload.
-
-    Args:
-        data: at least `header_bytes(data)` bytes.
-        id: the object that should be there; None accepts any.
-
-    Raises:
-        FormatVersionError: written by a newer format.
-        FormatError: truncated, damaged, of another object, or not of this format at all.
-    """
-    size = header_bytes(data)
-    if len(data) < size:
-        raise FormatError(f"truncated: the header has {size} bytes, only {len(data)} are there")
-    try:
-        text = _decode_outer(data[8:size]).metadata.lmcache
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"the header is damaged: {error}") from None
-    try:
-        header = _decode_inner(text)
-        version = header.format
-    except (msgspec.MsgspecError, RecursionError) as error:
-        version = _version_of(text)
-        if version <= FORMAT:
-            raise FormatError(f"the header is damaged: {error}") from None
-    if version > FORMAT:
-        raise FormatVersionError(
-            f"written by format {version}, this release reads ≤ {FORMAT}: upgrade lmcache-sdk to read it"
-        )
-    raw, digest = bytes(data[:size]), header.digest.encode()
-    at = raw.rfind(digest)
-    if xxhash.xxh3_128_hexdigest(b"".join((raw[:at], _ZEROS.encode(), raw[at + 32 :]))) != header.digest:
-        raise FormatError("the header is damaged: its digest does not match")
-    _check(header)
-    if id is not None and header.id != id:
-        raise FormatError(f"holds {describe_id(header.id)}, not {describe_id(id)}")
-    return header
 
 
 def verify(header: Header, payload: memoryview, segments: range | None = None) -> None:
@@ -467,47 +313,6 @@ def verify_file(path: str | os.PathLike[str], id: ObjectId | None = None) -> Hea
         if any(file.read(ALIGN)):
             raise FormatError(f"the tail from byte {end} on is not zero")
     return header
-
-
-def describe_id(id: ObjectId) -> str:
-    """One id for people: digests shortened."""
-    (l0, l1), (h0, h1) = id.rect.layers, id.rect.heads
-    return (
-        f"chunk {id.chain.hex()[:16]}… (depth {id.depth}, {id.tokens} tokens) of namespace {id.namespace.hex()[:16]}…, "
-        f"group {id.group}, layers [{l0},{l1}), heads [{h0},{h1})"
-    )
-
-
-def _covered(runs: Iterable[tuple[int, int]]) -> int:
-    """Total length of runs that must follow each other without gap, from 0 on."""
-    at = 0
-    for offset, length in runs:
-        if offset != at or length < 1:
-            raise FormatError(f"a segment of {length} bytes at {offset}: the next one should start at {at}")
-        at += length
-    return at
-
-
-def _version_of(text: str) -> int:
-    """The one thing that can be read from a header of any version; 0 if not even that."""
-    try:
-        return _decode_version(text).format
-    except (msgspec.MsgspecError, RecursionError):
-        return 0
-
-
-def _check(header: Header) -> None:
-    """What the types can't say: ranges ascend, the codec is known, the segments cover the payload."""
-    for name in ("layers", "heads", "tokens"):
-        low, high = getattr(header, name)
-        if low >= high:
-            raise FormatError(f"{name} [{low}, {high}) is empty")
-    for segment in header.segments:
-        if segment.codec != "raw" or segment.raw != segment.stored:
-            raise FormatError(f"codec {segment.codec!r} is unknown to this release: upgrade lmcache-sdk to read it")
-    covered = _covered((segment.offset, segment.stored) for segment in header.segments)
-    if covered != header.payload_bytes:
-        raise FormatError(f"the segments cover {covered} bytes of a payload of {header.payload_bytes}")
 
 
 def _escape(text: str) -> str:
