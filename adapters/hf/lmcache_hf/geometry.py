@@ -1,0 +1,196 @@
+"""What a model's cache looks like, found by looking: a few tiny `generate` calls at start-up, and a proof that reuse works.
+
+The configuration names windows and layer types, but not what an attention class really caches (latents, shared layers,
+unequal head sizes). So a four-token prompt is run once and the cache it leaves is measured. Then the proof: KV of a
+prompt's first half, computed under *another* continuation, must give the logits of a plain run. That catches models whose
+keys depend on later tokens (bidirectional prefixes), or whose positions do not follow from a filled cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache
+
+from lmcache.spec import ALL, KVSpec, LayerGroup, Numerics, Plane, dtype_name, host_isa, trailing
+from lmcache_hf import quirks
+
+
+class Unsupported(Exception):
+    """This model cannot be cached; `reason` is a short slug for metrics, the message says more."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """The tensors of one layer group: (batch, heads, columns, elems) each.
+
+    Attributes:
+        layers: positions in the cache's list of layers.
+        window: previous columns a sliding layer keeps, 0 = all.
+        heads: kv heads.
+        k_elems, v_elems: elements per head.
+        dtype: of both.
+    """
+
+    layers: tuple[int, ...]
+    window: int
+    heads: int
+    k_elems: int
+    v_elems: int
+    dtype: torch.dtype
+
+    @property
+    def elems(self) -> tuple[int, int]:
+        """Elements per head of keys and of values."""
+        return self.k_elems, self.v_elems
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All groups of a model, on one device."""
+
+    groups: tuple[GroupShape, ...]
+    device: torch.device
+
+    @property
+    def slides(self) -> bool:
+        """Whether any group keeps a window only."""
+        return any(group.window for group in self.groups)
+
+    def spec(self, model: str, numerics: Numerics) -> KVSpec:
+        """The `KVSpec` of a whole model on one rank."""
+        groups = []
+        for shape in self.groups:
+            name = dtype_name(shape.dtype)
+            planes = (Plane("k", name, shape.k_elems), Plane("v", name, shape.v_elems))
+            rule = trailing(shape.window) if shape.window else ALL
+            groups.append(LayerGroup(f"sliding{shape.window}" if shape.window else "full", shape.layers, planes, shape.heads, rule))
+        return KVSpec.of_groups(model, groups, numerics)
+
+
+def numerics_of(model: Any) -> Numerics:
+    """Everything beside weights and tokens that decides the bits of KV in this process."""
+    config = quirks.unwrapped(model).config
+    device = model.device
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        isa = f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+    else:
+        isa = host_isa() if device.type == "cpu" else device.type
+    extra = [("float32_matmul_precision", torch.get_float32_matmul_precision())]
+    if quirks.unwrapped(model) is not model:
+        extra.append(("compiled", "torch.compile"))
+    return Numerics(
+        engine="transformers",
+        engine_version=f"{transformers.__version__} torch {torch.__version__}",
+        attention_backend=str(getattr(config, "_attn_implementation", "")),
+        isa=isa,
+        dtype=dtype_name(model.dtype),
+        quantization=str(getattr(getattr(config, "quantization_config", None), "quant_method", "") or ""),
+        extra=tuple(extra),
+    )
+
+
+def examine(model: Any) -> Geometry:
+    """Measure and prove.
+
+    Raises:
+        Unsupported: this model's cache cannot be reused correctly, or nobody can tell.
+    """
+    refuse_by_config(model)
+    template = quirks.fresh_cache(model)
+    if (layer := quirks.unsupported_layer(template)) is not None:
+        raise Unsupported("unsupported_cache", f"its cache has a layer of another kind: {layer}")
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    a, b, c, d, e, f = ((vocabulary // 3 + 7 * i) % vocabulary for i in range(6))
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        other = quirks.fresh_cache(model)
+        quirks.arm(other, template)
+        _tiny(model, [a, b, e, f], other)
+        geometry = _measure(other, template)
+        half = quirks.fresh_cache(model)
+        for layer, donor in zip(half.layers, other.layers, strict=True):
+            keep = min(2, quirks.window_of(donor) or 2)
+            keys, values = (x[:, :, 2 - keep : 2].clone() for x in quirks.columns_of(donor))
+            quirks.fill(layer, keys, values, 2)
+        plain = _tiny(model, [a, b, c, d], quirks.fresh_cache(model))
+        reused = _tiny(model, [a, b, c, d], half)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.2
+    error = float((plain - reused).abs().max() / plain.std().clamp_min(1e-6))
+    if not error <= tolerance:
+        raise Unsupported("unproven", f"with reused KV its logits differ by {error:.2g} standard deviations on four tokens")
+    return geometry
+
+
+def refuse_by_config(model: Any) -> None:
+    """Raise `Unsupported` for what the configuration already rules out."""
+    inner = quirks.unwrapped(model)
+    if inner.config.is_encoder_decoder:
+        raise Unsupported("encoder_decoder", "encoder-decoder models keep a second cache for the encoder's output")
+    if quirks.has_own_generate(model):
+        raise Unsupported("custom_generate", f"{type(inner).__name__} has a `generate` of its own")
+    if not inner._supports_default_dynamic_cache() or "mamba" in type(inner).__name__.lower():
+        raise Unsupported("unsupported_cache", f"{type(inner).__name__} does not keep its state in a DynamicCache")
+    if (kind := _rope_by_length(inner.config.to_dict())) is not None:
+        raise Unsupported("rope", f"rotary type {kind!r} makes keys depend on the length of the whole sequence")
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and getattr(inner, "_tp_size", None):
+        raise Unsupported("tensor_parallel", "a model sharded over processes is not supported here")
+
+
+def _rope_by_length(config: Any) -> str | None:
+    if isinstance(config, dict):
+        kind = config.get("rope_type", config.get("type"))
+        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+            return kind
+        return next((found for value in config.values() if (found := _rope_by_length(value))), None)
+    return None
+
+
+def _tiny(model: Any, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+    ids = torch.tensor([list(tokens)], device=model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=1,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    logits: torch.Tensor = out.logits[0].float()
+    return logits
+
+
+def _measure(cache: DynamicCache, template: DynamicCache) -> Geometry:
+    """Group the layers of a cache that has seen four tokens."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    devices = set()
+    if not cache.layers or len(cache.layers) != len(template.layers):
+        raise Unsupported("unsupported_cache", f"its cache has {len(cache.layers)} layers, not {len(template.layers)}")
+    for index, layer in enumerate(cache.layers):
+        window = quirks.window_of(layer)
+        keys, values = layer.keys, layer.values
+        want = min(4, window or 4)
+        for tensor in (keys, values):
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != want:
+                shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
+                raise Unsupported("unsupported_cache", f"layer {index} holds {shape} after four tokens, not (1, heads, {want}, dim)")
+        if keys.shape[1] != values.shape[1] or keys.dtype != values.dtype:
+            raise Unsupported("unsupported_cache", f"keys and values of layer {index} differ in heads or dtype")
+        devices.add(keys.device)
+        shape = (window, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        found.setdefault(shape, []).append(index)
+    if len(devices) > 1:
+        raise Unsupported("devices", f"its layers lie on several devices: {sorted(map(str, devices))}")
+    groups = tuple(GroupShape(tuple(layers), *shape) for shape, layers in sorted(found.items(), key=lambda f: f[1]))
+    return Geometry(groups, devices.pop())

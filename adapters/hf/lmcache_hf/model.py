@@ -1,0 +1,301 @@
+"""`CachedModel`: a transformers model whose `generate` remembers, across calls, processes and restarts."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from lmcache.config import Config
+from lmcache.engine import CacheEngine
+from lmcache.errors import LMCacheError
+from lmcache.log import Throttle, info
+from lmcache.spec import Numerics
+from lmcache_hf import quirks
+from lmcache_hf.batch import Prompt
+from lmcache_hf.calls import refuse_by_call
+from lmcache_hf.geometry import Geometry, Unsupported, examine, numerics_of
+from lmcache_hf.reuse import Reuse
+from lmcache_hf.weights import Glance, glance, weights_digest
+
+
+class UncachedError(LMCacheError):
+    """Raised instead of running uncached when `Config.strict` is set."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An engine for the model as it was measured. `situation`: what the measurement depended on."""
+
+    engine: CacheEngine
+    geometry: Geometry
+    template: DynamicCache
+    situation: tuple[Numerics, torch.device, torch.dtype]
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """One call, ready to run with a cache of ours."""
+
+    arguments: dict[str, Any]
+    cache: DynamicCache
+    prompt: Prompt
+    columns: int
+    reuse: Reuse
+    ends: tuple[int, ...]
+
+
+class CachedModel:
+    """Wrap a model; then call `generate` as before.
+
+    The KV of prompts *and* of generated tokens is kept in DRAM and, if `config` names a folder, on disk; a later prompt that
+    begins alike starts from there. Output is what the model gives when it prefills in the same split. Whatever cannot be
+    cached correctly runs as if this wrapper was not there: the reason is in `stats()["uncached"]` and in one log line.
+
+    Args:
+        model: any decoder-only transformers model with `generate`.
+        config: settings; `Config.load()` (environment and file) by default.
+        identity: names the weights instead of the digest of what is in memory. Needed only to share KV with another
+            engine that names them so (`share="semantic"`).
+
+    Every other attribute is the model's. Thread-safe.
+    """
+
+    def __init__(self, model: Any, config: Config | None = None, *, identity: str | None = None) -> None:
+        self._model = model
+        self.config = config if config is not None else Config.load()
+        self._identity = identity
+        self._lock = threading.RLock()
+        self._log = Throttle(every=math.inf)
+        self._counts: Counter[str] = Counter()
+        self._uncached: Counter[str] = Counter()
+        self._opened: _Opened | None = None
+        self._refused: tuple[object, Unsupported] | None = None
+        self._glance: tuple[Glance, str] | None = None
+        self._closed = False
+        if not model.training:  # else at the first call in evaluation mode
+            try:
+                self._open()
+            except Unsupported as error:
+                self._log_uncached(error)
+                if self.config.strict:
+                    raise UncachedError(f"cannot cache {type(model).__name__}: {error}") from error
+
+    # ------------------------------------------------------------------ generate
+
+    def generate(self, *args: Any, cache_salt: str = "", **kwargs: Any) -> Any:
+        """The model's `generate`, with its arguments and its result.
+
+        Args:
+            *args, **kwargs: as for the model.
+            cache_salt: KV stored under one salt is never used under another: one salt per tenant.
+        """
+        prepared = self._prepare(args, kwargs, cache_salt)
+        if prepared is None:
+            return self._model.generate(*args, **kwargs)
+        try:
+            out = self._model.generate(**prepared.arguments)
+            self._keep(prepared, out)
+        finally:
+            quirks.disarm(prepared.cache)
+        return out
+
+    def hit_tokens(self, tokens: torch.Tensor | Sequence[int], *, cache_salt: str = "") -> int:
+        """How many leading tokens of one prompt `generate` would not compute. No side effect."""
+        opened, digest = self._current()
+        ids = torch.as_tensor(tokens).reshape(-1).cpu()
+        return self._reuse(opened, digest, cache_salt).hit_tokens(ids)
+
+    def _prepare(self, args: Sequence[Any], kwargs: dict[str, Any], salt: str) -> _Prepared | None:
+        """None: run the call as it is. Never raises, except `UncachedError` under `strict`."""
+        try:
+            call = quirks.read_call(self._model, args, kwargs)
+            refuse_by_call(self._model, call)
+            ids = quirks.prompt_of(self._model, call)
+            if ids is None:
+                raise Unsupported("no_tokens", "the prompt is not a two-dimensional tensor of token ids")
+            mask = quirks.mask_of(call, ids)
+            if mask is None:
+                raise Unsupported("attention_mask", "its attention mask is not one 0 or 1 for each token")
+            with self._lock:
+                if self._closed:
+                    raise Unsupported("closed", "this CachedModel was closed")
+                opened, digest = self._current()
+            return self._load(call, Prompt(ids.to("cpu", torch.int64), mask.cpu()), opened, self._reuse(opened, digest, salt))
+        except Unsupported as error:
+            self._log_uncached(error)
+            if self.config.strict:
+                raise UncachedError(f"cannot cache this call of generate: {error}") from error
+        except Exception as error:  # a defect of ours must not cost the caller their answer
+            self._log_uncached(Unsupported("error", f"{type(error).__name__}: {error}"))
+        return None
+
+    def _load(self, call: quirks.Call, prompt: Prompt, opened: _Opened, reuse: Reuse) -> _Prepared:
+        cache = call.inputs.get("past_key_values")
+        if cache is None:
+            cache = quirks.fresh_cache(self._model)
+        elif not quirks.is_plain_empty(cache):
+            raise Unsupported("past_key_values", f"the call brings a {type(cache).__name__} that is in use or not of the plain kind")
+        layers = cache.layers
+        if not quirks.arm(cache, opened.template):
+            raise Unsupported("past_key_values", "the call's cache has other layers than this model's own")
+        try:
+            columns = reuse.load(prompt, cache)
+        except BaseException:
+            cache.layers = layers
+            raise
+        arguments = {**call.arguments, "past_key_values": cache}
+        if not bool(prompt.mask.all()):
+            ids = quirks.prompt_of(self._model, call)
+            assert ids is not None
+            arguments["attention_mask"] = prompt.mask.to(ids.device, torch.int64)
+        with self._lock:
+            self._counts["calls"] += 1
+            self._counts["prompt_tokens"] += int(prompt.before[:, -1].sum())
+            self._counts["hit_tokens"] += int(prompt.before[:, columns].sum())
+        return _Prepared(arguments, cache, prompt, columns, reuse, quirks.end_tokens(call))
+
+    def _keep(self, prepared: _Prepared, out: Any) -> None:
+        """Store what the call computed. Never raises."""
+        try:
+            sequences = out if isinstance(out, torch.Tensor) else out.sequences
+            computed = prepared.cache.get_seq_length()
+            if computed < prepared.prompt.columns or computed > sequences.shape[1]:
+                raise ValueError(f"{computed} columns cached of {sequences.shape[1]}, prompt of {prepared.prompt.columns}")
+            grown = prepared.prompt.extended(sequences, computed)
+            grown = grown.until_end(prepared.prompt.columns, prepared.ends)
+            accepted = prepared.reuse.store(grown, prepared.cache, prepared.columns)
+            with self._lock:
+                self._counts["stored_tokens"] += accepted
+        except Exception as error:  # as above
+            with self._lock:
+                self._counts["store_errors"] += 1
+            self._log.warning("hf-store-failed", error=f"{type(error).__name__}: {error}")
+
+    # ------------------------------------------------------------------ the model as it is now
+
+    def _current(self) -> tuple[_Opened, str]:
+        """The engine that fits the model, and `""` or a digest that tells its weights from those it was opened with."""
+        with self._lock:
+            opened = self._opened
+            if opened is None or opened.situation != self._situation():
+                opened = self._open()
+            seen = glance(self._model)
+            if self._glance is None or self._glance[0] != seen:
+                self._glance = (seen, weights_digest(self._model))
+            digest = self._glance[1]
+            return opened, "" if digest == opened.digest else digest
+
+    def _situation(self) -> tuple[Numerics, torch.device, torch.dtype]:
+        return numerics_of(self._model), self._model.device, self._model.dtype
+
+    def _open(self) -> _Opened:
+        with self._lock:
+            situation = self._situation()
+            if self._refused is not None and self._refused[0] == situation:
+                raise self._refused[1]
+            if self._opened is not None:
+                info("hf-reopened", reason="the model's device, dtype or attention changed")
+                self._opened.engine.close()
+                self._opened = None
+            try:
+                geometry = examine(self._model)
+                seen = glance(self._model)
+                digest = weights_digest(self._model)
+            except Unsupported as error:
+                self._refused = situation, error
+                raise
+            except Exception as error:  # whatever a foreign model raises when it is looked at
+                self._refused = situation, Unsupported("unmeasured", f"{type(error).__name__}: {error}")
+                raise self._refused[1] from error
+            name = self._identity or f"hf:{type(quirks.unwrapped(self._model)).__name__}:{digest}"
+            engine = CacheEngine(self.config, geometry.spec(name, situation[0]))
+            self._glance = seen, digest
+            self._opened = _Opened(engine, geometry, quirks.fresh_cache(self._model), situation, digest)
+            return self._opened
+
+    def _reuse(self, opened: _Opened, digest: str, salt: str) -> Reuse:
+        return Reuse(opened.engine, opened.geometry, salt, digest)
+
+    def _log_uncached(self, error: Unsupported) -> None:
+        with self._lock:
+            self._uncached[error.reason] += 1
+            if self._opened is not None:
+                self._opened.engine.metrics.uncached(error.reason)
+        self._log.warning("hf-uncached", key=error.reason, reason=error.reason, detail=error)
+
+    # ------------------------------------------------------------------ housekeeping
+
+    @property
+    def model(self) -> Any:
+        """The wrapped model."""
+        return self._model
+
+    @property
+    def engine(self) -> CacheEngine | None:
+        """The engine under it, None while the model could not be cached."""
+        return self._opened.engine if self._opened is not None else None
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since this object was made.
+
+        `calls`, `prompt_tokens`, `hit_tokens`, `stored_tokens`, `store_errors`; `uncached`: calls by reason; `engine`: the
+        engine's metrics.
+        """
+        with self._lock:
+            names = ("calls", "prompt_tokens", "hit_tokens", "stored_tokens", "store_errors")
+            counts: dict[str, Any] = {name: self._counts[name] for name in names}
+            engine = self._opened.engine if self._opened is not None and not self._closed else None
+            return counts | {"uncached": dict(self._uncached), "engine": engine.stats() if engine else {}}
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Return once everything stored is on the lower tiers (`durable`: and safe from power loss)."""
+        if self.engine is not None:
+            self.engine.flush(durable=durable)
+
+    def clear(self, cache_salt: str | None = None) -> None:
+        """Forget everything, or one tenant's share."""
+        if self.engine is not None:
+            self.engine.clear(cache_salt)
+
+    def close(self) -> None:
+        """Write out what waits and release the engine; `generate` then runs uncached. Idempotent."""
+        with self._lock:
+            if not self._closed and self._opened is not None:
+                self._opened.engine.close()
+            self._closed = True
+
+    def __enter__(self) -> CachedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def eval(self) -> CachedModel:
+        """Put the model into evaluation mode."""
+        self._model.eval()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> CachedModel:
+        """Move or convert the model; its cache follows at the next call."""
+        self._model.to(*args, **kwargs)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass, untouched."""
+        return self._model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_model":  # not set yet: copy and pickle ask before __init__ ran
+            raise AttributeError(name)
+        return getattr(self._model, name)

@@ -1,0 +1,115 @@
+"""Which weights are in memory: what names a model's KV here, rather than the folder they once came from.
+
+A model may be quantised, merged with a LoRA, or trained further after loading, all under one path. So the name is a
+digest of the parameters and buffers as they are: block checksums over every byte (8 ms for 270 MB), with shapes, dtypes
+and the configuration. A cheap `glance` before each call notices when they have changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from blake3 import blake3
+
+from lmcache_hf.quirks import unwrapped
+
+_BLOCKS = 256
+_GLANCE_ELEMENTS = 4
+_NOT_VALUES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_attn_implementation")
+"""Configuration that does not decide values, or is part of the numerics."""
+
+
+class Glance(NamedTuple):
+    """What is looked at before each call. Equal glances: same tensors, in-place versions, samples, adapters and hooks."""
+
+    stamps: tuple[tuple[int, int, int], ...]
+    samples: bytes
+    switches: str
+
+
+def glance(model: Any) -> Glance:
+    """About 2 ms for 300 parameters. `.data` writes bump no version counter, hence the samples of every tensor."""
+    tensors = [tensor for _, tensor in _tensors(model)]
+    stamps = tuple((id(t), t._version if not t.is_inference() else 0, t.data_ptr()) for t in tensors)
+    return Glance(stamps, _samples(tensors), _switches(model))
+
+
+def weights_digest(model: Any) -> str:
+    """Hex digest over every parameter and buffer, the configuration, active adapters and inner hooks."""
+    digest = blake3(b"lmcache hf weights 1")
+    inner = unwrapped(model)
+    config = {k: v for k, v in inner.config.to_dict().items() if k not in _NOT_VALUES}
+    for part in (type(inner).__qualname__, json.dumps(config, sort_keys=True, default=str), _switches(model)):
+        _feed(digest, part.encode())
+    for name, tensor in _tensors(model):
+        _feed(digest, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        _feed(digest, _block_sums(tensor))
+        _feed(digest, _samples([tensor], 64))
+    return str(digest.hexdigest(32))
+
+
+def _feed(digest: Any, field: bytes) -> None:
+    digest.update(len(field).to_bytes(8, "little"))
+    digest.update(field)
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    inner = unwrapped(model)
+    for source in (inner.named_parameters(), inner.named_buffers()):
+        for name, tensor in source:
+            if tensor.is_meta:
+                raise ValueError(f"parameter {name!r} is on the meta device: its weights are offloaded or not loaded")
+            yield name, tensor.detach()
+
+
+@torch.no_grad()
+def _block_sums(tensor: torch.Tensor) -> bytes:
+    """Sums of the raw bytes as 64-bit integers, one per block, and the bytes left over: covers every bit at memory speed."""
+    if tensor.numel() == 0:
+        return b""
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    words = raw.numel() // 8
+    body, tail = raw[: words * 8], raw[words * 8 :]
+    if body.storage_offset() % 8 or body.data_ptr() % 8:
+        body = body.clone()
+    body = body.view(torch.int64)
+    rows = max(1, words // _BLOCKS)
+    whole = words // rows * rows
+    sums = torch.cat([body[:whole].view(-1, rows).sum(1), body[whole:].sum().view(1)])
+    return sums.cpu().numpy().tobytes() + tail.cpu().numpy().tobytes()
+
+
+@torch.no_grad()
+def _samples(tensors: Iterable[torch.Tensor], count: int = _GLANCE_ELEMENTS) -> bytes:
+    """`count` elements spread over each tensor, gathered with one copy per dtype and device."""
+    parts: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
+            step = max(1, (flat.numel() - 1) // count)
+            parts.setdefault((tensor.dtype, tensor.device), []).append(flat[:: step][: count + 1])
+    return b"".join(torch.cat(found).cpu().view(torch.uint8).numpy().tobytes() for found in parts.values())
+
+
+def _switches(model: Any) -> str:
+    """Adapter settings and hooks that change keys and values without changing a tensor.
+
+    Hooks on inner modules cannot be named by what they do: KV computed under them is this process's alone, for as long as
+    the same hooks stay. Hooks on the whole model or its output head see no key or value and do not count.
+    """
+    inner = unwrapped(model)
+    outer = {id(inner), id(inner.get_output_embeddings())}
+    found = []
+    for name, module in inner.named_modules():
+        if (module._forward_hooks or module._forward_pre_hooks) and id(module) not in outer:
+            hooks = [id(h) for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
+            found.append(f"hooks {os.getpid()} {name} {hooks}")
+        active = getattr(module, "active_adapters", None)
+        if isinstance(active, (list, tuple)) and hasattr(module, "scaling"):
+            off, merged = getattr(module, "disable_adapters", False), getattr(module, "merged_adapters", ())
+            found.append(f"adapters {name} {list(active)} {module.scaling} {off} {list(merged)}")
+    return "\n".join(found)
