@@ -158,7 +158,7 @@ class Choice(Generic[Out]):
     @property
     def label(self) -> str:
         """See `Kind`."""
-        return " \\| ".join(f'`"{o}"`' for o in self.options)
+        return " | ".join(f'`"{o}"`' for o in self.options)
 
     def check(self, value: Any) -> Out:
         """See `Kind`."""
@@ -207,7 +207,7 @@ class Flag:
     @property
     def label(self) -> str:
         """See `Kind`."""
-        return "`true` \\| `false`"
+        return "`true` | `false`"
 
     def check(self, value: Any) -> bool:
         """See `Kind`."""
