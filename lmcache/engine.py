@@ -14,12 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from xxhash import xxh3_128_digest
 
 from lmcache.arena import Arena, host_provider
 from lmcache.config import Config
 from lmcache.errors import LMCacheError, SlotError, TierError
 from lmcache.index import Finished, Index, TierInfo
+from lmcache.index.messages import ABSENT, FAILED, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
 from lmcache.keys import Chain, Extra, TokenIds, as_tokens, chain_of, namespace_of
 from lmcache.layout import BoundKV, PagedKV, validate_slots
 from lmcache.ledger import EngineView
@@ -37,8 +41,11 @@ T = TypeVar("T")
 Slots = torch.Tensor | Mapping[int, torch.Tensor]
 """int64, one slot per token; with several groups a mapping group → such a tensor. −1 = not resident."""
 
+_MISS_REASONS = {MAX_TOKENS: "tail", PROBING: "pending", WRITING: "pending", LATE: "failed", FAILED_BEFORE: "failed"}
+"""The index's reasons in the metrics' coarser words; what is not listed is the same in both."""
+
 _BOUNCE_SLOTS = 8
-"""Arena slots per group that exist even with `dram_bytes=0`, as way stations to the tiers below."""
+"""Arena slots per group that exist however small the budget is, as way stations to the tiers below."""
 
 
 class Hit:
@@ -130,7 +137,8 @@ class CacheEngine:
         provider, self.memory = host_provider(self.config.pin_memory)
         chunk = self.config.chunk_tokens
         sizes = [spec.object_bytes(group, chunk) for group in range(len(spec.groups))]
-        counts = _share_out(self.config.dram_bytes, sizes)
+        budget = self.config.dram_bytes or (self.config.queue_bytes if self._tiers else 0)
+        counts = _share_out(budget, sizes)
         self._arenas = [Arena(n, size, provider) for n, size in zip(counts, sizes, strict=True)]
         self._index = Index(
             [(group.name, group.rule) for group in spec.groups],
@@ -161,6 +169,7 @@ class CacheEngine:
         self._seen = -1
         self._weights_version = ""
         self._namespaces: dict[tuple[str, str], bytes] = {}
+        self._tenants = _Tenants(chunk)
         self._closed = False
         info("cache-open", memory=self.memory, slots=counts, tiers=[t.name for t in self._tiers])
 
@@ -227,17 +236,26 @@ class CacheEngine:
             salt, lora, extras: see `lmcache.keys`.
 
         Returns:
-            Tokens newly taken in: 0 if all of them were there already, or there was no room.
+            How many leading tokens are kept now, those that were there before included. Fewer than all whole chunks if
+            there was no room or a chunk was not resident.
 
         Raises:
             TokenError, SlotError, LayoutError, SpecError: a wrong call; nothing was moved.
         """
         with self.metrics.timed("store"):
-            chain = self.chain(tokens, salt=salt, lora=lora, extras=extras)
-            return self.store_chain(chain, kv, slots)
+            ids = as_tokens(tokens)
+            chain = chain_of(self.namespace(salt=salt, lora=lora), ids, self.config.chunk_tokens, extras)
+            accepted = self._store_chain(chain, kv, slots)
+            if accepted:
+                self._tenants.add(chain.namespace, ids)
+            return accepted
 
     def store_chain(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
         """`store` for an engine that brings its own names, see `lmcache.keys.Chain`."""
+        with self.metrics.timed("store"):
+            return self._store_chain(chain, kv, slots)
+
+    def _store_chain(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
         bound = kv.bind(self.spec)
         chunk = self.config.chunk_tokens
         whole = len(chain.digests) * chunk
@@ -256,7 +274,10 @@ class CacheEngine:
             self.metrics.skipped_store(reason, count)
         self._transfer.execute(plan, {} if store.job is None else {store.job: EngineView(kv, slots)})
         self._pump()
-        self.metrics.stored(store.accepted)
+        if store.job is not None:
+            self.metrics.stored(
+                sum(len(job.ops) for job in plan.jobs if job.id == store.job) * self.config.chunk_tokens
+            )
         return store.accepted
 
     def _resident(self, slots: torch.Tensor) -> list[bool]:
@@ -280,25 +301,37 @@ class CacheEngine:
         Tiers that other processes share are asked, for at most `probe_timeout_s`.
         """
         with self.metrics.timed("lookup"):
-            chain = self.chain(tokens, salt=salt, lora=lora, extras=extras)
-            total = len(tokens)
-            return self.lookup_chain(chain, total, total if max_tokens is None else max_tokens)
+            ids = as_tokens(tokens)
+            chain = chain_of(self.namespace(salt=salt, lora=lora), ids, self.config.chunk_tokens, extras)
+            hit = self._find(chain, len(ids) if max_tokens is None else max_tokens)
+            if hit.stop == ABSENT and not hit.tokens and self._tenants.others(chain.namespace, ids):
+                hit.stop = "salt"
+        self._count(hit, len(ids))
+        return hit
 
-    def lookup_chain(self, chain: Chain, total: int, max_tokens: int) -> Hit:
-        """`lookup` for an engine that brings its own names; `total` is only for the metrics."""
+    def lookup_chain(self, chain: Chain, max_tokens: int) -> Hit:
+        """`lookup` for an engine that brings its own names, see `lmcache.keys.Chain`."""
+        with self.metrics.timed("lookup"):
+            hit = self._find(chain, max_tokens)
+        self._count(hit, len(chain.digests) * self.config.chunk_tokens)
+        return hit
+
+    def _find(self, chain: Chain, max_tokens: int) -> Hit:
         owner = next(self._owners)
         hit = self._safely("lookup", None, lambda: self._lookup(owner, chain, max_tokens))
-        if hit is None:
-            hit = Hit(self, owner, 0, {}, "failed")
+        return hit if hit is not None else Hit(self, owner, 0, {}, FAILED)
+
+    def _count(self, hit: Hit, total: int) -> None:
         self.metrics.requested(total)
         for tier, tokens in hit.by_tier.items():
             self.metrics.hit(tier, tokens)
-        whole = len(chain.digests) * self.config.chunk_tokens
-        if hit.tokens < whole:
-            self.metrics.missed(hit.stop, whole - hit.tokens)
-        if total > whole:
-            self.metrics.missed("tail", total - whole)
-        return hit
+        if hit.tokens < total:
+            whole = total - total % self.config.chunk_tokens
+            reason = "group" if hit.stop.startswith(GROUP) else _MISS_REASONS.get(hit.stop, hit.stop)
+            if hit.tokens < whole:
+                self.metrics.missed(reason, whole - hit.tokens)
+            if total > whole:
+                self.metrics.missed("tail", total - whole)
 
     def _lookup(self, owner: int, chain: Chain, max_tokens: int) -> Hit:
         self._pump()
@@ -508,6 +541,27 @@ class CacheEngine:
             self.metrics.failed(op, "internal")
             self._log.warning("internal-error", op=op, error=f"{type(error).__name__}: {error}")
             return default
+
+
+class _Tenants:
+    """Remembers under which namespaces a prompt's beginning was stored, only to name the reason of a miss: "salt"."""
+
+    _KEPT = 4096
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self._chunk = chunk_tokens
+        self._seen: dict[bytes, set[bytes]] = {}
+
+    def add(self, namespace: bytes, tokens: npt.NDArray[np.uint32]) -> None:
+        if len(self._seen) >= self._KEPT:
+            self._seen.pop(next(iter(self._seen)), None)
+        self._seen.setdefault(self._beginning(tokens), set()).add(namespace)
+
+    def others(self, namespace: bytes, tokens: npt.NDArray[np.uint32]) -> bool:
+        return len(tokens) >= self._chunk and bool(self._seen.get(self._beginning(tokens), set()) - {namespace})
+
+    def _beginning(self, tokens: npt.NDArray[np.uint32]) -> bytes:
+        return xxh3_128_digest(tokens[: self._chunk].data)
 
 
 def _share_out(budget: int, sizes: Sequence[int]) -> list[int]:

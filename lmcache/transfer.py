@@ -8,6 +8,7 @@ jobs no longer touch engine memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from threading import Lock
 
@@ -162,12 +163,12 @@ class Transfer:
         self._finish(run, unsupported, Status.FAILED, detail="this transfer has no such hop")
 
         for group, indices in stores.items():
-            self._guard(run, indices, lambda g=group, ix=indices: self._store(run, g, ix))
+            self._guard(run, indices, partial(self._store, run, group, indices))
         for i in spills:
             self._queue_spill(run, i)
         for (tier, probe), indices in tier_ops.items():
             call = self._probe if probe else self._delete
-            self._submit(self._readers[tier], run, indices, lambda c=call, t=tier, ix=indices: c(run, t, ix))
+            self._submit(self._readers[tier], run, indices, partial(call, run, tier, indices))
 
         if run.view is not None and run.view.layer_done is not None:
             self._start_layerwise(run, ready, fills, direct, followers)
@@ -176,21 +177,21 @@ class Transfer:
             op = run.copy(i)
             assert isinstance(op.dst, Slot)
             after = followers[op.name.group, op.dst.index]
-            self._submit(self._reader(op), run, [i, *after], lambda i=i, a=after: self._fill_and_scatter(run, i, a))
+            self._submit(self._reader(op), run, [i, *after], partial(self._fill_and_scatter, run, i, after))
         for i in direct:
-            self._submit(self._reader(run.copy(i)), run, [i], lambda i=i: self._load_direct(run, i))
+            self._submit(self._reader(run.copy(i)), run, [i], partial(self._load_direct, run, i))
         for group, indices in ready.items():
-            self._guard(run, indices, lambda g=group, ix=indices: self._scatter(run, g, ix))
+            self._guard(run, indices, partial(self._scatter, run, group, indices))
 
     def _reader(self, op: Copy) -> Workers:
         assert isinstance(op.src, TierPlace)
         return self._readers[op.src.index]
 
-    def _submit(self, workers: Workers, run: Run, indices: Sequence[int], task: Callable[[], None]) -> None:
-        if not workers.submit(lambda: self._guard(run, indices, task)):
+    def _submit(self, workers: Workers, run: Run, indices: Sequence[int], task: Callable[[], object]) -> None:
+        if not workers.submit(partial(self._guard, run, indices, task)):
             self._finish(run, indices, Status.CANCELLED, detail="the cache is closed")
 
-    def _guard(self, run: Run, indices: Sequence[int], task: Callable[[], None]) -> None:
+    def _guard(self, run: Run, indices: Sequence[int], task: Callable[[], object]) -> None:
         """The one place where whatever goes wrong in the data plane turns into a status instead of an exception."""
         try:
             task()
@@ -330,7 +331,7 @@ class Transfer:
             self._metrics.skipped_store("queue")
             self._finish(run, [index], Status.SKIPPED, detail="write-behind queue is full")
             return
-        self._submit(self._writers[op.dst.index], run, [index], lambda: self._spill(run, index, nbytes))
+        self._submit(self._writers[op.dst.index], run, [index], partial(self._spill, run, index, nbytes))
 
     def _spill(self, run: Run, index: int, queued: int) -> None:
         op = run.copy(index)
@@ -389,7 +390,7 @@ class Transfer:
                 last = left <= 0
             if last:
                 every = [i for indices in waiting.values() for i in indices]
-                self._submit(self._copiers, run, every, lambda: self._scatter_layers(run, waiting))
+                self._submit(self._copiers, run, every, partial(self._scatter_layers, run, waiting))
 
         def fill(index: int, after: Sequence[int]) -> None:
             try:
@@ -411,9 +412,9 @@ class Transfer:
             op = run.copy(i)
             assert isinstance(op.dst, Slot)
             after = followers[op.name.group, op.dst.index]
-            self._submit(self._reader(op), run, [i, *after], lambda i=i, a=after: fill(i, a))
+            self._submit(self._reader(op), run, [i, *after], partial(fill, i, after))
         for i in direct:
-            self._submit(self._reader(run.copy(i)), run, [i], lambda i=i: load(i))
+            self._submit(self._reader(run.copy(i)), run, [i], partial(load, i))
         if not fills and not direct:
             arrived()
 

@@ -1,0 +1,130 @@
+"""What engine tests need: small specs, paged KV full of random bits, and raw access that bypasses the code under test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lmcache import Config, KVSpec, Layout, PagedKV
+from lmcache.spec import Numerics
+
+CHUNK = 16
+HEADS, DIM, LAYERS = 2, 8, 3
+
+
+def tiny_spec(dtype: torch.dtype = torch.bfloat16, *, model: str = "test", layers: int = LAYERS) -> KVSpec:
+    """Two kv heads of dim 8: the shape at which packed and split layouts look alike."""
+    return KVSpec.uniform(
+        model, layers=layers, kv_heads=HEADS, head_dim=DIM, dtype=dtype, numerics=Numerics(engine="test")
+    )
+
+
+def tiny_config(**changes: object) -> Config:
+    """Small chunks, room for 64 chunks in DRAM, no disk, generous deadlines for slow machines."""
+    settings: dict[str, object] = {
+        "chunk_tokens": CHUNK,
+        "dram_bytes": 64 * tiny_spec().object_bytes(0, CHUNK),
+        "probe_timeout_s": 20.0,
+        "load_timeout_s": 60.0,
+    }
+    return Config(**(settings | changes))  # type: ignore[arg-type]
+
+
+def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Random *bits* of a dtype: NaN payloads, infinities, denormals and −0 included."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype)
+
+
+class Pool:
+    """An engine's paged KV, block 4 tokens, in one of several arrangements, with a raw reader that knows only torch."""
+
+    BLOCK = 4
+
+    def __init__(self, kind: str, blocks: int, dtype: torch.dtype = torch.bfloat16, *, seed: int = 0) -> None:
+        self.kind = kind
+        make, axes, block_tokens = _KINDS[kind]
+        self.slots = blocks * self.BLOCK
+        self.tensors = make(blocks, self.BLOCK, dtype, seed)
+        self.kv = PagedKV(self.tensors, Layout.parse(axes, block_tokens=block_tokens))
+
+    def views(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one token, each (heads, dim), as views of the raw tensors: the oracle's way in and out."""
+        b, s = divmod(slot, self.BLOCK)
+        if self.kind == "packed":
+            kv = self.tensors[layer][b, :, s]  # type: ignore[index]
+            return kv[:, :DIM], kv[:, DIM:]
+        if self.kind == "split":
+            return self.tensors[layer][0, b, s], self.tensors[layer][1, b, s]  # type: ignore[index]
+        k, v = (self.tensors[plane][layer] for plane in "kv")  # type: ignore[index]
+        return (k[slot], v[slot]) if self.kind == "nhd" else (k[b, :, s], v[b, :, s])
+
+    def token(self, layer: int, slot: int) -> tuple[bytes, bytes]:
+        """K and V bytes of one token."""
+        k, v = self.views(layer, slot)
+        return _raw(k), _raw(v)
+
+    def put(self, slot: int, value: torch.Tensor) -> None:
+        """Set one token; `value` is (layers, 2, heads, dim)."""
+        for layer in range(LAYERS):
+            for view, new in zip(self.views(layer, slot), value[layer], strict=True):
+                view.view(torch.uint8).copy_(new.view(torch.uint8))
+
+    def sequence(self, slots: torch.Tensor, layers: int = LAYERS) -> list[list[tuple[bytes, bytes]]]:
+        """[layer][token] → (k, v) bytes."""
+        return [[self.token(layer, int(s)) for s in slots] for layer in range(layers)]
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """A copy of every byte of the pool."""
+        flat = (
+            [t for group in self.tensors.values() for t in group] if isinstance(self.tensors, Mapping) else self.tensors
+        )
+        return [t.detach().clone().view(torch.uint8) for t in flat]
+
+
+def _raw(t: torch.Tensor) -> bytes:
+    return t.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _packed(blocks: int, block: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    """All layers in one storage, as vLLM has it."""
+    pool = bits((LAYERS, blocks, HEADS, block, 2 * DIM), dtype, seed)
+    return list(pool.unbind(0))
+
+
+def _nhd(blocks: int, block: int, dtype: torch.dtype, seed: int) -> dict[str, list[torch.Tensor]]:
+    return {
+        plane: [bits((blocks * block, HEADS, DIM), dtype, seed + 10 * i + layer) for layer in range(LAYERS)]
+        for i, plane in enumerate("kv")
+    }
+
+
+def _split(blocks: int, block: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    return [bits((2, blocks, block, HEADS, DIM), dtype, seed + layer) for layer in range(LAYERS)]
+
+
+def _rows(blocks: int, block: int, dtype: torch.dtype, seed: int) -> dict[str, list[torch.Tensor]]:
+    """Hugging Face's shape: a row per sequence; here rows of four tokens."""
+    return {
+        plane: [bits((blocks, HEADS, block, DIM), dtype, seed + 10 * i + layer) for layer in range(LAYERS)]
+        for i, plane in enumerate("kv")
+    }
+
+
+_Maker = Callable[[int, int, torch.dtype, int], object]
+_KINDS: dict[str, tuple[_Maker, object, int | None]] = {
+    "packed": (_packed, "block head slot (kv dim)", Pool.BLOCK),
+    "nhd": (_nhd, {"k": "slot head dim", "v": "slot head dim"}, None),
+    "split": (_split, "kv block slot head dim", Pool.BLOCK),
+    "rows": (_rows, {"k": "batch head slot dim", "v": "batch head slot dim"}, None),
+}
+KINDS = tuple(_KINDS)
+
+
+def scattered(tokens: int, pool: Pool, *, seed: int = 1) -> torch.Tensor:
+    """Slots of `tokens` tokens in randomly chosen, whole blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randperm(pool.slots // Pool.BLOCK, generator=generator)[: -(-tokens // Pool.BLOCK)]
+    return (blocks[:, None] * Pool.BLOCK + torch.arange(Pool.BLOCK)).reshape(-1)[:tokens]
