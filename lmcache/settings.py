@@ -50,11 +50,8 @@ def parse_size(value: object) -> int:
 
 def format_size(size: int) -> str:
     """The shortest exact text that `parse_size` reads back, e.g. `4GiB`, `500MB`, `1234567B`."""
-    if size:
-        for unit, scale in sorted(UNITS.items(), key=lambda item: (-item[1], item[0])):
-            if size % scale == 0:
-                return f"{size // scale}{unit}"
-    return f"{size}B"
+    texts = [f"{size // scale}{unit}" for unit, scale in UNITS.items() if size % scale == 0] if size else ["0B"]
+    return min(texts, key=len)
 
 
 class Kind(Protocol[Out_co]):

@@ -97,8 +97,11 @@ def test_verify_deletes_only_what_is_bad_and_only_when_told(run: Run, shelf: She
     assert run("verify", "--path", shelf.folder, "--delete-bad").exit_code == 0
 
 
-def test_verify_leaves_files_of_a_newer_format_alone(run: Run, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache.objectfile.FORMAT", 0)  # this release, seen from an older one
+def test_verify_leaves_files_of_a_newer_format_alone(run: Run, shelf: Shelf) -> None:
+    for index in range(5):
+        data = shelf.file(index).read_bytes()
+        assert data.count(rb"\"format\":1,") == 1
+        shelf.file(index).write_bytes(data.replace(rb"\"format\":1,", rb"\"format\":9,"))
     result = run("verify", "--path", shelf.folder, "--delete-bad", "--json")
     verdict = parsed(result)
     assert (result.exit_code, verdict["bad"], len(verdict["newer"]), verdict["deleted"]) == (0, [], 5, 0)

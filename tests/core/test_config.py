@@ -85,7 +85,7 @@ def test_a_formatted_size_parses_back_exactly(size: int) -> None:
 
 
 @given(st.integers(1, 999), st.sampled_from(sorted(UNITS)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_a_formatted_size_is_never_longer_than_what_was_written(number: int, unit: str) -> None:
     assert len(format_size(parse_size(f"{number}{unit}"))) <= len(f"{number}{unit}")
 
