@@ -231,12 +231,8 @@ class DiskTier:
         if time.monotonic() < self._resume_at:
             return Result(Status.FULL, 0, f"no space left on device; next try in ≤ {self._pause:g} s")
         self._janitor.start()
-        if not self._reserve(size, deadline):
-            return Result(Status.FULL, 0, f"{self._capacity} bytes are in use and can't be freed fast enough")
-        kept = False
         try:
-            kept = self._publish(path, write.parts, size, deadline)
-            return Result(Status.OK, size if kept else 0)
+            return self._publish(path, write.parts, size, deadline)
         except Late as late:
             return Result(Status.LATE, late.moved, "the deadline passed while writing")
         except OSError as error:
@@ -244,9 +240,38 @@ class DiskTier:
                 self._back_off(error)
                 return Result(Status.FULL, 0, str(error))
             return Result(Status.FAILED, 0, str(error))
+
+    def _publish(self, path: str, parts: Sequence[memoryview | bytes], size: int, deadline: float | None) -> Result:
+        """Write a temporary file and give it its name."""
+        temp = f"{os.path.dirname(path)}/{temp_name(self._tag)}"
+        reserved = published = False
+        fd = self._create(temp)
+        try:
+            try:
+                # Its final size, before it is counted: so that a listing that begins after the counting finds it.
+                os.ftruncate(fd, size)
+                reserved = self._reserve(size, deadline)
+                if not reserved:
+                    return Result(Status.FULL, 0, f"{self._capacity} bytes are in use and can't be freed fast enough")
+                write_all(fd, parts, deadline)
+            finally:
+                os.close(fd)  # may raise too: some filesystems report a full disk only here
+            try:
+                publish(temp, path)
+            except FileExistsError:
+                if self._settled(path):
+                    return Result(Status.OK)  # another writer was faster
+                publish(temp, path)
+            published = True
         finally:
-            if not kept:
-                self._usage.add(-size)
+            if not published:
+                with contextlib.suppress(OSError):
+                    os.unlink(temp)
+                if reserved:
+                    self._usage.add(-size)
+        self._usage.renamed(size)
+        self._note_success(path)
+        return Result(Status.OK, size)
 
     def _reserve(self, size: int, deadline: float | None) -> bool:
         """Count `size` bytes as used, evicting if need be. Others may take the room that was made, so it may take some tries."""
@@ -257,27 +282,7 @@ class DiskTier:
                 return False
         return False
 
-    def _publish(self, path: str, parts: Sequence[memoryview | bytes], size: int, deadline: float | None) -> bool:
-        """Write a temporary file and give it its name; False if another writer was faster."""
-        temp = f"{os.path.dirname(path)}/{temp_name(self._tag)}"
-        fd = self._create(temp)
-        try:
-            try:
-                os.ftruncate(fd, size)  # so that a listing already sees its final size
-                write_all(fd, parts, deadline)
-            finally:
-                os.close(fd)  # may raise too: some filesystems report a full disk only here
-            try:
-                publish(temp, path)
-            except FileExistsError:
-                if self._settled(path):
-                    return False
-                publish(temp, path)
-            temp = ""
-        finally:
-            if temp:
-                with contextlib.suppress(OSError):
-                    os.unlink(temp)
+    def _note_success(self, path: str) -> None:
         with self._lock:
             if self._pause:
                 info("disk-recovered", path=self._root)
@@ -286,7 +291,6 @@ class DiskTier:
                 self._unsynced[path] = None
             else:
                 self._sync_everything = True
-        return True
 
     def _settled(self, path: str) -> bool:
         """Whether an object of that name is there. An empty file (lost in a power failure) is removed to make way.

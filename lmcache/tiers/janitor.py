@@ -136,8 +136,10 @@ class Janitor:
     def _due(self) -> bool:
         if time.monotonic() >= self._next_scan:
             return True
-        used, wanted = self._usage.read()
-        return self._capacity is not None and (used > HIGH * self._capacity or used + wanted > self._capacity)
+        now = self._usage.read()
+        return self._capacity is not None and (
+            now.used > HIGH * self._capacity or now.used + now.wanted > self._capacity
+        )
 
     def _hold(self) -> bool:
         """Get the lock, or see that we still have it. Mutex held."""
@@ -186,7 +188,7 @@ class Janitor:
                 entries.append(entry)
         if begun >= self._next_scan:
             prune(self._objects, now - self._timing.temp_age)
-        used = self._usage.correct(before.used, counted).used
+        used = self._usage.correct(before, counted).used
         if self._capacity is not None:
             need = max(need, before.wanted)
             if used > HIGH * self._capacity or used + need > self._capacity:

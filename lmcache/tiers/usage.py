@@ -1,9 +1,8 @@
 """How many bytes a folder holds, as all processes that write to it know it together.
 
-Two 64-bit numbers in the file `<root>/usage`, changed under a file lock that is held for microseconds: `used` (objects, and
-reservations of writes under way) and `wanted` (room that a writer found missing). It is advice, not truth: a killed process
-leaves it slightly wrong, and the janitor corrects it from the folder's listing. Where the file can't be used (read-only
-filesystem, no locks), the numbers are this process's own.
+A few 64-bit numbers in the file `<root>/usage`, changed under a file lock that is held for microseconds. It is advice, not
+truth: a killed process leaves it slightly wrong, and the janitor corrects it from the folder's listing. Where the file can't
+be used (read-only filesystem, no locks), the numbers are this process's own.
 """
 
 from __future__ import annotations
@@ -17,17 +16,24 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-_RECORD = struct.Struct("<8sqq")
-_MAGIC = b"lmcache1"
+_RECORD = struct.Struct("<8sqqq")
+_MAGIC = b"lmcuse01"
 _PATIENCE = 0.2
 """Seconds to wait for the lock: its holder may be a stopped process, and a slightly wrong number is better than a hang."""
 
 
 class Count(NamedTuple):
-    """What the record says, in bytes."""
+    """What the record says, in bytes.
 
-    used: int
-    wanted: int
+    Attributes:
+        used: all objects, and writes under way.
+        wanted: room that a writer found missing.
+        moved: grows with each change in the folder, so that a listing can tell what it may have missed.
+    """
+
+    used: int = 0
+    wanted: int = 0
+    moved: int = 0
 
 
 class Usage:
@@ -37,7 +43,7 @@ class Usage:
         self._path = path
         self._mutex = threading.RLock()
         self._fd = -1
-        self._own = Count(0, 0)
+        self._own = Count()
 
     def add(self, delta: int, limit: int | None = None) -> bool:
         """Count `delta` bytes more, unless that makes it more than `limit`: then note the missing room and return False."""
@@ -46,20 +52,31 @@ class Usage:
         def change(now: Count) -> Count:
             nonlocal fits
             fits = limit is None or now.used + delta <= limit
-            return Count(max(0, now.used + delta), now.wanted) if fits else Count(now.used, max(now.wanted, delta))
+            if not fits:
+                return now._replace(wanted=max(now.wanted, delta))
+            return Count(max(0, now.used + delta), now.wanted, now.moved + abs(delta))
 
         self._update(change)
         return fits
+
+    def renamed(self, nbytes: int) -> None:
+        """A counted file got another name: a listing under way may have met it twice, or not at all."""
+        self._update(lambda now: now._replace(moved=now.moved + nbytes))
 
     def read(self) -> Count:
         """The numbers now."""
         return self._update(lambda now: now)
 
-    def correct(self, before: int, counted: int) -> Count:
-        """Replace `before`, read when a listing began, by what it `counted`; what came meanwhile is added. Room is no longer
-        wanted: whoever still waits says so again.
+    def correct(self, before: Count, listed: int) -> Count:
+        """Believe a listing that found `listed` bytes, as far as it is not explained by what moved since `before` was read.
+        Room is no longer wanted: whoever still waits says so again.
         """
-        return self._update(lambda now: Count(counted + max(0, now.used - before), 0))
+
+        def change(now: Count) -> Count:
+            explained = abs(listed - now.used) <= now.moved - before.moved
+            return Count(now.used if explained else listed, 0, now.moved)
+
+        return self._update(change)
 
     def known(self) -> bool:
         """Whether an earlier process left a count."""
@@ -102,7 +119,7 @@ class Usage:
                 self._own = change(self._own)
                 return self._own
             try:
-                now = _unpack(os.pread(fd, _RECORD.size, 0)) or Count(0, 0)
+                now = _unpack(os.pread(fd, _RECORD.size, 0)) or Count()
                 self._own = change(now)
                 if self._own != now:
                     os.pwrite(fd, _RECORD.pack(_MAGIC, *self._own), 0)
@@ -127,8 +144,8 @@ def same_file(fd: int, path: str) -> bool:
 def _unpack(data: bytes) -> Count | None:
     if len(data) != _RECORD.size:
         return None
-    magic, used, wanted = _RECORD.unpack(data)
-    return Count(max(0, used), max(0, wanted)) if magic == _MAGIC else None
+    magic, *numbers = _RECORD.unpack(data)
+    return Count(*numbers) if magic == _MAGIC and min(numbers) >= 0 else None
 
 
 def _lock(fd: int) -> bool:
