@@ -24,7 +24,7 @@ from lmcache.config import Config
 from lmcache.errors import LMCacheError, SlotError, TierError
 from lmcache.index import Finished, Index, TierInfo
 from lmcache.index.messages import ABSENT, FAILED, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
-from lmcache.keys import Chain, Extra, TokenIds, as_tokens, chain_of, namespace_of
+from lmcache.keys import Chain, Extra, Name, TokenIds, as_tokens, chain_of, namespace_of
 from lmcache.layout import BoundKV, PagedKV, validate_slots
 from lmcache.ledger import EngineView
 from lmcache.log import Throttle, info
@@ -43,6 +43,9 @@ Slots = torch.Tensor | Mapping[int, torch.Tensor]
 
 _MISS_REASONS = {MAX_TOKENS: "tail", PROBING: "pending", WRITING: "pending", LATE: "failed", FAILED_BEFORE: "failed"}
 """The index's reasons in the metrics' coarser words; what is not listed is the same in both."""
+
+_CLOSE_S = 5.0
+"""How long closing waits for write-behind, and then for threads, before it leaves a hung tier behind."""
 
 _BOUNCE_SLOTS = 8
 """Arena slots per group that exist however small the budget is, as way stations to the tiers below."""
@@ -171,6 +174,11 @@ class CacheEngine:
         self._namespaces: dict[tuple[str, str], bytes] = {}
         self._tenants = _Tenants(chunk)
         self._closed = False
+        self._evictions = 0
+        for position, tier in enumerate(self._tiers):
+            if not tier.shared:  # nobody else adds to it: what it holds now is all there is to know
+                names = [Name(f.id.namespace, f.id.chain, f.id.group, f.id.tokens, f.id.depth) for f in tier.scan()]
+                self._index.announce(position, 0, names, True, time.monotonic())
         info("cache-open", memory=self.memory, slots=counts, tiers=[t.name for t in self._tiers])
 
     def _open_tiers(self) -> list[Tier]:
@@ -335,7 +343,6 @@ class CacheEngine:
 
     def _lookup(self, owner: int, chain: Chain, max_tokens: int) -> Hit:
         self._pump()
-        until = time.monotonic() + self.config.probe_timeout_s
         while True:
             seen = self._transfer.news
             with self._lock:
@@ -343,9 +350,9 @@ class CacheEngine:
                 found = self._index.lookup(owner, chain, max_tokens, now)
                 plan = self._index.take_plan()
             self._execute(plan)
-            if found.status != "pending" or now >= until:
+            if found.status != "pending":
                 return Hit(self, owner, found.tokens, found.by_tier, found.stop)
-            self._transfer.wait(seen, until - now)
+            self._transfer.wait(seen, self.config.probe_timeout_s)  # after it, the index no longer waits for the answer
             self._pump()
 
     def _release(self, owner: int) -> None:
@@ -424,6 +431,8 @@ class CacheEngine:
             if finished is None:
                 return None
             self._awaited.discard(job)
+        if not finished.final:  # it was too slow: the caller's memory must not change under him from here on
+            self._transfer.fence([job])
         self.metrics.loaded(finished.ok_tokens)
         return finished.ok_tokens
 
@@ -474,16 +483,19 @@ class CacheEngine:
         for tier in self._tiers:
             self.metrics.tier(tier.name, tier.used_bytes())
         with self._lock:
-            index = {f"index_{name}": float(value) for name, value in self._index.stats().items()}
-        return self.metrics.snapshot() | index
+            index = self._index.stats()
+            arenas = self._index.arenas()
+        for group, states in zip(self.spec.groups, arenas, strict=True):
+            self.metrics.arena(group.name, **states)
+        return self.metrics.snapshot() | {f"index_{name}": float(value) for name, value in index.items()}
 
     def close(self) -> None:
         """Finish write-behind, end all threads, release the tiers. Idempotent; a hung tier is left behind after seconds."""
         if self._closed:
             return
         self._closed = True
-        self._drain(10.0)
-        if self._transfer.close():
+        self._drain(_CLOSE_S)
+        if self._transfer.close(_CLOSE_S):
             for tier in self._tiers:
                 tier.close()
         else:
@@ -515,7 +527,11 @@ class CacheEngine:
                     finished = [*finished, *self._index.report(self._transfer.poll(), now)]
                 for job in finished:
                     if job.job in self._awaited:
-                        self._results[job.job] = job
+                        self._results.setdefault(job.job, job)
+                evicted = self._index.evictions
+                if evicted != self._evictions:
+                    self.metrics.evicted("dram", evicted - self._evictions)
+                    self._evictions = evicted
                 plan = self._index.take_plan()
             self._execute(plan)
             if not plan.jobs and self._transfer.news == self._seen:

@@ -147,7 +147,7 @@ class Ledger:
     def begin_engine_write(self, run: Run) -> bool:
         """From here until `end_engine_write` the job counts as writing; False once it is late or fenced."""
         with self._lock:
-            if run.late:
+            if run.late or (run.deadline is not None and time.monotonic() >= run.deadline):
                 return False
             run.moving += 1
             return True

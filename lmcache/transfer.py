@@ -7,6 +7,7 @@ jobs no longer touch engine memory.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -117,7 +118,9 @@ class Transfer:
 
     def close(self, timeout: float = 5.0) -> bool:
         """Finish queued work and end the threads; False if some tier call still hangs."""
-        ended = [workers.close(timeout) for workers in (*self._readers, *self._writers, self._copiers)]
+        until = time.monotonic() + timeout
+        pools = (*self._readers, *self._writers, self._copiers)
+        ended = [workers.close(max(0.0, until - time.monotonic())) for workers in pools]
         return all(ended)
 
     def _finish(self, run: Run, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = "") -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 Task = Callable[[], object]
@@ -46,14 +47,15 @@ class Workers:
         return True
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Let queued tasks finish, end the threads, and say whether all of them ended within `timeout` seconds."""
+        """Let queued tasks finish and end the threads; False if `timeout` seconds are not enough for that."""
         with self._lock:
             self._closed = True
             threads = list(self._threads)
             for _ in threads:
                 self._tasks.put(None)
+        until = time.monotonic() + timeout
         for thread in threads:
-            thread.join(timeout)
+            thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
 
     def _run(self) -> None:

@@ -306,12 +306,26 @@ class Index:
             "jobs": len(state.jobs.live),
             "leases": len(self.leases),
             "failed_owners": len(state.failed),
-            "evictions": sum(pool.evictions for pool in state.pools),
+            "evictions": self.evictions,
             "slots": sum(pool.slots for pool in state.pools),
             "slots_free": sum(pool.unused for pool in state.pools),
             "slots_leaving": sum(len(pool.leaving) for pool in state.pools),
         }
         return dict(state.counts) | now
+
+    @property
+    def evictions(self) -> int:
+        """Objects that left an arena to make room, since the start."""
+        return sum(pool.evictions for pool in self.state.pools)
+
+    def arenas(self) -> list[dict[str, int]]:
+        """Per group, how many slots are `free`, `writing`, `ready` and `evicting`."""
+        found = []
+        for pool in self.state.pools:
+            writing = sum(len(space.writing) for space in pool.spaces.values())
+            ready = sum(len(space.ready) for space in pool.spaces.values())
+            found.append({"free": pool.unused, "writing": writing, "ready": ready, "evicting": len(pool.leaving)})
+        return found
 
     def check(self) -> None:
         """Raise `AssertionError` naming the first broken invariant. O(everything): for tests."""
