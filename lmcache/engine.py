@@ -14,14 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from xxhash import xxh3_128_digest
 
 from lmcache.arena import Arena, host_provider
 from lmcache.config import Config
 from lmcache.errors import LMCacheError, SlotError, TierError
+from lmcache.hit import Hit, LayerLoad
 from lmcache.index import Finished, Index, TierInfo
 from lmcache.index.messages import ABSENT, FAILED, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
 from lmcache.keys import Chain, Extra, Name, TokenIds, as_tokens, chain_of, namespace_of
@@ -32,6 +30,7 @@ from lmcache.metrics import Metrics
 from lmcache.objectio import ObjectIO
 from lmcache.plan import Plan
 from lmcache.spec import KVSpec
+from lmcache.tenants import Tenants
 from lmcache.tiers.base import Tier
 from lmcache.transfer import Transfer
 
@@ -49,72 +48,6 @@ _CLOSE_S = 5.0
 
 _BOUNCE_SLOTS = 8
 """Arena slots per group that exist however small the budget is, as way stations to the tiers below."""
-
-
-class Hit:
-    """What a lookup found. Use it as a context manager, or call `release`: until then it is kept from eviction.
-
-    Attributes:
-        tokens: how many leading tokens can be retrieved; a multiple of `chunk_tokens`.
-        by_tier: where they lie now, e.g. `{"dram": 2048, "disk": 512}`.
-        stop: why the hit ends there, one of `lmcache.index`'s reasons.
-    """
-
-    def __init__(self, engine: CacheEngine, owner: int, tokens: int, by_tier: Mapping[str, int], stop: str) -> None:
-        self.tokens = tokens
-        self.by_tier = dict(by_tier)
-        self.stop = stop
-        self.owner = owner
-        self._engine: CacheEngine | None = engine
-
-    def release(self) -> None:
-        """Let go of what was found. Idempotent."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine._release(self.owner)
-
-    def __enter__(self) -> Hit:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def __repr__(self) -> str:
-        return f"Hit(tokens={self.tokens}, by_tier={self.by_tier}, stop={self.stop!r})"
-
-
-class LayerLoad:
-    """A retrieve under way, layer by layer: `wait(layer)` before the forward pass reads that layer, `finish()` at the end."""
-
-    def __init__(self, engine: CacheEngine, layers: Mapping[int, int]) -> None:
-        self._engine = engine
-        self._arrived = {
-            key: threading.Event() for group, n in layers.items() for key in ((group, i) for i in range(n))
-        }
-        self._job: int | None = None
-        self._loaded: int | None = None
-
-    def _layer_done(self, group: int, layer: int) -> None:
-        self._arrived[group, layer].set()
-
-    def wait(self, layer: int, *, group: int = 0, timeout: float | None = None) -> bool:
-        """Block until local layer `layer` of `group` is in place, or the load failed; True if it arrived."""
-        event = self._arrived[group, layer]
-        limit = self._engine.config.load_timeout_s if timeout is None else timeout
-        deadline = time.monotonic() + limit
-        while not event.is_set() and self._loaded is None and time.monotonic() < deadline:
-            event.wait(0.005)
-            if not event.is_set():
-                self._loaded = self._engine._try_result(self._job)
-        return event.is_set()
-
-    def finish(self) -> int:
-        """Tokens really loaded. If fewer than the hit, the slots beyond are undefined: recompute from there."""
-        if self._loaded is None:
-            self._loaded = self._engine._result(self._job)
-        for event in self._arrived.values():
-            event.set()
-        return self._loaded
 
 
 class CacheEngine:
@@ -172,7 +105,7 @@ class CacheEngine:
         self._seen = -1
         self._weights_version = ""
         self._namespaces: dict[tuple[str, str], bytes] = {}
-        self._tenants = _Tenants(chunk)
+        self._tenants = Tenants(chunk)
         self._closed = False
         self._evictions = 0
         for position, tier in enumerate(self._tiers):
@@ -384,7 +317,8 @@ class CacheEngine:
         """Like `retrieve`, but returns at once: layer *i + 1* loads while the caller computes layer *i*."""
         bound = kv.bind(self.spec)
         by_group = self._slots(bound, slots, hit.tokens, unique=True)
-        load = LayerLoad(self, {g: len(self.spec.local_layers(g)) for g in range(len(self.spec.groups))})
+        layers = {g: len(self.spec.local_layers(g)) for g in range(len(self.spec.groups))}
+        load = LayerLoad(self, layers, self.config.load_timeout_s)
         view = EngineView(bound, by_group, load._layer_done)
         load._job = self._safely("retrieve", None, lambda: self._begin_load(hit, view))
         return load
@@ -557,27 +491,6 @@ class CacheEngine:
             self.metrics.failed(op, "internal")
             self._log.warning("internal-error", op=op, error=f"{type(error).__name__}: {error}")
             return default
-
-
-class _Tenants:
-    """Remembers under which namespaces a prompt's beginning was stored, only to name the reason of a miss: "salt"."""
-
-    _KEPT = 4096
-
-    def __init__(self, chunk_tokens: int) -> None:
-        self._chunk = chunk_tokens
-        self._seen: dict[bytes, set[bytes]] = {}
-
-    def add(self, namespace: bytes, tokens: npt.NDArray[np.uint32]) -> None:
-        if len(self._seen) >= self._KEPT:
-            self._seen.pop(next(iter(self._seen)), None)
-        self._seen.setdefault(self._beginning(tokens), set()).add(namespace)
-
-    def others(self, namespace: bytes, tokens: npt.NDArray[np.uint32]) -> bool:
-        return len(tokens) >= self._chunk and bool(self._seen.get(self._beginning(tokens), set()) - {namespace})
-
-    def _beginning(self, tokens: npt.NDArray[np.uint32]) -> bytes:
-        return xxh3_128_digest(tokens[: self._chunk].data)
 
 
 def _share_out(budget: int, sizes: Sequence[int]) -> list[int]:
