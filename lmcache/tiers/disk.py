@@ -248,9 +248,7 @@ class DiskTier:
         fd = self._create(temp)
         try:
             try:
-                # Its final size, before it is counted: so that a listing that begins after the counting finds it.
-                os.ftruncate(fd, size)
-                reserved = self._reserve(size, deadline)
+                reserved = self._reserve(fd, size, deadline)
                 if not reserved:
                     return Result(Status.FULL, 0, f"{self._capacity} bytes are in use and can't be freed fast enough")
                 write_all(fd, parts, deadline)
@@ -273,10 +271,13 @@ class DiskTier:
         self._note_success(path)
         return Result(Status.OK, size)
 
-    def _reserve(self, size: int, deadline: float | None) -> bool:
-        """Count `size` bytes as used, evicting if need be. Others may take the room that was made, so it may take some tries."""
+    def _reserve(self, fd: int, size: int, deadline: float | None) -> bool:
+        """Count `size` bytes as used, evicting if need be. Others may take the room that was made, so it may take some tries.
+
+        The file gets its final size at the same time, so that a listing finds what is counted.
+        """
         for _ in range(_TRIES):
-            if self._usage.add(size, self._capacity):
+            if self._usage.add(size, self._capacity, lambda: os.ftruncate(fd, size)):
                 return True
             if not self._janitor.make_room(size, deadline):
                 return False

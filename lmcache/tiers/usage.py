@@ -45,18 +45,31 @@ class Usage:
         self._fd = -1
         self._own = Count()
 
-    def add(self, delta: int, limit: int | None = None) -> bool:
-        """Count `delta` bytes more, unless that makes it more than `limit`: then note the missing room and return False."""
-        fits = True
+    def add(self, delta: int, limit: int | None = None, commit: Callable[[], None] | None = None) -> bool:
+        """Count `delta` bytes more, unless that makes it more than `limit`: then note the missing room and return False.
+        `commit` makes the change visible in the folder; no listing begins between that and the counting.
+
+        Raises:
+            OSError: `commit` did; nothing was counted.
+        """
+        fits, failure = True, None
 
         def change(now: Count) -> Count:
-            nonlocal fits
+            nonlocal fits, failure
             fits = limit is None or now.used + delta <= limit
             if not fits:
                 return now._replace(wanted=max(now.wanted, delta))
+            try:
+                if commit is not None:
+                    commit()
+            except OSError as error:
+                failure = error
+                return now
             return Count(max(0, now.used + delta), now.wanted, now.moved + abs(delta))
 
         self._update(change)
+        if failure is not None:
+            raise failure
         return fits
 
     def renamed(self, nbytes: int) -> None:
@@ -111,17 +124,18 @@ class Usage:
         return self._fd
 
     def _update(self, change: Callable[[Count], Count]) -> Count:
+        """Call `change` once, with what is recorded, and record what it returns."""
         with self._mutex:
+            fd, locked, now = -1, False, None  # type: int, bool, Count | None
             try:
                 fd = self._open()
                 locked = _lock(fd)
-            except OSError:
-                self._own = change(self._own)
-                return self._own
-            try:
                 now = _unpack(os.pread(fd, _RECORD.size, 0)) or Count()
-                self._own = change(now)
-                if self._own != now:
+            except OSError:
+                now = None  # then only this process knows
+            try:
+                self._own = change(self._own if now is None else now)
+                if now is not None and self._own != now:
                     os.pwrite(fd, _RECORD.pack(_MAGIC, *self._own), 0)
             except OSError:
                 pass  # the janitor will correct it
