@@ -1,0 +1,113 @@
+"""`lmcache demo`: a real model answers over a long document, plain beside cached, and again after a restart."""
+
+from __future__ import annotations
+
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lmcache.cli.output import JsonOption, console, print_json
+from lmcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lmcache_hf.demo import Options, Outcome, Round
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(demo)
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="PATH_OR_HUB_ID", help="A causal language model. Default: SmolLM2-135M-Instruct."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16; auto: bfloat16 where the processor computes in it.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Questions asked before the restart.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the document.")] = 3000,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 24,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Keep the cache in this folder. Default: a fresh one, removed at the end.")
+    ] = None,
+    json: JsonOption = False,
+    restart_task: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Chat with a model over a long document, with and without the cache, and prove that the answers are the same.
+
+    TTFT is the time to the first token. Every cached answer is compared, tokens and logits bit for bit, with
+    recomputation in the same split; the last one comes from a new process that has only the files on disk. Exit status 1
+    if anything differs.
+
+    \b
+    Examples:
+      lmcache demo
+      lmcache demo --model HuggingFaceTB/SmolLM2-360M-Instruct --dtype float32
+      lmcache demo --tokens 6000 --rounds 3 --json
+    """
+    if util.find_spec("transformers") is None:
+        raise ConfigError("the demo runs on Hugging Face transformers, which is not installed: pip install 'lmcache-sdk[hf]'")
+    from lmcache_hf.demo import Options, continue_after_restart, run
+
+    if restart_task is not None:
+        continue_after_restart(restart_task)
+        return
+    options = Options(model, dtype, rounds, tokens, max_new_tokens, cache_dir)
+    outcome = run(options, lambda text, done: None) if json else _run_live(options)
+    if json:
+        print_json(outcome.as_json())
+    if not outcome.identical:
+        raise typer.Exit(1)
+
+
+def _run_live(options: Options) -> Outcome:
+    from rich.live import Live
+
+    from lmcache_hf.demo import run
+
+    finished: list[Round] = []
+    out = console()
+    with Live(console=out, auto_refresh=True) as live:
+
+        def show(text: str, done: Round | None) -> None:
+            if done is not None:
+                finished.append(done)
+            live.update(_render(finished, text, options))
+
+        outcome = run(options, show)
+        live.update(_render(finished, "", options))
+    if outcome.identical:
+        out.print("[green]Every cached answer is identical to recomputation in the same split: tokens, and logits bit for bit.[/]")
+    else:
+        bad = ", ".join(_label(r, options) for r in finished if not r.identical)
+        out.print(f"[bold red]Different from recomputation in the same split: round {bad}.[/]")
+    return outcome
+
+
+def _render(finished: list[Round], text: str, options: Options) -> RenderableType:
+    from rich.console import Group
+    from rich.spinner import Spinner
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title="Time to first token", title_justify="left")
+    table.add_column("round")
+    for name in ("tokens from cache", "recomputed", "cached", "speed-up"):
+        table.add_column(name, justify="right")
+    table.add_column("identical")
+    for r in finished:
+        mark = "[green]yes[/]" if r.identical else "[bold red]NO[/]"
+        ratio = f"{r.ttft_recompute_s / r.ttft_cached_s:.1f} ×"
+        times = (f"{r.ttft_recompute_s * 1000:,.0f} ms", f"{r.ttft_cached_s * 1000:,.0f} ms")
+        table.add_row(_label(r, options), f"{r.hit_tokens:,}", *times, ratio, mark)
+    parts: list[Any] = [table, Spinner("dots", text)] if text else [table]
+    return Group(*parts)
+
+
+def _label(r: Round, options: Options) -> str:
+    return str(r.round) if r.round <= options.rounds else "restart"
