@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from lmcache_kernels import Digits
-
 from lmcache.errors import LayoutError
+from lmcache_kernels import Digits
 
 _ALIASES = {"latent": "dim", "elem": "dim"}
 _NAMES = ("block", "batch", "slot", "head", "layer", "kv", "dim", "one")

@@ -8,11 +8,10 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal, NamedTuple
 
-from lmcache_kernels import Digits, PlaneAddress
-
 from lmcache.errors import LayoutError
 from lmcache.layout.axes import Atom, Axes, Sizes, dim_extent, known_extents, solve, strides_of
 from lmcache.spec import KVSpec, Plane
+from lmcache_kernels import Digits, PlaneAddress
 
 CANONICAL_AXES = "layer slot head dim"
 _MAX = 1 << 40

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lmcache.config import Config
 from lmcache.errors import ConfigError
+from lmcache.eviction import POLICIES
 from lmcache.machine import is_container, is_wsl, memory_limit
 from lmcache.settings import UNITS, format_size, parse_size
 
@@ -286,3 +287,10 @@ def test_wsl_and_containers_are_recognised(tmp_path: Path) -> None:
     assert not is_wsl(tmp_path)
     release.write_text("5.15.153.1-microsoft-standard-WSL2\n")
     assert is_wsl(tmp_path)
+
+
+def test_the_policies_offered_are_those_there_are() -> None:
+    for policy in POLICIES:
+        assert Config(policy=policy).policy == policy  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=", ".join(map(repr, POLICIES))):
+        Config(policy="none")  # type: ignore[arg-type]
