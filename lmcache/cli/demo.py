@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
 def demo(
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="PATH_OR_HUB_ID", help="A causal language model. Default: SmolLM2-135M-Instruct."),
+        typer.Option("--model", metavar="PATH_OR_HUB_ID", help="A causal language model [SmolLM2-135M-Instruct]."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16; auto: bfloat16 where the processor computes in it.")
@@ -52,7 +53,9 @@ def demo(
       lmcache demo --tokens 6000 --rounds 3 --json
     """
     if util.find_spec("transformers") is None:
-        raise ConfigError("the demo runs on Hugging Face transformers, which is not installed: pip install 'lmcache-sdk[hf]'")
+        raise ConfigError("the demo needs Hugging Face transformers: pip install 'lmcache-sdk[hf]'")
+    if model is None or Path(model).expanduser().exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported; the new process inherits it
     from lmcache_hf.demo import Options, continue_after_restart, run
 
     if restart_task is not None:
@@ -83,7 +86,7 @@ def _run_live(options: Options) -> Outcome:
         outcome = run(options, show)
         live.update(_render(finished, "", options))
     if outcome.identical:
-        out.print("[green]Every cached answer is identical to recomputation in the same split: tokens, and logits bit for bit.[/]")
+        out.print("[green]Every cached answer is identical to recomputation in the same split: tokens and logits.[/]")
     else:
         bad = ", ".join(_label(r, options) for r in finished if not r.identical)
         out.print(f"[bold red]Different from recomputation in the same split: round {bad}.[/]")

@@ -7,7 +7,6 @@ prompt in the same split. The last round runs in a new process that has nothing 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -86,7 +85,7 @@ def run(options: Options, show: Callable[[str, Round | None], None]) -> Outcome:
         ConfigError: the model cannot be had. UncachedError: it cannot be cached.
     """
     with _folder(options.cache_dir) as folder:
-        show("loading the model (SmolLM2 is converted on the first run)" if not options.model else "loading the model", None)
+        show("loading the model" + ("" if options.model else " (SmolLM2 is converted on the first run)"), None)
         path = model_path(options.model)
         model, tokenizer = load(path, options.dtype)
         chat = Chat(tokenizer, document(tokenizer, options.tokens))
@@ -135,7 +134,7 @@ def _restart(options: Options, path: str, folder: Path, ids: torch.Tensor, refer
             )
         )
         command = [sys.executable, "-c", "from lmcache.cli import main; main()", "demo", "--restart-task", str(task)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=1800)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
         if done.returncode or not result.is_file():
             raise LMCacheError(f"the new process ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
         got, plain_ttft, hit = _read_result(result)
@@ -187,12 +186,11 @@ def _folder(chosen: Path | None) -> Iterator[Path]:
 
 
 def model_path(model: str | None) -> str:
-    """The directory or hub id to load; SmolLM2's directory by default. Local directories are loaded without the hub."""
+    """The directory or hub id to load; SmolLM2's directory by default."""
     from lmcache_hf.models import smollm2
 
-    if model is None or Path(model).expanduser().exists():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return str(smollm2()) if model is None else str(Path(model).expanduser()) if Path(model).expanduser().exists() else model
+    local = smollm2() if model is None else Path(model).expanduser()
+    return str(local) if local.exists() else str(model)
 
 
 def load(path: str, dtype: str) -> tuple[Any, Any]:
@@ -204,17 +202,18 @@ def load(path: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet: Any = logging  # untyped
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     wanted = _best_dtype() if dtype == "auto" else getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype):
         raise ConfigError(f"--dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
 def _best_dtype() -> torch.dtype:

@@ -20,7 +20,7 @@ from lmcache.spec import ALL, KVSpec, LayerGroup, Numerics, Plane, dtype_name, h
 from lmcache_hf import quirks
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """This model cannot be cached; `reason` is a short slug for metrics, the message says more."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -71,8 +71,8 @@ class Geometry:
         for shape in self.groups:
             name = dtype_name(shape.dtype)
             planes = (Plane("k", name, shape.k_elems), Plane("v", name, shape.v_elems))
-            rule = trailing(shape.window) if shape.window else ALL
-            groups.append(LayerGroup(f"sliding{shape.window}" if shape.window else "full", shape.layers, planes, shape.heads, rule))
+            label, rule = ("sliding", trailing(shape.window)) if shape.window else ("full", ALL)
+            groups.append(LayerGroup(label, shape.layers, planes, shape.heads, rule))
         return KVSpec.of_groups(model, groups, numerics)
 
 
@@ -103,12 +103,12 @@ def examine(model: Any) -> Geometry:
     """Measure and prove.
 
     Raises:
-        Unsupported: this model's cache cannot be reused correctly, or nobody can tell.
+        UnsupportedError: this model's cache cannot be reused correctly, or nobody can tell.
     """
     refuse_by_config(model)
     template = quirks.fresh_cache(model)
-    if (layer := quirks.unsupported_layer(template)) is not None:
-        raise Unsupported("unsupported_cache", f"its cache has a layer of another kind: {layer}")
+    if (unknown := quirks.unsupported_layer(template)) is not None:
+        raise UnsupportedError("unsupported_cache", f"its cache has a layer of another kind: {unknown}")
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     a, b, c, d, e, f = ((vocabulary // 3 + 7 * i) % vocabulary for i in range(6))
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -126,23 +126,23 @@ def examine(model: Any) -> Geometry:
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.2
     error = float((plain - reused).abs().max() / plain.std().clamp_min(1e-6))
     if not error <= tolerance:
-        raise Unsupported("unproven", f"with reused KV its logits differ by {error:.2g} standard deviations on four tokens")
+        raise UnsupportedError("unproven", f"reused KV moves its logits by {error:.2g} standard deviations")
     return geometry
 
 
 def refuse_by_config(model: Any) -> None:
-    """Raise `Unsupported` for what the configuration already rules out."""
+    """Raise `UnsupportedError` for what the configuration already rules out."""
     inner = quirks.unwrapped(model)
     if inner.config.is_encoder_decoder:
-        raise Unsupported("encoder_decoder", "encoder-decoder models keep a second cache for the encoder's output")
+        raise UnsupportedError("encoder_decoder", "encoder-decoder models keep a second cache for the encoder's output")
     if quirks.has_own_generate(model):
-        raise Unsupported("custom_generate", f"{type(inner).__name__} has a `generate` of its own")
+        raise UnsupportedError("custom_generate", f"{type(inner).__name__} has a `generate` of its own")
     if not inner._supports_default_dynamic_cache() or "mamba" in type(inner).__name__.lower():
-        raise Unsupported("unsupported_cache", f"{type(inner).__name__} does not keep its state in a DynamicCache")
+        raise UnsupportedError("unsupported_cache", f"{type(inner).__name__} does not keep its state in a DynamicCache")
     if (kind := _rope_by_length(inner.config.to_dict())) is not None:
-        raise Unsupported("rope", f"rotary type {kind!r} makes keys depend on the length of the whole sequence")
+        raise UnsupportedError("rope", f"rotary type {kind!r} makes keys depend on the length of the whole sequence")
     if torch.distributed.is_available() and torch.distributed.is_initialized() and getattr(inner, "_tp_size", None):
-        raise Unsupported("tensor_parallel", "a model sharded over processes is not supported here")
+        raise UnsupportedError("tensor_parallel", "a model sharded over processes is not supported here")
 
 
 def _rope_by_length(config: Any) -> str | None:
@@ -176,21 +176,25 @@ def _measure(cache: DynamicCache, template: DynamicCache) -> Geometry:
     found: dict[tuple[Any, ...], list[int]] = {}
     devices = set()
     if not cache.layers or len(cache.layers) != len(template.layers):
-        raise Unsupported("unsupported_cache", f"its cache has {len(cache.layers)} layers, not {len(template.layers)}")
-    for index, layer in enumerate(cache.layers):
+        raise UnsupportedError(
+            "unsupported_cache", f"its cache has {len(cache.layers)} layers, not {len(template.layers)}"
+        )
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
         window = quirks.window_of(layer)
         keys, values = layer.keys, layer.values
         want = min(4, window or 4)
         for tensor in (keys, values):
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != want:
-                shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
-                raise Unsupported("unsupported_cache", f"layer {index} holds {shape} after four tokens, not (1, heads, {want}, dim)")
+            shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
+            if len(shape) != 4 or (shape[0], shape[2]) != (1, want):
+                detail = f"layer {index} holds {shape} after four tokens, not (1, heads, {want}, dim)"
+                raise UnsupportedError("unsupported_cache", detail)
         if keys.shape[1] != values.shape[1] or keys.dtype != values.dtype:
-            raise Unsupported("unsupported_cache", f"keys and values of layer {index} differ in heads or dtype")
+            raise UnsupportedError("unsupported_cache", f"keys and values of layer {index} differ in heads or dtype")
         devices.add(keys.device)
-        shape = (window, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-        found.setdefault(shape, []).append(index)
+        kind = (window, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        found.setdefault(kind, []).append(index)
     if len(devices) > 1:
-        raise Unsupported("devices", f"its layers lie on several devices: {sorted(map(str, devices))}")
-    groups = tuple(GroupShape(tuple(layers), *shape) for shape, layers in sorted(found.items(), key=lambda f: f[1]))
+        raise UnsupportedError("devices", f"its layers lie on several devices: {sorted(map(str, devices))}")
+    groups = tuple(GroupShape(tuple(members), *kind) for kind, members in found.items())
     return Geometry(groups, devices.pop())

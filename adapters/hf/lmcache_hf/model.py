@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lmcache.spec import Numerics
 from lmcache_hf import quirks
 from lmcache_hf.batch import Prompt
 from lmcache_hf.calls import refuse_by_call
-from lmcache_hf.geometry import Geometry, Unsupported, examine, numerics_of
+from lmcache_hf.geometry import Geometry, UnsupportedError, examine, numerics_of
 from lmcache_hf.reuse import Reuse
 from lmcache_hf.weights import Glance, glance, weights_digest
 
@@ -78,13 +79,13 @@ class CachedModel:
         self._counts: Counter[str] = Counter()
         self._uncached: Counter[str] = Counter()
         self._opened: _Opened | None = None
-        self._refused: tuple[object, Unsupported] | None = None
+        self._refused: tuple[object, UnsupportedError] | None = None
         self._glance: tuple[Glance, str] | None = None
         self._closed = False
         if not model.training:  # else at the first call in evaluation mode
             try:
                 self._open()
-            except Unsupported as error:
+            except UnsupportedError as error:
                 self._log_uncached(error)
                 if self.config.strict:
                     raise UncachedError(f"cannot cache {type(model).__name__}: {error}") from error
@@ -121,21 +122,22 @@ class CachedModel:
             refuse_by_call(self._model, call)
             ids = quirks.prompt_of(self._model, call)
             if ids is None:
-                raise Unsupported("no_tokens", "the prompt is not a two-dimensional tensor of token ids")
+                raise UnsupportedError("no_tokens", "the prompt is not a two-dimensional tensor of token ids")
             mask = quirks.mask_of(call, ids)
             if mask is None:
-                raise Unsupported("attention_mask", "its attention mask is not one 0 or 1 for each token")
+                raise UnsupportedError("attention_mask", "its attention mask is not one 0 or 1 for each token")
             with self._lock:
                 if self._closed:
-                    raise Unsupported("closed", "this CachedModel was closed")
+                    raise UnsupportedError("closed", "this CachedModel was closed")
                 opened, digest = self._current()
-            return self._load(call, Prompt(ids.to("cpu", torch.int64), mask.cpu()), opened, self._reuse(opened, digest, salt))
-        except Unsupported as error:
+            prompt = Prompt(ids.to("cpu", torch.int64), mask.cpu())
+            return self._load(call, prompt, opened, self._reuse(opened, digest, salt))
+        except UnsupportedError as error:
             self._log_uncached(error)
             if self.config.strict:
                 raise UncachedError(f"cannot cache this call of generate: {error}") from error
         except Exception as error:  # a defect of ours must not cost the caller their answer
-            self._log_uncached(Unsupported("error", f"{type(error).__name__}: {error}"))
+            self._log_uncached(UnsupportedError("error", f"{type(error).__name__}: {error}"))
         return None
 
     def _load(self, call: quirks.Call, prompt: Prompt, opened: _Opened, reuse: Reuse) -> _Prepared:
@@ -143,10 +145,10 @@ class CachedModel:
         if cache is None:
             cache = quirks.fresh_cache(self._model)
         elif not quirks.is_plain_empty(cache):
-            raise Unsupported("past_key_values", f"the call brings a {type(cache).__name__} that is in use or not of the plain kind")
+            raise UnsupportedError("past_key_values", f"the call brings a used or special {type(cache).__name__}")
         layers = cache.layers
         if not quirks.arm(cache, opened.template):
-            raise Unsupported("past_key_values", "the call's cache has other layers than this model's own")
+            raise UnsupportedError("past_key_values", "the call's cache has other layers than this model's own")
         try:
             columns = reuse.load(prompt, cache)
         except BaseException:
@@ -169,7 +171,7 @@ class CachedModel:
             sequences = out if isinstance(out, torch.Tensor) else out.sequences
             computed = prepared.cache.get_seq_length()
             if computed < prepared.prompt.columns or computed > sequences.shape[1]:
-                raise ValueError(f"{computed} columns cached of {sequences.shape[1]}, prompt of {prepared.prompt.columns}")
+                raise ValueError(f"{computed} columns cached of {sequences.shape[1]}")
             grown = prepared.prompt.extended(sequences, computed)
             grown = grown.until_end(prepared.prompt.columns, prepared.ends)
             accepted = prepared.reuse.store(grown, prepared.cache, prepared.columns)
@@ -210,14 +212,15 @@ class CachedModel:
                 geometry = examine(self._model)
                 seen = glance(self._model)
                 digest = weights_digest(self._model)
-            except Unsupported as error:
+            except UnsupportedError as error:
                 self._refused = situation, error
                 raise
             except Exception as error:  # whatever a foreign model raises when it is looked at
-                self._refused = situation, Unsupported("unmeasured", f"{type(error).__name__}: {error}")
+                self._refused = situation, UnsupportedError("unmeasured", f"{type(error).__name__}: {error}")
                 raise self._refused[1] from error
             name = self._identity or f"hf:{type(quirks.unwrapped(self._model)).__name__}:{digest}"
             engine = CacheEngine(self.config, geometry.spec(name, situation[0]))
+            weakref.finalize(self, engine.close)  # who never calls close() keeps what was written behind, too
             self._glance = seen, digest
             self._opened = _Opened(engine, geometry, quirks.fresh_cache(self._model), situation, digest)
             return self._opened
@@ -225,7 +228,7 @@ class CachedModel:
     def _reuse(self, opened: _Opened, digest: str, salt: str) -> Reuse:
         return Reuse(opened.engine, opened.geometry, salt, digest)
 
-    def _log_uncached(self, error: Unsupported) -> None:
+    def _log_uncached(self, error: UnsupportedError) -> None:
         with self._lock:
             self._uncached[error.reason] += 1
             if self._opened is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 NEUTRAL_INPUTS = frozenset({"attention_mask", "past_key_values", "use_cache", "logits_to_keep", "return_dict"})
@@ -90,7 +90,8 @@ def mask_of(call: Call, ids: torch.Tensor) -> torch.Tensor | None:
         pad, ends = call.settings.pad_token_id, end_tokens(call)
         if pad is None or pad in ends:
             return torch.ones_like(ids, dtype=torch.bool)
-        return ids != pad
+        found: torch.Tensor = ids != pad
+        return found
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
         return None
     return mask.bool()
@@ -107,7 +108,7 @@ def end_tokens(call: Call) -> tuple[int, ...]:
 # ------------------------------------------------------------------ caches
 
 
-class RecordingSlidingLayer(DynamicSlidingWindowLayer):
+class RecordingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """A sliding layer that also keeps what leaves its window, by reference. What it computes is unchanged.
 
     `recorded` holds the (key, value) states of each `update`; memory grows as for full attention during one `generate`.
@@ -152,7 +153,7 @@ def unsupported_layer(cache: DynamicCache) -> str | None:
     return None
 
 
-def window_of(layer: CacheLayerMixin) -> int:
+def window_of(layer: Any) -> int:
     """How many previous columns a sliding layer keeps (`sliding_window − 1`), 0 for a full-attention layer."""
     return int(layer.sliding_window) - 1 if isinstance(layer, DynamicSlidingWindowLayer) else 0
 
@@ -172,8 +173,14 @@ def arm(cache: DynamicCache, template: DynamicCache) -> bool:
         return False
     if not cache.layers and any(wanted):
         return False
-    cache.layers = [RecordingSlidingLayer(w + 1) if w else DynamicLayer() for w in wanted]
+    cache.layers = [RecordingSlidingLayer(w + 1) if w else _full_layer() for w in wanted]
     return True
+
+
+def _full_layer() -> DynamicLayer:
+    make: Any = DynamicLayer  # untyped
+    layer: DynamicLayer = make()
+    return layer
 
 
 def disarm(cache: DynamicCache) -> None:
@@ -181,12 +188,14 @@ def disarm(cache: DynamicCache) -> None:
     cache.layers = [x.stock() if isinstance(x, RecordingSlidingLayer) else x for x in cache.layers]
 
 
-def columns_of(layer: CacheLayerMixin) -> tuple[torch.Tensor, torch.Tensor]:
+def columns_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of every column that this layer still has whole, oldest first: all, or since recording began."""
-    return layer.all_recorded() if isinstance(layer, RecordingSlidingLayer) else (layer.keys, layer.values)
+    if isinstance(layer, RecordingSlidingLayer):
+        return layer.all_recorded()
+    return layer.keys, layer.values
 
 
-def fill(layer: CacheLayerMixin, keys: torch.Tensor, values: torch.Tensor, columns: int) -> None:
+def fill(layer: Any, keys: torch.Tensor, values: torch.Tensor, columns: int) -> None:
     """Put a layer into the state it would have after processing `columns` columns.
 
     `keys` and `values` hold all of them, or for a sliding layer the last `min(columns, sliding_window − 1)`.

@@ -94,9 +94,7 @@ class Reuse:
         """
         for _ in range(_ROUNDS):
             limits = [int(n) for n in prompt.before[:, stop]]
-            hits = [
-                leases.enter_context(self._lookup(prompt.tokens(row), limit)) for row, limit in enumerate(limits)
-            ]
+            hits = [leases.enter_context(self._lookup(prompt.tokens(row), limit)) for row, limit in enumerate(limits)]
             columns = prompt.shared_columns([hit.tokens for hit in hits], stop)
             needs = [int(n) for n in prompt.before[:, columns]]
             exact = all(need in (0, hit.tokens) for need, hit in zip(needs, hits, strict=True))

@@ -91,7 +91,7 @@ def _samples(tensors: Iterable[torch.Tensor], count: int = _GLANCE_ELEMENTS) -> 
         if tensor.numel():
             flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
             step = max(1, (flat.numel() - 1) // count)
-            parts.setdefault((tensor.dtype, tensor.device), []).append(flat[:: step][: count + 1])
+            parts.setdefault((tensor.dtype, tensor.device), []).append(flat[::step][: count + 1])
     return b"".join(torch.cat(found).cpu().view(torch.uint8).numpy().tobytes() for found in parts.values())
 
 
