@@ -134,6 +134,7 @@ class Index:
         self.release(owner)
         self._questions.pop(owner, None)
         self.state.failed.discard(owner)
+        self.state.loading.pop(owner, None)
 
     # ---------------------------------------------------------------- jobs
 
@@ -161,6 +162,7 @@ class Index:
         work.until = now + self._load_deadline + _GRACE
         job = self.state.jobs.start(work, self._load_deadline)
         self._overdue.append((work.until, job))
+        self.state.loading.setdefault(owner, set()).add(job)
         return job
 
     def begin_prefetch(self, owner: Owner, now: float) -> int | None:
@@ -278,8 +280,8 @@ class Index:
             deletes += [(op.tier, op.name) for op in work.ops if isinstance(op, Delete)]
             if work.kind == "spill" and work.cleared:
                 deletes += results.written(work)
-            if work.kind == "load" and not work.told and work.owner is not None:
-                state.failed.add(work.owner)
+            if work.kind == "load" and not work.told:
+                state.load_ended(work.owner, work.id, failed=True)
             statuses = (Status.CANCELLED,) * len(work.ops)
             loaded = work.ok_tokens if work.told or work.wanted is None else work.wanted.skip
             if not work.told_final:

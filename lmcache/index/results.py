@@ -129,10 +129,9 @@ def _conclude(state: State, work: Work) -> None:
         state.spill(work.namespace, group, pool.publish(run), range(below))
     if work.wanted is not None:
         work.ok_tokens = _loaded(state, work)
-        if work.ok_tokens < work.wanted.chunks * state.chunk_tokens:
-            state.counts["failed_loads"] += 1
-            if work.owner is not None:
-                state.failed.add(work.owner)
+        failed = any(status is not Status.OK for status in work.results)
+        state.counts["failed_loads"] += failed
+        state.load_ended(work.owner, work.id, failed)
     else:
         positions = {op.name.depth for i, op in enumerate(work.ops) if work.results[i] is Status.OK}
         work.ok_tokens = len(positions) * state.chunk_tokens

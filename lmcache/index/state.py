@@ -47,6 +47,7 @@ class State:
         self.known = [Known(ranks) for _ in tiers]
         self.jobs = Jobs(ranks)
         self.failed: set[Owner] = set()
+        self.loading: dict[Owner, set[int]] = {}  # load jobs whose failure counts against their owner
         self.counts: Counter[str] = Counter()
         self._admit = admit
 
@@ -87,6 +88,17 @@ class State:
                 self.pools[group].pin(entries)
                 work.pins.append((self.pools[group], entries))
                 self.jobs.start(work)
+
+    def load_ended(self, owner: Owner, job: int, failed: bool) -> None:
+        """A failed load bars its owner from further hits, unless the owner was forgotten in the meantime."""
+        jobs = self.loading.get(owner)
+        if jobs is None or job not in jobs:
+            return
+        jobs.remove(job)
+        if not jobs:
+            del self.loading[owner]
+        if failed:
+            self.failed.add(owner)
 
     def delete(self, tier: int, names: Sequence[Name]) -> None:
         """Queue the removal of objects from a tier."""

@@ -37,12 +37,12 @@ def name_at(chain: Chain, group: int, i: int) -> Name:
 class Run:
     """A job on one rank."""
 
-    def __init__(self, job: Job, versions: dict[bytes, int]) -> None:
+    def __init__(self, job: Job, version: int) -> None:
         self.job = job
         self.statuses = [Status.PENDING] * len(job.ops)
         self.undone = list(range(len(job.ops)))
         self.hung: set[int] = set()
-        self.versions = dict(versions)
+        self.version = version
         self.late = False
 
     def next_ops(self) -> list[int]:
@@ -71,11 +71,11 @@ class Rank:
         self.rank = rank
         self.tiers: list[dict[Name, Content | None]] = [{} for _ in range(tiers)]  # None = corrupt
         self.epoch = 0
-        self.inbox: list[tuple[Plan, dict[bytes, int]]] = []
         self.die()
 
     def die(self) -> None:
         """Everything but the tiers is lost; calls that were under way with it."""
+        self.inbox: list[tuple[Plan, dict[int, int]]] = []  # plans, and job → version of what it stores
         self.arena: dict[tuple[int, int], Content | None] = {}
         self.engine: dict[int, dict[tuple[int, int], Content]] = {}
         self.runs: dict[int, Run] = {}
@@ -104,7 +104,7 @@ class Rank:
                     assert not users, f"job {job.id} reuses {key} while jobs {users} are not final on rank {self.rank}"
                     assert key not in fresh, f"job {job.id} fills {key} twice"
                     fresh.add(key)
-            self.runs[job.id] = Run(job, versions)
+            self.runs[job.id] = Run(job, versions.get(job.id, 0))
             self._publish(self.runs[job.id])
 
     def report(self) -> Report:
@@ -173,7 +173,7 @@ class Rank:
             return Status.FULL
         content: Content | None
         if isinstance(op.src, Engine):
-            content = Content(op.name, self.rank, run.versions.get(op.name.namespace, 0))
+            content = Content(op.name, self.rank, run.version)
         elif isinstance(op.src, Tier):
             if op.name not in self.tiers[op.src.index]:
                 return Status.MISSING
