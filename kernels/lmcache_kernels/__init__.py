@@ -1,8 +1,26 @@
 """Moving KV bytes between address tables. Knows tensors, offsets and strides; nothing of engines, specs or layouts.
 
-`address` is the vocabulary (plain integers), `reference` the plain-torch movers that any faster kernel must equal.
+`address` is the vocabulary (plain integers), `reference` the movers that any faster kernel must equal.
 """
 
 from lmcache_kernels.address import Digits, Dim, Piece, PlaneAddress, Strip, coalesce, merge_strips, refine, table
+from lmcache_kernels.reference import Rows, all_rows, copy_block, put_rows, take_rows, view, width_of
 
-__all__ = ["Digits", "Dim", "Piece", "PlaneAddress", "Strip", "coalesce", "merge_strips", "refine", "table"]
+__all__ = [
+    "Digits",
+    "Dim",
+    "Piece",
+    "PlaneAddress",
+    "Rows",
+    "Strip",
+    "all_rows",
+    "coalesce",
+    "copy_block",
+    "merge_strips",
+    "put_rows",
+    "refine",
+    "table",
+    "take_rows",
+    "view",
+    "width_of",
+]

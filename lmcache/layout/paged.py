@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from lmcache_kernels import Digits, PlaneAddress
 
 from lmcache.errors import LayoutError, SpecError
 from lmcache.layout.axes import Atom, Axes, Sizes, Strides, solve, strides_of
 from lmcache.layout.objects import ObjectLayout, ObjectPlane
+from lmcache.layout.window import host_window
 from lmcache.spec import KVSpec, LayerGroup, Plane
+from lmcache_kernels import Digits, PlaneAddress
 
 LayerTensors = torch.Tensor | Sequence[torch.Tensor]
 GroupTensors = LayerTensors | Mapping[str, LayerTensors]
@@ -225,18 +226,30 @@ def _bind_group(spec: KVSpec, index: int, tensors: GroupTensors, layout: Layout)
             f"{label}: planes and layers differ in their pages: {text}; axis 'block' or 'slot' is misnamed"
         )
     pages, block_tokens = shapes.pop()
+    storages, addresses = _in_one_window(compiler.storages, addresses)
     runs = any("batch" in a.names or ("block" not in a.names and "slot" not in a.factors) for a in axes.values())
     return BoundGroup(
         index,
         group.planes,
         tuple(addresses),
-        tuple(compiler.storages),
+        storages,
         heads,
         pages,
         block_tokens,
         tuple(axes.values()),
         runs,
     )
+
+
+def _in_one_window(
+    storages: Sequence[torch.Tensor], addresses: Sequence[tuple[PlaneAddress, ...]]
+) -> tuple[tuple[torch.Tensor, ...], list[tuple[PlaneAddress, ...]]]:
+    """On the host, memory allocated apart is addressed through one window, so that all layers move in one copy."""
+    if len(storages) == 1 or any(storage.device.type != "cpu" for storage in storages):
+        return tuple(storages), list(addresses)
+    window, offsets = host_window(storages)
+    moved = [tuple(replace(a, storage=0, base=a.base + offsets[a.storage]) for a in layers) for layers in addresses]
+    return (window,), moved
 
 
 def _by_plane(

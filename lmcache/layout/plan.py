@@ -1,0 +1,289 @@
+"""Which bytes go where between an engine's pages and an object: compiled once, then only slots are looked at per call.
+
+A copy is a set of `Strip`s: what is contiguous on both sides moves as one run. Objects made of whole pages in order move
+by page; any other by token, where tokens that follow each other are joined into runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import gcd
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache.errors import SpecError
+from lmcache.layout.objects import ObjectLayout, PlaneBytes
+from lmcache.layout.paged import BoundGroup
+from lmcache_kernels import Digits, PlaneAddress, Rows, Strip, merge_strips, refine, table, width_of
+
+Ints = npt.NDArray[np.int64]
+_MISSING = -(1 << 62)
+_LONG_RUN = 4096
+
+
+class Part(NamedTuple):
+    """One strip for layers that share a storage.
+
+    `rows` describes the inside of a row on the paged side, `back` the same bytes in the object, whose rows have the
+    leading dimensions `lead`. Row (layer, unit) of the paged side has number `layer_rows[layer] + address[unit] // step`.
+    """
+
+    storage: int
+    rows: Rows
+    back: Rows
+    lead: Digits
+    layer_rows: Ints
+    step: int
+    tag: int
+    join: int
+    width: int
+
+
+class Job(NamedTuple):
+    """Copy `parts` of these objects. `numbers[part][object]` are row numbers, −1 = skip, in the shape of `part.lead`."""
+
+    objects: Sequence[int]
+    parts: tuple[Part, ...]
+    numbers: list[Ints]
+    partial: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The strips of one group and object layout, for units of a page or of one token.
+
+    `kinds[tag]` = (page stride, slot digits) of the planes with that tag on the paged side; `joinable[tag]` = joining
+    units makes some of its runs longer.
+    """
+
+    strips: tuple[Strip, ...]
+    kinds: tuple[tuple[int, Digits], ...]
+    by_page: bool
+    joinable: tuple[bool, ...]
+    parts: dict[object, tuple[Part, ...]] = field(default_factory=dict, repr=False)
+
+
+def jobs(bound: BoundGroup, layout: ObjectLayout, ids: Ints, objects: int, layers: slice | None) -> list[Job]:
+    """What to copy for `objects` objects whose tokens' slots are `ids`, checked, −1 = leave out."""
+    if not objects:
+        return []
+    which = range(*(layers or slice(None)).indices(layout.layers))
+    partial = bool(ids.min() < 0)
+    plan = _plan(bound, layout, by_page=True)
+    out = []
+    rest = range(objects)
+    if plan is not None:
+        numbers, good = _whole_pages(ids, bound.block_tokens, objects, partial)
+        if good is None:
+            return [_job(plan, rest, numbers, 1, which, partial)]
+        if good.any():
+            out.append(_job(plan, np.flatnonzero(good).tolist(), numbers[good], 1, which, partial))
+        rest = np.flatnonzero(~good).tolist()
+    if rest:
+        plan = _plan(bound, layout, by_page=False)
+        assert plan is not None
+        out.append(_job(plan, rest, ids.reshape(objects, -1)[rest], bound.block_tokens, which, partial))
+    return out
+
+
+def _whole_pages(ids: Ints, block: int, objects: int, partial: bool) -> tuple[Ints, npt.NDArray[np.bool_] | None]:
+    """Page numbers `(objects, pages)`, and which objects are whole pages in order: None = all.
+
+    A page none of whose tokens is resident counts as whole, and has number −1.
+    """
+    pages = ids.reshape(-1, block)
+    first = pages[:, 0]
+    numbers = first // block  # −1 // block is −1
+    whole = pages == (numbers * block)[:, None] + np.arange(block)
+    if not partial and whole.all():
+        return numbers.reshape(objects, -1), None
+    if partial:
+        whole |= (pages == -1).all(axis=1)[:, None]
+    return numbers.reshape(objects, -1), whole.reshape(objects, -1).all(axis=1)
+
+
+def _job(plan: Plan, objects: Sequence[int], ids: Ints, block: int, layers: range, partial: bool) -> Job:
+    """`ids`: page numbers, or slots; (objects, units)."""
+    addresses, joins = [], []
+    for tag, (page, slot) in enumerate(plan.kinds):
+        if plan.by_page or not slot:
+            step, address = page, ids * page
+        else:
+            step, address = slot[-1][1], ids // block * page + table(slot)[ids % block]
+        if partial:  # a run of missing units continues itself, and nothing else
+            address = np.where(ids < 0, np.arange(ids.shape[1]) * step + _MISSING, address)
+        addresses.append(address)
+        joins.append(_join(address, step) if plan.joinable[tag] else 1)
+    key = (tuple(joins), layers.start, layers.stop)
+    parts = plan.parts.get(key)
+    if parts is None:
+        parts = plan.parts.setdefault(key, _parts(plan, joins, layers))
+    numbers = []
+    for part in parts:
+        units = addresses[part.tag] if part.join == 1 else addresses[part.tag][:, :: part.join]
+        rows = part.layer_rows[None, :, None] + (units // part.step)[:, None, :]
+        if partial:
+            rows[np.broadcast_to((units < 0)[:, None, :], rows.shape)] = -1
+        numbers.append(rows.reshape(len(objects), *(size for size, _ in part.lead)))
+    return Job(objects, parts, numbers, partial)
+
+
+def _join(address: Ints, step: int) -> int:
+    """The largest number of consecutive units that are `step` apart in every object wherever a group of them begins."""
+    breaks = np.flatnonzero((np.diff(address, axis=1) != step).any(axis=0)) + 1
+    return gcd(address.shape[1], int(np.gcd.reduce(breaks))) if len(breaks) else address.shape[1]
+
+
+# ---------------------------------------------------------------- compiled once
+
+
+def _plan(bound: BoundGroup, layout: ObjectLayout, *, by_page: bool) -> Plan | None:
+    key = (layout, by_page)
+    if key not in bound.plans:
+        bound.plans[key] = _compile(bound, layout, by_page=by_page)
+    plan: Plan | None = bound.plans[key]
+    return plan
+
+
+def _compile(bound: BoundGroup, layout: ObjectLayout, *, by_page: bool) -> Plan | None:
+    """None if pages are asked for but the object has no pages of that size."""
+    mine = [(p.name, p.dtype, p.elems) for p in bound.planes]
+    theirs = [(p.name, p.dtype, p.elems) for p in layout.planes]
+    if (mine, bound.layers, bound.heads) != (theirs, layout.layers, layout.heads):
+        raise SpecError(
+            f"the layout is for {theirs} × {layout.layers} layers × {layout.heads} heads, "
+            f"the engine holds {mine} × {bound.layers} × {bound.heads}"
+        )
+    if by_page and (bound.block_tokens == 1 or layout.tokens % bound.block_tokens):
+        return None
+    strips: list[Strip] = []
+    kinds: list[tuple[int, Digits]] = []
+    for addresses, place in zip(bound.addresses, layout.places.values(), strict=True):
+        for layers in _alike(addresses):
+            kind = (addresses[layers[0]].page, addresses[layers[0]].slot)
+            if kind not in kinds:
+                kinds.append(kind)
+            made = _plane_strips(addresses, layers, place, kinds.index(kind), bound, by_page)
+            if made is None:
+                return None
+            strips += made
+    merged = merge_strips(strips)
+    joinable = tuple(any(s.tag == tag and _joinable(s) for s in merged) for tag in range(len(kinds)))
+    return Plan(merged, tuple(kinds), by_page, joinable)
+
+
+def _joinable(strip: Strip) -> bool:
+    """Whether joining units can pay: the object's units are regular, and runs are short."""
+    return len(strip.units) == 1 and (len(strip.dims) > 1 or strip.run < _LONG_RUN)
+
+
+def _alike(addresses: Sequence[PlaneAddress]) -> list[range]:
+    """Ranges of layers whose strides agree (in practice one: all)."""
+    shapes = [(a.page, a.head, a.slot, a.elem) for a in addresses]
+    cuts = [0, *(i for i in range(1, len(shapes)) if shapes[i] != shapes[i - 1]), len(shapes)]
+    return [range(a, b) for a, b in pairwise(cuts)]
+
+
+def _plane_strips(
+    addresses: Sequence[PlaneAddress], layers: range, place: PlaneBytes, tag: int, bound: BoundGroup, by_page: bool
+) -> list[Strip] | None:
+    """Strips of one plane for a range of layers with equal strides."""
+    source, target = addresses[layers[0]], place.addresses[layers[0]]
+    units, slot_pieces = place.tokens, refine((), ())
+    if by_page:
+        split = split_digits(place.tokens, bound.block_tokens)
+        if split is None:
+            return None
+        units = split[0]
+        slot_pieces = refine(source.slot, split[1])
+    inner = ((bound.heads, source.head, target.head), (place.itemsize, 1, 1))
+    strips = []
+    for slot in slot_pieces:
+        for elem in refine(source.elem, target.elem):
+            sources = tuple((addresses[i].storage, addresses[i].base + slot.a + elem.a) for i in layers)
+            dims = (*slot.dims, *elem.dims, *inner)
+            start = target.base + slot.b + elem.b
+            strips.append(Strip(sources, start, place.layer, joined(units), dims, tag, layers[0]))
+    return strips
+
+
+def split_digits(digits: Digits, inner: int) -> tuple[Digits, Digits] | None:
+    """The digits of whole pages, and those of the `inner` tokens inside one; None where no digit boundary is there."""
+    outer, rest, left = list(digits), [], inner
+    while left > 1:
+        size, stride = outer.pop()
+        if left % size == 0:
+            rest.append((size, stride))
+            left //= size
+        elif size % left == 0:
+            outer.append((size // left, stride * left))
+            rest.append((left, stride))
+            left = 1
+        else:
+            return None
+    return tuple(outer), tuple(reversed(rest))
+
+
+def joined(digits: Sequence[tuple[int, int]]) -> Digits:
+    """Digits that continue each other as one; at least one digit remains."""
+    out: list[tuple[int, int]] = []
+    for size, stride in digits:
+        if size == 1:
+            continue
+        if out and out[-1][1] == size * stride:
+            out[-1] = (out[-1][0] * size, stride)
+        else:
+            out.append((size, stride))
+    return tuple(out or [(1, digits[-1][1] if digits else 0)])
+
+
+# ---------------------------------------------------------------- compiled once per joining of units
+
+
+def _parts(plan: Plan, joins: Sequence[int], layers: range) -> tuple[Part, ...]:
+    parts = []
+    for original in plan.strips:
+        strip, join = _with_joined_units(plan, original, joins[original.tag])
+        page, slot = plan.kinds[strip.tag]
+        strides = [page] if plan.by_page else [page, *(stride for _, stride in slot)]
+        own = range(strip.first, strip.first + len(strip.sources))
+        wanted = range(max(layers.start, own.start), min(layers.stop, own.stop))
+        for storage, mine in _by_storage(strip, wanted):
+            bases = np.array([strip.sources[i - strip.first][1] for i in mine], dtype=np.int64)
+            base = int(bases.min())
+            step = gcd(*strides, *(bases - base).tolist())
+            offset = strip.offset + (mine[0] - strip.first) * strip.layer
+            lead = joined([(len(mine), strip.layer), *strip.units])
+            inner = [n for _, a, b in strip.dims[:-1] for n in (a, b)]
+            width = width_of(base, step, offset, strip.run, *(stride for _, stride in lead), *inner)
+            rows = Rows(base, step, tuple((size, a) for size, a, _ in strip.dims))
+            back = Rows(offset, 1, tuple((size, b) for size, _, b in strip.dims))
+            parts.append(Part(storage, rows, back, lead, (bases - base) // step, step, strip.tag, join, width))
+    return tuple(parts)
+
+
+def _with_joined_units(plan: Plan, strip: Strip, join: int) -> tuple[Strip, int]:
+    """The strip with `join` consecutive units as one, where the object's units are regular and it makes runs longer."""
+    if join == 1 or not _joinable(strip):
+        return strip, 1
+    page, slot = plan.kinds[strip.tag]
+    step = page if plan.by_page or not slot else slot[-1][1]
+    count, stride = strip.units[0]
+    dims = ((join, step, stride), *strip.dims)
+    return replace(strip, dims=dims, units=((count // join, stride * join),)).tidy(), join
+
+
+def _by_storage(strip: Strip, layers: range) -> list[tuple[int, range]]:
+    """Runs of layers that lie in the same storage."""
+    out: list[tuple[int, range]] = []
+    for layer in layers:
+        storage = strip.sources[layer - strip.first][0]
+        if out and out[-1][0] == storage:
+            out[-1] = (storage, range(out[-1][1].start, layer + 1))
+        else:
+            out.append((storage, range(layer, layer + 1)))
+    return out
