@@ -30,7 +30,6 @@ from lmcache.tiers.folder import (
     publish,
     relative_path,
     temp_name,
-    unlink,
     walk,
 )
 from lmcache.tiers.janitor import HIGH, Janitor, Timing
@@ -115,12 +114,12 @@ class DiskTier:
         Raises:
             TierError: something could not be removed, so it may still be served.
         """
+        if self._closed:
+            raise TierError(f"{self._root}: the tier is closed")
         removed = 0
         try:
             for entry in walk(self._objects, namespace):
-                if unlink(entry.path) and not entry.temp:
-                    removed += 1
-                    self._usage.add(-entry.size)
+                removed += self._usage.remove(entry.path, entry.size) and not entry.temp
             prune(self._objects, time.time())
         except OSError as error:
             raise TierError(f"{self._root}: not everything could be removed: {error}") from error
@@ -162,7 +161,7 @@ class DiskTier:
 
     def used_bytes(self) -> int:
         """See `Tier.used_bytes`. Counts what all processes wrote."""
-        return self._usage.read().used
+        return 0 if self._closed else self._usage.read().used
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -255,19 +254,16 @@ class DiskTier:
             finally:
                 os.close(fd)  # may raise too: some filesystems report a full disk only here
             try:
-                publish(temp, path)
+                self._usage.rename(size, lambda: publish(temp, path))
             except FileExistsError:
                 if self._settled(path):
                     return Result(Status.OK)  # another writer was faster
-                publish(temp, path)
+                self._usage.rename(size, lambda: publish(temp, path))
             published = True
         finally:
             if not published:
                 with contextlib.suppress(OSError):
-                    os.unlink(temp)
-                if reserved:
-                    self._usage.add(-size)
-        self._usage.renamed(size)
+                    self._usage.remove(temp, size if reserved else 0)
         self._note_success(path)
         return Result(Status.OK, size)
 
@@ -277,7 +273,7 @@ class DiskTier:
         The file gets its final size at the same time, so that a listing finds what is counted.
         """
         for _ in range(_TRIES):
-            if self._usage.add(size, self._capacity, lambda: os.ftruncate(fd, size)):
+            if self._usage.add(size, limit=self._capacity, commit=lambda: os.ftruncate(fd, size)):
                 return True
             if not self._janitor.make_room(size, deadline):
                 return False
@@ -331,8 +327,7 @@ class DiskTier:
         try:
             status = os.stat(path, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                os.unlink(path)
-                self._usage.add(-status.st_size)
+                self._usage.remove(path, status.st_size)
         except OSError as error:
             if error.errno not in _ABSENT:
                 return Result(Status.FAILED, 0, str(error))

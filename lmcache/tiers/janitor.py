@@ -202,7 +202,6 @@ class Janitor:
         for entry in entries:
             if excess <= 0:
                 break
-            if unlink(entry.path):
-                self._usage.add(-entry.size)
+            if self._usage.remove(entry.path, entry.size):
                 self.evicted += 1
                 excess -= entry.size

@@ -45,36 +45,49 @@ class Usage:
         self._fd = -1
         self._own = Count()
 
-    def add(self, delta: int, limit: int | None = None, commit: Callable[[], None] | None = None) -> bool:
+    def add(self, delta: int, *, limit: int | None = None, commit: Callable[[], None] | None = None) -> bool:
         """Count `delta` bytes more, unless that makes it more than `limit`: then note the missing room and return False.
-        `commit` makes the change visible in the folder; no listing begins between that and the counting.
+
+        `commit` makes the change in the folder. It runs under the lock, so that no listing begins or ends between the change
+        and its being counted: else a janitor would take the difference for an error and correct it.
 
         Raises:
             OSError: `commit` did; nothing was counted.
         """
-        fits, failure = True, None
+
+        fits = True
 
         def change(now: Count) -> Count:
-            nonlocal fits, failure
+            nonlocal fits
             fits = limit is None or now.used + delta <= limit
             if not fits:
                 return now._replace(wanted=max(now.wanted, delta))
-            try:
-                if commit is not None:
-                    commit()
-            except OSError as error:
-                failure = error
-                return now
+            if commit is not None:
+                commit()
             return Count(max(0, now.used + delta), now.wanted, now.moved + abs(delta))
 
         self._update(change)
-        if failure is not None:
-            raise failure
         return fits
 
-    def renamed(self, nbytes: int) -> None:
-        """A counted file got another name: a listing under way may have met it twice, or not at all."""
-        self._update(lambda now: now._replace(moved=now.moved + nbytes))
+    def remove(self, path: str, nbytes: int) -> bool:
+        """Unlink a counted file; False if it is gone already, and then no longer counted."""
+        try:
+            return self.add(-nbytes, commit=lambda: os.unlink(path))
+        except FileNotFoundError:
+            return False
+
+    def rename(self, nbytes: int, commit: Callable[[], None]) -> None:
+        """Let `commit` give a counted file another name. A listing under way may meet it twice, or not at all.
+
+        Raises:
+            OSError: `commit` did.
+        """
+
+        def change(now: Count) -> Count:
+            commit()
+            return now._replace(moved=now.moved + nbytes)
+
+        self._update(change)
 
     def read(self) -> Count:
         """The numbers now."""
@@ -124,25 +137,18 @@ class Usage:
         return self._fd
 
     def _update(self, change: Callable[[Count], Count]) -> Count:
-        """Call `change` once, with what is recorded, and record what it returns."""
-        with self._mutex:
-            fd, locked, now = -1, False, None  # type: int, bool, Count | None
-            try:
+        """Call `change` once, with what is recorded, and record what it returns. What it raises is passed on."""
+        with self._mutex, contextlib.ExitStack() as stack:
+            fd, now = -1, self._own
+            with contextlib.suppress(OSError):  # else only this process knows
                 fd = self._open()
-                locked = _lock(fd)
+                if _lock(fd):
+                    stack.callback(_unlock, fd)
                 now = _unpack(os.pread(fd, _RECORD.size, 0)) or Count()
-            except OSError:
-                now = None  # then only this process knows
-            try:
-                self._own = change(self._own if now is None else now)
-                if now is not None and self._own != now:
+            self._own = change(now)
+            if fd >= 0 and self._own != now:
+                with contextlib.suppress(OSError):  # the janitor will correct it
                     os.pwrite(fd, _RECORD.pack(_MAGIC, *self._own), 0)
-            except OSError:
-                pass  # the janitor will correct it
-            finally:
-                if locked:
-                    with contextlib.suppress(OSError):
-                        fcntl.flock(fd, fcntl.LOCK_UN)
             return self._own
 
 
@@ -171,3 +177,8 @@ def _lock(fd: int) -> bool:
             return True
         time.sleep(0.0005)
     return False
+
+
+def _unlock(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)

@@ -6,6 +6,7 @@ import os
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tier_suite import TierTests
@@ -107,14 +108,14 @@ def test_clear_leaves_other_namespaces_and_no_empty_folders(shm: Path) -> None:
 def test_clear_ends_a_write_that_has_begun(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = DiskTier(shm)
     written, cleared = threading.Event(), threading.Event()
-    link = os.link
+    pwritev = os.pwritev
 
-    def slow_link(src: str, dst: str) -> None:
+    def slow(*args: Any) -> int:
         written.set()
         assert cleared.wait(10)
-        link(src, dst)
+        return pwritev(*args)
 
-    monkeypatch.setattr(os, "link", slow_link)
+    monkeypatch.setattr(os, "pwritev", slow)
     results = []
     writer = threading.Thread(target=lambda: results.append(put(tier, object_id(0))))
     writer.start()

@@ -240,7 +240,7 @@ def test_changes_during_a_listing_are_not_taken_for_drift(shm: Path) -> None:
     usage.add(50)
     assert usage.correct(before, 1100).used == 1100, "the listing saw it"
     before = usage.read()
-    usage.renamed(30)
+    usage.rename(30, lambda: None)
     assert usage.correct(before, 1070).used == 1100, "the listing missed a file that was being renamed"
     before = usage.read()
     usage.add(-100)
@@ -269,10 +269,10 @@ def test_threads_count_together(shm: Path) -> None:
 
 def test_the_limit_is_exact_and_missing_room_is_noted(shm: Path) -> None:
     usage = Usage(str(shm / "usage"))
-    assert usage.add(60, 100)
-    assert not usage.add(41, 100)
-    assert not usage.add(50, 100)
-    assert usage.add(40, 100)
+    assert usage.add(60, limit=100)
+    assert not usage.add(41, limit=100)
+    assert not usage.add(50, limit=100)
+    assert usage.add(40, limit=100)
     assert usage.read()[:2] == (100, 50)
     usage.close()
 
@@ -290,8 +290,8 @@ def test_a_lock_that_is_never_released_does_not_hang_the_count(shm: Path) -> Non
 def test_without_a_usable_file_the_count_is_this_processs_own(shm: Path) -> None:
     usage = Usage(str(shm / "absent" / "usage"))
     assert not usage.known()
-    assert usage.add(60, 100)
-    assert not usage.add(60, 100)
+    assert usage.add(60, limit=100)
+    assert not usage.add(60, limit=100)
     assert usage.read().used == 60
     usage.close()
 

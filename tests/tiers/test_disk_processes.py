@@ -1,0 +1,269 @@
+"""Several processes on one folder, and processes that die: everything there is whole, nothing flushed is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import pytest
+from tierlab import NAMESPACE, load, object_id, payload_of, put
+
+from lmcache.keys import ObjectId
+from lmcache.objectfile import canonical_form, verify_file
+from lmcache.plan import Status
+from lmcache.spec import KVSpec
+from lmcache.tiers.base import Write
+from lmcache.tiers.disk import DiskTier
+from lmcache.tiers.folder import object_of, relative_path, walk
+from lmcache.tiers.janitor import Timing
+
+BIG_SPEC = KVSpec.uniform("big", layers=4, kv_heads=8, head_dim=128, dtype="bfloat16")
+BIG = canonical_form(BIG_SPEC, 0, 64)
+"""1 MiB per object: a write takes long enough to be killed in the middle of it."""
+
+QUICK = Timing(tick=0.01, rescan=0.05, patience=5.0)
+_PAYLOAD = memoryview(bytes(range(256)) * (BIG.nbytes // 256))
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def big_id(number: int) -> ObjectId:
+    return object_id(number, rect=BIG_SPEC.rects[0], tokens=64)
+
+
+def put_big(tier: DiskTier, number: int) -> Status:
+    [result] = tier.write([Write(big_id(number), BIG.encode(big_id(number), _PAYLOAD))])
+    return result.status
+
+
+def in_child(work: Callable[[], None]) -> ForkProcess:
+    """Run `work` in a forked process; its exit code is 0 if nothing was raised."""
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    return process
+
+
+def finish(*processes: ForkProcess) -> None:
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until, "it never happened"
+        time.sleep(0.002)
+
+
+def temporaries(folder: Path) -> list[str]:
+    return [entry.name for entry in walk(str(folder / "objects")) if entry.temp]
+
+
+def test_killed_fifty_times_while_writing_it_serves_whole_objects_and_all_that_was_flushed(shm: Path) -> None:
+    rng = random.Random(5)
+    caught_writing = 0
+    flushed: set[int] = set()
+    for round in range(50):
+        read_end, write_end = os.pipe()
+
+        def write_until_killed(first: int = 1000 * round, pipe: int = write_end) -> None:
+            tier = DiskTier(shm, timing=QUICK)
+
+            def work(start: int) -> None:
+                for number in range(start, first + 1000, 2):
+                    assert put_big(tier, number) is Status.OK
+                    tier.flush()
+                    os.write(pipe, struct.pack("<i", number))
+
+            threads = [threading.Thread(target=work, args=(first + i,), daemon=True) for i in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        child = in_child(write_until_killed)
+        os.close(write_end)
+        told = os.read(read_end, 4)  # it is at work
+        time.sleep(rng.uniform(0, 0.01))
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        with os.fdopen(read_end, "rb") as pipe:
+            told += pipe.read()
+        flushed |= {number for (number,) in struct.iter_unpack("<i", told[: len(told) // 4 * 4])}
+        caught_writing += bool(temporaries(shm))
+
+        tier = DiskTier(shm, timing=QUICK)  # the restart
+        entries = [entry for entry in walk(str(shm / "objects")) if not entry.temp]
+        for entry in entries:
+            verify_file(entry.path, object_of(entry))
+        assert {big_id(number) for number in flushed} <= {found.id for found in tier.scan()}
+        assert tier._janitor.collect()
+        assert temporaries(shm) == []
+        assert tier.used_bytes() == sum(found.nbytes for found in tier.scan())
+        if round % 5 == 4:
+            tier.clear()
+            flushed.clear()
+        tier.close()
+    assert caught_writing >= 5, "it was hardly ever killed in the middle of a write: this test shows little"
+
+
+def test_two_processes_keep_one_capacity_and_see_each_others_objects(shm: Path) -> None:
+    capacity = 40 * BIG.stored_bytes
+    outcomes = {start: shm / f"outcome-{start}" for start in (0, 1000)}
+
+    def write(start: int) -> None:
+        tier = DiskTier(shm, capacity, timing=QUICK)
+        stored = sum(put_big(tier, number) is Status.OK for number in range(start, start + 200))
+        outcomes[start].write_text(str(stored))
+        tier.close()
+
+    processes = [in_child(lambda start=start: write(start)) for start in outcomes]  # type: ignore[misc]
+    most = 0
+    while any(process.is_alive() for process in processes):
+        held = sum(entry.size for entry in walk(str(shm / "objects")) if not entry.temp)
+        most = max(most, held)
+    finish(*processes)
+    assert most <= capacity * 1.2, "far above the capacity, even though a listing is no snapshot"
+    assert most >= capacity // 2
+    assert all(int(outcome.read_text()) >= 190 for outcome in outcomes.values())
+
+    tier = DiskTier(shm, capacity, timing=QUICK)
+    tier._janitor.collect()
+    found = list(tier.scan())
+    assert 30 * BIG.stored_bytes <= tier.used_bytes() == sum(f.nbytes for f in found) <= capacity
+    assert {f.id.depth < 1000 for f in found} == {True, False}, "objects of both survive"
+    for entry in walk(str(shm / "objects")):
+        verify_file(entry.path, object_of(entry))
+    tier.close()
+
+
+def test_both_processes_writing_the_same_objects_end_with_one_of_each(shm: Path) -> None:
+    def write() -> None:
+        tier = DiskTier(shm, timing=QUICK)
+        for number in range(40):
+            assert put_big(tier, number) is Status.OK
+            assert tier.contains([big_id(number)])[0].status is Status.OK
+        tier.close()
+
+    finish(*[in_child(write) for _ in range(3)])
+    tier = DiskTier(shm, timing=QUICK)
+    assert sorted(found.id.depth for found in tier.scan()) == list(range(40))
+    assert tier.used_bytes() == 40 * BIG.stored_bytes
+    assert temporaries(shm) == []
+    for entry in walk(str(shm / "objects")):
+        verify_file(entry.path, object_of(entry))
+    tier.close()
+
+
+def test_when_the_janitors_process_is_killed_another_one_takes_over(shm: Path) -> None:
+    capacity = 20 * BIG.stored_bytes
+
+    def hold() -> None:
+        tier = DiskTier(shm, capacity, timing=QUICK)
+        wait(lambda: tier._janitor.holds_lock)
+        (shm / "holding").touch()
+        signal.pause()
+
+    child = in_child(hold)
+    wait((shm / "holding").exists)
+    tier = DiskTier(shm, capacity, timing=QUICK)
+    time.sleep(0.1)
+    assert not tier._janitor.holds_lock
+    child.kill()
+    child.join()
+    wait(lambda: tier._janitor.holds_lock)
+    for number in range(60):
+        assert put_big(tier, number) is Status.OK
+    assert tier.used_bytes() <= capacity
+    assert tier._janitor.evicted >= 40
+    tier.close()
+
+
+def test_a_stopped_janitor_blocks_nobody(shm: Path) -> None:
+    capacity = 10 * BIG.stored_bytes
+
+    def hold() -> None:
+        tier = DiskTier(shm, capacity, timing=QUICK)
+        wait(lambda: tier._janitor.holds_lock)
+        (shm / "holding").touch()
+        signal.pause()
+
+    child = in_child(hold)
+    wait((shm / "holding").exists)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGSTOP)
+    tier = DiskTier(shm, capacity, timing=QUICK._replace(patience=0.05))
+    statuses = [put_big(tier, number) for number in range(15)]
+    assert statuses == [Status.OK] * 10 + [Status.FULL] * 5
+    child.kill()
+    child.join()
+    wait(lambda: put_big(tier, 100) is Status.OK)
+    tier.close()
+
+
+def test_a_forked_child_works_on_and_its_parents_lock_dies_with_the_parent(shm: Path) -> None:
+    tier = DiskTier(shm, 10 * BIG.stored_bytes, timing=QUICK)
+    wait(lambda: tier._janitor.holds_lock)
+    put(tier, object_id(1))
+
+    def work() -> None:
+        assert load(tier, object_id(1)) == payload_of(object_id(1))
+        assert not tier._janitor.holds_lock
+        assert put(tier, object_id(2)).status is Status.OK
+        assert threading.active_count() == 2, "its own janitor waits for the lock"
+        (shm / "written").touch()
+        wait((shm / "end").exists)
+        assert tier._janitor.holds_lock, "it took over"
+        tier.close()
+
+    child = in_child(work)
+    wait((shm / "written").exists)
+    assert tier._janitor.holds_lock
+    assert load(tier, object_id(2)) == payload_of(object_id(2))
+    tier.close()
+    time.sleep(0.2)
+    (shm / "end").touch()
+    finish(child)
+
+
+def test_a_fork_while_locks_are_held_does_not_hang_the_child(shm: Path) -> None:
+    tier = DiskTier(shm, timing=QUICK)
+    with tier._lock, tier._janitor._mutex, tier._usage._mutex:
+        child = in_child(lambda: _assert_ok(put(tier, object_id(1)).status))
+    finish(child)
+    assert load(tier, object_id(1)) == payload_of(object_id(1))
+    tier.close()
+
+
+def _assert_ok(status: Status) -> None:
+    assert status is Status.OK
+
+
+def test_clear_in_one_process_is_a_miss_in_another(shm: Path) -> None:
+    tier = DiskTier(shm, timing=QUICK)
+    for number in range(5):
+        put(tier, object_id(number))
+
+    def clear() -> None:
+        other = DiskTier(shm, timing=QUICK)
+        assert other.clear(NAMESPACE) == 5
+        other.close()
+
+    finish(in_child(clear))
+    assert {result.status for result in tier.contains([object_id(n) for n in range(5)])} == {Status.MISSING}
+    assert load(tier, object_id(0)) is None
+    assert tier.used_bytes() == 0
+    assert put(tier, object_id(0)).status is Status.OK
+    assert (shm / "objects" / relative_path(object_id(0))).exists()
+    tier.close()
