@@ -4,9 +4,11 @@
 """
 
 from lmcache.layout.axes import Axes
+from lmcache.layout.bound import BoundGroup, BoundKV
+from lmcache.layout.description import Layout
 from lmcache.layout.move import gather, scatter, translate
 from lmcache.layout.objects import ObjectLayout, ObjectPlane, Segment
-from lmcache.layout.paged import BoundGroup, BoundKV, Layout, PagedKV
+from lmcache.layout.paged import PagedKV
 from lmcache.layout.slots import validate_slots
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from lmcache.errors import LayoutError
+from lmcache.layout.bound import BoundGroup, BoundKV
 from lmcache.layout.objects import ObjectLayout, same_planes
-from lmcache.layout.paged import BoundGroup, BoundKV
 from lmcache.layout.plan import Job, jobs, joined
 from lmcache.layout.slots import check_slots
 from lmcache_kernels import Strip, all_rows, copy_block, merge_strips, put_rows, refine, take_rows, view, width_of

@@ -1,89 +1,22 @@
-"""`Layout`, `PagedKV` and `BoundKV`: an engine's live tensors, checked once against the spec and compiled to addresses."""
+"""`PagedKV`: an engine's live tensors, checked once against the spec and compiled to addresses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from lmcache.errors import LayoutError, SpecError
-from lmcache.layout.axes import Atom, Axes, Sizes, Strides, solve, strides_of
-from lmcache.layout.objects import ObjectLayout, ObjectPlane
+from lmcache.layout.axes import Axes, Sizes, Strides, solve, strides_of
+from lmcache.layout.bound import BoundGroup, BoundKV
+from lmcache.layout.description import Layout
 from lmcache.layout.window import host_window
 from lmcache.spec import KVSpec, LayerGroup, Plane
-from lmcache_kernels import Digits, PlaneAddress
+from lmcache_kernels import PlaneAddress
 
 LayerTensors = torch.Tensor | Sequence[torch.Tensor]
 GroupTensors = LayerTensors | Mapping[str, LayerTensors]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How an engine arranges each plane. Build it with `parse`; see `lmcache.layout.axes` for the axis strings.
-
-    Attributes:
-        axes: one axis string for every plane, or (plane name, axis string) pairs.
-        block_tokens: tokens per page; None = the extent of the tensor's `slot` dimension.
-    """
-
-    axes: str | tuple[tuple[str, str], ...]
-    block_tokens: int | None = None
-
-    @staticmethod
-    def parse(axes: str | Mapping[str, str], *, block_tokens: int | None = None) -> Layout:
-        """Check and normalise. One string is sugar for the same string for every plane.
-
-        Raises:
-            LayoutError: an axis is unknown, missing, duplicated or badly factored; the message names it.
-        """
-        if block_tokens is not None and (type(block_tokens) is not int or block_tokens < 1):
-            raise LayoutError(f"block_tokens must be a positive integer, not {block_tokens!r}")
-        if isinstance(axes, str):
-            strings = [str(Axes.parse(axes))]
-            parsed: str | tuple[tuple[str, str], ...] = strings[0]
-        elif isinstance(axes, Mapping) and axes:
-            parsed = tuple((str(name), str(Axes.parse(text))) for name, text in axes.items())
-            strings = [text for _, text in parsed]
-        else:
-            raise LayoutError(f"axes must be a string, or a mapping from plane name to string, not {axes!r}")
-        for text in strings:
-            names = Axes.parse(text).names
-            factor = Axes.parse(text).factors.get("slot", 1)
-            if block_tokens is not None and names & {"block", "batch"} and block_tokens % factor:
-                raise LayoutError(
-                    f"axes {text!r}: factor {factor} of axis 'slot' does not divide block_tokens={block_tokens}"
-                )
-            if "slot" not in names and block_tokens != 1:
-                raise LayoutError(
-                    f"axes {text!r}: axis 'slot' is missing; pages without it hold one token: block_tokens=1"
-                )
-        return Layout(parsed, block_tokens)
-
-    def axes_of(self, plane: str) -> Axes:
-        """The axes of one plane."""
-        if isinstance(self.axes, str):
-            return Axes.parse(self.axes)
-        for name, text in self.axes:
-            if name == plane:
-                return Axes.parse(text)
-        raise LayoutError(f"the layout describes planes {', '.join(n for n, _ in self.axes)}, but not {plane!r}")
-
-    def describe(self) -> dict[str, object]:
-        """JSON-able; `from_description` gives the same layout back."""
-        return {
-            "axes": self.axes if isinstance(self.axes, str) else dict(self.axes),
-            "block_tokens": self.block_tokens,
-        }
-
-    @staticmethod
-    def from_description(data: Mapping[str, Any]) -> Layout:
-        """The layout that `describe` described; `LayoutError` if it is none."""
-        try:
-            return Layout.parse(data["axes"], block_tokens=data["block_tokens"])
-        except (KeyError, TypeError) as error:
-            raise LayoutError(f"not a layout: {type(error).__name__}: {error}") from error
 
 
 class PagedKV:
@@ -112,7 +45,7 @@ class PagedKV:
             LayoutError: axes and shapes contradict each other.
         """
         if self._bound is None or self._bound[0] != spec:
-            self._bound = (spec, BoundKV.build(spec, self._by_group(spec), self.layout))
+            self._bound = (spec, _bind(spec, self._by_group(spec), self.layout))
         return self._bound[1]
 
     def _by_group(self, spec: KVSpec) -> list[GroupTensors]:
@@ -128,77 +61,17 @@ class PagedKV:
         return [self.tensors]  # type: ignore[list-item]
 
 
-@dataclass(frozen=True, eq=False)
-class BoundGroup:
-    """One layer group, compiled. `addresses[plane][layer]` index into `storages`, flat uint8 tensors.
-
-    `runs`: the token axis has no pages of its own (a pool of tokens, or a page per sequence), so that an object is a run
-    of tokens rather than a row of pages.
-    """
-
-    index: int
-    planes: tuple[Plane, ...]
-    addresses: tuple[tuple[PlaneAddress, ...], ...]
-    storages: tuple[torch.Tensor, ...]
-    heads: int
-    pages: int
-    block_tokens: int
-    axes: tuple[Axes, ...]
-    runs: bool
-    plans: dict[object, Any] = field(default_factory=dict, repr=False)
-    natives: dict[int, ObjectLayout] = field(default_factory=dict, repr=False)
-
-    @property
-    def layers(self) -> int:
-        """Local layers of the group."""
-        return len(self.addresses[0])
-
-    @property
-    def num_slots(self) -> int:
-        """Slots of the pool."""
-        return self.pages * self.block_tokens
-
-
-@dataclass(frozen=True, eq=False)
-class BoundKV:
-    """Engine tensors, checked against a spec. Made by `PagedKV.bind`."""
-
-    spec: KVSpec
-    groups: tuple[BoundGroup, ...]
-    device: torch.device
-
-    @staticmethod
-    def build(spec: KVSpec, tensors: Sequence[GroupTensors], layout: Layout | Mapping[int, Layout]) -> BoundKV:
-        """See `PagedKV.bind`."""
-        groups = []
-        for index, mine in enumerate(tensors):
-            chosen = layout if isinstance(layout, Layout) else layout.get(index)
-            if chosen is None:
-                raise LayoutError(f"no layout for group {index} ({spec.groups[index].name!r})")
-            groups.append(_bind_group(spec, index, mine, chosen))
-        devices = {storage.device for group in groups for storage in group.storages}
-        if len(devices) != 1:
-            raise SpecError(f"KV tensors must be on one device, found {', '.join(sorted(map(str, devices)))}")
-        return BoundKV(spec, tuple(groups), devices.pop())
-
-    def num_slots(self, group: int = 0) -> int:
-        """Slots of the group's pool; slot = block × block_tokens + offset."""
-        return self.groups[group].num_slots
-
-    def block_tokens(self, group: int = 0) -> int:
-        """Tokens per page of the group."""
-        return self.groups[group].block_tokens
-
-    def native(self, group: int, tokens: int) -> ObjectLayout:
-        """The dense arrangement that this engine's pages have, for an object of `tokens` tokens.
-
-        Canonical where the engine's order is canonical anyway, or where `tokens` are no whole number of pages.
-        """
-        bound = self.groups[group]
-        found = bound.natives.get(tokens)
-        if found is None:
-            found = bound.natives.setdefault(tokens, _native(self.spec, bound, tokens))
-        return found
+def _bind(spec: KVSpec, tensors: Sequence[GroupTensors], layout: Layout | Mapping[int, Layout]) -> BoundKV:
+    groups = []
+    for index, mine in enumerate(tensors):
+        chosen = layout if isinstance(layout, Layout) else layout.get(index)
+        if chosen is None:
+            raise LayoutError(f"no layout for group {index} ({spec.groups[index].name!r})")
+        groups.append(_bind_group(spec, index, mine, chosen))
+    devices = {storage.device for group in groups for storage in group.storages}
+    if len(devices) != 1:
+        raise SpecError(f"KV tensors must be on one device, found {', '.join(sorted(map(str, devices)))}")
+    return BoundKV(spec, tuple(groups), devices.pop())
 
 
 def _bind_group(spec: KVSpec, index: int, tensors: GroupTensors, layout: Layout) -> BoundGroup:
@@ -233,6 +106,7 @@ def _bind_group(spec: KVSpec, index: int, tensors: GroupTensors, layout: Layout)
         group.planes,
         tuple(addresses),
         storages,
+        tuple(compiler.storages),
         heads,
         pages,
         block_tokens,
@@ -360,82 +234,3 @@ def _check_injective(tensor: torch.Tensor, where: str, axes: Axes) -> None:
                     f"{where}: dimension {i} ({name}) overlaps others: sizes {tuple(tensor.shape)}, strides {tensor.stride()}"
                 )
             reach += (size - 1) * stride
-
-
-def _native(spec: KVSpec, bound: BoundGroup, tokens: int) -> ObjectLayout:
-    """Page order made dense: layer, page, then the page's axes by descending stride."""
-    canonical = ObjectLayout.canonical(spec, bound.index, tokens)
-    paged = not bound.runs and bound.block_tokens > 1
-    if paged and tokens % bound.block_tokens:
-        return canonical
-    if bound.runs and any(len(layers[0].slot) > 1 for layers in bound.addresses):
-        return canonical
-    orders = [_Order.of(bound, i, tokens, paged) for i in range(len(bound.planes))]
-    kv = ["kv" in axes.names for axes in bound.axes]
-    try:
-        planes = _interleaved(bound, orders, tokens, paged) if all(kv) and len(kv) > 1 else None
-        if planes is None:
-            planes = [o.plane(p, "", tokens, paged, bound) for o, p in zip(orders, bound.planes, strict=True)]
-        native = ObjectLayout(tuple(planes), canonical.layers, canonical.heads, tokens, "native").checked()
-    except LayoutError:  # an order that no axis string can say
-        return canonical
-    return canonical if native.signature == canonical.signature else native
-
-
-_OUTSIDE = 1 << 62
-
-
-def _atoms(name: str, digits: Digits) -> list[tuple[int, int, Atom]]:
-    """(size, stride, atom) of each digit of an axis."""
-    if len(digits) < 2:
-        return [(size, stride, Atom(name)) for size, stride in digits]
-    (quotients, major), (factor, minor) = digits
-    return [(quotients, major, Atom(name, "/", factor)), (factor, minor, Atom(name, "%", factor))]
-
-
-@dataclass(frozen=True)
-class _Order:
-    """A page's atoms of one plane, by descending stride."""
-
-    atoms: tuple[tuple[int, Atom], ...]
-
-    @staticmethod
-    def of(bound: BoundGroup, plane: int, tokens: int, paged: bool) -> _Order:
-        address, axes = bound.addresses[plane][0], bound.axes[plane]
-        slot = address.slot if paged else ((tokens, address.slot[0][1] if address.slot else address.page),)
-        heads = ((bound.heads, address.head),) if "head" in axes.names else ()
-        atoms = [
-            (size, stride, atom)
-            for digits, name in ((slot, "slot"), (heads, "head"), (address.elem, "dim"))
-            for size, stride, atom in _atoms(name, digits)
-        ]
-        # A whole axis of one position has no stride of its own: it stands outside.
-        strided = [(stride if size > 1 or atom.op else _OUTSIDE, atom) for size, stride, atom in atoms]
-        return _Order(tuple(sorted(strided, key=lambda a: -a[0])))
-
-    def plane(self, plane: Plane, kv: str, tokens: int, paged: bool, bound: BoundGroup) -> ObjectPlane:
-        text = " ".join(str(atom) for _, atom in self.atoms)
-        head = "layer block " if paged else "layer "
-        return ObjectPlane(plane.name, plane.dtype, plane.elems, head + text, bound.block_tokens if paged else tokens)
-
-
-def _interleaved(bound: BoundGroup, orders: Sequence[_Order], tokens: int, paged: bool) -> list[ObjectPlane] | None:
-    """All planes of a page side by side, as in `(kv dim)`; None where the planes lie apart."""
-    first, second = bound.addresses[0][0], bound.addresses[1][0]
-    if first.storage != second.storage:
-        return None
-    gap = second.base - first.base
-    if gap <= 0 or (paged and gap >= first.page):
-        return None
-    cut = sum(stride > gap for stride, _ in orders[0].atoms)
-    if not paged and cut == 0:
-        return None
-    outer = [atom for _, atom in orders[0].atoms[:cut]]
-    if any([atom for _, atom in o.atoms[:cut]] != outer for o in orders):
-        return None
-    planes = []
-    for order, plane in zip(orders, bound.planes, strict=True):
-        inner = " ".join(str(atom) for _, atom in order.atoms[cut:])
-        text = " ".join(["layer", *(["block"] if paged else []), *map(str, outer), f"(kv {inner})" if inner else "kv"])
-        planes.append(ObjectPlane(plane.name, plane.dtype, plane.elems, text, bound.block_tokens if paged else tokens))
-    return planes

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache.errors import SpecError
+from lmcache.layout.bound import BoundGroup
 from lmcache.layout.objects import ObjectLayout, PlaneBytes
-from lmcache.layout.paged import BoundGroup
 from lmcache_kernels import Digits, PlaneAddress, Rows, Strip, merge_strips, refine, table, width_of
 
 Ints = npt.NDArray[np.int64]

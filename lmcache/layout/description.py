@@ -1,0 +1,77 @@
+"""`Layout`: how an engine arranges each plane, in words. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lmcache.errors import LayoutError
+from lmcache.layout.axes import Axes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an engine arranges each plane. Build it with `parse`; see `lmcache.layout.axes` for the axis strings.
+
+    Attributes:
+        axes: one axis string for every plane, or (plane name, axis string) pairs.
+        block_tokens: tokens per page; None = the extent of the tensor's `slot` dimension.
+    """
+
+    axes: str | tuple[tuple[str, str], ...]
+    block_tokens: int | None = None
+
+    @staticmethod
+    def parse(axes: str | Mapping[str, str], *, block_tokens: int | None = None) -> Layout:
+        """Check and normalise. One string is sugar for the same string for every plane.
+
+        Raises:
+            LayoutError: an axis is unknown, missing, duplicated or badly factored; the message names it.
+        """
+        if block_tokens is not None and (type(block_tokens) is not int or block_tokens < 1):
+            raise LayoutError(f"block_tokens must be a positive integer, not {block_tokens!r}")
+        if isinstance(axes, str):
+            strings = [str(Axes.parse(axes))]
+            parsed: str | tuple[tuple[str, str], ...] = strings[0]
+        elif isinstance(axes, Mapping) and axes:
+            parsed = tuple((str(name), str(Axes.parse(text))) for name, text in axes.items())
+            strings = [text for _, text in parsed]
+        else:
+            raise LayoutError(f"axes must be a string, or a mapping from plane name to string, not {axes!r}")
+        for text in strings:
+            names = Axes.parse(text).names
+            factor = Axes.parse(text).factors.get("slot", 1)
+            if block_tokens is not None and names & {"block", "batch"} and block_tokens % factor:
+                raise LayoutError(
+                    f"axes {text!r}: factor {factor} of axis 'slot' does not divide block_tokens={block_tokens}"
+                )
+            if "slot" not in names and block_tokens != 1:
+                raise LayoutError(
+                    f"axes {text!r}: axis 'slot' is missing; pages without it hold one token: block_tokens=1"
+                )
+        return Layout(parsed, block_tokens)
+
+    def axes_of(self, plane: str) -> Axes:
+        """The axes of one plane."""
+        if isinstance(self.axes, str):
+            return Axes.parse(self.axes)
+        for name, text in self.axes:
+            if name == plane:
+                return Axes.parse(text)
+        raise LayoutError(f"the layout describes planes {', '.join(n for n, _ in self.axes)}, but not {plane!r}")
+
+    def describe(self) -> dict[str, object]:
+        """JSON-able; `from_description` gives the same layout back."""
+        return {
+            "axes": self.axes if isinstance(self.axes, str) else dict(self.axes),
+            "block_tokens": self.block_tokens,
+        }
+
+    @staticmethod
+    def from_description(data: Mapping[str, Any]) -> Layout:
+        """The layout that `describe` described; `LayoutError` if it is none."""
+        try:
+            return Layout.parse(data["axes"], block_tokens=data["block_tokens"])
+        except (KeyError, TypeError) as error:
+            raise LayoutError(f"not a layout: {type(error).__name__}: {error}") from error
