@@ -1,8 +1,9 @@
 """Which token lies in which column of a padded batch.
 
-Column j of a row holds a token where the attention mask is 1; its position is the number of such columns before it. So the
-token sequence of a row is its masked-in columns in order, whether it is padded on the left, on the right, or within, and
-tokens generated later follow on from the last column. Padding columns are masked out: whatever they hold, nothing sees it.
+A row's tokens are its columns where the attention mask is 1, in order; padding before them shifts columns, not positions.
+Padding columns are masked out: whatever they hold, nothing sees it. But what lies behind a *gap*, padding that follows a
+token, is not what the bare sequence would give: transformers numbers generated tokens on from the last column, padding or
+not, and sliding windows count columns. So a row counts up to its first gap: right-padded prompts, not their answers.
 """
 
 from __future__ import annotations
@@ -47,11 +48,7 @@ class Prompt:
         return self.ids[row][self.mask[row]]
 
     def gaps(self) -> torch.Tensor:
-        """The first column of each row that is padding *after* a token, or the number of columns; (rows,) int64.
-
-        A sliding window counts columns, padding included, so what lies behind a gap was not computed as the bare
-        sequence would be.
-        """
+        """The first column of each row that is padding *after* a token, or the number of columns; (rows,) int64."""
         gap = ~self.mask & (self.before[:, :-1] > 0)
         return torch.where(gap.any(1), gap.int().argmax(1), self.columns)
 

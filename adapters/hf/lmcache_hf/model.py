@@ -86,9 +86,9 @@ class CachedModel:
             try:
                 self._open()
             except UnsupportedError as error:
-                self._log_uncached(error)
                 if self.config.strict:
                     raise UncachedError(f"cannot cache {type(model).__name__}: {error}") from error
+                self._say_uncached(error)
 
     # ------------------------------------------------------------------ generate
 
@@ -111,7 +111,10 @@ class CachedModel:
 
     def hit_tokens(self, tokens: torch.Tensor | Sequence[int], *, cache_salt: str = "") -> int:
         """How many leading tokens of one prompt `generate` would not compute. No side effect."""
-        opened, digest = self._current()
+        try:
+            opened, digest = self._current()
+        except UnsupportedError:
+            return 0
         ids = torch.as_tensor(tokens).reshape(-1).cpu()
         return self._reuse(opened, digest, cache_salt).hit_tokens(ids)
 
@@ -133,11 +136,11 @@ class CachedModel:
             prompt = Prompt(ids.to("cpu", torch.int64), mask.cpu())
             return self._load(call, prompt, opened, self._reuse(opened, digest, salt))
         except UnsupportedError as error:
-            self._log_uncached(error)
+            self._count_uncached(error)
             if self.config.strict:
                 raise UncachedError(f"cannot cache this call of generate: {error}") from error
         except Exception as error:  # a defect of ours must not cost the caller their answer
-            self._log_uncached(UnsupportedError("error", f"{type(error).__name__}: {error}"))
+            self._count_uncached(UnsupportedError("error", f"{type(error).__name__}: {error}"))
         return None
 
     def _load(self, call: quirks.Call, prompt: Prompt, opened: _Opened, reuse: Reuse) -> _Prepared:
@@ -197,7 +200,10 @@ class CachedModel:
             return opened, "" if digest == opened.digest else digest
 
     def _situation(self) -> tuple[Numerics, torch.device, torch.dtype]:
-        return numerics_of(self._model), self._model.device, self._model.dtype
+        try:
+            return numerics_of(self._model), self._model.device, self._model.dtype
+        except Exception as error:  # not a transformers model after all
+            raise UnsupportedError("unmeasured", f"{type(error).__name__}: {error}") from error
 
     def _open(self) -> _Opened:
         with self._lock:
@@ -228,11 +234,14 @@ class CachedModel:
     def _reuse(self, opened: _Opened, digest: str, salt: str) -> Reuse:
         return Reuse(opened.engine, opened.geometry, salt, digest)
 
-    def _log_uncached(self, error: UnsupportedError) -> None:
+    def _count_uncached(self, error: UnsupportedError) -> None:
         with self._lock:
             self._uncached[error.reason] += 1
             if self._opened is not None:
                 self._opened.engine.metrics.uncached(error.reason)
+        self._say_uncached(error)
+
+    def _say_uncached(self, error: UnsupportedError) -> None:
         self._log.warning("hf-uncached", key=error.reason, reason=error.reason, detail=error)
 
     # ------------------------------------------------------------------ housekeeping

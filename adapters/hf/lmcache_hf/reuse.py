@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -36,11 +37,9 @@ class Reuse:
 
         At least the last column is left to the model. The cache is touched only when all has arrived.
         """
-        stop = prompt.columns - 1
+        stop = min(prompt.columns - 1, int(prompt.gaps().min()))
         if stop < 1:
             return 0
-        if self.geometry.slides:
-            stop = min(stop, int(prompt.gaps().min()))
         with ExitStack() as leases:
             hits, columns = self._agree(prompt, stop, leases)
             if columns == 0:
@@ -64,14 +63,12 @@ class Reuse:
         Returns:
             Tokens that the engine took in.
         """
-        layers = [quirks.columns_of(layer) for layer in cache.layers]
+        layers = [self._held(layer, prompt.columns, first) for layer in cache.layers]
         paged = self._paged(layers)
-        gaps = prompt.gaps() if self.geometry.slides else None
+        gaps = prompt.gaps().tolist()
         accepted = 0
         for row in range(prompt.rows):
-            tokens = prompt.tokens(row)
-            if gaps is not None:
-                tokens = tokens[: int(prompt.before[row, gaps[row]])]
+            tokens = prompt.tokens(row)[: int(prompt.before[row, gaps[row]])]
             if len(tokens) < self.engine.config.chunk_tokens:
                 continue
             slots = {
@@ -134,6 +131,14 @@ class Reuse:
             arrived.append(self.engine.retrieve(hit, paged, slots))
         whole = prompt.shared_columns(arrived, columns)
         return whole if whole == columns or not self.geometry.slides else 0
+
+    def _held(self, layer: Any, columns: int, first: int) -> LayerKV:
+        """What a layer holds of columns [0, columns), or of those from `first` on if it slides."""
+        width = columns - first if quirks.window_of(layer) else columns
+        keys, values = (x[:, :, :width] for x in quirks.columns_of(layer))  # a step may have been taken back at the end
+        if keys.shape[2] != width or values.shape[2] != width:
+            raise ValueError(f"a layer holds {keys.shape[2]} columns, not {width}")
+        return keys, values
 
     def _paged(self, layers: Sequence[LayerKV]) -> PagedKV:
         planes = [
