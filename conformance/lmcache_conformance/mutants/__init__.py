@@ -1,0 +1,107 @@
+"""Deliberately broken tiers, layouts, keys, caches and adapters: the suites must fail on every one of them.
+
+A mutant is a subclass of a suite whose factory returns something that is broken in exactly one way:
+
+    @mutant(row="key exists with an empty value", project="Mooncake #3465")
+    class MutantEmptyValue(TierTests):
+        def open_tier(self, place, capacity):
+            return ServesEmptyValues(place, capacity)
+
+Names begin with `Mutant`, so that ordinary runs never collect them. What cannot be built on a CPU is said by a module's
+`SKIPPED = (skip_row(row, reason), …)`. A mutant is killed if a test of its suite fails *by assertion*.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lmcache_conformance.mutants.rows import ROWS
+
+__all__ = ["ROWS", "Mutant", "SkippedRow", "all_mutants", "mutant", "skip_row", "skipped_rows"]
+
+_MARK = "__lmcache_mutant__"
+C = TypeVar("C", bound=type)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mutant.
+
+    Attributes:
+        name: `module.Class`, unique.
+        row: which known failure it has, one of `ROWS`.
+        project: where that happened, e.g. `"LMCache #4463"`.
+        suite: the class; it lies in module `lmcache_conformance.mutants.<module>`.
+    """
+
+    name: str
+    row: str
+    project: str
+    suite: type
+
+    @property
+    def file(self) -> str:
+        """The source file, for `pytest FILE::CLASS`."""
+        return str(importlib.import_module(self.suite.__module__).__file__)
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A known failure that cannot be built here, and why."""
+
+    row: str
+    reason: str
+
+
+def mutant(*, row: str, project: str) -> Callable[[C], C]:
+    """Declare that a suite class is a mutant.
+
+    Raises:
+        ValueError: `row` is none of `ROWS`, or the class name does not begin with `Mutant`.
+    """
+    _check(row)
+
+    def declare(suite: C) -> C:
+        if not suite.__name__.startswith("Mutant"):
+            raise ValueError(f"a mutant's class name begins with 'Mutant', {suite.__name__!r} does not")
+        name = f"{suite.__module__.rsplit('.', 1)[-1]}.{suite.__name__}"
+        setattr(suite, _MARK, Mutant(name, row, project, suite))
+        return suite
+
+    return declare
+
+
+def skip_row(row: str, reason: str) -> SkippedRow:
+    """Say that a row has no mutant, and why. Modules list these in `SKIPPED`."""
+    _check(row)
+    return SkippedRow(row, reason)
+
+
+def all_mutants() -> list[Mutant]:
+    """Every mutant of every module here, in order of definition."""
+    found = []
+    for name in _modules():
+        module = importlib.import_module(name)
+        mine = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
+        found += [value.__dict__[_MARK] for value in mine if _MARK in value.__dict__]
+    return found
+
+
+def skipped_rows() -> list[SkippedRow]:
+    """Every row that is skipped."""
+    return [row for name in _modules() for row in getattr(importlib.import_module(name), "SKIPPED", ())]
+
+
+def _modules() -> list[str]:
+    return sorted(f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__) if module.name != "rows")
+
+
+def _check(row: str) -> None:
+    if row not in ROWS:
+        near = difflib.get_close_matches(row, ROWS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"no known failure is called {row!r}; did you mean {near!r}? They are in mutants/rows.py")

@@ -1,0 +1,40 @@
+"""The ways in which KV caches are known to go wrong. Each is a mutant that the suites must kill, or is skipped with a reason."""
+
+from __future__ import annotations
+
+ROWS = (
+    "layout misread: with 2 kv heads two layouts have the same shape",
+    "another request's KV served from disk",
+    "a store that failed stays visible",
+    "wrong output after the server restarts",
+    "truncated chunk file reported as a full hit; stale pool bytes fill the rest",
+    "flipped bits in a chunk file reported as a full hit",
+    "ENOSPC leaves tasks stuck, phantom usage, and no store ever succeeds again",
+    "a new process on the same folder sees nothing",
+    "key lacks kv dtype / TP rank / CP rank / LoRA version / tenant salt",
+    "keys differ between processes (hash(None), PYTHONHASHSEED)",
+    "16-bit multimodal hash collides: the wrong image's KV",
+    "blocks taken from the wrong end (suffix for prefix)",
+    "store reads device memory before the compute stream has written it",
+    "slot evicted or reused while a slow read is in flight",
+    "load fails but is reported as success",
+    "the recompute-after-failed-load path gives wrong output",
+    "key exists with an empty value",
+    "side state (sliding window, Mamba, sparse index) not restored with the hit",
+    "offloaded cache wrong on the second forward",
+    "clear returns OK while a tier still serves",
+    "pins leak until nothing can be stored",
+    "a full RAM tier crashes the engine",
+    "a dead or slow remote hangs the engine",
+    "pinned allocation fails on WSL2 / containers and the server will not start",
+    "unauthenticated admin endpoint on 0.0.0.0 runs scripts",
+    "disk tier grows without bound",
+    "a file written on an AMX processor is read on another one",
+    "garbage stored for, or loaded into, block 0",
+    "one rank's store fails, the others serve the hit",
+    "a report is lost, doubled or late; a slot is reused under a reader",
+    "a failed load is offered again and again",
+    "rejected draft tokens or the last sampled token stored as if committed",
+    "weights change under one name and old KV is served",
+)
+"""One line per row. A mutant names its row exactly as it stands here."""
