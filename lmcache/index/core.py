@@ -208,7 +208,7 @@ class Index:
 
     def report(self, report: Report, now: float) -> list[Finished]:
         """Apply a rank's report; returns the jobs that it ended. Idempotent; stale reports are ignored."""
-        return results.apply(self.state, report)
+        return self._ended(results.apply(self.state, report))
 
     # ---------------------------------------------------------------- the outside world
 
@@ -261,7 +261,7 @@ class Index:
             work = self.state.jobs.live.get(self._overdue.popleft()[1])
             if work is not None and not work.told:
                 finished.extend(results.overdue(self.state, work))
-        return finished
+        return self._ended(finished)
 
     def reset(self, now: float) -> list[Finished]:
         """A rank died: a new epoch. Jobs are void, arenas empty, leases dropped; what tiers hold is still known.
@@ -338,7 +338,7 @@ class Index:
     def _lease(self, owner: Owner, chain: Chain, found: Found, now: float) -> bool:
         """Lease a hit; returns whether all of it is in DRAM."""
         old = self.leases.get(owner)
-        again = old is not None and old.chunks == found.chunks and old.chain.digests[-1:] == chain.digests[-1:]
+        again = old is not None and old.chunks == found.chunks and old.chain == chain
         pins: list[tuple[Pool, list[Entry]]] = []
         in_dram = True
         for group, pool in enumerate(self.state.pools):
@@ -357,6 +357,12 @@ class Index:
             self.leases[owner] = lease = Lease(chain, found.chunks, expires, pins)
             self._expiring.append((owner, lease))
         return in_dram
+
+    def _ended(self, finished: list[Finished]) -> list[Finished]:
+        for end in finished:
+            if end.kind == "load" and end.owner in self.state.failed:
+                self.release(end.owner)  # it may have asked again meanwhile
+        return finished
 
     def _unpin(self, lease: Lease) -> None:
         for pool, entries in lease.pins:
