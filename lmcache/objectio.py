@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from lmcache.arena import anonymous
-from lmcache.errors import FormatError, LayoutError
+from lmcache.errors import FormatError, FormatVersionError, LayoutError
 from lmcache.keys import ObjectId
 from lmcache.layout import ObjectLayout, translate
 from lmcache.objectfile import HEADER_PROBE, Form, Header, PlaneForm, SegmentSpan, decode_header, header_bytes, verify
@@ -93,6 +93,8 @@ class ObjectIO:
                     src.copy_(target)
                 translate(src, held, out, want)
                 held = want
+        except FormatVersionError as error:  # not ours to judge, nor to delete: another release uses this folder too
+            return Loaded(Result(Status.FAILED, 0, str(error)))
         except (FormatError, LayoutError) as error:
             return Loaded(Result(Status.CORRUPT, result.nbytes, str(error)))
         return Loaded(result, held)
@@ -155,7 +157,6 @@ class ObjectIO:
             form = self._forms[layout] = Form(
                 order=layout.order,
                 planes=[PlaneForm(p.name, p.dtype, (*shape, p.elems), p.axes, p.block_tokens) for p in layout.planes],
-                layout=layout.describe(),
                 spans=[SegmentSpan(s.planes, s.layer, s.offset, s.nbytes) for s in layout.segments()],
                 isa=self._spec.numerics.isa or None,
             )

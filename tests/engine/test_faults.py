@@ -195,6 +195,21 @@ def reopened(tier: Faulty) -> Faulty:
     return fresh
 
 
+def test_objects_of_a_newer_format_are_misses_and_are_left_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmcache import objectfile, objectheader
+
+    monkeypatch.setattr(objectfile, "FORMAT", objectheader.FORMAT + 1)
+    newer = Faulty()
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[newer]) as writer:
+        writer.store(TOKENS, case.source.kv, case.slots)
+        writer.flush()
+    case.tier._objects.update(newer._objects)
+    before = dict(case.tier._objects)
+    assert case.load() == 0
+    quiet(case.engine)
+    assert case.tier._objects == before
+
+
 def test_objects_under_each_others_names_are_never_served(case: Case) -> None:
     ids = list(case.tier._objects)
     data = list(case.tier._objects.values())
