@@ -56,8 +56,8 @@ class Job(NamedTuple):
 class Plan:
     """The strips of one group and object layout, for units of a page or of one token.
 
-    `kinds[tag]` = (page stride, slot digits) of the planes with that tag on the paged side; `joinable[tag]` = joining
-    units makes some of its runs longer.
+    `kinds[tag]` = (page stride, slot digits; none if by page) on the paged side of the planes with that tag.
+    `joinable[tag]`: joining units makes some of its runs longer.
     """
 
     strips: tuple[Strip, ...]
@@ -110,7 +110,7 @@ def _job(plan: Plan, objects: Sequence[int], ids: Ints, block: int, layers: rang
     """`ids`: page numbers, or slots; (objects, units)."""
     addresses, joins = [], []
     for tag, (page, slot) in enumerate(plan.kinds):
-        if plan.by_page or not slot:
+        if not slot:
             step, address = page, ids * page
         else:
             step, address = slot[-1][1], ids // block * page + table(slot)[ids % block]
@@ -164,7 +164,7 @@ def _compile(bound: BoundGroup, layout: ObjectLayout, *, by_page: bool) -> Plan 
     kinds: list[tuple[int, Digits]] = []
     for addresses, place in zip(bound.addresses, layout.places.values(), strict=True):
         for layers in _alike(addresses):
-            kind = (addresses[layers[0]].page, addresses[layers[0]].slot)
+            kind = (addresses[layers[0]].page, () if by_page else addresses[layers[0]].slot)
             if kind not in kinds:
                 kinds.append(kind)
             made = _plane_strips(addresses, layers, place, kinds.index(kind), bound, by_page)
@@ -249,7 +249,7 @@ def _parts(plan: Plan, joins: Sequence[int], layers: range) -> tuple[Part, ...]:
     for original in plan.strips:
         strip, join = _with_joined_units(plan, original, joins[original.tag])
         page, slot = plan.kinds[strip.tag]
-        strides = [page] if plan.by_page else [page, *(stride for _, stride in slot)]
+        strides = [page, *(stride for _, stride in slot)]
         own = range(strip.first, strip.first + len(strip.sources))
         wanted = range(max(layers.start, own.start), min(layers.stop, own.stop))
         for storage, mine in _by_storage(strip, wanted):
@@ -271,7 +271,7 @@ def _with_joined_units(plan: Plan, strip: Strip, join: int) -> tuple[Strip, int]
     if join == 1 or not _joinable(strip):
         return strip, 1
     page, slot = plan.kinds[strip.tag]
-    step = page if plan.by_page or not slot else slot[-1][1]
+    step = slot[-1][1] if slot else page
     count, stride = strip.units[0]
     dims = ((join, step, stride), *strip.dims)
     return replace(strip, dims=dims, units=((count // join, stride * join),)).tidy(), join
