@@ -93,6 +93,165 @@ class Axes:
         return {atom.name: atom.factor for atom in self.atoms if atom.op}
 
     def __str__(self) -> str:
+        parts = (" ".join(map(str, dim)) for dim in self.dims)
+        return " ".join(f"({p})" if len(d) > 1 else p for p, d in zip(parts, self.dims, strict=True))
+
+    def _check(self, text: str) -> None:
+        if not self.dims:
+            raise LayoutError("an axis string must name at least one dimension, e.g. 'block slot head dim'")
+        by_name: dict[str, list[Atom]] = {}
+        for atom in self.atoms:
+            by_name.setdefault(atom.name, []).append(atom)
+        for name, atoms in by_name.items():
+            ops = sorted(atom.op for atom in atoms)
+            if name == "one" or ops == [""]:
+                continue
+            if ops == ["%", "/"]:
+                if atoms[0].factor != atoms[1].factor:
+                    raise LayoutError(
+                        f"axes {text!r}: {atoms[0]} and {atoms[1]} split axis {name!r} by different factors"
+                    )
+            elif "" in ops or len(ops) > 2 or (len(ops) == 2 and ops[0] == ops[1]):
+                raise LayoutError(f"axes {text!r}: axis {name!r} occurs twice ({', '.join(map(str, atoms))})")
+            else:
+                lost = f"{name}{'%' if ops == ['/'] else '/'}{atoms[0].factor}"
+                raise LayoutError(f"axes {text!r}: {atoms[0]} needs its other half {lost!r}")
+        if "block" in by_name and "batch" in by_name:
+            raise LayoutError(f"axes {text!r}: 'batch' is another name for 'block'; axis 'block' occurs twice")
+        if not by_name.keys() & {"slot", "block", "batch"}:
+            raise LayoutError(f"axes {text!r}: axis 'slot' is missing: which dimension counts tokens?")
+
+
+def _atom(token: str, text: str) -> Atom:
+    match = _ATOM.fullmatch(token)
+    name = match and _ALIASES.get(match[1], match[1])
+    if not match or name not in _NAMES:
+        known = ", ".join((*_NAMES, *_ALIASES))
+        raise LayoutError(
+            f"axes {text!r}: unknown axis {token!r}; axes are {known}, factored as in 'slot/16 … slot%16'"
+        )
+    if not match[2]:
+        return Atom(name)
+    factor = int(match[3])
+    if name not in _FACTORED:
+        raise LayoutError(f"axes {text!r}: axis {name!r} cannot be factored, only {' and '.join(_FACTORED)} can")
+    if not 1 <= factor <= _MAX_FACTOR:
+        raise LayoutError(f"axes {text!r}: {token!r} must have a factor from 1 to {_MAX_FACTOR}")
+    return Atom(name, match[2], factor)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of a plane before looking at a tensor; None = to be read off the tensor's shape."""
+
+    heads: int
+    layers: int
+    elems: int
+    block_tokens: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Strides:
+    """Where a plane lies in a tensor, strides in bytes from the tensor's first element.
+
+    `page` strides over pages and `slot` digits over the tokens of one; a pool without a `block` axis has pages of one
+    token. `layer` is None where the tensor holds one layer.
+    """
+
+    offset: int
+    layer: int | None
+    page: int
+    head: int
+    slot: Digits
+    elem: Digits
+    pages: int
+    block_tokens: int
+
+
+def solve(
+    label: str, axes: Mapping[str, Axes], sizes: Mapping[str, Sizes], shape: Sequence[int]
+) -> dict[str, dict[Atom, int]]:
+    """Extent of every atom of every plane in one tensor of `shape`.
+
+    `axes` holds the planes in that tensor, in the order in which `kv` selects them. `LayoutError` if shape and axes
+    contradict each other.
+    """
+    first = next(iter(axes.values()))
+    if len(axes) > 1 and "kv" not in first.names:
+        raise LayoutError(
+            f"{label}: planes {', '.join(axes)} share one tensor, so its axes need 'kv' to tell them apart"
+        )
+    found: dict[str, dict[Atom, int]] = {}
+    for name, plane_axes in axes.items():
+        if len(plane_axes.dims) != len(shape):
+            raise LayoutError(
+                f"{label}: axes {str(plane_axes)!r} of plane {name!r} name {len(plane_axes.dims)} dimensions, "
+                f"the tensor has {len(shape)}: {tuple(shape)}"
+            )
+        found[name] = known_extents(label, name, plane_axes, sizes[name], len(axes))
+    for index, extent in enumerate(shape):
+        _solve_dim(label, index, int(extent), {n: a.dims[index] for n, a in axes.items()}, found, tuple(shape))
+    return found
+
+
+def known_extents(label: str, name: str, axes: Axes, sizes: Sizes, planes: int) -> dict[Atom, int]:
+    """Extents that follow from the spec, block_tokens and tokens; of a dense object, all of them."""
+    where = f"{label}: axes {str(axes)!r} of plane {name!r}"
+    if "head" not in axes.names and sizes.heads != 1:
+        raise LayoutError(f"{where}: axis 'head' is missing, and there are {sizes.heads} kv heads")
+    if "dim" not in axes.names and sizes.elems != 1:
+        raise LayoutError(f"{where}: axis 'dim' is missing, and there are {sizes.elems} elements per head")
+    if "slot" not in axes.names and sizes.block_tokens != 1:
+        raise LayoutError(f"{where}: axis 'slot' is missing; pages without it hold one token: say block_tokens=1")
+    paged = bool(axes.names & {"block", "batch"})
+    known: dict[Atom, int] = {}
+    for atom in axes.atoms:
+        if atom.name == "dim" and atom.op and sizes.elems % atom.factor:
+            raise LayoutError(f"{where}: factor of {str(atom)!r} does not divide axis 'dim' of {sizes.elems} elements")
+        if atom.name == "slot" and atom.op and paged and (sizes.block_tokens or 0) % atom.factor:
+            raise LayoutError(f"{where}: factor of {str(atom)!r} does not divide block_tokens={sizes.block_tokens}")
+        if atom.op == "%":
+            known[atom] = atom.factor
+        elif atom.name == "dim":
+            known[atom] = sizes.elems // atom.factor
+        elif atom.name == "slot" and paged and sizes.block_tokens is not None:
+            known[atom] = sizes.block_tokens // atom.factor
+        elif atom.name == "slot" and not paged and sizes.tokens is not None:
+            known[atom] = sizes.tokens // atom.factor
+        elif atom.name in ("block", "batch") and sizes.tokens is not None:
+            known[atom] = sizes.tokens // (sizes.block_tokens or 1)
+        elif atom.name in ("head", "layer", "kv", "one"):
+            known[atom] = {"head": sizes.heads, "layer": sizes.layers, "kv": planes, "one": 1}[atom.name]
+    return known
+
+
+def _solve_dim(
+    label: str,
+    index: int,
+    extent: int,
+    dims: Mapping[str, tuple[Atom, ...]],
+    found: dict[str, dict[Atom, int]],
+    shape: tuple[int, ...],
+) -> None:
+    """Check one dimension, and fill in the one extent it may leave open."""
+    for name, atoms in dims.items():
+        text = " ".join(map(str, atoms))
+        where = f"{label}: dimension {index} ({text})"
+        known = found[name]
+        unknown = [atom for atom in atoms if atom not in known]
+        if len(unknown) > 1:
+            raise LayoutError(f"{where} leaves {' and '.join(map(str, unknown))} open; give block_tokens")
+        if unknown:
+            rest = prod(known[atom] for atom in atoms if atom in known)
+            if extent % rest:
+                raise LayoutError(
+                    f"{where}: {rest} (all axes but {str(unknown[0])!r}) does not divide {extent} of {shape}"
+                )
+            known[unknown[0]] = extent // rest
+    need = dim_extent(label, dims, found)
+    if need != extent:
+        name, atoms = next(iter(dims.items()))
         text = " ".join(map(str, atoms))
         parts = " × ".join(f"{atom} {found[name][atom]}" for atom in atoms)
         raise LayoutError(f"{label}: dimension {index} ({text}) must be {need} = {parts}, not {extent} of {shape}")
