@@ -11,10 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from tierlab import FORM, OTHER_NAMESPACE, SPEC, TOKENS, forge, object_id, pattern, payload_of, stored_form
+from lmcache_conformance.tierlab import (
+    FORM,
+    OTHER_NAMESPACE,
+    SPEC,
+    TOKENS,
+    forge,
+    object_id,
+    pattern,
+    payload_of,
+    stored_form,
+)
 
 from lmcache.errors import FormatError, FormatVersionError
 from lmcache.keys import ObjectId
+from lmcache.layout import ObjectLayout
 from lmcache.objectfile import (
     ALIGN,
     MAX_HEADER,
@@ -38,7 +49,7 @@ def native_form(sizes: list[int], **kwargs: object) -> Form:
         spans.append(SegmentSpan(("k", "v"), layer, at, size))
         at += size
     planes = [PlaneForm(name, "bfloat16", (len(sizes), 8, 1, 8), "head slot dim", 8) for name in ("k", "v")]
-    return Form(order="native", planes=planes, layout={"axes": "block head slot (kv dim)"}, spans=spans, isa="x")
+    return Form(order="native", planes=planes, spans=spans, isa="x")
 
 
 # ---------------------------------------------------------------- what others see
@@ -135,17 +146,12 @@ def test_a_header_gives_back_what_it_was_given(
     verify(header, payload)
 
 
-def test_text_in_a_layout_survives_quoting() -> None:
-    layout = {"axes": 'quotes " and \\ and \n and ü and 雪', "nested": {"list": [1, 2.5, None, True, "x"]}}
-    form = Form(
-        order="native",
-        planes=[PlaneForm("k", "int8", (1, 8), "slot", None)],
-        layout=layout,
-        spans=[SegmentSpan(("k",), 0, 0, 8)],
-        isa='isa "x"',
-    )
+def test_text_in_a_header_survives_quoting() -> None:
+    axes = 'quotes " and \\ and \n and ü and 雪 and {braces} and %s'
+    plane = PlaneForm("k", "int8", (1, 8, 1, 1), axes, 8)
+    form = Form(order="native", planes=[plane], spans=[SegmentSpan(("k",), 0, 0, 8)], isa='isa "x"')
     header = decode_header(stored_form(ID, form), ID)
-    assert header.layout == layout
+    assert header.planes == (plane,)
     assert header.isa == 'isa "x"'
 
 
@@ -166,15 +172,13 @@ def test_a_payload_of_the_wrong_length_is_refused() -> None:
 
 
 def test_a_form_with_a_gap_or_foreign_plane_is_refused() -> None:
-    planes = [PlaneForm("k", "int8", (1, 8), "slot", None)]
+    planes = [PlaneForm("k", "int8", (1, 8), "slot", 8)]
     with pytest.raises(FormatError, match="start at 8"):
-        Form(
-            order="native", planes=planes, layout={}, spans=[SegmentSpan(("k",), 0, 0, 8), SegmentSpan(("k",), 1, 9, 8)]
-        )
+        Form(order="native", planes=planes, spans=[SegmentSpan(("k",), 0, 0, 8), SegmentSpan(("k",), 1, 9, 8)])
     with pytest.raises(FormatError, match="planes"):
-        Form(order="native", planes=planes, layout={}, spans=[SegmentSpan(("v",), 0, 0, 8)])
+        Form(order="native", planes=planes, spans=[SegmentSpan(("v",), 0, 0, 8)])
     with pytest.raises(FormatError, match="can't fill"):
-        Form(order="canonical", planes=planes, layout={}, spans=[SegmentSpan(("k",), 0, 0, 9)])
+        Form(order="canonical", planes=planes, spans=[SegmentSpan(("k",), 0, 0, 9)])
     with pytest.raises(FormatError, match="fewer, larger segments"):
         native_form([1] * 20_000)
 
@@ -383,6 +387,14 @@ def _flipped(data: bytes, bit: int) -> bytes:
     damaged = bytearray(data)
     damaged[bit // 8] ^= 1 << bit % 8
     return bytes(damaged)
+
+
+def test_the_canonical_form_is_that_of_the_canonical_layout() -> None:
+    layout = ObjectLayout.canonical(SPEC, 0, TOKENS)
+    header = decode_header(stored_form(ID), ID)
+    assert header.layout == layout.describe()
+    assert ObjectLayout.from_description(header.layout) == layout
+    assert [(s.planes, s.layer, s.offset, s.nbytes) for s in layout.segments()] == list(FORM.spans)
 
 
 def test_the_canonical_form_has_the_size_the_spec_says() -> None:

@@ -1,4 +1,4 @@
-"""The disk tier keeps the contract of tiers, and its folder looks as it should."""
+"""The disk tier's folder looks as it should. That it keeps the contract of tiers is tested in conformance/tests."""
 
 from __future__ import annotations
 
@@ -9,27 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tier_suite import TierTests
-from tierlab import FORM, OTHER_NAMESPACE, get, load, object_id, payload_of, put, stored_form
 
 from lmcache.errors import TierError
 from lmcache.objectfile import verify_file
 from lmcache.plan import Status
-from lmcache.tiers.base import Range, Read, Tier
+from lmcache.tiers.base import Range, Read
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import relative_path
 from lmcache.tiers.janitor import Timing
+from lmcache_conformance.tierlab import FORM, OTHER_NAMESPACE, get, load, object_id, payload_of, put, stored_form
 
 QUICK = Timing(tick=0.02, rescan=0.1, patience=2.0)
-
-
-class TestDiskTier(TierTests):
-    def open_tier(self, place: Path, capacity: int | None) -> Tier:
-        return DiskTier(place, capacity, timing=QUICK)
-
-    @pytest.fixture
-    def place(self, shm: Path) -> Path:
-        return shm
 
 
 def test_an_object_is_one_checkable_file_whose_name_is_its_id(shm: Path) -> None:

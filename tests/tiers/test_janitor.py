@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tierlab import FORM, OTHER_NAMESPACE, load, object_id, payload_of, put
 
 from lmcache.log import Throttle
 from lmcache.plan import Status
@@ -21,17 +20,20 @@ from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import host_tag, relative_path, walk
 from lmcache.tiers.janitor import HIGH, LOW, Timing
 from lmcache.tiers.usage import Count, Usage
+from lmcache_conformance.tierlab import FORM, OTHER_NAMESPACE, load, object_id, payload_of, put
 
 SIZE = FORM.stored_bytes
-STILL = Timing(tick=3600, rescan=3600)
-"""The thread does one pass at the start and then sleeps; what happens next is what the test asks for."""
+STILL = Timing()
 
 
 def still(shm: Path, capacity: int | None = None, timing: Timing = STILL) -> DiskTier:
+    """A tier whose janitor holds the lock, if it is free, and does nothing unless the test or a writer calls for it."""
     tier = DiskTier(shm, capacity, timing=timing, log=Throttle())
-    until = time.monotonic() + 10
-    while tier._janitor._next_scan == 0.0 and time.monotonic() < until:
-        time.sleep(0.001)
+    janitor = tier._janitor
+    janitor.close()
+    janitor._closed = False
+    janitor.start = lambda: None  # type: ignore[method-assign]
+    janitor.collect()
     return tier
 
 
@@ -344,7 +346,7 @@ def test_a_lock_file_that_was_removed_is_taken_again(shm: Path) -> None:
     shutil.rmtree(shm)
     put(tier, object_id(0))
     assert tier._janitor.collect()
-    other = DiskTier(shm, timing=STILL)
+    other = still(shm)
     assert not other._janitor.collect()
     assert other.used_bytes() == tier.used_bytes() == SIZE
     other.close()
@@ -359,7 +361,7 @@ def test_a_folder_that_was_moved_away_is_left_alone(shm: Path) -> None:
     tier._janitor.collect()
     assert tier.used_bytes() == SIZE
     assert depths(tier) == [1]
-    moved = DiskTier(shm / "b", timing=STILL)
+    moved = still(shm / "b")
     assert moved._janitor.collect()
     assert depths(moved) == [0]
     assert moved.used_bytes() == SIZE

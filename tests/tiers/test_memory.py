@@ -1,22 +1,10 @@
-"""The memory tier keeps the contract of tiers."""
+"""The memory tier's own ways. That it keeps the contract of tiers is tested in conformance/tests."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tier_suite import TierTests
-from tierlab import get, object_id, put
-
 from lmcache.plan import Status
-from lmcache.tiers.base import Tier
 from lmcache.tiers.memory import MemoryTier
-
-
-class TestMemoryTier(TierTests):
-    persistent = False
-
-    def open_tier(self, place: Path, capacity: int | None) -> Tier:
-        return MemoryTier(capacity)
+from lmcache_conformance.tierlab import get, object_id, put
 
 
 def test_what_was_read_last_is_evicted_last() -> None:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tierlab import pattern
 
 from lmcache.tiers import rawio
 from lmcache.tiers.base import Range
 from lmcache.tiers.rawio import Late, read_all, write_all
+from lmcache_conformance.tierlab import pattern
 
 
 @pytest.fixture

@@ -1,0 +1,48 @@
+"""Runs a method of a suite in a fresh interpreter with another hash seed: what a restart, or another host, would see."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_CODE = """
+import importlib.util, json, sys
+file, name, method, arguments, path = json.loads(sys.argv[1])
+sys.path[:] = path
+spec = importlib.util.spec_from_file_location("suite_elsewhere", file)
+module = importlib.util.module_from_spec(spec)
+sys.modules["suite_elsewhere"] = module
+spec.loader.exec_module(module)
+target = module
+for part in name.split("."):
+    target = getattr(target, part)
+print("ANSWER" + json.dumps(getattr(target(), method)(*arguments)))
+"""
+
+
+def elsewhere(suite: object, method: str, *arguments: Any, seed: int = 4242, timeout: float = 180.0) -> Any:
+    """What `type(suite)().method(*arguments)` returns in another process.
+
+    Arguments and answer are JSON. The class must be importable from its file, not defined inside a function.
+
+    Raises:
+        AssertionError: the child failed or took longer than `timeout` seconds; with its output.
+    """
+    cls = type(suite)
+    call = json.dumps([inspect.getfile(cls), cls.__qualname__, method, list(arguments), sys.path])
+    environ = {**os.environ, "PYTHONHASHSEED": str(seed)}
+    command = [sys.executable, "-c", _CODE, call]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"{cls.__name__}.{method} hung for {timeout:g} s in another process") from None
+    where = f"{Path(inspect.getfile(cls)).name}, {cls.__name__}.{method} in another process"
+    assert done.returncode == 0, f"{where} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
+    answers = [line.removeprefix("ANSWER") for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    assert answers, f"{where} gave no answer:\n{done.stdout[-1000:]}"
+    return json.loads(answers[-1])
