@@ -26,7 +26,8 @@ with CachedModel(model, lab.config(disk_path=folder)) as cached:
     out = lab.greedy(cached, torch.tensor(ids))
     stats = cached.stats()
 logits = [x.view(torch.uint8).flatten().tolist() for x in out.logits]
-print(json.dumps([stats["hit_tokens"], stats["engine"].get('lmcache_hit_tokens_total{tier="disk"}'), out.sequences.tolist(), logits]))
+from_disk = stats["engine"].get('lmcache_hit_tokens_total{tier="disk"}')
+print(json.dumps([stats["hit_tokens"], from_disk, out.sequences.tolist(), logits]))
 """
 
 
@@ -90,10 +91,10 @@ def test_one_poisoned_file_in_the_middle_ends_the_hit_before_it(folder: Path) ->
     with CachedModel(model, lab.config(disk_path=folder)) as cached:
         lab.greedy(cached, ids)
         cached.flush()
-        files = {f for f in folder.rglob("*.safetensors")}
+        files = set(folder.rglob("*.safetensors"))
         lab.greedy(cached, ids[:, :20])  # nothing new
         cached.flush()
-        assert {f for f in folder.rglob("*.safetensors")} == files
+        assert set(folder.rglob("*.safetensors")) == files
     for file in sorted(files)[:1]:
         flip_a_byte(file)
     with CachedModel(model, lab.config(disk_path=folder)) as cached:
@@ -107,10 +108,9 @@ def test_one_poisoned_file_in_the_middle_ends_the_hit_before_it(folder: Path) ->
 
 
 def test_a_model_dropped_without_close_leaves_its_kv_on_disk(folder: Path) -> None:
-    code = CHILD.replace(
-        "with CachedModel(model, lab.config(disk_path=folder)) as cached:",
-        "if True:\n    cached = CachedModel(model, lab.config(disk_path=folder))",
-    )
+    opened = "CachedModel(model, lab.config(disk_path=folder))"
+    code = CHILD.replace(f"with {opened} as cached:", f"if cached := {opened}:")
+    assert code != CHILD
     task = json.dumps(["llama", str(folder), lab.prompt(70).tolist(), "float32"])
     command = [sys.executable, "-c", code, str(Path(__file__).parent), task]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
