@@ -24,7 +24,7 @@ BIN := .venv/bin
 # Named after what was installed, so that only a change of it installs again.
 STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
-CODE := lmcache kernels adapters tests benchmarks docs
+CODE := $(wildcard lmcache kernels adapters conformance tests benchmarks docs)
 
 help:
 	@sed -n 's/^#   //p' Makefile
