@@ -92,8 +92,7 @@ class Form:
 
     Args:
         order: `canonical` or `native`.
-        planes: the planes, in payload order if canonical.
-        layout: JSON-able description of the arrangement, enough to translate from it.
+        planes: the planes, in payload order if canonical; they say where each element lies.
         spans: the segments, ascending, covering the payload without gap; one plane per span if canonical.
         isa: the writer's arithmetic identity; this host's by default.
 
@@ -106,7 +105,6 @@ class Form:
         *,
         order: Literal["canonical", "native"],
         planes: Sequence[PlaneForm],
-        layout: Mapping[str, object],
         spans: Sequence[SegmentSpan],
         isa: str | None = None,
     ) -> None:
@@ -126,7 +124,6 @@ class Form:
                 "format": FORMAT,
                 "order": order,
                 "planes": self.planes,
-                "layout": layout,
                 "isa": self.isa,
                 "codec": "raw",
                 "payload_bytes": self.nbytes,
@@ -244,16 +241,17 @@ class Form:
 
 
 def canonical_form(spec: KVSpec, group: int, tokens: int, *, isa: str | None = None) -> Form:
-    """The form of an object in canonical order (plane layer token head elem): readable by everyone."""
+    """The form of an object in canonical order (plane layer slot head dim): readable by everyone."""
     layers, heads = len(spec.local_layers(group)), spec.local_heads(group)
     planes, spans, at = [], [], 0
     for plane in spec.groups[group].planes:
-        planes.append(PlaneForm(plane.name, plane.dtype, (layers, tokens, heads, plane.elems), "layer token head elem"))
+        shape = (layers, tokens, heads, plane.elems)
+        planes.append(PlaneForm(plane.name, plane.dtype, shape, "layer slot head dim", tokens))
         size = tokens * heads * plane.elems * plane.itemsize
         for layer in range(layers):
             spans.append(SegmentSpan((plane.name,), layer, at, size))
             at += size
-    return Form(order="canonical", planes=planes, layout={"order": "canonical"}, spans=spans, isa=isa)
+    return Form(order="canonical", planes=planes, spans=spans, isa=isa)
 
 
 def verify(header: Header, payload: memoryview, segments: range | None = None) -> None:

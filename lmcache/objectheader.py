@@ -45,15 +45,15 @@ class PlaneForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: the plane's name in the spec.
         dtype: torch dtype name.
         shape: (layers, tokens, heads, elems), whatever the order of the bytes.
-        axes: the axis string of the arrangement, `layer token head elem` in canonical order.
-        block_tokens: tokens per page of the arrangement, None where it has no pages.
+        axes: the axis string of the arrangement, outermost axis first; `layer slot head dim` in canonical order.
+        block_tokens: tokens per page of the arrangement; all of the object's tokens in canonical order.
     """
 
     name: str
     dtype: str
     shape: tuple[_Natural, ...]
     axes: str
-    block_tokens: int | None = None
+    block_tokens: _Natural
 
 
 class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,9 +83,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         format: version of this format.
-        order: `canonical` (plane layer token head elem) or `native` (as `layout` describes).
-        planes: see `PlaneForm`.
-        layout: the complete description of the arrangement, as `ObjectLayout.describe()` gave it.
+        order: `canonical` (plane layer slot head dim) or `native` (as the planes' axes say).
+        planes: see `PlaneForm`; together with `order` the complete description of where each element lies.
         isa: the writer's arithmetic identity, e.g. `x86_64-AVX512`.
         codec: the codec of all segments.
         payload_bytes: stored length of the payload.
@@ -101,7 +100,6 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: _Natural
     order: Literal["canonical", "native"]
     planes: tuple[PlaneForm, ...]
-    layout: dict[str, object]
     isa: str
     codec: str
     payload_bytes: _Natural
@@ -129,6 +127,12 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             self.tokens[1] - self.tokens[0],
             self.depth,
         )
+
+    @property
+    def layout(self) -> dict[str, object]:
+        """The arrangement, as `ObjectLayout.from_description` takes it."""
+        planes = [{name: getattr(plane, name) for name in plane.__struct_fields__} for plane in self.planes]
+        return {"order": self.order, "planes": planes}
 
     @property
     def raw_bytes(self) -> int:

@@ -11,17 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from lmcache_conformance.tierlab import (
-    FORM,
-    OTHER_NAMESPACE,
-    SPEC,
-    TOKENS,
-    forge,
-    object_id,
-    pattern,
-    payload_of,
-    stored_form,
-)
 
 from lmcache.errors import FormatError, FormatVersionError
 from lmcache.keys import ObjectId
@@ -39,6 +28,17 @@ from lmcache.objectfile import (
     verify_file,
 )
 from lmcache.spec import KVSpec, LayerGroup, Plane, Rect
+from lmcache_conformance.tierlab import (
+    FORM,
+    OTHER_NAMESPACE,
+    SPEC,
+    TOKENS,
+    forge,
+    object_id,
+    pattern,
+    payload_of,
+    stored_form,
+)
 
 ID = object_id(3)
 
