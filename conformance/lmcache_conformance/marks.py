@@ -6,6 +6,9 @@ import pytest
 
 from lmcache_conformance.contract import Level
 
+LEVEL = "lmcache_level"
+REQUIRES = "lmcache_requires"
+
 
 def level(which: Level) -> pytest.MarkDecorator:
     """This test proves something of `which`; reports are grouped by it."""
