@@ -131,8 +131,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def layout(self) -> dict[str, object]:
         """The arrangement, as `ObjectLayout.from_description` takes it."""
-        planes = [{name: getattr(plane, name) for name in plane.__struct_fields__} for plane in self.planes]
-        return {"order": self.order, "planes": planes}
+        return {"order": self.order, "planes": msgspec.to_builtins(self.planes)}
 
     @property
     def raw_bytes(self) -> int:
