@@ -22,7 +22,7 @@ from lmcache.errors import LMCacheError, SlotError, TierError
 from lmcache.hit import Hit, LayerLoad
 from lmcache.index import Finished, Index, TierInfo
 from lmcache.index.messages import ABSENT, FAILED, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
-from lmcache.keys import Chain, Extra, Name, TokenIds, as_tokens, chain_of, namespace_of
+from lmcache.keys import Chain, Extra, Name, TokenIds, as_tokens, chain_of, namespace_of, scoped
 from lmcache.layout import BoundKV, PagedKV, validate_slots
 from lmcache.ledger import EngineView
 from lmcache.log import Throttle, info
@@ -104,7 +104,7 @@ class CacheEngine:
         self._awaited: set[int] = set()
         self._seen = -1
         self._weights_version = ""
-        self._namespaces: dict[tuple[str, str], bytes] = {}
+        self._namespaces: dict[tuple[str, str, str], bytes] = {}
         self._tenants = Tenants(chunk)
         self._closed = False
         self._evictions = 0
@@ -130,9 +130,13 @@ class CacheEngine:
 
     # ---------------------------------------------------------------- names
 
-    def namespace(self, *, salt: str = "", lora: str = "") -> bytes:
-        """The namespace of this model's KV for a tenant and LoRA, under the current weights version."""
-        found = self._namespaces.get((salt, lora))
+    def namespace(self, *, salt: str = "", lora: str = "", scope: str = "") -> bytes:
+        """The namespace of this model's KV for a tenant and LoRA, under the current weights version.
+
+        `scope` sets apart names that are not made from tokens, see `Objects`.
+        """
+        key = (salt, lora, scope)
+        found = self._namespaces.get(key)
         if found is None:
             found = namespace_of(
                 self.spec,
@@ -142,7 +146,9 @@ class CacheEngine:
                 weights_version=self._weights_version,
                 share=self.config.share,
             )
-            self._namespaces[salt, lora] = found
+            if scope:
+                found = scoped(found, scope)
+            self._namespaces[key] = found
         return found
 
     def chain(self, tokens: TokenIds, *, salt: str = "", lora: str = "", extras: Sequence[Extra] = ()) -> Chain:
@@ -192,7 +198,7 @@ class CacheEngine:
             return accepted
 
     def store_chain(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
-        """`store` for an engine that brings its own names, see `lmcache.keys.Chain`."""
+        """`store` for an engine that brings its own names, see `lmcache.objects`."""
         with self.metrics.timed("store"):
             return self._store_chain(chain, kv, slots)
 
@@ -250,11 +256,12 @@ class CacheEngine:
         self._count(hit, len(ids))
         return hit
 
-    def lookup_chain(self, chain: Chain, max_tokens: int) -> Hit:
-        """`lookup` for an engine that brings its own names, see `lmcache.keys.Chain`."""
+    def lookup_chain(self, chain: Chain) -> Hit:
+        """`lookup` for an engine that brings its own names, see `lmcache.objects`."""
+        total = len(chain.digests) * self.config.chunk_tokens
         with self.metrics.timed("lookup"):
-            hit = self._find(chain, max_tokens)
-        self._count(hit, len(chain.digests) * self.config.chunk_tokens)
+            hit = self._find(chain, total)
+        self._count(hit, total)
         return hit
 
     def _find(self, chain: Chain, max_tokens: int) -> Hit:
@@ -403,7 +410,7 @@ class CacheEngine:
             names: list[bytes | None] = [None]
             if salt is not None:
                 self.namespace(salt=salt)
-                names = [found for (owner, _), found in self._namespaces.items() if owner == salt]
+                names = [found for (owner, *_), found in self._namespaces.items() if owner == salt]
             gone = sum(self._index.clear(name, time.monotonic()) for name in names)
         self._drain(30.0)  # what is being written now would come back
         for tier in self._tiers:

@@ -35,8 +35,10 @@ __all__ = [
     "TokenIds",
     "as_tokens",
     "chain_of",
+    "chain_of_keys",
     "model_identity",
     "namespace_of",
+    "scoped",
 ]
 
 NAMES_VERSION = 1
@@ -183,6 +185,25 @@ def chain_of(
         digest = blake3(head + digest + count + raw[start : start + step] + seen).digest()
         add(digest)
     return Chain(namespace, digests)
+
+
+def chain_of_keys(namespace: bytes, keys: Sequence[str | bytes]) -> Chain:
+    """Names for an engine that brings its own keys (page hashes): `H("key" ‖ namespace ‖ key)`, each for itself.
+
+    The engine's keys must say all that decides the values beside the namespace: the tokens, and everything before them.
+    """
+    digests = []
+    for key in keys:
+        raw = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
+        if not raw:
+            raise TokenError("a key is empty: every object needs a name of its own")
+        digests.append(blake3(b"key" + namespace + raw).digest())
+    return Chain(namespace, digests, linked=False)
+
+
+def scoped(namespace: bytes, scope: str) -> bytes:
+    """A namespace inside of `namespace`, for names made by other rules than ours."""
+    return blake3(b"scope" + namespace + scope.encode("utf-8", "surrogatepass")).digest()
 
 
 def _check_extras(extras: Sequence[Extra]) -> None:

@@ -26,10 +26,26 @@ class Name(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """A token sequence as the index sees it: one 32-byte digest per full chunk, each covering everything before it."""
+    """A sequence of objects as the index sees it: by default a token sequence, one 32-byte digest per full chunk.
+
+    Attributes:
+        namespace: what decides the values beside the tokens.
+        digests: names, in order.
+        linked: each digest covers everything before it, so that an object is of no use without those before. False for
+            names that an engine brought along and that mean something each on their own; they have depth 0 and no parent.
+    """
 
     namespace: bytes
     digests: Sequence[bytes]
+    linked: bool = True
+
+    def depth(self, position: int) -> int:
+        """The depth in the object's name."""
+        return position if self.linked else 0
+
+    def parent(self, position: int) -> bytes | None:
+        """The digest without which this one is of no use."""
+        return self.digests[position - 1] if self.linked and position else None
 
 
 class Engine(msgspec.Struct, frozen=True, tag="engine", array_like=True):

@@ -398,6 +398,6 @@ class Index:
             for i in range(1 if rule.kind == "whole" else limit):
                 digest = chain.digests[i]
                 if state.source(chain.namespace, digest, group) is None:
-                    name = state.name(chain.namespace, digest, group, i)
+                    name = state.name(chain.namespace, digest, group, chain.depth(i))
                     work.ops.extend(Probe(name, t) for t in self._shared)
         return work

@@ -133,8 +133,8 @@ def _conclude(state: State, work: Work) -> None:
         state.counts["failed_loads"] += failed
         state.load_ended(work.owner, work.id, failed)
     else:
-        positions = {op.name.depth for i, op in enumerate(work.ops) if work.results[i] is Status.OK}
-        work.ok_tokens = len(positions) * state.chunk_tokens
+        chunks = {op.name.chain for i, op in enumerate(work.ops) if work.results[i] is Status.OK}
+        work.ok_tokens = len(chunks) * state.chunk_tokens
 
 
 def _loaded(state: State, work: Work) -> int:

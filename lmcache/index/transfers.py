@@ -29,7 +29,7 @@ def load(state: State, owner: Owner, chain: Chain, limit: int, skip: int) -> Wor
             if i not in found.needs[group]:
                 continue
             source = found.sources[group][i]
-            name = state.name(chain.namespace, chain.digests[i], group, i)
+            name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
             entry = source if isinstance(source, Entry) else _fill(state, work, chain, group, i, source)
             if entry is None:  # straight into the engine: no slot can be freed, or another job is filling one
                 assert isinstance(source, int)
@@ -81,19 +81,18 @@ def store(
                 skipped["present"] += 1
                 touched[group].append(entry)
                 continue
-            if gap or (pool.chained and i and not _reachable(state, chain, group, i - 1)):
+            if gap or (pool.chained and chain.parent(i) and not _reachable(state, chain, group, i - 1)):
                 skipped["parent"] += 1
             elif resident is not None and not resident[group][i]:
                 skipped["resident"] += 1
             else:
-                parent = chain.digests[i - 1] if i else None
-                entry = pool.insert(chain.namespace, digest, parent, i)
+                entry = pool.insert(chain.namespace, digest, chain.parent(i), chain.depth(i))
                 if entry is None:
                     skipped["full"] += 1
             if entry is None:
-                gap = gap or (pool.chained and state.tier_with(chain.namespace, digest, group) is None)
+                gap = gap or (pool.chained and chain.linked and state.tier_with(chain.namespace, digest, group) is None)
                 continue
-            name = state.name(chain.namespace, digest, group, i)
+            name = state.name(chain.namespace, digest, group, chain.depth(i))
             work.writes[len(work.ops)] = pool, entry
             work.ops.append(Copy(name, ENGINE, Slot(entry.slot, entry.generation), i * state.chunk_tokens))
             work.pins.append((pool, [entry]))
@@ -124,10 +123,10 @@ def _fill(state: State, work: Work, chain: Chain, group: int, i: int, tier: int)
     digest = chain.digests[i]
     if pool.find(chain.namespace, digest) is not None:  # being written by another job
         return None
-    entry = pool.insert(chain.namespace, digest, chain.digests[i - 1] if i else None, i)
+    entry = pool.insert(chain.namespace, digest, chain.parent(i), chain.depth(i))
     if entry is None:
         return None
-    name = state.name(chain.namespace, digest, group, i)
+    name = state.name(chain.namespace, digest, group, chain.depth(i))
     work.writes[len(work.ops)] = pool, entry
     work.ops.append(Copy(name, Tier(tier), Slot(entry.slot, entry.generation)))
     work.pins.append((pool, [entry]))

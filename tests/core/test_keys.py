@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache.errors import ConfigError, TokenError
-from lmcache.keys import NAMES_VERSION, Extra, as_tokens, chain_of, namespace_of
+from lmcache.keys import NAMES_VERSION, Extra, as_tokens, chain_of, chain_of_keys, namespace_of, scoped
 from lmcache.spec import HitRule, KVSpec, LayerGroup, Numerics, Plane, trailing
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
@@ -51,6 +51,7 @@ CASES = {
     "extras": lambda: chain_of(
         ns(), np.arange(48, dtype=np.uint32), 16, [Extra(20, 20, b"d" * 32), Extra(3, 2, b"e" * 16)]
     ),
+    "keys of the caller": lambda: chain_of_keys(scoped(ns(), "pages"), ["a", b"b"]),
     "hybrid": lambda: chain_of(ns(hybrid()), np.full(16, 2**32 - 1, dtype=np.uint32), 16),
 }
 
