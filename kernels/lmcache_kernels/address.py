@@ -108,18 +108,17 @@ def refine(a: Digits, b: Digits) -> tuple[Piece, ...]:
 
 
 def _irregular(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> tuple[Piece, ...]:
-    """Maximal runs of constant step on both sides."""
+    """Runs of constant, ascending step on both sides (views cannot have negative strides), otherwise single positions."""
     pieces = []
     start, n = 0, len(a)
     while start < n:
         stop = start + 1
-        if stop < n:
-            step = (int(a[stop] - a[start]), int(b[stop] - b[start]))
+        dims: tuple[Dim, ...] = ()
+        step = (int(a[stop] - a[start]), int(b[stop] - b[start])) if stop < n else (0, 0)
+        if min(step) > 0:
             while stop < n and (int(a[stop] - a[stop - 1]), int(b[stop] - b[stop - 1])) == step:
                 stop += 1
-            dims: tuple[Dim, ...] = ((stop - start, *step),) if stop - start > 1 else ()
-        else:
-            dims = ()
+            dims = ((stop - start, *step),)
         pieces.append(Piece(int(a[start]), int(b[start]), dims))
         start = stop
     return tuple(pieces)

@@ -209,7 +209,9 @@ class ObjectLayout:
         for name, place in self.places.items():
             address = place.addresses[0]
             axes = (place.tokens, ((self.heads, address.head),), address.elem)
-            out.append((name, address.base, place.layer, tuple(_plain(digits) for digits in axes)))
+            out.append(
+                (name, address.base, place.layer if self.layers > 1 else 0, tuple(_plain(digits) for digits in axes))
+            )
         return tuple(out)
 
 
