@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layoutlab import kv_spec, spec_of
 
 from lmcache.errors import LayoutError, LMCacheError, SpecError
 from lmcache.layout import Axes, Layout, PagedKV
 from lmcache.spec import KVSpec, LayerGroup, Plane
+from lmcache_conformance.layoutlab import kv_spec, spec_of
 
 
 @pytest.mark.parametrize(

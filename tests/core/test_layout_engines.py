@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layoutlab import LABS, Lab
 
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter, translate
+from lmcache_conformance.layoutlab import LABS, Lab
 
 
 def bind(lab: Lab) -> BoundKV:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layoutlab import LABS
 
 from lmcache.errors import LayoutError, SlotError, SpecError
 from lmcache.layout import Layout, ObjectLayout, PagedKV, gather, scatter, translate, validate_slots
+from lmcache_conformance.layoutlab import LABS
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])

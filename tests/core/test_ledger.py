@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from kvlab import CHUNK, Pool, scattered, tiny_spec
 
 from lmcache.arena import Arena
 from lmcache.layout import ObjectLayout
@@ -19,6 +18,7 @@ from lmcache.plan import Copy, Engine, Job, Name, Plan, Probe, Slot, Status, Tie
 from lmcache.tiers.base import Read, Result
 from lmcache.tiers.memory import MemoryTier
 from lmcache.transfer import Transfer
+from lmcache_conformance.kvlab import CHUNK, Pool, scattered, tiny_spec
 
 LAYOUT = ObjectLayout.canonical(tiny_spec(), 0, CHUNK)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvlab import CHUNK, DIM, HEADS, KINDS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
 
 from lmcache import CacheEngine, Layout, PagedKV
 from lmcache.errors import LayoutError, LMCacheError, SlotError, SpecError, TierError, TokenError
 from lmcache.spec import KVSpec
+from lmcache_conformance.kvlab import CHUNK, DIM, HEADS, KINDS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
 
 
 def tokens_of(n: int, seed: int = 0) -> torch.Tensor:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 from lmcache import CacheEngine
 from lmcache.keys import ObjectId
 from lmcache.plan import Status
 from lmcache.tiers.base import Read, Result, Write
 from lmcache.tiers.memory import MemoryTier
+from lmcache_conformance.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 CHUNKS = 4
 TOKENS = torch.arange(CHUNKS * CHUNK)

@@ -12,9 +12,9 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from kvlab import CHUNK, DIM, HEADS, KINDS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
 
 from lmcache import CacheEngine
+from lmcache_conformance.kvlab import CHUNK, DIM, HEADS, KINDS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
 
 SALTS = st.sampled_from(["", "a", "b"])
 # Prompts that share prefixes: each letter is a chunk of its own tokens.

@@ -17,9 +17,9 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 from lmcache import CacheEngine
+from lmcache_conformance.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 CHUNKS = 6
 

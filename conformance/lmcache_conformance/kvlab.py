@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -47,18 +48,18 @@ class Pool:
         self.kind = kind
         make, axes, block_tokens = _KINDS[kind]
         self.slots = blocks * self.BLOCK
-        self.tensors = make(blocks, self.BLOCK, dtype, seed)
+        self.tensors: Any = make(blocks, self.BLOCK, dtype, seed)
         self.kv = PagedKV(self.tensors, Layout.parse(axes, block_tokens=block_tokens))
 
     def views(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one token, each (heads, dim), as views of the raw tensors: the oracle's way in and out."""
         b, s = divmod(slot, self.BLOCK)
         if self.kind == "packed":
-            kv = self.tensors[layer][b, :, s]  # type: ignore[index]
+            kv = self.tensors[layer][b, :, s]
             return kv[:, :DIM], kv[:, DIM:]
         if self.kind == "split":
-            return self.tensors[layer][0, b, s], self.tensors[layer][1, b, s]  # type: ignore[index]
-        k, v = (self.tensors[plane][layer] for plane in "kv")  # type: ignore[index]
+            return self.tensors[layer][0, b, s], self.tensors[layer][1, b, s]
+        k, v = (self.tensors[plane][layer] for plane in "kv")
         return (k[slot], v[slot]) if self.kind == "nhd" else (k[b, :, s], v[b, :, s])
 
     def token(self, layer: int, slot: int) -> tuple[bytes, bytes]:
@@ -113,8 +114,8 @@ def _rows(blocks: int, block: int, dtype: torch.dtype, seed: int) -> dict[str, l
     }
 
 
-_Maker = Callable[[int, int, torch.dtype, int], object]
-_KINDS: dict[str, tuple[_Maker, object, int | None]] = {
+_Maker = Callable[[int, int, torch.dtype, int], Any]
+_KINDS: dict[str, tuple[_Maker, str | dict[str, str], int | None]] = {
     "packed": (_packed, "block head slot (kv dim)", Pool.BLOCK),
     "nhd": (_nhd, {"k": "slot head dim", "v": "slot head dim"}, None),
     "split": (_split, "kv block slot head dim", Pool.BLOCK),
