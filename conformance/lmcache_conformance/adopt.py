@@ -8,7 +8,7 @@ import pytest
 
 from lmcache_conformance.claims import UnknownCapabilityError, unclaimed
 from lmcache_conformance.contract import EngineAdapter
-from lmcache_conformance.discover import DiscoveryError, find_adapter
+from lmcache_conformance.discover import DiscoveryError, NotInstalledError, find_adapter
 from lmcache_conformance.marks import REQUIRES
 
 NO_ADAPTER = "no adapter was chosen: --lmcache-adapter NAME"
@@ -51,6 +51,8 @@ def _adapter(
     if reference not in known:
         try:
             known[reference] = find_adapter(reference)
+        except NotInstalledError as error:
+            return None, f"not installed here: {error}"
         except DiscoveryError as error:
             raise pytest.UsageError(str(error)) from None
     adapter = known[reference]

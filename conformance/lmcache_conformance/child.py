@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from lmcache_conformance.contract import Request, Response, SessionConfig
-from lmcache_conformance.failures import EngineDied, EngineFailure, EngineHung, EngineMisanswered, EngineRaised
+from lmcache_conformance.failures import EngineDied, EngineFailure, EngineHung, EngineMisanswered, EngineRaised, ending
 from lmcache_conformance.frames import (
     BadFrameError,
     Call,
@@ -257,7 +257,7 @@ class RemoteSession:
             self._process.wait(_STACKS_S)
         status = self._process.poll()
         self._kill_group()
-        raise EngineDied(self.adapter, call, f"its process {_ending(status)}", self.stderr())
+        raise EngineDied(self.adapter, call, f"its process {ending(status)}", self.stderr())
 
     def _kill_group(self) -> None:
         kill_group(self._process.pid)
@@ -270,11 +270,3 @@ class RemoteSession:
             os.close(self._in)
             os.close(self._out)
             self._stderr.close()
-
-
-def _ending(status: int | None) -> str:
-    if status is None:
-        return "closed its end of the pipe"
-    if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
-    return f"ended with exit status {status}"

@@ -28,9 +28,7 @@ def _claimed(capabilities: object, requirement: str) -> bool:
     name, equals, wanted = requirement.partition("=")
     if not hasattr(capabilities, name):
         fields = [field for field in dir(capabilities) if not field.startswith("_")]
-        raise UnknownCapabilityError(
-            f"{type(capabilities).__name__} has no capability {name!r}{nearest(name, fields) or ''} (required: {requirement!r})"
-        )
+        raise UnknownCapabilityError(f"{type(capabilities).__name__} has no capability {name!r}{nearest(name, fields)}")
     value: Any = getattr(capabilities, name)
     if not equals:
         return bool(value)

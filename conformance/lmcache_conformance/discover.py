@@ -33,6 +33,10 @@ class DiscoveryError(ValueError):
     """Nothing has that name, or what has it is not what it should be; says which names there are."""
 
 
+class NotInstalledError(DiscoveryError):
+    """The adapter is here, but the engine that it imports is not."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A module of tests. `kind` is what `--tier` and `--adapter` choose by."""
@@ -58,7 +62,7 @@ def find_adapter(reference: str) -> EngineAdapter:
     else:
         points = {p.name: p for p in entry_points(group=ENTRY_POINTS)}
         if reference not in points:
-            raise DiscoveryError(_unknown("adapter", reference, sorted(points)) + " or module:attribute")
+            raise DiscoveryError(_unknown("adapter", reference, sorted(points)) + "; or name one as module:attribute")
         point = points[reference]
     return _load(point, reference)
 
@@ -67,6 +71,10 @@ def _load(point: EntryPoint, reference: str) -> EngineAdapter:
     where = f"adapter {reference!r}" + ("" if point.value == reference else f" ({point.value})")
     try:
         found = point.load()
+    except ModuleNotFoundError as error:
+        own = point.value.partition(":")[0].partition(".")[0]
+        kind = DiscoveryError if (error.name or own).partition(".")[0] == own else NotInstalledError
+        raise kind(f"{where} cannot be imported: {error}") from error
     except ImportError as error:
         raise DiscoveryError(f"{where} cannot be imported: {error}") from error
     except AttributeError as error:
@@ -121,14 +129,13 @@ def file_of(target: Target) -> str:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """`, did you mean 'disk'?` where something is near, else nothing."""
+    """`; did you mean 'disk'?` where something is near, else `.`: the end of a sentence that says that there is no `name`."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _unknown(what: str, name: str, names: Sequence[str]) -> str:
-    hint = nearest(name, names) or ";"
-    return f"no {what} is called {name!r}{hint} there are: {', '.join(names) or 'none installed'}"
+    return f"no {what} is called {name!r}{nearest(name, names)} There are: {', '.join(names) or 'none'}"
 
 
 def _kind(name: str) -> Literal["engine", "tier", "other"]:

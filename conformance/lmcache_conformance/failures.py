@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class EngineFailure(Exception):  # noqa: N818
     """Base: the engine failed the call, not the test that made it. `call` names the session's method."""
@@ -41,3 +43,12 @@ class EngineRaised(EngineFailure):
 
 class EngineMisanswered(EngineFailure):
     """The answer is not what the contract says: not one response per request, or of the wrong types."""
+
+
+def ending(status: int | None) -> str:
+    """How a process with this `returncode` ended, in words."""
+    if status is None:
+        return "closed its end of the pipe"
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with exit status {status}"

@@ -1,0 +1,103 @@
+"""Runs every mutant through its suite: a suite that a mutant survives has a hole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lmcache_conformance.discover import DiscoveryError, nearest
+from lmcache_conformance.mutants import ROWS, Mutant, all_mutants, skipped_rows
+from lmcache_conformance.runner import Job, Limits, RowResult, run_job
+
+_OPTIONS = ("-o", "python_classes=Mutant*")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant.
+
+    Attributes:
+        name: `module.Class`; of a row that has no mutant, its text.
+        killed: a test failed by assertion; None: it was not run.
+        by: that test.
+        reason: why it was not killed, or not run.
+        row, project: see `Mutant`.
+    """
+
+    name: str
+    killed: bool | None
+    by: str = ""
+    reason: str = ""
+    row: str = ""
+    project: str = ""
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, object]:
+        """For `--json`."""
+        return {
+            "name": self.name,
+            "killed": self.killed,
+            "by": self.by,
+            "reason": self.reason,
+            "row": self.row,
+            "project": self.project,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def run_mutants(
+    mutants: Sequence[Mutant],
+    limits: Limits,
+    *,
+    options: Sequence[str] = (),
+    progress: Callable[[str, Verdict | None], None] = lambda name, done: None,
+) -> list[Verdict]:
+    """Run each until the first failure. `progress(name, None)` before, `progress(name, verdict)` after."""
+    found = []
+    for mutant in mutants:
+        progress(mutant.name, None)
+        test = f"{mutant.file}::{mutant.suite.__name__}"
+        row = run_job(Job(mutant.name, test, (*_OPTIONS, *options), stop_at_first=True), limits)
+        found.append(judge(mutant, row))
+        progress(mutant.name, found[-1])
+    return found
+
+
+def judge(mutant: Mutant, row: RowResult) -> Verdict:
+    """Killed, if a test failed because something checked was untrue; one that merely could not be run proves nothing."""
+    failed = [result for result in row.results if result.outcome == "failed"]
+    kills = [result for result in failed if result.by_assertion]
+    reason, by = "", ""
+    if kills:
+        by = kills[0].case.rpartition("::")[2]
+    elif failed:
+        reason = f"{failed[0].case} failed, but not by assertion: {failed[0].message}"
+    elif row.problem or row.nothing:
+        reason = row.problem or row.nothing
+    else:
+        ran = sum(result.outcome == "passed" for result in row.results)
+        reason = f"none of {ran} tests failed"
+    return Verdict(mutant.name, bool(kills), by, reason, mutant.row, mutant.project, row.seconds)
+
+
+def uncovered() -> list[Verdict]:
+    """Known failures without a mutant: those skipped with a reason, and those that were forgotten."""
+    skipped = {skip.row: skip.reason for skip in skipped_rows()}
+    covered = {mutant.row for mutant in all_mutants()}
+    found = [Verdict(row, None, reason=reason, row=row) for row, reason in skipped.items() if row not in covered]
+    forgotten = [row for row in ROWS if row not in covered and row not in skipped]
+    return found + [Verdict(row, False, reason="no mutant has this row", row=row) for row in forgotten]
+
+
+def choose_mutants(modules: Sequence[str]) -> list[Mutant]:
+    """Those of the given modules (`tiers`, `layouts`, …), or single ones by name (`tiers.MutantEmptyValue`); all by default.
+
+    Raises:
+        DiscoveryError: there is none of that name.
+    """
+    found = all_mutants()
+    for name in modules:
+        names = [m.name for m in found] + sorted({m.name.partition(".")[0] for m in found})
+        if name not in names:
+            raise DiscoveryError(f"no mutant is called {name!r}{nearest(name, names)} There are: {', '.join(names)}")
+    return [m for m in found if not modules or m.name in modules or m.name.partition(".")[0] in modules]

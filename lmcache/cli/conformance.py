@@ -1,0 +1,168 @@
+"""`lmcache conformance`: proof that a hit is what was computed, for every adapter, tier and layout that is installed."""
+
+from __future__ import annotations
+
+import secrets
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lmcache.cli.output import JsonOption, console, print_json
+from lmcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lmcache_conformance.campaign import Wish
+    from lmcache_conformance.mutate import Verdict
+    from lmcache_conformance.runner import Job, RowResult
+
+_NEEDED = ("pytest", "hypothesis", "lmcache_conformance")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(conformance)
+
+
+def conformance(
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", metavar="NAME", help="An engine adapter; may be repeated.")
+    ] = None,
+    tier: Annotated[list[str] | None, typer.Option("--tier", metavar="NAME", help="A tier; may be repeated.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="NAME", help="Anything else that has tests; may be repeated."),
+    ] = None,
+    level: Annotated[
+        list[str] | None, typer.Option("--level", metavar="NAME", help="Only tests of this level; may be repeated.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full/--quick", help="How thorough; --full uses the real model.")] = False,
+    mutants: Annotated[
+        bool,
+        typer.Option("--mutants", help="Test the suites themselves: they must fail on everything known to go wrong."),
+    ] = False,
+    xfails: Annotated[
+        Path | None, typer.Option("--xfails", metavar="FILE", help="Known failures, each with a link to its issue.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Repeat a run with its seed.")] = None,
+    json: JsonOption = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report for people.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", help="Write a report for CI systems.")
+    ] = None,
+) -> None:
+    """Run the conformance suite: is a hit, bit for bit, what was computed?
+
+    Without names, everything that is installed is tested: tiers, layouts, kernels, keys, the cache, and every engine
+    adapter. What an adapter or tier does not claim is skipped, with that as the reason. Exit status 1 if anything failed,
+    or if a mutant survived.
+
+    \b
+    Examples:
+      lmcache conformance
+      lmcache conformance --tier disk --level faults --level restart
+      lmcache conformance --adapter hf --full --html report.html
+      lmcache conformance --mutants --json
+    """
+    missing = [name for name in _NEEDED if util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the suite needs {' and '.join(missing)}: pip install 'lmcache-sdk[conformance]'")
+    from lmcache_conformance.campaign import Wish
+    from lmcache_conformance.discover import DiscoveryError
+    from lmcache_conformance.xfails import XfailError
+
+    wish = Wish(
+        adapters=tuple(adapter or ()),
+        tiers=tuple(tier or ()),
+        targets=tuple(target or ()),
+        levels=tuple(name for names in level or () for name in names.split(",")),
+        budget="full" if full else "quick",
+        seed=secrets.randbelow(2**32) if seed is None else seed,
+        xfails=xfails,
+    )
+    for file in (html, junit):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"there is no folder {str(file.absolute().parent)!r} to write {file.name} into")
+    try:
+        fine = _mutants(wish, json) if mutants else _suites(wish, json, html, junit)
+    except (DiscoveryError, XfailError) as error:
+        raise ConfigError(str(error)) from None
+    if not fine:
+        raise typer.Exit(1)
+
+
+def _suites(wish: Wish, json: bool, html: Path | None, junit: Path | None) -> bool:
+    from lmcache_conformance import report as reports
+    from lmcache_conformance.campaign import jobs_for
+    from lmcache_conformance.html import as_html
+    from lmcache_conformance.matrix import show
+
+    jobs = jobs_for(wish)
+    rows = _run(jobs, wish) if json else _run_live(jobs, wish)
+    report = reports.Report(rows, reports.environment(), reports.command_line(), wish.seed)
+    if html is not None:
+        html.write_text(as_html(report), encoding="utf-8")
+    if junit is not None:
+        junit.write_text(reports.as_junit(report), encoding="utf-8")
+    if json:
+        print_json(reports.as_json(report))
+    else:
+        show(report, console())
+    return report.ok
+
+
+def _run(jobs: list[Job], wish: Wish) -> list[RowResult]:
+    from lmcache_conformance.runner import run_jobs
+
+    return run_jobs(jobs, wish.limits)
+
+
+def _run_live(jobs: list[Job], wish: Wish) -> list[RowResult]:
+    from rich.live import Live
+
+    from lmcache_conformance.matrix import live
+    from lmcache_conformance.records import Event, Started
+    from lmcache_conformance.report import Report
+    from lmcache_conformance.runner import run_jobs
+
+    rows: dict[str, RowResult] = {}
+    out = console()
+    with Live(console=out, transient=True, auto_refresh=True, refresh_per_second=4) as screen:
+        screen.update(live(Report([], {}, ""), f"{jobs[0].row}: starting", out.width))
+
+        def show(row: RowResult, event: Event) -> None:
+            rows[row.row] = row
+            doing = f"{row.row}: {len(row.results)}/{row.total}"
+            if isinstance(event, Started):
+                doing += f" {event.nodeid.partition('::')[2]}"
+            screen.update(live(Report(list(rows.values()), {}, ""), doing, out.width))
+
+        return run_jobs(jobs, wish.limits, progress=show)
+
+
+def _mutants(wish: Wish, json: bool) -> bool:
+    from lmcache_conformance.mutate import choose_mutants, run_mutants, uncovered
+
+    chosen = choose_mutants(wish.targets)
+    out = console()
+
+    def show(name: str, done: Verdict | None) -> None:
+        if done is not None:
+            word = "[green]killed[/] " if done.killed else "[bold red]SURVIVED[/]"
+            out.print(f"{word} {name} [dim]{done.seconds:.0f} s, {done.by or done.reason}[/]", soft_wrap=True)
+
+    verdicts = run_mutants(chosen, wish.limits, options=wish.options(), progress=(lambda n, d: None) if json else show)
+    if not wish.targets:
+        verdicts += uncovered()
+    if json:
+        print_json({"mutants": [verdict.as_json() for verdict in verdicts]})
+    else:
+        from lmcache_conformance.matrix import mutant_table
+
+        out.print()
+        out.print(mutant_table([verdict.as_json() for verdict in verdicts]))
+        survived = sum(verdict.killed is False for verdict in verdicts)
+        killed = sum(verdict.killed is True for verdict in verdicts)
+        out.print(f"\n{killed} killed, {survived} survived, {len(verdicts) - killed - survived} cannot be built here")
+    return all(verdict.killed is not False for verdict in verdicts)
