@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from indexdriver import ABCD, DISK, FAILED, LATE, OK, Lab, places
-from indexlab import CHUNK, chain, name_at
 
 from lmcache.errors import ConfigError
 from lmcache.eviction import POLICIES
 from lmcache.index import Index, TierInfo
 from lmcache.plan import Copy, Slot
 from lmcache.spec import ALL, HitRule, trailing
+from lmcache_conformance.indexlab import CHUNK, chain, name_at
 
 # -------------------------------------------------------------------- store
 

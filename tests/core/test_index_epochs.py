@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from indexdriver import ABCD, DISK, OK, REDIS, Lab
-from indexlab import chain, name_at
 
 from lmcache.index import Finished
 from lmcache.plan import Copy, Delete, Job, JobReport, Plan, Report, Slot
 from lmcache.spec import ALL, trailing
+from lmcache_conformance.indexlab import chain, name_at
 
 # -------------------------------------------------------------------- reports
 

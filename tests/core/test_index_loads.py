@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from indexdriver import ABCD, DISK, FAILED, LATE, MISSING, OK, SKIPPED, Lab, places
-from indexlab import CHUNK, chain, name_at
 
 from lmcache.plan import Copy
 from lmcache.spec import ALL, HitRule, trailing
+from lmcache_conformance.indexlab import CHUNK, chain, name_at
 
 # -------------------------------------------------------------------- load
 

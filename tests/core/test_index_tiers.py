@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from indexdriver import ABCD, CORRUPT, DISK, FAILED, LATE, MISSING, OK, REDIS, SKIPPED, Lab
-from indexlab import CHUNK, chain, name_at
 
 from lmcache.index import TierInfo
 from lmcache.plan import Copy, Delete, Name, Probe, Status, Tier
+from lmcache_conformance.indexlab import CHUNK, chain, name_at
 
 # -------------------------------------------------------------------- tiers
 
