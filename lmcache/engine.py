@@ -11,6 +11,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
@@ -42,6 +43,8 @@ Slots = torch.Tensor | Mapping[int, torch.Tensor]
 
 _MISS_REASONS = {MAX_TOKENS: "tail", PROBING: "pending", WRITING: "pending", LATE: "failed", FAILED_BEFORE: "failed"}
 """The index's reasons in the metrics' coarser words; what is not listed is the same in both."""
+
+_NAMESPACES_KEPT = 1 << 16
 
 _CLOSE_S = 5.0
 """How long closing waits for write-behind, and then for threads, before it leaves a hung tier behind."""
@@ -105,6 +108,7 @@ class CacheEngine:
         self._seen = -1
         self._weights_version = ""
         self._namespaces: dict[tuple[str, str, str], bytes] = {}
+        self._outdated: list[tuple[str, bytes]] = []  # (salt, namespace) of earlier weights versions
         self._tenants = Tenants(chunk)
         self._closed = False
         self._evictions = 0
@@ -148,8 +152,14 @@ class CacheEngine:
             )
             if scope:
                 found = scoped(found, scope)
-            self._namespaces[key] = found
+            self._remember(key, found)
         return found
+
+    def _remember(self, key: tuple[str, str, str], namespace: bytes) -> None:
+        with self._lock:
+            if len(self._namespaces) >= _NAMESPACES_KEPT:  # a salt per request must not fill the memory
+                self._namespaces.pop(next(iter(self._namespaces)))
+            self._namespaces[key] = namespace
 
     def chain(self, tokens: TokenIds, *, salt: str = "", lora: str = "", extras: Sequence[Extra] = ()) -> Chain:
         """The names of every full chunk of `tokens`. Raises `TokenError` for what are not token ids."""
@@ -160,6 +170,8 @@ class CacheEngine:
         """The weights changed under one name (RL step, hot reload): nothing stored before is found any more."""
         with self._lock:
             self._weights_version = str(version)
+            self._outdated = [*self._outdated, *((salt, ns) for (salt, *_), ns in self._namespaces.items())]
+            self._outdated = self._outdated[-_NAMESPACES_KEPT:]
             self._namespaces.clear()
 
     # ---------------------------------------------------------------- store
@@ -318,7 +330,16 @@ class CacheEngine:
         with self.metrics.timed("retrieve"):
             bound = kv.bind(self.spec)
             by_group = self._slots(bound, slots, hit.tokens, unique=True)
-            return self._safely("retrieve", 0, lambda: self._result(self._begin_load(hit, EngineView(bound, by_group))))
+            return self._safely("retrieve", 0, lambda: self._load(hit, EngineView(bound, by_group)))
+
+    def _load(self, hit: Hit, view: EngineView) -> int:
+        job = self._begin_load(hit, view)
+        try:
+            return self._result(job)
+        except BaseException:
+            if job is not None:
+                self._transfer.fence([job])  # whoever catches this may use the memory for something else
+            raise
 
     def retrieve_layers(self, hit: Hit, kv: PagedKV, slots: Slots) -> LayerLoad:
         """Like `retrieve`, but returns at once: layer *i + 1* loads while the caller computes layer *i*."""
@@ -386,7 +407,7 @@ class CacheEngine:
         """
         done = self._drain(timeout)
         for tier in self._tiers:
-            tier.flush(durable=durable)
+            done = self._safely("flush", False, partial(_flush, tier, durable)) and done
         return done
 
     def _drain(self, timeout: float, kind: str = "spill") -> bool:
@@ -403,18 +424,28 @@ class CacheEngine:
     def clear(self, salt: str | None = None) -> int:
         """Drop everything (of one tenant) from every tier; returns how many objects went. Nothing of it is served again.
 
-        Without `salt` the tiers are emptied, other models' objects in a shared folder included. With it, all LoRAs that
-        this process has used with that salt go.
+        Without `salt` the tiers are emptied, other models' objects in a shared folder included. With it, everything goes
+        that this process has stored or looked for under that salt, whatever the LoRA and weights version.
+
+        Raises:
+            TierError: a tier could not let go of some of them; they may still be served.
         """
         with self._lock:
             names: list[bytes | None] = [None]
             if salt is not None:
                 self.namespace(salt=salt)
                 names = [found for (owner, *_), found in self._namespaces.items() if owner == salt]
+                names += [found for owner, found in self._outdated if owner == salt]
             gone = sum(self._index.clear(name, time.monotonic()) for name in names)
         self._drain(30.0)  # what is being written now would come back
         for tier in self._tiers:
             gone += sum(tier.clear(name) for name in names)
+            kept = sum(1 for found in tier.scan() if salt is None or found.id.namespace in names)
+            if kept:
+                raise TierError(
+                    f"{kept} objects are still on tier {tier.name!r} and may be served: "
+                    "stop whoever is writing to it, or make it writable, and clear again"
+                )
         return gone
 
     def stats(self) -> dict[str, float]:
@@ -498,6 +529,11 @@ class CacheEngine:
             self.metrics.failed(op, "internal")
             self._log.warning("internal-error", op=op, error=f"{type(error).__name__}: {error}")
             return default
+
+
+def _flush(tier: Tier, durable: bool) -> bool:
+    tier.flush(durable=durable)
+    return True
 
 
 def _share_out(budget: int, sizes: Sequence[int]) -> list[int]:

@@ -20,7 +20,9 @@ class Tenants:
         """A prompt was stored under `namespace`."""
         if len(self._seen) >= _KEPT:
             self._seen.pop(next(iter(self._seen)), None)
-        self._seen.setdefault(self._beginning(tokens), set()).add(namespace)
+        known = self._seen.setdefault(self._beginning(tokens), set())
+        if len(known) < 2:  # two are enough to know for every namespace whether there is another
+            known.add(namespace)
 
     def others(self, namespace: bytes, tokens: npt.NDArray[np.uint32]) -> bool:
         """Whether the beginning of these tokens was stored under another namespace."""

@@ -10,6 +10,7 @@ import torch
 from lmcache import CacheEngine, Layout, PagedKV
 from lmcache.errors import LayoutError, LMCacheError, SlotError, SpecError, TierError, TokenError
 from lmcache.spec import KVSpec
+from lmcache.tiers.memory import MemoryTier
 from lmcache_conformance.kvlab import CHUNK, DIM, HEADS, KINDS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
 
 
@@ -145,6 +146,31 @@ def test_clear_really_clears_every_tier_of_one_tenant_or_all(tmp_path: Path) -> 
         engine.clear()
         assert engine.lookup(tokens, salt="b").tokens == 0
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_clear_reaches_earlier_weights_versions_and_loras(tmp_path: Path) -> None:
+    tokens = tokens_of(CHUNK)
+    pool = Pool("nhd", 40)
+    with CacheEngine(tiny_config(disk_path=tmp_path), tiny_spec()) as engine:
+        engine.store(tokens, pool.kv, scattered(CHUNK, pool), salt="a", lora="x")
+        engine.set_weights_version(1)
+        engine.store(tokens, pool.kv, scattered(CHUNK, pool), salt="a")
+        engine.flush()
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+        engine.clear(salt="a")
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_clear_says_so_when_a_tier_does_not_let_go() -> None:
+    class Stubborn(MemoryTier):
+        def clear(self, namespace: bytes | None = None) -> int:
+            return 0
+
+    pool = Pool("nhd", 40)
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[Stubborn()]) as engine:
+        engine.store(tokens_of(CHUNK), pool.kv, scattered(CHUNK, pool))
+        with pytest.raises(TierError, match="1 objects are still on tier 'memory'"):
+            engine.clear()
 
 
 def test_layer_by_layer_every_layer_is_complete_when_it_is_announced(tmp_path: Path) -> None:
