@@ -21,6 +21,9 @@ from lmcache.tiers.usage import Usage, same_file
 HIGH, LOW = 0.95, 0.90
 """Evict when more than HIGH of the capacity is used, down to LOW: writers need headroom while a pass is under way."""
 
+_GRACE = 5.0
+"""Seconds that `close` waits for a pass under way."""
+
 
 class Timing(NamedTuple):
     """How often things happen, in seconds.
@@ -71,9 +74,9 @@ class Janitor:
 
     def start(self) -> None:
         """Run in the background, unless it does already."""
-        if self._thread is None and not self._closed:
+        if self._thread is None or not self._thread.is_alive():
             with self._mutex:
-                if self._thread is None:
+                if not self._closed and (self._thread is None or not self._thread.is_alive()):
                     self._thread = threading.Thread(target=self._run, name="lmcache-janitor", daemon=True)
                     self._thread.start()
 
@@ -92,13 +95,13 @@ class Janitor:
         while not self._closed:
             if self._mutex.acquire(timeout=max(0.0, until - time.monotonic())):
                 try:
-                    if self._hold():
+                    if self._lacking(need) and self._hold():  # else another thread made room meanwhile
                         self._collect(need)
                 except OSError as error:
                     self._log.warning("disk-janitor", path=self._objects, detail=str(error))
                 finally:
                     self._mutex.release()
-            if self._usage.read().used + need <= self._capacity:
+            if not self._lacking(need):
                 return True
             if self.holds_lock or time.monotonic() >= until:
                 return False
@@ -114,14 +117,15 @@ class Janitor:
             return True
 
     def close(self) -> None:
-        """Stop the thread, release the lock. Idempotent."""
+        """Stop the thread, release the lock. Idempotent. Does not wait for ever for a filesystem that hangs."""
         self._closed = True
         self._wake.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
-        with self._mutex:
+            thread.join(_GRACE)
+        if self._mutex.acquire(timeout=_GRACE):
             self._release()
+            self._mutex.release()
 
     def _run(self) -> None:
         while not self._closed:
@@ -132,6 +136,9 @@ class Janitor:
             except OSError as error:
                 self._log.warning("disk-janitor", path=self._objects, detail=str(error))
             self._wake.wait(self._timing.tick)
+
+    def _lacking(self, need: int) -> bool:
+        return self._capacity is not None and self._usage.read().used + need > self._capacity
 
     def _due(self) -> bool:
         if time.monotonic() >= self._next_scan:

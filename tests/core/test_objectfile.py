@@ -171,6 +171,13 @@ def test_a_payload_of_the_wrong_length_is_refused() -> None:
         FORM.encode(ID, memoryview(bytes(FORM.nbytes - 1)))
 
 
+def test_a_digest_that_is_too_long_or_empty_is_refused() -> None:
+    payload = memoryview(bytes(FORM.nbytes))
+    for id in (ID._replace(namespace=bytes(33)), ID._replace(chain=b"")):
+        with pytest.raises(FormatError, match="1 to 32 bytes"):
+            FORM.encode(id, payload)
+
+
 def test_a_form_with_a_gap_or_foreign_plane_is_refused() -> None:
     planes = [PlaneForm("k", "int8", (1, 8), "slot", 8)]
     with pytest.raises(FormatError, match="start at 8"):
@@ -179,6 +186,9 @@ def test_a_form_with_a_gap_or_foreign_plane_is_refused() -> None:
         Form(order="native", planes=planes, spans=[SegmentSpan(("v",), 0, 0, 8)])
     with pytest.raises(FormatError, match="can't fill"):
         Form(order="canonical", planes=planes, spans=[SegmentSpan(("k",), 0, 0, 9)])
+    spans = [SegmentSpan(("k",), 0, 0, 8), SegmentSpan(("k", "v"), 1, 8, 8)]
+    with pytest.raises(FormatError, match="the planes hold 8 bytes, the segments 16"):
+        Form(order="canonical", planes=[planes[0], PlaneForm("v", "int8", (1, 8), "slot", 8)], spans=spans)
     with pytest.raises(FormatError, match="fewer, larger segments"):
         native_form([1] * 20_000)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 from lmcache.errors import TierError
 from lmcache.objectfile import verify_file
 from lmcache.plan import Status
-from lmcache.tiers.base import Range, Read
+from lmcache.tiers import rawio
+from lmcache.tiers.base import Range, Read, Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import relative_path
 from lmcache.tiers.janitor import Timing
@@ -119,6 +122,42 @@ def test_clear_ends_a_write_that_has_begun(shm: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     assert put(tier, object_id(0)).status is Status.OK
     tier.close()
+
+
+def test_a_deadline_that_passes_midway_leaves_nothing_behind(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = DiskTier(shm)
+    monkeypatch.setattr(rawio, "_STEP", 1000)
+    pwritev, preadv = os.pwritev, os.preadv
+
+    def slowly(call: Callable[..., int]) -> Callable[..., int]:
+        return lambda *args: (time.sleep(0.06), call(*args))[1]
+
+    monkeypatch.setattr(os, "pwritev", slowly(pwritev))
+    [result] = tier.write([Write(object_id(0), [bytes(5000)])], deadline=time.monotonic() + 0.05)
+    assert (result.status, result.nbytes) == (Status.LATE, 1000)
+    assert [file for _, _, files in os.walk(shm / "objects") for file in files] == []
+    assert tier.used_bytes() == 0
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    put(tier, object_id(0), bytes(5000))
+    monkeypatch.setattr(os, "preadv", slowly(preadv))
+    read = Read(object_id(0), [memoryview(bytearray(5000))], [Range(0, 5000)])
+    [result] = tier.read_into([read], deadline=time.monotonic() + 0.05)
+    assert (result.status, result.nbytes) == (Status.LATE, 1000)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert tier.read_into([read])[0] == (Status.OK, 5000, "")
+    tier.close()
+
+
+def test_a_closed_tier_claims_nothing(shm: Path) -> None:
+    tier = DiskTier(shm)
+    put(tier, object_id(0))
+    tier.close()
+    handles = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(TierError, match="closed"):
+        tier.clear()
+    assert tier.used_bytes() == 0
+    assert len(os.listdir("/proc/self/fd")) == handles
+    assert (shm / "objects" / relative_path(object_id(0))).exists()
 
 
 def test_a_buffer_that_does_not_fit_its_range_fails_alone(shm: Path) -> None:

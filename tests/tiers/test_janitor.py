@@ -16,6 +16,7 @@ import pytest
 
 from lmcache.log import Throttle
 from lmcache.plan import Status
+from lmcache.tiers.base import Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import host_tag, relative_path, walk
 from lmcache.tiers.janitor import HIGH, LOW, Timing
@@ -339,6 +340,28 @@ def test_when_the_holder_does_nothing_a_writer_gives_up_in_time(shm: Path) -> No
     assert put(writer, object_id(20)).status is Status.OK
     holder.close()
     writer.close()
+
+
+def test_a_writer_waits_no_longer_than_its_deadline(shm: Path) -> None:
+    holder = still(shm, 10 * SIZE)
+    writer = DiskTier(shm, 10 * SIZE, timing=Timing(tick=0.01, patience=3600))
+    for number in range(10):
+        put(writer, object_id(number))
+    item = Write(object_id(20), [bytes(SIZE)])
+    assert writer.write([item], deadline=time.monotonic() + 0.05)[0].status is Status.FULL
+    holder.close()
+    writer.close()
+
+
+def test_a_janitor_whose_thread_died_is_started_again(shm: Path) -> None:
+    tier = DiskTier(shm, 10 * SIZE, timing=Timing(tick=0.01))
+    tier._janitor._closed = True
+    _wait(lambda: not tier._janitor._thread.is_alive())  # type: ignore[union-attr]
+    tier._janitor._closed = False
+    put(tier, object_id(0))
+    assert tier._janitor._thread is not None
+    assert tier._janitor._thread.is_alive()
+    tier.close()
 
 
 def test_a_lock_file_that_was_removed_is_taken_again(shm: Path) -> None:
