@@ -1,0 +1,361 @@
+"""A test's workbench: engines in child processes, prompts, and checks that say what was wrong."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from lmcache_conformance.child import RemoteSession
+from lmcache_conformance.contract import Capabilities, Request, Response, SessionConfig
+from lmcache_conformance.models import MODELS, model_folder, vocabulary
+
+F = TypeVar("F", bound=Callable[..., Any])
+_ON = "_lmcache_on"
+
+TIMEOUT_S = 120.0
+"""For one call of an engine; beyond it, it hangs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in a dtype."""
+
+    model: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.dtype}"
+
+    @property
+    def exact(self) -> bool:
+        """In this dtype greedy tokens do not depend on how a prompt was split."""
+        return self.dtype in ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class On:
+    """On which cases a test runs. `quick`: only on these models where there is little time."""
+
+    exact_only: bool = False
+    quick: tuple[str, ...] | None = None
+    dtypes: int | None = None
+
+
+def on(*quick: str, exact_only: bool = False, dtypes: int | None = None) -> Callable[[F], F]:
+    """Run a test on fewer cases.
+
+    Args:
+        quick: the models of the quick budget; all by default. Where none of them is claimed, the first that is.
+        exact_only: only in dtypes whose greedy tokens do not depend on the split.
+        dtypes: in the quick budget, only in the first so many claimed dtypes.
+    """
+
+    def mark(test: F) -> F:
+        setattr(test, _ON, On(exact_only, quick or None, dtypes))
+        return test
+
+    return mark
+
+
+def cases_for(test: object, capabilities: Capabilities, budget: str) -> list[Case]:
+    """The cases of one test. The quick budget leaves out large models."""
+    where: On = getattr(test, _ON, On())
+    models = [model for model in capabilities.models if model in MODELS]
+    dtypes = list(capabilities.dtypes)
+    if budget == "quick":
+        models = [model for model in models if model != "smollm2"] or models
+        if where.quick:
+            models = [model for model in models if model in where.quick] or models[:1]
+        dtypes = dtypes[: where.dtypes]
+    cases = [Case(model, dtype) for model in models for dtype in dtypes]
+    return [case for case in cases if case.exact or not where.exact_only]
+
+
+@dataclass
+class History:
+    """What was ever given to a cache: nothing else may be a hit."""
+
+    stored: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+
+    def add(self, request: Request, response: Response) -> None:
+        """This prompt and its answer may be in the cache from now on."""
+        self.stored.append((request.salt, request.tokens + response.tokens))
+
+    def longest(self, request: Request) -> int:
+        """How many leading tokens of a prompt were ever stored with its salt."""
+        return max((_common(request.tokens, tokens) for salt, tokens in self.stored if salt == request.salt), default=0)
+
+    def forget(self, salt: str | None = None) -> None:
+        """The cache was cleared (of one tenant)."""
+        self.stored = [] if salt is None else [(s, t) for s, t in self.stored if s != salt]
+
+
+class Engine:
+    """A session, with checks on everything that it answers."""
+
+    def __init__(self, session: RemoteSession, case: Case, capabilities: Capabilities, history: History) -> None:
+        self.session = session
+        self.case = case
+        self.history = history
+        self._capabilities = capabilities
+        self._ends = end_tokens(session_model(case))
+
+    # ---------------------------------------------------------------- asking
+
+    def ask(self, prompt: Request | Sequence[int], **more: Any) -> Response:
+        """One request, with the cache."""
+        return self.ask_all([_request(prompt, more)])[0]
+
+    def ask_all(self, requests: Sequence[Request]) -> list[Response]:
+        """Several at once, with the cache."""
+        responses = self.session.generate(requests)
+        before = History(list(self.history.stored))
+        for request, response in zip(requests, responses, strict=True):
+            self.history.add(request, response)
+        for request, response in zip(requests, responses, strict=True):
+            self._check(request, response, self.history if len(requests) > 1 else before)
+        return responses
+
+    def recompute(self, prompt: Request | Sequence[int], **more: Any) -> Response:
+        """One request, without the cache, in the split in which a hit on it was computed."""
+        return self.recompute_all([_request(prompt, more)])[0]
+
+    def recompute_all(self, requests: Sequence[Request]) -> list[Response]:
+        """Several, one after another."""
+        responses = [self.session.generate([request], reuse=False)[0] for request in requests]
+        for request, response in zip(requests, responses, strict=True):
+            self._check(request, response, History())
+        return responses
+
+    def _check(self, request: Request, response: Response, history: History) -> None:
+        """What every answer must be, whatever it says."""
+        what = f"prompt of {len(request.tokens)} tokens{f', salt {request.salt!r}' if request.salt else ''}"
+        if request.cancel_after:
+            assert len(response.tokens) <= request.max_new_tokens, f"{what}: more tokens than asked for after a cancel"
+        else:
+            assert not response.error, f"{what}: the engine gave no answer but an error: {response.error}"
+            ended = bool(response.tokens) and response.tokens[-1] in self._ends
+            assert len(response.tokens) == request.max_new_tokens or (
+                ended and len(response.tokens) < request.max_new_tokens
+            ), f"{what}: {len(response.tokens)} tokens generated, {request.max_new_tokens} were asked for and none ends it"
+            if self._capabilities.logprobs:
+                counts = f"{len(response.logprobs)} for {len(response.tokens)} tokens"
+                assert len(response.logprobs) == len(response.tokens), f"{what}: log-probs are claimed, there are {counts}"
+                assert all(response.logprobs), f"{what}: log-probs are claimed, but some are empty"
+        for source, tokens in response.cached.items():
+            assert tokens >= 0, f"{what}: reports {tokens} tokens cached from {source!r}"
+        total = sum(response.cached.values())
+        assert total < max(1, len(request.tokens)), (
+            f"{what}: reports {total} cached tokens; the last prompt token has to be computed, so at most all but one"
+        )
+        stored = history.longest(request)
+        assert response.hit <= stored, (
+            f"{what}: reports a hit of {response.hit} tokens {dict(response.cached)}, but only {stored} of its leading "
+            "tokens were ever stored: a hit that it cannot have"
+        )
+
+    # ---------------------------------------------------------------- the rest of the session
+
+    def flush(self) -> None:
+        """All that was stored is on the lower tiers."""
+        self.session.flush()
+
+    def clear(self, salt: str | None = None) -> None:
+        """Empty the cache (of one tenant)."""
+        self.session.clear(salt)
+        self.history.forget(salt)
+
+    def drop_device_cache(self) -> None:
+        """Only our cache is left."""
+        self.session.drop_device_cache()
+
+    def close(self) -> None:
+        """End it as a user does."""
+        self.session.close()
+
+    def kill9(self) -> None:
+        """End it as nobody wants."""
+        self.session.kill9()
+
+
+class Bench:
+    """Opens engines for one class and case, and closes them.
+
+    `shared` engines live as long as the class's tests on that case; each test brings prompts of its own.
+    """
+
+    def __init__(self, adapter: str, capabilities: Capabilities, case: Case, folder: Path, chunk_tokens: int) -> None:
+        self.adapter = adapter
+        self.capabilities = capabilities
+        self.case = case
+        self.folder = folder
+        self.chunk_tokens = chunk_tokens
+        self.rng = random.Random(0)
+        self._shared: dict[str, Engine] = {}
+        self._folders = 0
+
+    # ---------------------------------------------------------------- engines
+
+    def new_folder(self, name: str = "disk") -> Path:
+        """A fresh place for a disk tier."""
+        self._folders += 1
+        return self.folder / f"{name}-{self._folders}"
+
+    @contextmanager
+    def open(
+        self,
+        *,
+        case: Case | None = None,
+        model: Path | None = None,
+        history: History | None = None,
+        options: Mapping[str, Any] | None = None,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        **cache: Any,
+    ) -> Iterator[Engine]:
+        """An engine in a new process, for the length of a `with`."""
+        engine = self._start(case or self.case, model, history, options or {}, cwd, environment, cache)
+        with engine.session:
+            yield engine
+
+    def shared(self) -> Engine:
+        """An engine with memory and disk to spare, for every test of this case."""
+        return self._kept("roomy", dram_bytes="256MiB", disk_path=str(self.folder / "shared"))
+
+    def cold(self) -> Engine:
+        """A fresh engine that recomputes everything in one shot: the oracle of exact dtypes."""
+        engine = self._kept("cold", dram_bytes="1MiB")
+        engine.session.forget_splits()
+        return engine
+
+    def _kept(self, name: str, **cache: Any) -> Engine:
+        engine = self._shared.get(name)
+        if engine is None or not engine.session.alive:
+            engine = self._shared[name] = self._start(self.case, None, None, {}, None, None, cache)
+        return engine
+
+    def _start(
+        self,
+        case: Case,
+        model: Path | None,
+        history: History | None,
+        options: Mapping[str, Any],
+        cwd: Path | None,
+        environment: Mapping[str, str] | None,
+        cache: Mapping[str, Any],
+    ) -> Engine:
+        config = SessionConfig(
+            model=str(model or session_model(case)),
+            dtype=case.dtype,
+            cache={"chunk_tokens": self.chunk_tokens, **cache},
+            options=dict(options),
+        )
+        session = RemoteSession(
+            self.adapter, config, timeout_s=TIMEOUT_S, folder=cwd, environment={"HF_HUB_OFFLINE": "1", **(environment or {})}
+        )
+        return Engine(session, case, self.capabilities, history if history is not None else History())
+
+    def close(self) -> None:
+        """End what is shared."""
+        engines, self._shared = list(self._shared.values()), {}
+        for engine in engines:
+            engine.kill9()
+
+    # ---------------------------------------------------------------- prompts
+
+    def prompt(self, tokens: int) -> tuple[int, ...]:
+        """A random one, unlike all before."""
+        return tuple(self.rng.choices(vocabulary(self.case.model), k=tokens))
+
+    def chunks(self, count: int, *, more: int = 3) -> tuple[int, ...]:
+        """A random prompt of so many chunks, and a few tokens that fill no chunk."""
+        return self.prompt(count * self.chunk_tokens + more)
+
+    def whole(self, tokens: int) -> int:
+        """The largest chunk boundary up to `tokens`."""
+        return tokens // self.chunk_tokens * self.chunk_tokens
+
+
+# ------------------------------------------------------------------ checks
+
+
+def same_tokens(got: Response, want: Response, what: str) -> None:
+    """The same greedy tokens."""
+    if got.tokens != want.tokens:
+        at = _common(got.tokens, want.tokens)
+        raise AssertionError(
+            f"{what}: other tokens from the {at + 1}. generated one on: {list(got.tokens[at : at + 5])} instead of "
+            f"{list(want.tokens[at : at + 5])} (hit: {dict(got.cached)})"
+        )
+
+
+def same_bits(got: Response, want: Response, what: str) -> None:
+    """The same greedy tokens and the same log-probs, bit for bit."""
+    same_tokens(got, want, what)
+    for step, (mine, other) in enumerate(zip(got.logprobs, want.logprobs, strict=True)):
+        if mine != other:
+            differ = sum(a != b for a, b in zip(mine, other, strict=False)) + abs(len(mine) - len(other))
+            raise AssertionError(
+                f"{what}: the log-probs of the {step + 1}. generated token differ in {differ} of {len(other)} bytes "
+                f"(hit: {dict(got.cached)}; log-prob of the token taken: {_at(got.logprob, step)} instead of "
+                f"{_at(want.logprob, step)})"
+            )
+
+
+def same_answer(got: Response, want: Response, what: str) -> None:
+    """As exact as the engine can show it: bits where it reports log-probs, tokens where not."""
+    if got.logprobs and want.logprobs:
+        same_bits(got, want, what)
+    else:
+        same_tokens(got, want, what)
+
+
+def varied(responses: Sequence[Response]) -> None:
+    """Answers that never change would show nothing."""
+    said = {token for response in responses for token in response.tokens}
+    assert len(said) > 3, f"all answers consist of the tokens {sorted(said)}: nothing was shown by them"
+
+
+def _at(values: Sequence[float], step: int) -> str:
+    return f"{values[step]:.6g}" if step < len(values) else "not reported"
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _request(prompt: Request | Sequence[int], more: Mapping[str, Any]) -> Request:
+    if isinstance(prompt, Request):
+        return msgspec.structs.replace(prompt, **more)
+    return Request(tokens=tuple(prompt), **more)
+
+
+# ------------------------------------------------------------------ models
+
+
+def session_model(case: Case) -> Path:
+    """The folder of a case's model."""
+    return _model_folder(case.model)
+
+
+@cache
+def _model_folder(name: str) -> Path:
+    return model_folder(name)
+
+
+@cache
+def end_tokens(model: Path) -> frozenset[int]:
+    """Token ids that end an answer, from the model folder's own files."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = model / name
+        ends = msgspec.json.decode(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+        found.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return frozenset(found)

@@ -1,0 +1,4 @@
+from lmcache_conformance.engines.base import EngineBase
+
+
+class FaultTests(EngineBase): ...

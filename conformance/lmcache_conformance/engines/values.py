@@ -1,0 +1,213 @@
+"""Levels `tokens`, `logits`, `bytes`, `restart`, `miss`: what comes back is what was computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from lmcache_conformance.contract import Level, Request, Response
+from lmcache_conformance.damage import object_files, poison, problem_of
+from lmcache_conformance.engines.base import EngineBase
+from lmcache_conformance.engines.bench import Bench, Engine, History, on, same_answer, same_bits, same_tokens, varied
+from lmcache_conformance.marks import level, requires
+
+NEW = 20
+"""Tokens generated per round: more than a chunk, so that some chunks hold prompt and answer."""
+
+
+def dialogue(bench: Bench, engine: Engine, rounds: int, *, first: int = 70) -> Iterator[tuple[Request, Response]]:
+    """A chat whose prompt grows: each round's is the last one's, its answer, and more. Checks that later rounds hit.
+
+    The first one ends in the middle of a chunk; the third adds a whole number of chunks.
+    """
+    prompt = bench.prompt(first)
+    before = 0
+    for number in range(rounds):
+        request = Request(tokens=prompt, max_new_tokens=NEW)
+        response = engine.ask(request)
+        assert response.hit >= bench.whole(before), (
+            f"round {number + 1}: a hit of {response.hit} tokens {dict(response.cached)}, though the last round's prompt of "
+            f"{before} tokens was computed and is the beginning of this one"
+        )
+        yield request, response
+        before = len(prompt)
+        prompt = prompt + response.tokens
+        prompt += bench.prompt(bench.chunk_tokens - len(prompt) % bench.chunk_tokens if number == 1 else 9)
+
+
+class ValueTests(EngineBase):
+    """What is cached and comes back."""
+
+    # ---------------------------------------------------------------- tokens and logits
+
+    @level(Level.LOGITS)
+    @requires("logprobs", "same_split")
+    def test_logits_after_a_hit_are_those_of_recomputation_in_the_same_split(self, bench: Bench, full: bool) -> None:
+        engine = bench.shared()
+        for number, (request, response) in enumerate(dialogue(bench, engine, 6 if full else 4)):
+            same_bits(response, engine.recompute(request), f"round {number + 1}")
+
+    @level(Level.TOKENS)
+    @requires("same_split")
+    def test_tokens_after_a_hit_are_those_of_recomputation_in_the_same_split(self, bench: Bench, full: bool) -> None:
+        engine = bench.shared()
+        said = []
+        for number, (request, response) in enumerate(dialogue(bench, engine, 6 if full else 4, first=150)):
+            same_tokens(response, engine.recompute(request), f"round {number + 1}")
+            said.append(response)
+        varied(said)
+
+    @level(Level.TOKENS)
+    @on(exact_only=True)
+    def test_in_float32_tokens_after_a_hit_are_those_of_an_engine_that_has_cached_nothing(
+        self, bench: Bench, full: bool
+    ) -> None:
+        engine, cold = bench.shared(), bench.cold()
+        said = []
+        for number, (request, response) in enumerate(dialogue(bench, engine, 6 if full else 4, first=40)):
+            same_tokens(response, cold.recompute(request), f"round {number + 1}, against a one-shot run of a fresh engine")
+            said.append(response)
+        varied(said)
+
+    @level(Level.LOGITS)
+    @requires("logprobs", "same_split")
+    def test_asking_again_and_again_changes_nothing(self, bench: Bench) -> None:
+        engine = bench.shared()
+        prompt = bench.chunks(5)
+        engine.ask(prompt)
+        for time in range(3):
+            engine.drop_device_cache()
+            response = engine.ask(prompt)
+            assert response.hit >= bench.whole(len(prompt)), f"repetition {time + 1} hits {dict(response.cached)} only"
+            same_bits(response, engine.recompute(prompt), f"repetition {time + 1}")
+
+    @level(Level.LOGITS)
+    @requires("logprobs", "same_split")
+    def test_prompts_that_part_ways_share_what_they_have_in_common(self, bench: Bench) -> None:
+        engine = bench.shared()
+        trunk = bench.chunks(4, more=0)
+        engine.ask(trunk + bench.chunks(1))
+        for branch in range(3):
+            engine.drop_device_cache()
+            prompt = trunk + bench.chunks(1, more=branch)
+            response = engine.ask(prompt)
+            assert response.hit == len(trunk), f"branch {branch} hits {dict(response.cached)}, not the trunk's {len(trunk)}"
+            same_bits(response, engine.recompute(prompt), f"branch {branch}")
+
+    # ---------------------------------------------------------------- restart
+
+    @level(Level.RESTART)
+    @requires("restart")
+    def test_a_new_process_goes_on_from_disk_alone(self, bench: Bench) -> None:
+        disk = bench.new_folder()
+        with bench.open(dram_bytes="64MiB", disk_path=str(disk)) as engine:
+            *_, (request, response) = dialogue(bench, engine, 2)
+            follow = Request(tokens=request.tokens + response.tokens + bench.prompt(9), max_new_tokens=NEW)
+            expected = engine.recompute(follow) if bench.capabilities.same_split else None
+            engine.flush()
+        with bench.open(dram_bytes="64MiB", disk_path=str(disk), history=engine.history) as engine:
+            for time in ("at once", "again, from wherever it is now"):
+                got = engine.ask(follow)
+                assert got.hit >= bench.whole(len(request.tokens)), (
+                    f"{time}: a hit of {dict(got.cached)} in a new process, though a prompt of {len(request.tokens)} tokens "
+                    "was flushed to disk by the last one"
+                )
+                if expected is not None and time == "at once":
+                    same_answer(got, expected, time)
+                if bench.case.exact:
+                    same_tokens(got, bench.cold().recompute(follow), f"{time}, against a one-shot run of a fresh engine")
+                engine.drop_device_cache()
+
+    # ---------------------------------------------------------------- bytes
+
+    @level(Level.BYTES)
+    @requires("restart")
+    @on("llama", "gemma3", dtypes=1)
+    def test_a_hit_is_read_from_the_files_and_used(self, bench: Bench) -> None:
+        """Files are given other values, with checksums that match: whoever reports a hit must show it in the answer."""
+        disk = bench.new_folder()
+        prompt = bench.chunks(6)
+        with bench.open(dram_bytes="64MiB", disk_path=str(disk)) as engine:
+            honest = engine.ask(prompt)
+            engine.flush()
+        files = object_files(disk)
+        assert files, f"nothing lies in {disk} after a prompt of {len(prompt)} tokens was flushed"
+        for path in files:
+            poison(path)
+            assert problem_of(path) is None
+        with bench.open(dram_bytes="64MiB", disk_path=str(disk), history=engine.history) as engine:
+            poisoned = engine.ask(prompt)
+        assert poisoned.hit > 0, "no hit from files that are whole"
+        moved = poisoned.logprobs != honest.logprobs if honest.logprobs else poisoned.tokens != honest.tokens
+        assert moved, (
+            f"reports a hit of {dict(poisoned.cached)} from files whose values were replaced, and answers as if they had not "
+            "been: what it reports as cached was not used"
+        )
+
+    @level(Level.BYTES)
+    @on("llama", "gemma3")
+    def test_files_are_whole_and_nothing_is_written_beside_them(self, bench: Bench) -> None:
+        place = bench.new_folder("sandbox")
+        disk, cwd, home, temp = (place / name for name in ("disk", "cwd", "home", "tmp"))
+        for folder in (cwd, home, temp):
+            folder.mkdir(parents=True)
+        environment = {"HOME": str(home), "TMPDIR": str(temp), "XDG_CACHE_HOME": str(home / ".cache")}
+        with bench.open(dram_bytes="64MiB", disk_path=str(disk), cwd=cwd, environment=environment) as engine:
+            for _ in dialogue(bench, engine, 2):
+                pass
+            engine.flush()
+            files = object_files(disk)
+            assert files, f"nothing lies in {disk} after a flush"
+            for path in files:
+                assert (problem := problem_of(path)) is None, f"{path.name}: {problem}"
+        beside = [path for path in place.rglob("*") if path.is_file() and disk not in path.parents]
+        beside = [path for path in beside if not any(path.match(pattern) for pattern in self.may_write)]
+        assert not beside, f"written outside of the disk tier's folder: {_names(beside, place)}"
+        left = [path for path in disk.rglob("*") if path.is_file() and ".tmp-" in path.name]
+        assert not left, f"unfinished files are left in the folder: {_names(left, place)}"
+
+    # ---------------------------------------------------------------- miss
+
+    @level(Level.MISS)
+    def test_what_was_never_stored_is_never_a_hit(self, bench: Bench, full: bool) -> None:
+        engine = bench.shared()
+        stored = bench.chunks(6, more=0)
+        engine.ask(stored)
+        shift = stored[1:] + stored[:1]
+        chunk = bench.chunk_tokens
+        halves = stored[3 * chunk :] + stored[: 3 * chunk]
+        changed = (stored[0] % 900 + 7 if stored[0] % 900 + 7 != stored[0] else stored[0] + 1, *stored[1:])
+        strangers = {
+            "shifted by one token": shift,
+            "its halves the other way round": halves,
+            "its end alone": stored[chunk:],
+            "another first token": changed,
+        }
+        strangers |= {f"random prompt {n}": bench.prompt(16 * chunk if full else 6 * chunk) for n in range(20 if full else 4)}
+        for what, prompt in strangers.items():
+            response = engine.ask(prompt)  # the engine's own history knows what can be a hit
+            assert response.hit == 0, f"{what}: a hit of {dict(response.cached)} on a prompt that was never stored"
+
+    @level(Level.MISS)
+    def test_the_last_prompt_token_is_always_computed(self, bench: Bench) -> None:
+        engine = bench.shared()
+        chunk = bench.chunk_tokens
+        prompt = bench.chunks(4, more=0)
+        first = engine.ask(prompt)
+        for tokens in (len(prompt), 3 * chunk, 3 * chunk + 1, chunk, chunk + 1, chunk - 1, 1):
+            engine.drop_device_cache()
+            part = prompt[:tokens]
+            response = engine.ask(part)
+            assert response.hit <= tokens - 1
+            if bench.capabilities.same_split:
+                same_answer(response, engine.recompute(part), f"the first {tokens} tokens of a stored prompt")
+        same_tokens(engine.ask(prompt), first, "the same prompt as at first") if bench.case.exact else None
+
+
+def _names(paths: list[Path], base: Path) -> str:
+    shown = [str(path.relative_to(base)) for path in paths[:5]]
+    return ", ".join(shown) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
+__all__ = ["NEW", "History", "ValueTests", "dialogue", "random"]
