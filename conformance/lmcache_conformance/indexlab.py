@@ -93,8 +93,8 @@ class Rank:
             self.epoch = plan.epoch
             self.ghosts += [(run, i) for run in self.runs.values() for i in run.hung]
             self.runs, self.reports, self.first_sent, self.seq = {}, {}, {}, 0
-        for job in [job for job, sent in self.first_sent.items() if sent <= plan.acked[self.rank]]:
-            del self.first_sent[job], self.reports[job]
+        for done in [job for job, sent in self.first_sent.items() if sent <= plan.acked[self.rank]]:
+            del self.first_sent[done], self.reports[done]
         for job in plan.jobs:
             fresh = set()
             for op in job.ops:
