@@ -6,7 +6,25 @@
 `smollm2()` gives the directory of a small real model that needs no hub.
 """
 
-from lmcache_hf.model import CachedModel, UncachedError
-from lmcache_hf.models import smollm2
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmcache_hf.model import CachedModel as CachedModel
+    from lmcache_hf.model import UncachedError as UncachedError
+    from lmcache_hf.models import smollm2 as smollm2
+
+_HOMES = {"CachedModel": "model", "UncachedError": "model", "smollm2": "models"}
 
 __all__ = ["CachedModel", "UncachedError", "smollm2"]
+
+
+def __getattr__(name: str) -> Any:  # loaded on first use: who only asks what the adapter claims waits for nothing
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'lmcache_hf' has no attribute {name!r}")
+    value = getattr(import_module(f"lmcache_hf.{home}"), name)
+    globals()[name] = value
+    return value

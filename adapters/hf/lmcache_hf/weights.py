@@ -63,7 +63,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in source:
             if tensor.is_meta:
                 raise ValueError(f"parameter {name!r} is on the meta device: its weights are offloaded or not loaded")
-            yield name, tensor.detach()
+            yield name, tensor
 
 
 @torch.no_grad()

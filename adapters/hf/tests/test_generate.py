@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmcache_hf import CachedModel
+from lmcache_hf.weights import weights_digest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -264,11 +265,15 @@ def in_place(weight: torch.Tensor) -> None:
         weight.add_(0.05)
 
 
+def as_peft_merges(weight: torch.Tensor) -> None:
+    weight.data += 0.05
+
+
 def behind_the_version_counter(weight: torch.Tensor) -> None:
-    weight.data += 0.05  # how PEFT merges an adapter
+    weight.data.add_(0.05)
 
 
-@pytest.mark.parametrize("change", [in_place, behind_the_version_counter])
+@pytest.mark.parametrize("change", [in_place, as_peft_merges, behind_the_version_counter])
 def test_changed_weights_are_never_served_old_kv_and_restored_ones_hit_again(change: Any) -> None:
     model = lab.llama()
     weight = model.model.layers[0].mlp.down_proj.weight
@@ -348,3 +353,17 @@ def test_after_close_it_still_answers() -> None:
     cached.close()
     lab.assert_same(lab.greedy(cached, lab.prompt(70)), lab.greedy(model, lab.prompt(70)))
     assert cached.stats()["uncached"] == {"closed": 1}
+
+
+def test_weights_are_read_in_full_only_when_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lab.llama()
+    with CachedModel(model, lab.config()) as cached:
+        read: list[int] = []
+        monkeypatch.setattr("lmcache_hf.model.weights_digest", lambda model: read.append(1) or weights_digest(model))
+        for _ in range(3):
+            lab.greedy(cached, lab.prompt(40))
+        assert read == []
+        in_place(model.lm_head.weight)
+        for _ in range(3):
+            lab.greedy(cached, lab.prompt(40))
+        assert read == [1]
