@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ def elsewhere(suite: object, method: str, *arguments: Any, seed: int = 4242, tim
         AssertionError: the child failed or took longer than `timeout` seconds; with its output.
     """
     cls = type(suite)
-    call = json.dumps([inspect.getfile(cls), cls.__qualname__, method, list(arguments), sys.path])
-    environ = {**os.environ, "PYTHONHASHSEED": str(seed)}
-    command = [sys.executable, "-c", _CODE, call]
+    command, environ = _command(suite, method, arguments, seed)
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -46,3 +45,15 @@ def elsewhere(suite: object, method: str, *arguments: Any, seed: int = 4242, tim
     answers = [line.removeprefix("ANSWER") for line in done.stdout.splitlines() if line.startswith("ANSWER")]
     assert answers, f"{where} gave no answer:\n{done.stdout[-1000:]}"
     return json.loads(answers[-1])
+
+
+def started(suite: object, method: str, *arguments: Any) -> subprocess.Popen[str]:
+    """The same, without waiting: a process whose output can be read, and which can be killed."""
+    command, environ = _command(suite, method, arguments, seed=1)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+
+
+def _command(suite: object, method: str, arguments: Sequence[Any], seed: int) -> tuple[list[str], dict[str, str]]:
+    cls = type(suite)
+    call = json.dumps([inspect.getfile(cls), cls.__qualname__, method, list(arguments), sys.path])
+    return [sys.executable, "-c", _CODE, call], {**os.environ, "PYTHONHASHSEED": str(seed)}

@@ -31,6 +31,7 @@ def chain(namespace: str, text: str) -> Chain:
 
 
 def name_at(chain: Chain, group: int, i: int) -> Name:
+    """The name of the object of chunk `i`."""
     return Name(chain.namespace, chain.digests[i], group, CHUNK, i)
 
 
@@ -59,6 +60,7 @@ class Run:
 
 
 def slot_of(op: Op) -> tuple[int, int] | None:
+    """(group, slot) that an op reads or writes."""
     if isinstance(op, Copy):
         for place in (op.src, op.dst):
             if isinstance(place, Slot):
@@ -67,6 +69,8 @@ def slot_of(op: Op) -> tuple[int, int] | None:
 
 
 class Rank:
+    """One rank's data plane."""
+
     def __init__(self, rank: int, tiers: int) -> None:
         self.rank = rank
         self.tiers: list[dict[Name, Content | None]] = [{} for _ in range(tiers)]  # None = corrupt

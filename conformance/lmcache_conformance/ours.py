@@ -69,11 +69,13 @@ class DiskTierTests(TierTests):
 
     def full_device(self, place: Path) -> AbstractContextManager[None]:
         """Every byte written by this process meets ENOSPC: what a full disk does, and can't be made to do on demand."""
-        return _enospc()
+        return enospc()
 
 
 @contextmanager
-def _enospc() -> Iterator[None]:
+def enospc() -> Iterator[None]:
+    """No byte can be written by this process."""
+
     def refuse(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
