@@ -6,16 +6,14 @@ carry none of its marks, and imports nothing heavy.
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from lmcache_conformance.marks import LEVEL, REQUIRES
+from lmcache_conformance.seeds import known_seed, seed_of
 
 if TYPE_CHECKING:
     from lmcache_conformance.xfails import Xfail
@@ -26,7 +24,6 @@ pytest.register_assert_rewrite(*(f"lmcache_conformance.{module}" for module in _
 
 _XFAILS = pytest.StashKey[list["Xfail"]]()
 _UNUSED = pytest.StashKey[list["Xfail"]]()
-_SEED = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from lmcache_conformance.recorder import Recorder
 
         path = Path(config.option.lmcache_report)
-        recorder = Recorder(path, seed_of=_seed_of, resume=config.option.lmcache_resume)
+        recorder = Recorder(path, resume=config.option.lmcache_resume)
         config.pluginmanager.register(recorder, Recorder.NAME)
 
 
@@ -123,32 +120,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Give each of our tests a seed that is known, so that its failure can be reproduced."""
     if level_of(item) is None:
         return (yield)
-    with _known_seed(item):
+    with known_seed(item):
         return (yield)
-
-
-@contextmanager
-def _known_seed(item: pytest.Item) -> Iterator[None]:
-    given = getattr(item.config.option, "hypothesis_seed", None)
-    try:
-        # None and words are no numbers: Hypothesis takes any text as a seed, we only those we can repeat exactly.
-        item.stash[_SEED] = int(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        item.stash[_SEED] = random.SystemRandom().randrange(2**32)
-    core = sys.modules.get("hypothesis.core")
-    before = getattr(core, "global_force_seed", None)
-    if core is None or before is not None:
-        yield
-        return
-    core.global_force_seed = item.stash[_SEED]  # type: ignore[attr-defined]  # what --hypothesis-seed does, for one test
-    try:
-        yield
-    finally:
-        core.global_force_seed = before  # type: ignore[attr-defined]
-
-
-def _seed_of(item: pytest.Item) -> int | None:
-    return item.stash.get(_SEED, None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -159,7 +132,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.failed and level is not None:
         from lmcache_conformance.reproduce import command, test_id
 
-        seed = _seed_of(item)
+        seed = seed_of(item)
         text = f"level {level} · {test_id(item).partition('::')[2]} · seed {seed}\n{command(item, seed)}"
         report.sections.append(("reproduce", text))
     return report  # type: ignore[return-value]
@@ -174,7 +147,7 @@ def lmcache_budget(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def lmcache_seed(request: pytest.FixtureRequest) -> int:
     """For tests that draw numbers without Hypothesis: the seed that the failure's command repeats."""
-    return request.node.stash.get(_SEED, 0)  # type: ignore[no-any-return]
+    return seed_of(request.node) or 0
 
 
 @pytest.fixture(scope="session")

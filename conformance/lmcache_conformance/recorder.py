@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lmcache_conformance.failures import EngineFailure
 from lmcache_conformance.marks import LEVEL
 from lmcache_conformance.records import UNMARKED, Began, Ended, Started, TestResult, Writer, read
 from lmcache_conformance.reproduce import command
+from lmcache_conformance.seeds import seed_of
 
 MESSAGE_CHARS = 2_000
 DETAIL_CHARS = 40_000
@@ -22,10 +23,9 @@ class Recorder:
 
     NAME = "lmcache-report"
 
-    def __init__(self, path: Path, *, seed_of: Callable[[pytest.Item], int | None], resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool) -> None:
         done = {e.nodeid for e in read(path) if isinstance(e, (Started, TestResult))} if resume else set()
         self._done: set[str] = done
-        self._seed_of = seed_of
         self._writer = Writer(path)
         self._reports: list[pytest.TestReport] = []
         self._by_assertion = False
@@ -58,7 +58,7 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         """One `Started`, one `TestResult`."""
-        seed = self._seed_of(item)
+        seed = seed_of(item)
         again = command(item, seed)
         self._reports, self._by_assertion = [], False
         self._writer.write(Started(item.nodeid, _level(item), again, seed))

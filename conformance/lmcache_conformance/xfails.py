@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_LINE = re.compile(r"(?P<part>\S.*?)\s+(?P<link>https?://\S+)(?:\s+#\s*(?P<why>.*))?$")
+_LINE = re.compile(r"(?P<part>[^#\s][^#]*?)\s+(?P<link>https?://\S+)(?:\s+#\s*(?P<why>.*))?$")
 
 
 class XfailError(ValueError):

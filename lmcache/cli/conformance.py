@@ -95,8 +95,8 @@ def conformance(
 def _suites(wish: Wish, json: bool, html: Path | None, junit: Path | None) -> bool:
     from lmcache_conformance import report as reports
     from lmcache_conformance.campaign import jobs_for
-    from lmcache_conformance.html import as_html
     from lmcache_conformance.matrix import show
+    from lmcache_conformance.page import as_html
 
     jobs = jobs_for(wish)
     rows = _run(jobs, wish) if json else _run_live(jobs, wish)

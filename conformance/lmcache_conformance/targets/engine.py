@@ -1,0 +1,7 @@
+"""One engine adapter, the one that `--lmcache-adapter` names."""
+
+from lmcache_conformance.engines import EngineTests
+
+
+class TestEngine(EngineTests):
+    """See `EngineTests`."""
