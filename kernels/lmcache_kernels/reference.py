@@ -8,10 +8,14 @@ rows by far the fastest scatter. Other devices see torch operations only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lmcache_kernels.address import Digits
@@ -76,19 +80,66 @@ def take_rows(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> N
 def put_rows(target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, *, partial: bool = False) -> None:
     """`target[index[i]] = source[i]`; rows not named stay untouched. Indices must be distinct and in range.
 
-    With `partial`, negative indices are skipped.
+    With `partial`, negative indices are skipped. On a CPU as many threads share the work as torch uses.
     """
-    if target.device.type == "cpu":
-        numbers, values = index.numpy(), source.numpy()
+    if target.device.type != "cpu":
         if partial:
-            present = numbers >= 0
-            numbers, values = numbers[present], values[present]
-        target.numpy()[numbers] = values
+            there = index >= 0
+            index, source = index[there], source[there]
+        target.index_copy_(0, index.reshape(-1), source.reshape(-1, *target.shape[1:]))
         return
+    memory, numbers, values = target.numpy(), index.numpy(), source.numpy()
     if partial:
-        there = index >= 0
-        index, source = index[there], source[there]
-    target.index_copy_(0, index.reshape(-1), source.reshape(-1, *target.shape[1:]))
+        present = numbers >= 0
+        numbers, values = numbers[present], values[present]
+    threads = torch.get_num_threads() if values.nbytes >= _WORTH_A_THREAD else 1
+    in_parallel([_put(memory, n, v) for n, v in _shares(numbers, values, threads)])
+
+
+_WORTH_A_THREAD = 8 << 20
+
+
+def _put(memory: npt.NDArray[Any], numbers: npt.NDArray[Any], values: npt.NDArray[Any]) -> Callable[[], None]:
+    """One share of `put_rows`. numpy lets go of the interpreter while it copies."""
+
+    def put() -> None:
+        memory[numbers] = values
+
+    return put
+
+
+def _shares(
+    numbers: npt.NDArray[Any], values: npt.NDArray[Any], threads: int
+) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Equal parts along the longest dimension of the index."""
+    axis = int(np.argmax(numbers.shape))
+    for n, v in zip(np.array_split(numbers, threads, axis), np.array_split(values, threads, axis), strict=True):
+        if n.size:
+            yield n, v
+
+
+def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run all, the first one here and the others on threads of their own that end before this returns.
+
+    Starting a thread takes 50 µs, the copies it is used for milliseconds; no pool has to be owned and closed.
+    """
+    failures: list[BaseException] = []
+
+    def guarded(task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            failures.append(error)
+
+    helpers = [threading.Thread(target=guarded, args=(task,), name="lmcache-copy") for task in tasks[1:]]
+    for helper in helpers:
+        helper.start()
+    for task in tasks[:1]:
+        guarded(task)
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]
 
 
 def copy_block(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from lmcache.errors import LayoutError
 from lmcache.layout.bound import BoundGroup, BoundKV
+from lmcache.layout.host import apart, by_neighbours
 from lmcache.layout.objects import ObjectLayout, same_planes
-from lmcache.layout.plan import Job, jobs, joined
+from lmcache.layout.plan import Copy, Job, jobs
 from lmcache.layout.slots import check_slots
 from lmcache_kernels import Strip, all_rows, copy_block, merge_strips, put_rows, refine, take_rows, view, width_of
 
@@ -46,9 +48,8 @@ def gather(
             staged[i] = torch.empty(layout.nbytes, dtype=torch.uint8, device=kv.device)
             if layers is not None:
                 staged[i].copy_(out)
-    moves = list(_moves(bound, jobs(bound, layout, ids, len(outs), layers), staged, flat=True))
-    for move in moves:
-        take_rows(move.paged, move.numbers, move.dense)
+    for move in _moves(bound, jobs(bound, layout, ids, len(outs), layers), staged, into_paged=False):
+        move()
     for out, stage in zip(outs, staged, strict=True):
         if out is not stage:
             out.copy_(stage)
@@ -80,64 +81,73 @@ def scatter(
     _check_buffers(srcs, layout)
     ids = check_slots(slots, bound.num_slots, len(srcs) * layout.tokens, missing=True, unique=True)
     staged = [src if src.device == kv.device else src.to(kv.device) for src in srcs]
-    moves = list(_moves(bound, jobs(bound, layout, ids, len(srcs), layers), staged, flat=False))
-    for move in moves:
-        put_rows(move.paged, move.numbers, move.dense, partial=move.partial)
+    for move in _moves(bound, jobs(bound, layout, ids, len(srcs), layers), staged, into_paged=True):
+        move()
 
 
-class _Move(NamedTuple):
-    """Rows `numbers` of `paged` ⇄ `dense`, whose leading dimensions are those of `numbers`."""
-
-    paged: torch.Tensor
-    dense: torch.Tensor
-    numbers: torch.Tensor
-    partial: bool
-
-
-def _moves(bound: BoundGroup, work: Sequence[Job], buffers: Sequence[torch.Tensor], *, flat: bool) -> Iterator[_Move]:
-    """All views of a call, made before the first byte moves: interpreting Python between copies that have just emptied
-    the processor's caches was measured at a tenth of the whole.
-
-    Objects at equal distances (neighbouring arena slots) move in one go, with `flat` only if the index stays
-    one-dimensional.
+def _moves(
+    bound: BoundGroup, work: Sequence[Job], buffers: Sequence[torch.Tensor], *, into_paged: bool
+) -> list[Callable[[], None]]:
+    """All copies of a call, prepared before the first byte moves: interpreting Python between copies that have just
+    emptied the processor's caches was measured at a tenth of the whole.
     """
-    device = bound.storages[0].device
+    moves: list[Callable[[], None]] = []
     for job in work:
         mine = buffers if len(job.objects) == len(buffers) else [buffers[number] for number in job.objects]
-        stack = _stack(mine)
-        if stack is None:
-            alignment = _alignment(mine)
-        else:
-            memory, stride = stack
-            alignment = width_of(_alignment([memory]), stride)
-        for part, numbers in zip(job.parts, job.numbers, strict=True):
-            width = width_of(part.width, alignment)
-            paged = all_rows(bound.storages[part.storage], part.rows, width)
-            index = torch.from_numpy(numbers).to(device)
-            if stack is not None:
-                lead = joined([(len(mine), stride), *part.lead])
-                if len(lead) == 1 or not flat:
-                    dense = view(memory, part.back, lead, width)
-                    yield _Move(paged, dense, index.view([size for size, _ in lead]), job.partial)
-                    continue
-            for buffer, rows in zip(mine, index, strict=True):
-                yield _Move(paged, view(buffer, part.back, part.lead, width), rows, job.partial)
+        for chosen, memory, distance in _batches(mine):
+            alignment = width_of(_alignment([memory]), distance)
+            for part, numbers in zip(job.parts, job.numbers, strict=True):
+                width = width_of(part.width, alignment)
+                copy = Copy(part, numbers[chosen], bound.storages[part.storage], memory, distance, width)
+                moves += _puts(copy, job.partial) if into_paged else _takes(copy)
+    return moves
 
 
-def _stack(buffers: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int] | None:
-    """(tensor over all of them, distance) if the buffers lie in one storage at equal distances, else None."""
+def _takes(copy: Copy) -> Iterator[Callable[[], None]]:
+    """Gather: rows of the paged side into the buffer."""
+    part = copy.part
+    if copy.storage.device.type == "cpu":
+        runs = [by_neighbours(piece) for piece in apart(copy)]
+        if None not in runs:
+            yield from (partial(put_rows, *put) for run in runs for put in run or ())
+            return
+    paged = all_rows(copy.storage, part.rows, copy.width)
+    numbers = torch.from_numpy(copy.numbers).to(copy.storage.device)
+    if len(copy.lead) == 1:
+        yield partial(take_rows, paged, numbers.view(-1), view(copy.memory, part.back, copy.lead, copy.width))
+        return
+    for i, rows in enumerate(numbers):
+        back = replace(part.back, offset=part.back.offset + i * copy.distance)
+        yield partial(take_rows, paged, rows, view(copy.memory, back, part.lead, copy.width))
+
+
+def _puts(copy: Copy, missing: bool) -> Iterator[Callable[[], None]]:
+    """Scatter: rows of the buffer to the paged side."""
+    device = copy.storage.device
+    for piece in apart(copy) if device.type == "cpu" else (copy,):
+        paged = all_rows(piece.storage, piece.part.rows, piece.width)
+        numbers = torch.from_numpy(piece.numbers).to(device).view([size for size, _ in piece.lead])
+        dense = view(piece.memory, piece.part.back, piece.lead, piece.width)
+        yield partial(put_rows, paged, numbers, dense, partial=missing)
+
+
+def _batches(buffers: Sequence[torch.Tensor]) -> list[tuple[slice, torch.Tensor, int]]:
+    """Buffers that move together: (which, tensor over all of them, bytes from one to the next).
+
+    All of them if they are at equal distances in one storage, as neighbouring arena slots are; else each alone.
+    """
     first, count, nbytes = buffers[0], len(buffers), buffers[0].shape[0]
     if count == 1:
-        return first, 0
+        return [(slice(0, 1), first, 0)]
     start = first.data_ptr()
-    stride = buffers[1].data_ptr() - start
-    if stride < nbytes or any(b.data_ptr() != start + i * stride for i, b in enumerate(buffers)):
-        return None
-    storage = first.untyped_storage()
-    span = (count - 1) * stride + nbytes
-    if start + span > storage.data_ptr() + storage.nbytes():  # neighbours by chance, allocated apart
-        return None
-    return first.as_strided((span,), (1,), int(first.storage_offset())), stride
+    distance = buffers[1].data_ptr() - start
+    if distance >= nbytes and all(b.data_ptr() == start + i * distance for i, b in enumerate(buffers)):
+        storage = first.untyped_storage()
+        span = (count - 1) * distance + nbytes
+        if start + span <= storage.data_ptr() + storage.nbytes():  # else neighbours by chance, allocated apart
+            memory = first.as_strided((span,), (1,), int(first.storage_offset()))
+            return [(slice(0, count), memory, distance)]
+    return [(slice(i, i + 1), buffer, 0) for i, buffer in enumerate(buffers)]
 
 
 def translate(src: torch.Tensor, src_layout: ObjectLayout, dst: torch.Tensor, dst_layout: ObjectLayout) -> None:

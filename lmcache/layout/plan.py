@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lmcache.errors import SpecError
 from lmcache.layout.bound import BoundGroup
@@ -29,18 +30,45 @@ class Part(NamedTuple):
     """One strip for layers that share a storage.
 
     `rows` describes the inside of a row on the paged side, `back` the same bytes in the object, whose rows have the
-    leading dimensions `lead`. Row (layer, unit) of the paged side has number `layer_rows[layer] + address[unit] // step`.
+    leading dimensions `lead`: `layer` bytes from a layer to the next, then `units`. Row (layer, unit) of the paged side
+    has number `layer_rows[layer] + address[unit] // step`.
     """
 
     storage: int
     rows: Rows
     back: Rows
-    lead: Digits
+    layer: int
+    units: Digits
     layer_rows: Ints
     step: int
     tag: int
     join: int
     width: int
+
+    @property
+    def lead(self) -> Digits:
+        """(size, stride) of the leading dimensions of an object's rows, as few as possible."""
+        return joined([(len(self.layer_rows), self.layer), *self.units])
+
+
+class Copy(NamedTuple):
+    """A part for objects that lie in one buffer, ready to move.
+
+    `numbers[object]` are row numbers in `storage`, −1 = skip, in the shape of `part.lead`; objects begin every
+    `distance` bytes of `memory`; `width` bytes divide every offset, stride, length and pointer.
+    """
+
+    part: Part
+    numbers: Ints
+    storage: torch.Tensor
+    memory: torch.Tensor
+    distance: int
+    width: int
+
+    @property
+    def lead(self) -> Digits:
+        """(size, stride) of the rows of all objects in `memory`, as few digits as possible."""
+        return joined([(len(self.numbers), self.distance), *self.part.lead])
 
 
 class Job(NamedTuple):
@@ -257,12 +285,15 @@ def _parts(plan: Plan, joins: Sequence[int], layers: range) -> tuple[Part, ...]:
             base = int(bases.min())
             step = gcd(*strides, *(bases - base).tolist())
             offset = strip.offset + (mine[0] - strip.first) * strip.layer
-            lead = joined([(len(mine), strip.layer), *strip.units])
             inner = [n for _, a, b in strip.dims[:-1] for n in (a, b)]
-            width = width_of(base, step, offset, strip.run, *(stride for _, stride in lead), *inner)
+            width = width_of(base, step, offset, strip.run, strip.layer, *(stride for _, stride in strip.units), *inner)
             rows = Rows(base, step, tuple((size, a) for size, a, _ in strip.dims))
             back = Rows(offset, 1, tuple((size, b) for size, _, b in strip.dims))
-            parts.append(Part(storage, rows, back, lead, (bases - base) // step, step, strip.tag, join, width))
+            parts.append(
+                Part(
+                    storage, rows, back, strip.layer, strip.units, (bases - base) // step, step, strip.tag, join, width
+                )
+            )
     return tuple(parts)
 
 

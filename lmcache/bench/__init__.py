@@ -1,0 +1,1 @@
+"""Measurements: each is a function that returns plain results; `lmcache bench` shows them."""

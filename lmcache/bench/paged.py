@@ -1,0 +1,183 @@
+"""How close gather and scatter come to one memcpy: an engine's paged KV ⇄ objects in an arena, on a CPU.
+
+memcpy, store and retrieve alternate within each repetition and the best of each counts, since absolute times on a busy
+machine are noise. All memory is touched before, so that no page fault is part of any figure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from lmcache.arena import Arena
+from lmcache.layout import BoundKV, Layout, PagedKV, gather, scatter
+from lmcache.spec import KVSpec, Numerics
+
+LAYOUTS = {
+    "packed": "block head slot (kv dim)",
+    "nhd": "slot head dim",
+    "nhd-kv": "kv block slot head dim",
+}
+"""Short name → axes: vLLM's one storage for all layers; SGLang's pools apart for K and V; a tensor per layer."""
+
+PATTERNS = ("permuted", "scattered", "contiguous")
+"""Which blocks a sequence has: neighbours in random order; random ones of a pool twice as large; neighbours in order."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's KV geometry."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def spec(self) -> KVSpec:
+        """bf16 keys and values."""
+        return KVSpec.uniform(
+            f"bench/{self.name}",
+            layers=self.layers,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=torch.bfloat16,
+            numerics=Numerics(engine="bench"),
+        )
+
+
+SHAPES = {s.name: s for s in (Shape("smollm2-135m", 30, 3, 64), Shape("8b", 32, 8, 128))}
+
+
+@dataclass(frozen=True)
+class PagedResult:
+    """Speed of one case.
+
+    Attributes:
+        model: name of the shape.
+        block_tokens: tokens per block of the engine.
+        layout: see `LAYOUTS`.
+        pattern: see `PATTERNS`.
+        threads: that torch and numpy may use.
+        memcpy_gbs: GB/s of one copy of the same bytes on as many threads.
+        store_gbs, retrieve_gbs: GB/s of gather and scatter.
+        store_ratio, retrieve_ratio: the same as parts of memcpy.
+    """
+
+    model: str
+    block_tokens: int
+    layout: str
+    pattern: str
+    threads: int
+    memcpy_gbs: float
+    store_gbs: float
+    store_ratio: float
+    retrieve_gbs: float
+    retrieve_ratio: float
+
+
+def measure(
+    shape: Shape,
+    layout: str,
+    *,
+    block_tokens: int,
+    threads: Sequence[int] = (1,),
+    patterns: Sequence[str] = PATTERNS,
+    tokens: int = 4096,
+    chunk_tokens: int = 256,
+    repeat: int = 9,
+) -> Iterator[PagedResult]:
+    """Store and retrieve `tokens` tokens in chunks, in one call each, for every pattern and number of threads."""
+    pool_tokens = 2 * tokens
+    kv = pool(shape, layout, block_tokens, pool_tokens)
+    chunks = tokens // chunk_tokens
+    native = kv.native(0, chunk_tokens)
+    arena = Arena(chunks, native.nbytes, slab_bytes=chunks * (native.nbytes + 4096))
+    objects = [arena.view(i) for i in range(chunks)]
+    for i, item in enumerate(objects):
+        item.fill_(i + 1)
+    plain_a = torch.ones(chunks * native.nbytes, dtype=torch.uint8)
+    plain_b = torch.ones(chunks * native.nbytes, dtype=torch.uint8)
+    for pattern in patterns:
+        slots = slots_of(pattern, tokens, pool_tokens, block_tokens)
+        scatter(objects, native, kv, 0, slots)
+        again = [torch.zeros_like(objects[0])]
+        gather(kv, 0, slots[-chunk_tokens:], again, native)
+        if not torch.equal(again[0], objects[-1]):
+            raise RuntimeError(f"{layout}, {pattern}: what was read is not what was written")
+        for count in threads:
+            with torch_threads(count):
+                copy, store, load = _best(
+                    repeat,
+                    lambda: plain_b.copy_(plain_a),
+                    lambda slots=slots: gather(kv, 0, slots, objects, native),  # type: ignore[misc]
+                    lambda slots=slots: scatter(objects, native, kv, 0, slots),  # type: ignore[misc]
+                )
+            size = plain_a.nbytes / 1e9
+            yield PagedResult(
+                model=shape.name,
+                block_tokens=block_tokens,
+                layout=layout,
+                pattern=pattern,
+                threads=count,
+                memcpy_gbs=size / copy,
+                store_gbs=size / store,
+                store_ratio=copy / store,
+                retrieve_gbs=size / load,
+                retrieve_ratio=copy / load,
+            )
+
+
+def pool(shape: Shape, layout: str, block_tokens: int, tokens: int) -> BoundKV:
+    """An engine's KV memory of `tokens` tokens, every page touched."""
+    blocks, heads, dim = tokens // block_tokens, shape.kv_heads, shape.head_dim
+
+    def memory(*size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=torch.bfloat16)
+
+    parsed = Layout.parse(LAYOUTS[layout], block_tokens=None if layout == "nhd" else block_tokens)
+    if layout == "packed":
+        return PagedKV(list(memory(shape.layers, blocks, heads, block_tokens, 2 * dim)), parsed).bind(shape.spec)
+    if layout == "nhd":
+        planes = {plane: [memory(tokens, heads, dim) for _ in range(shape.layers)] for plane in ("k", "v")}
+        return PagedKV(planes, parsed).bind(shape.spec)
+    return PagedKV([memory(2, blocks, block_tokens, heads, dim) for _ in range(shape.layers)], parsed).bind(shape.spec)
+
+
+def slots_of(pattern: str, tokens: int, pool_tokens: int, block_tokens: int) -> torch.Tensor:
+    """Slots of a sequence, see `PATTERNS`."""
+    count = tokens // block_tokens
+    generator = torch.Generator().manual_seed(0)
+    if pattern == "scattered":
+        blocks = torch.randperm(pool_tokens // block_tokens, generator=generator)[:count]
+    else:
+        blocks = torch.randperm(count, generator=generator) if pattern == "permuted" else torch.arange(count)
+        blocks += 1
+    return (blocks[:, None] * block_tokens + torch.arange(block_tokens)).reshape(-1)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _best(repeat: int, *calls: Callable[[], object]) -> list[float]:
+    """The best time of each call in seconds. Each is run twice in a row, so that all find the caches as they left them."""
+    best = [float("inf")] * len(calls)
+    for _ in range(repeat):
+        for i, call in enumerate(calls):
+            call()
+            began = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - began)
+    return best

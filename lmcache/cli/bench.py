@@ -1,0 +1,144 @@
+"""`lmcache bench`: what this machine could do, and how much of it the cache does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lmcache.cli.output import JsonOption, console, print_json
+
+if TYPE_CHECKING:
+    from lmcache.bench.disk import DiskResult
+    from lmcache.bench.lookup import LookupResult
+    from lmcache.bench.paged import PagedResult
+
+_PARTS = ("memory", "disk", "lookup")
+
+bench = typer.Typer(help="Speed of this machine, beside what it could do at best.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _root() -> None:
+    pass
+
+
+@bench.command()
+def io(
+    part: Annotated[
+        list[str] | None, typer.Option("--part", help=f"What to measure: {', '.join(_PARTS)}; may be repeated.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="Shapes: smollm2-135m, 8b; may be repeated.")
+    ] = None,
+    threads: Annotated[list[int] | None, typer.Option("--threads", help="Numbers of threads; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, and random blocks only.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", metavar="FOLDER", help="Where to measure files; by default a tmpfs.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Paged KV ⇄ DRAM against memcpy, files against raw reads and writes, and lookups.
+
+    A ratio of 1 is what the hardware does with the same bytes. Times are the best of several, on an idle machine.
+
+    \b
+    Examples:
+      lmcache bench io
+      lmcache bench io --part memory --model 8b --threads 1
+      lmcache bench io --json
+    """
+    parts = _chosen(part, _PARTS, "--part")
+    out: dict[str, Any] = {"machine": _machine()}
+    if "memory" in parts:
+        out["memory"] = [asdict(result) for result in _told(_memory(model, threads, quick), json)]
+    if "disk" in parts:
+        out["disk"] = [asdict(result) for result in _told(_disk(model, folder, quick), json)]
+    if "lookup" in parts:
+        out["lookup"] = [asdict(result) for result in _told(_lookup(quick), json)]
+    if json:
+        print_json(out)
+
+
+def _memory(models: list[str] | None, threads: list[int] | None, quick: bool) -> Iterable[PagedResult]:
+    from lmcache.bench.paged import LAYOUTS, PATTERNS, SHAPES, measure
+
+    for name in _chosen(models, tuple(SHAPES), "--model"):
+        for block_tokens in (16, 128):
+            for layout in LAYOUTS:
+                yield from measure(
+                    SHAPES[name],
+                    layout,
+                    block_tokens=block_tokens,
+                    threads=threads or (1, 2),
+                    patterns=PATTERNS[:2] if quick else PATTERNS,
+                    repeat=3 if quick else 9,
+                )
+
+
+def _disk(models: list[str] | None, folder: Path | None, quick: bool) -> Iterable[DiskResult]:
+    from lmcache.bench.disk import measure
+    from lmcache.bench.paged import SHAPES, pool, torch_threads
+
+    with torch_threads(1):
+        for name in _chosen(models, tuple(SHAPES), "--model"):
+            shape = SHAPES[name]
+            native = pool(shape, "packed", 16, 256).native(0, 256)
+            for order in ("native", "canonical"):
+                yield measure(
+                    name,
+                    shape.spec,
+                    native,
+                    order=order,
+                    objects=4 if shape.layers * shape.kv_heads > 200 else 16,
+                    folder=folder,
+                    repeat=3 if quick else 7,
+                )
+
+
+def _lookup(quick: bool) -> Iterable[LookupResult]:
+    from lmcache.bench.lookup import measure
+
+    return measure(repeat=5 if quick else 20)
+
+
+def _told(results: Iterable[Any], json: bool) -> list[Any]:
+    """The results, each shown to people as soon as it is there."""
+    kept = []
+    for result in results:
+        kept.append(result)
+        if not json:
+            row = asdict(result)
+            text = (f"{key} {value:.2f}" if isinstance(value, float) else str(value) for key, value in row.items())
+            console().print("  ".join(text), markup=False, soft_wrap=True)
+    return kept
+
+
+def _machine() -> dict[str, Any]:
+    import os
+    import platform
+
+    import torch
+
+    return {
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+    }
+
+
+def _chosen(wanted: list[str] | None, known: tuple[str, ...], option: str) -> list[str]:
+    for name in wanted or ():
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint=option)
+    return list(wanted or known)

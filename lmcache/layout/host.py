@@ -1,0 +1,94 @@
+"""What only concerns copies between host memories: what numpy believes to overlap, and what the prefetcher likes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby, pairwise
+from math import gcd
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lmcache.layout.plan import Copy
+from lmcache_kernels import Rows, all_rows, table, view
+
+_LONG_ROW = 32 << 10  # from here on the prefetcher's start is no part of the time
+_BYTES_PER_PUT = 256 << 10  # below, a call costs more than it saves
+_WORTH_IT = 4 << 20
+
+
+def apart(copy: Copy) -> Iterator[Copy]:
+    """The copy in pieces whose rows all lie on one side of its buffer.
+
+    numpy compares the bounds of what it reads and of what it writes; where they overlap, as they do when the buffer
+    happens to lie between two pools of a window, it first copies the source aside.
+    """
+    part, numbers, storage = copy.part, copy.numbers, copy.storage
+    low = copy.memory.data_ptr() - storage.data_ptr()
+    high = low + copy.memory.nbytes
+    if low >= storage.nbytes or high <= 0:
+        yield copy
+        return
+    by_layer = numbers.reshape(len(numbers), len(part.layer_rows), -1)
+    above = (part.rows.offset + by_layer.max(axis=(0, 2)) * part.step >= high).tolist()
+    skip = -(-(high - part.rows.offset) // part.step)  # rows from this number on begin behind the buffer
+    for is_above, group in groupby(range(len(above)), above.__getitem__):
+        layers = list(group)
+        chosen = slice(layers[0], layers[-1] + 1)
+        piece, rows, layer_rows = by_layer[:, chosen], part.rows, part.layer_rows[chosen]
+        if is_above:
+            rows = replace(rows, offset=rows.offset + skip * part.step)
+            piece, layer_rows = np.where(piece < 0, -1, piece - skip), layer_rows - skip
+        back = replace(part.back, offset=part.back.offset + layers[0] * part.layer)
+        moved = part._replace(rows=rows, back=back, layer_rows=layer_rows)
+        yield copy._replace(
+            part=moved,
+            numbers=piece.reshape(len(numbers), *(size for size, _ in moved.lead)),
+            storage=storage if is_above else storage[: max(0, low)],
+        )
+
+
+class Put(NamedTuple):
+    """`target[numbers[i]] = source[i]`, as `lmcache_kernels.put_rows` takes it."""
+
+    target: torch.Tensor
+    numbers: torch.Tensor
+    source: torch.Tensor
+
+
+def by_neighbours(copy: Copy) -> list[Put] | None:
+    """A gather of pages that are neighbours in the pool, in whatever order the objects have them; None if it is none.
+
+    Reading short rows at random places is what a gather is slow at: the prefetcher starts anew at each row. Writing them
+    at random places costs next to nothing. So where the pages, sorted by address, form long runs (a sequence whose blocks
+    were freed and taken again in another order), runs are read front to back and rows written where they belong.
+    """
+    part, numbers = copy.part, copy.numbers
+    row, nbytes = part.rows.dims[0][0], numbers.size * part.rows.dims[0][0]
+    if len(part.rows.dims) > 1 or row % part.step or row > _LONG_ROW or nbytes < _WORTH_IT:
+        return None
+    objects, layers, next_row = len(numbers), len(part.layer_rows), row // part.step
+    units = numbers.reshape(objects, layers, -1)[:, 0].reshape(-1) - part.layer_rows[0]
+    if 2 * np.count_nonzero(np.diff(units) == next_row) > units.size:
+        return None  # in order already
+    order = np.argsort(units)
+    cuts = np.flatnonzero(np.diff(units[order]) != next_row) + 1
+    layer_step = int(part.layer_rows[-1] - part.layer_rows[0]) // max(1, layers - 1)
+    even = layers == 1 or (layer_step > 0 and bool((np.diff(part.layer_rows) == layer_step).all()))
+    if (len(cuts) + 1) * (1 if even else layers) * _BYTES_PER_PUT > nbytes:
+        return None
+    offsets = np.arange(objects)[:, None, None] * copy.distance + table(part.lead).reshape(layers, -1)
+    grain = gcd(copy.distance, *(stride for _, stride in part.lead))
+    places = (offsets.transpose(1, 0, 2) // grain).reshape(layers, -1)[:, order]
+    target = all_rows(copy.memory, Rows(part.back.offset, grain, part.back.dims), copy.width)
+    groups = [range(layers)] if even else [range(i, i + 1) for i in range(layers)]
+    puts = []
+    for first, last in pairwise([0, *cuts.tolist(), len(order)]):
+        for group in groups:
+            start = part.rows.offset + (int(units[order[first]]) + int(part.layer_rows[group[0]])) * part.step
+            lead = ((len(group), layer_step * part.step), (last - first, row))
+            source = view(copy.storage, Rows(start, 1, part.rows.dims), lead, copy.width)
+            puts.append(Put(target, torch.from_numpy(places[group.start : group.stop, first:last]), source))
+    return puts
