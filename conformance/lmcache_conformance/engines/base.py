@@ -60,15 +60,16 @@ class EngineBase:
         return (self.budget or lmcache_budget) == "full"
 
     @pytest.fixture(scope="class")
-    def benches(self, request: pytest.FixtureRequest, case: Case) -> Iterator[Bench]:
+    @classmethod
+    def benches(cls, request: pytest.FixtureRequest, case: Case) -> Iterator[Bench]:
         """What the tests of one class and case share."""
-        chosen = self._chosen(request.config)
+        chosen = cls._chosen(request.config)
         if chosen is None:
             pytest.skip("no adapter was chosen: --lmcache-adapter NAME")
         memory = Path("/dev/shm")
         base = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
         folder = Path(tempfile.mkdtemp(prefix="lmcache-engines-", dir=base))
-        bench = Bench(chosen[0], chosen[1], case, folder, self.chunk_tokens)
+        bench = Bench(chosen[0], chosen[1], case, folder, cls.chunk_tokens)
         try:
             yield bench
         finally:

@@ -14,6 +14,8 @@ import msgspec
 
 from lmcache_conformance.child import RemoteSession
 from lmcache_conformance.contract import Capabilities, Request, Response, SessionConfig
+from lmcache_conformance.discover import find_adapter
+from lmcache_conformance.engines.forked import ForkedSession
 from lmcache_conformance.models import MODELS, model_folder, vocabulary
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,19 +48,23 @@ class On:
     exact_only: bool = False
     quick: tuple[str, ...] | None = None
     dtypes: int | None = None
+    only: tuple[str, ...] | None = None
 
 
-def on(*quick: str, exact_only: bool = False, dtypes: int | None = None) -> Callable[[F], F]:
+def on(
+    *quick: str, exact_only: bool = False, dtypes: int | None = None, only: tuple[str, ...] | None = None
+) -> Callable[[F], F]:
     """Run a test on fewer cases.
 
     Args:
         quick: the models of the quick budget; all by default. Where none of them is claimed, the first that is.
         exact_only: only in dtypes whose greedy tokens do not depend on the split.
         dtypes: in the quick budget, only in the first so many claimed dtypes.
+        only: on no other models, whatever the budget.
     """
 
     def mark(test: F) -> F:
-        setattr(test, _ON, On(exact_only, quick or None, dtypes))
+        setattr(test, _ON, On(exact_only, quick or None, dtypes, only))
         return test
 
     return mark
@@ -67,7 +73,7 @@ def on(*quick: str, exact_only: bool = False, dtypes: int | None = None) -> Call
 def cases_for(test: object, capabilities: Capabilities, budget: str) -> list[Case]:
     """The cases of one test. The quick budget leaves out large models."""
     where: On = getattr(test, _ON, On())
-    models = [model for model in capabilities.models if model in MODELS]
+    models = [model for model in capabilities.models if model in (where.only or MODELS)]
     dtypes = list(capabilities.dtypes)
     if budget == "quick":
         models = [model for model in models if model != "smollm2"] or models
@@ -144,10 +150,14 @@ class Engine:
             ended = bool(response.tokens) and response.tokens[-1] in self._ends
             assert len(response.tokens) == request.max_new_tokens or (
                 ended and len(response.tokens) < request.max_new_tokens
-            ), f"{what}: {len(response.tokens)} tokens generated, {request.max_new_tokens} were asked for and none ends it"
+            ), (
+                f"{what}: {len(response.tokens)} tokens generated, {request.max_new_tokens} were asked for and none ends it"
+            )
             if self._capabilities.logprobs:
                 counts = f"{len(response.logprobs)} for {len(response.tokens)} tokens"
-                assert len(response.logprobs) == len(response.tokens), f"{what}: log-probs are claimed, there are {counts}"
+                assert len(response.logprobs) == len(response.tokens), (
+                    f"{what}: log-probs are claimed, there are {counts}"
+                )
                 assert all(response.logprobs), f"{what}: log-probs are claimed, but some are empty"
         for source, tokens in response.cached.items():
             assert tokens >= 0, f"{what}: reports {tokens} tokens cached from {source!r}"
@@ -218,16 +228,32 @@ class Bench:
         options: Mapping[str, Any] | None = None,
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        forked: bool = True,
         **cache: Any,
     ) -> Iterator[Engine]:
-        """An engine in a new process, for the length of a `with`."""
-        engine = self._start(case or self.case, model, history, options or {}, cwd, environment, cache)
+        """An engine in a new process, for the length of a `with`.
+
+        Args:
+            case: another one than the bench's.
+            model: another folder than the case's.
+            history: what its cache may hold already.
+            options: of the adapter.
+            cwd, environment: of the process.
+            forked: the process may be a fork of one that has imported the engine.
+            **cache: settings.
+        """
+        engine = self._start(case or self.case, model, history, options or {}, cwd, environment, cache, forked)
         with engine.session:
             yield engine
 
     def shared(self) -> Engine:
         """An engine with memory and disk to spare, for every test of this case."""
-        return self._kept("roomy", dram_bytes="256MiB", disk_path=str(self.folder / "shared"))
+        return self._kept("roomy", dram_bytes="256MiB", disk_path=str(self.shared_disk))
+
+    @property
+    def shared_disk(self) -> Path:
+        """The disk tier's folder of `shared`."""
+        return self.folder / "shared"
 
     def cold(self) -> Engine:
         """A fresh engine that recomputes everything in one shot: the oracle of exact dtypes."""
@@ -250,6 +276,7 @@ class Bench:
         cwd: Path | None,
         environment: Mapping[str, str] | None,
         cache: Mapping[str, Any],
+        forked: bool = True,
     ) -> Engine:
         config = SessionConfig(
             model=str(model or session_model(case)),
@@ -257,10 +284,23 @@ class Bench:
             cache={"chunk_tokens": self.chunk_tokens, **cache},
             options=dict(options),
         )
-        session = RemoteSession(
-            self.adapter, config, timeout_s=TIMEOUT_S, folder=cwd, environment={"HF_HUB_OFFLINE": "1", **(environment or {})}
-        )
+        environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
+        preload = getattr(find_adapter(self.adapter), "preload", None)
+        session: RemoteSession
+        if forked and preload:
+            session = ForkedSession(
+                self.adapter, config, preload=preload, timeout_s=TIMEOUT_S, folder=cwd, environment=environment
+            )
+        else:
+            session = RemoteSession(self.adapter, config, timeout_s=TIMEOUT_S, folder=cwd, environment=environment)
         return Engine(session, case, self.capabilities, history if history is not None else History())
+
+    def right(self, engine: Engine, prompt: Request | Sequence[int], response: Response, what: str) -> None:
+        """The answer is what recomputation in the same split gives, or where nobody can tell, what a fresh engine says."""
+        if self.capabilities.same_split:
+            same_answer(response, engine.recompute(prompt), what)
+        elif self.case.exact:
+            same_tokens(response, self.cold().recompute(prompt), what)
 
     def close(self) -> None:
         """End what is shared."""

@@ -1,4 +1,180 @@
+"""Level `faults`: files break, disks fill up, processes die. Answers stay right, nothing hangs, what was flushed stays."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmcache_conformance.contract import Level, Request, Response
+from lmcache_conformance.damage import DAMAGES, object_files, problem_of
 from lmcache_conformance.engines.base import EngineBase
+from lmcache_conformance.engines.bench import Bench, Engine, on, same_answer, same_tokens
+from lmcache_conformance.failures import EngineFailure
+from lmcache_conformance.marks import level, requires
+
+SMALL = {"dram_bytes": 1, "queue_bytes": "1MiB"}
+"""Memory for a few chunks: what is asked again comes from disk."""
 
 
-class FaultTests(EngineBase): ...
+class FaultTests(EngineBase):
+    """What can go wrong below."""
+
+    # ---------------------------------------------------------------- damaged files
+
+    @level(Level.FAULTS)
+    @requires("restart")
+    @on("llama", "gemma3", dtypes=1)
+    def test_files_damaged_between_two_processes_are_misses(self, bench: Bench) -> None:
+        disk = bench.new_folder()
+        prompts: dict[str, tuple[int, ...]] = {}
+        cold: dict[str, Response] = {}
+        files: dict[str, list[Path]] = {}
+        with bench.open(dram_bytes="64MiB", disk_path=str(disk)) as engine:
+            for kind in ("none", *DAMAGES):
+                prompts[kind] = bench.chunks(4)
+                known = set(object_files(disk))
+                cold[kind] = engine.ask(prompts[kind])
+                engine.flush()
+                files[kind] = [path for path in object_files(disk) if path not in known]
+                assert files[kind], "nothing was written"
+        for kind, damage in DAMAGES.items():
+            damage(files[kind], bench.rng)
+            assert all(not path.exists() or problem_of(path) for path in files[kind]), f"{kind}: a file is still whole"
+        with bench.open(dram_bytes="64MiB", disk_path=str(disk), history=engine.history) as engine:
+            assert engine.ask(prompts["none"]).hit > 0, "whole files are no hit"
+            for kind in DAMAGES:
+                response = engine.ask(prompts[kind])
+                what = f"all files of a prompt {kind}"
+                assert response.hit == 0, f"{what}: reported as a hit of {dict(response.cached)}"
+                same_answer(response, cold[kind], f"{what}, computed anew in one shot")
+                again = engine.ask(prompts[kind])
+                assert again.hit > 0, f"{what}: what was computed anew is not stored again"
+                same_tokens(again, engine.recompute(prompts[kind]), f"{what}, asked again")
+
+    @level(Level.FAULTS)
+    @on("llama", "gemma3")
+    def test_files_damaged_under_a_running_engine_are_recomputed_from(self, bench: Bench, full: bool) -> None:
+        """One file in the middle of a prompt: what is before it may be used, what is after it must not."""
+        disk = bench.new_folder()
+        kinds = (
+            list(DAMAGES)
+            if full
+            else ["bit flipped in the payload", "payload cut short", "deleted", "swapped with others"]
+        )
+        with bench.open(disk_path=str(disk), **SMALL) as engine:
+            for kind in kinds:
+                known = set(object_files(disk))
+                prompt = bench.chunks(12)
+                engine.ask(prompt)
+                engine.flush()
+                mine = [path for path in object_files(disk) if path not in known]
+                engine.ask(bench.chunks(40))  # drives the prompt out of memory
+                engine.flush()
+                start = bench.rng.randrange(len(mine) - 2)
+                DAMAGES[kind](mine[start : start + 2], bench.rng)
+                engine.drop_device_cache()
+                for occasion in ("at first", "again"):
+                    response = engine.ask(prompt)
+                    bench.right(engine, prompt, response, f"two files in the middle {kind}, {occasion}")
+
+    # ---------------------------------------------------------------- no room, no folder
+
+    @level(Level.FAULTS)
+    @on("llama", dtypes=1)
+    def test_a_full_disk_costs_hits_and_recovers(self, bench: Bench) -> None:
+        disk = bench.new_folder("full")
+        with _small_disk(disk) as filler, bench.open(disk_path=str(disk), **SMALL) as engine:
+            for number in range(4):
+                prompt = bench.chunks(12)
+                for occasion in ("at first", "again"):
+                    bench.right(engine, prompt, engine.ask(prompt), f"disk full, prompt {number + 1}, {occasion}")
+            filler.unlink()
+            self._stores_again(bench, engine, disk)
+
+    def _stores_again(self, bench: Bench, engine: Engine, disk: Path) -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            known = set(object_files(disk))
+            engine.ask(bench.chunks(2))
+            engine.flush()
+            if set(object_files(disk)) - known:
+                return
+            time.sleep(0.5)
+        raise AssertionError("30 s after a full disk had room again, nothing is written to it")
+
+    @level(Level.FAULTS)
+    @on("llama", dtypes=1)
+    def test_an_unusable_folder_costs_hits_and_nothing_else(self, bench: Bench) -> None:
+        file = bench.new_folder("file")
+        file.write_text("not a folder")
+        with bench.open(dram_bytes="64MiB", disk_path=str(file / "below")) as engine:
+            prompt = bench.chunks(4)
+            for occasion in ("at first", "again"):
+                bench.right(engine, prompt, engine.ask(prompt), f"no folder, {occasion}")
+            engine.flush()
+
+    # ---------------------------------------------------------------- kill −9
+
+    @level(Level.FAULTS)
+    @requires("restart")
+    @on("llama", dtypes=1)
+    def test_a_killed_process_leaves_what_was_flushed_and_nothing_wrong(self, bench: Bench, full: bool) -> None:
+        disk = bench.new_folder()
+        history = None
+        flushed: list[tuple[tuple[int, ...], Response]] = []
+        for delay in (0.02, 0.1, 0.3, 0.6) if full else (0.05, 0.3):
+            with bench.open(dram_bytes="64MiB", disk_path=str(disk), history=history) as engine:
+                history = engine.history
+                for prompt, cold in flushed:
+                    response = engine.ask(prompt)
+                    assert response.hit >= bench.whole(len(prompt) - 1), (
+                        f"a prompt that was flushed before kill −9 hits {dict(response.cached)} only"
+                    )
+                    if bench.case.exact:
+                        same_tokens(response, cold, "a prompt flushed before kill −9")
+                prompt = bench.chunks(6)
+                flushed.append((prompt, engine.ask(prompt)))
+                engine.flush()
+                self._killed_while_storing(bench, engine, delay)
+        broken = {path.name: problem for path in object_files(disk) if (problem := problem_of(path))}
+        assert not broken, f"files that kill −9 left behind under their final names: {broken}"
+
+    def _killed_while_storing(self, bench: Bench, engine: Engine, delay: float) -> None:
+        requests = [Request(tokens=bench.chunks(30), max_new_tokens=4) for _ in range(8)]
+        for request in requests:
+            engine.history.add(request, Response())
+
+        def store() -> None:
+            with contextlib.suppress(EngineFailure):
+                for request in requests:
+                    engine.session.generate([request])
+
+        thread = threading.Thread(target=store)
+        thread.start()
+        thread.join(delay)
+        engine.kill9()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _small_disk(place: Path) -> Iterator[Path]:
+    """A file system of 4 MiB at `place`, all but full: yields the file that fills it. Skips where it can't be mounted."""
+    place.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system to fill up can't be mounted here: {mounted.stderr.strip()}")
+    try:
+        filler = place / "filler"
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            file.write(bytes(4 * 2**20 - 300_000))
+        yield filler
+    finally:
+        subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False)

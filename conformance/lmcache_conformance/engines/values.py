@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 from lmcache_conformance.contract import Level, Request, Response
 from lmcache_conformance.damage import object_files, poison, problem_of
 from lmcache_conformance.engines.base import EngineBase
-from lmcache_conformance.engines.bench import Bench, Engine, History, on, same_answer, same_bits, same_tokens, varied
+from lmcache_conformance.engines.bench import Bench, Engine, on, same_answer, same_bits, same_tokens, varied
 from lmcache_conformance.marks import level, requires
 
 NEW = 20
@@ -66,7 +65,9 @@ class ValueTests(EngineBase):
         engine, cold = bench.shared(), bench.cold()
         said = []
         for number, (request, response) in enumerate(dialogue(bench, engine, 6 if full else 4, first=40)):
-            same_tokens(response, cold.recompute(request), f"round {number + 1}, against a one-shot run of a fresh engine")
+            same_tokens(
+                response, cold.recompute(request), f"round {number + 1}, against a one-shot run of a fresh engine"
+            )
             said.append(response)
         varied(said)
 
@@ -92,38 +93,58 @@ class ValueTests(EngineBase):
             engine.drop_device_cache()
             prompt = trunk + bench.chunks(1, more=branch)
             response = engine.ask(prompt)
-            assert response.hit == len(trunk), f"branch {branch} hits {dict(response.cached)}, not the trunk's {len(trunk)}"
+            assert response.hit == len(trunk), (
+                f"branch {branch} hits {dict(response.cached)}, not the trunk's {len(trunk)}"
+            )
             same_bits(response, engine.recompute(prompt), f"branch {branch}")
 
     # ---------------------------------------------------------------- restart
 
     @level(Level.RESTART)
     @requires("restart")
-    def test_a_new_process_goes_on_from_disk_alone(self, bench: Bench) -> None:
+    def test_a_new_process_goes_on_from_disk_alone(self, bench: Bench, full: bool) -> None:
+        writer = bench.shared()
+        *_, (request, response) = dialogue(bench, writer, 2)
+        follow = Request(tokens=request.tokens + response.tokens + bench.prompt(9), max_new_tokens=NEW)
+        expected = writer.recompute(follow) if bench.capabilities.same_split else None
+        writer.flush()
+        with bench.open(dram_bytes="64MiB", disk_path=str(bench.shared_disk), history=writer.history) as engine:
+            self._goes_on(bench, engine, request, follow, expected)
+
+    @level(Level.RESTART)
+    @requires("restart")
+    @on("llama", dtypes=1)
+    def test_names_do_not_depend_on_the_process(self, bench: Bench) -> None:
+        """Two processes of their own, with other hash seeds, one after the other."""
         disk = bench.new_folder()
-        with bench.open(dram_bytes="64MiB", disk_path=str(disk)) as engine:
+        settings = {"dram_bytes": "64MiB", "disk_path": str(disk), "forked": False}
+        with bench.open(**settings, environment={"PYTHONHASHSEED": "1"}) as engine:
             *_, (request, response) = dialogue(bench, engine, 2)
             follow = Request(tokens=request.tokens + response.tokens + bench.prompt(9), max_new_tokens=NEW)
             expected = engine.recompute(follow) if bench.capabilities.same_split else None
-            engine.flush()
-        with bench.open(dram_bytes="64MiB", disk_path=str(disk), history=engine.history) as engine:
-            for time in ("at once", "again, from wherever it is now"):
-                got = engine.ask(follow)
-                assert got.hit >= bench.whole(len(request.tokens)), (
-                    f"{time}: a hit of {dict(got.cached)} in a new process, though a prompt of {len(request.tokens)} tokens "
-                    "was flushed to disk by the last one"
-                )
-                if expected is not None and time == "at once":
-                    same_answer(got, expected, time)
-                if bench.case.exact:
-                    same_tokens(got, bench.cold().recompute(follow), f"{time}, against a one-shot run of a fresh engine")
-                engine.drop_device_cache()
+        with bench.open(**settings, environment={"PYTHONHASHSEED": "2"}, history=engine.history) as engine:
+            self._goes_on(bench, engine, request, follow, expected)
+
+    def _goes_on(
+        self, bench: Bench, engine: Engine, before: Request, follow: Request, expected: Response | None
+    ) -> None:
+        for time in ("at first", "again, from wherever it is now"):
+            got = engine.ask(follow)
+            assert got.hit >= bench.whole(len(before.tokens)), (
+                f"{time}: a hit of {dict(got.cached)} in a new process, though a prompt of {len(before.tokens)} tokens "
+                "was flushed to disk by the last one"
+            )
+            if expected is not None and time == "at first":
+                same_answer(got, expected, time)
+            if bench.case.exact:
+                same_tokens(got, bench.cold().recompute(follow), f"{time}, against a one-shot run of a fresh engine")
+            engine.drop_device_cache()
 
     # ---------------------------------------------------------------- bytes
 
     @level(Level.BYTES)
     @requires("restart")
-    @on("llama", "gemma3", dtypes=1)
+    @on("llama", dtypes=1)
     def test_a_hit_is_read_from_the_files_and_used(self, bench: Bench) -> None:
         """Files are given other values, with checksums that match: whoever reports a hit must show it in the answer."""
         disk = bench.new_folder()
@@ -146,7 +167,7 @@ class ValueTests(EngineBase):
         )
 
     @level(Level.BYTES)
-    @on("llama", "gemma3")
+    @on("llama", dtypes=1)
     def test_files_are_whole_and_nothing_is_written_beside_them(self, bench: Bench) -> None:
         place = bench.new_folder("sandbox")
         disk, cwd, home, temp = (place / name for name in ("disk", "cwd", "home", "tmp"))
@@ -184,7 +205,9 @@ class ValueTests(EngineBase):
             "its end alone": stored[chunk:],
             "another first token": changed,
         }
-        strangers |= {f"random prompt {n}": bench.prompt(16 * chunk if full else 6 * chunk) for n in range(20 if full else 4)}
+        strangers |= {
+            f"random prompt {n}": bench.prompt(16 * chunk if full else 6 * chunk) for n in range(20 if full else 4)
+        }
         for what, prompt in strangers.items():
             response = engine.ask(prompt)  # the engine's own history knows what can be a hit
             assert response.hit == 0, f"{what}: a hit of {dict(response.cached)} on a prompt that was never stored"
@@ -202,12 +225,10 @@ class ValueTests(EngineBase):
             assert response.hit <= tokens - 1
             if bench.capabilities.same_split:
                 same_answer(response, engine.recompute(part), f"the first {tokens} tokens of a stored prompt")
-        same_tokens(engine.ask(prompt), first, "the same prompt as at first") if bench.case.exact else None
+        if bench.case.exact:
+            same_tokens(engine.ask(prompt), first, "the same prompt as at first")
 
 
 def _names(paths: list[Path], base: Path) -> str:
     shown = [str(path.relative_to(base)) for path in paths[:5]]
     return ", ".join(shown) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
-
-
-__all__ = ["NEW", "History", "ValueTests", "dialogue", "random"]

@@ -1,0 +1,116 @@
+"""Sessions that fork from a process which has imported the engine already: new processes in a fraction of the time.
+
+For adapters that name a module that may be imported before forking (attribute `preload`). A fork inherits its parent's hash
+seed and imported modules, so what depends on a truly new process is tested with `RemoteSession` itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from multiprocessing import forkserver, get_context
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from subprocess import TimeoutExpired
+from typing import Any
+
+from lmcache_conformance.child import RemoteSession
+from lmcache_conformance.contract import SessionConfig
+from lmcache_conformance.frames import Open
+
+
+class _Forked:
+    """As much of `subprocess.Popen` as `RemoteSession` needs."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        assert process.pid is not None
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutExpired("session", timeout or 0.0)
+        return self._process.exitcode
+
+
+class ForkedSession(RemoteSession):
+    """As `RemoteSession`, which see, but forked from a server that has imported `preload`."""
+
+    def __init__(
+        self,
+        adapter: str,
+        config: SessionConfig,
+        *,
+        preload: str,
+        timeout_s: float = 300.0,
+        start_timeout_s: float = 600.0,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.adapter = adapter
+        self.timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # as there
+        ours_in, theirs_out = os.pipe()
+        theirs_in, ours_out = os.pipe()
+        self._in, self._out = ours_in, ours_out
+        path = tuple(os.path.abspath(entry) for entry in sys.path)
+        try:
+            process = _server(preload).Process(
+                target=_serve,
+                args=(
+                    DupFd(theirs_in),
+                    DupFd(theirs_out),
+                    DupFd(self._stderr.fileno()),
+                    dict(environment or {}),
+                    str(folder or os.getcwd()),
+                ),
+                daemon=False,
+            )
+            process.start()
+            self._process: Any = _Forked(process)
+        except BaseException:
+            self._release()
+            raise
+        finally:
+            os.close(theirs_in)
+            os.close(theirs_out)
+        try:
+            self._ask("open", Open(adapter, config, path), start_timeout_s)
+        except BaseException:
+            self.kill9()
+            raise
+
+
+def _server(preload: str) -> Any:
+    context = get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    return context
+
+
+def stop_server() -> None:
+    """End the process from which sessions fork, if there is one."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # there is no public way
+
+
+def _serve(inbox: Any, outbox: Any, errors: Any, environment: dict[str, str], folder: str) -> None:
+    """The forked process: what `RemoteSession` gives a new one, and then the same program."""
+    os.setsid()
+    read, write, stderr = inbox.detach(), outbox.detach(), errors.detach()
+    os.dup2(stderr, 2)
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    os.chdir(folder)
+    sys.argv = ["serve", str(read), str(write)]
+    from lmcache_conformance.serve import main
+
+    main()
