@@ -47,14 +47,20 @@ def stored_form(id: ObjectId, form: Form = FORM) -> bytes:
 def put(tier: Tier, id: ObjectId, data: bytes | None = None) -> Result:
     """Write one object: `data`, or its right stored form in its natural parts."""
     parts = FORM.encode(id, memoryview(payload_of(id))) if data is None else [data]
-    [result] = tier.write([Write(id, parts)])
+    try:
+        [result] = tier.write([Write(id, parts)])
+    except Exception as error:
+        raise AssertionError(f"a tier reports, it never raises: write said {type(error).__name__}: {error}") from error
     return result
 
 
 def get(tier: Tier, id: ObjectId, length: int) -> tuple[Result, bytes]:
     """Read the first `length` bytes of one object."""
     buffer = bytearray(length)
-    [result] = tier.read_into([Read(id, [memoryview(buffer)], [Range(0, length)])])
+    try:
+        [result] = tier.read_into([Read(id, [memoryview(buffer)], [Range(0, length)])])
+    except Exception as error:
+        raise AssertionError(f"a tier reports, it never raises: read said {type(error).__name__}: {error}") from error
     return result, bytes(buffer[: result.nbytes])
 
 

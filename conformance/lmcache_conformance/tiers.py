@@ -74,6 +74,9 @@ class TierTests:
     machine_examples: int = 20
     """How many random histories the state machine tries."""
 
+    patience: float = 60.0
+    """Seconds after which a tier that still refuses writes, though there is space again, counts as stuck."""
+
     # ---------------------------------------------------------------- what a subclass says
 
     def open_tier(self, place: Path, capacity: int | None) -> Tier:
@@ -409,7 +412,7 @@ class TierTests:
             assert tier.used_bytes() == used, "phantom usage"
             if self.capabilities.raw:
                 assert len(self.raw_files(tier, place)) == 1, "failed writes leave files behind"
-        until = time.monotonic() + 60
+        until = time.monotonic() + self.patience
         while (status := put(tier, object_id(9), pattern(9, 5000)).status) is not Status.OK:
             assert status is Status.FULL
             assert time.monotonic() < until, "there is space again, and no write succeeds"

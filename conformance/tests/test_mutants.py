@@ -1,0 +1,62 @@
+"""Every mutant is killed by its suite, and every known failure has a mutant or a reason."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lmcache_conformance.mutants import ROWS, all_mutants, mutant, skip_row, skipped_rows
+from lmcache_conformance.records import TestResult, read
+
+MINE = ("cache", "index", "kernels", "keys", "layouts", "tiers")
+
+
+def run(module: str, report: Path) -> dict[str, str]:
+    """Mutant class → the test that killed it."""
+    name = importlib.import_module(f"lmcache_conformance.mutants.{module}").__file__
+    command = [sys.executable, "-m", "pytest", "-q", str(name), "-o", "python_classes=Mutant*", "--no-header"]
+    command += ["-p", "lmcache_conformance.onefailure", f"--lmcache-report={report}"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environ)
+    killed: dict[str, str] = {}
+    for event in read(report):
+        if isinstance(event, TestResult) and event.outcome == "failed":
+            words = event.nodeid.split("::")
+            assert event.by_assertion, f"{event.nodeid} failed, but not by assertion:\n{event.message}\n{event.detail}"
+            killed.setdefault(words[1], words[-1])
+    assert killed, done.stdout[-3000:] + done.stderr[-3000:]
+    return killed
+
+
+@pytest.mark.parametrize("module", MINE)
+def test_every_mutant_is_killed(module: str, tmp_path: Path) -> None:
+    wanted = {m.suite.__name__ for m in all_mutants() if m.name.startswith(f"{module}.")}
+    assert wanted
+    killed = run(module, tmp_path / "report.jsonl")
+    for name in sorted(wanted):
+        print(f"{module}.{name}: {killed.get(name, 'SURVIVES')}")
+    assert wanted <= set(killed), f"these survive: {sorted(wanted - set(killed))}"
+
+
+def test_every_known_failure_has_a_mutant_or_a_reason() -> None:
+    covered = {m.row for m in all_mutants()} | {skipped.row for skipped in skipped_rows()}
+    assert not set(ROWS) - covered
+    assert all(len(skipped.reason.split()) > 5 for skipped in skipped_rows())
+
+
+def test_names_are_unique() -> None:
+    names = Counter(m.name for m in all_mutants())
+    assert not [name for name, count in names.items() if count > 1]
+
+
+def test_an_unknown_row_or_class_name_is_refused_with_advice() -> None:
+    with pytest.raises(ValueError, match="did you mean 'key exists with an empty value'"):
+        skip_row("key exists with empty values", "no reason")
+    with pytest.raises(ValueError, match="begins with 'Mutant'"):
+        mutant(row=ROWS[0], project="p")(type("Broken", (), {}))
