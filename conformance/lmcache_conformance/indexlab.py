@@ -81,6 +81,7 @@ class Rank:
         """Everything but the tiers is lost; calls that were under way with it."""
         self.inbox: list[tuple[Plan, dict[int, int]]] = []  # plans, and job → version of what it stores
         self.arena: dict[tuple[int, int], Content | None] = {}
+        self.generations: dict[tuple[int, int], int] = {}  # newest assignment of each slot
         self.engine: dict[int, dict[tuple[int, int], Content]] = {}
         self.runs: dict[int, Run] = {}
         self.ghosts: list[tuple[Run, int]] = []  # hung ops of an epoch that is over
@@ -106,8 +107,19 @@ class Rank:
                     key = slot_of(op)
                     users = [run.job.id for run in self.runs.values() if key in map(slot_of, run.job.ops)]
                     assert not users, f"job {job.id} reuses {key} while jobs {users} are not final on rank {self.rank}"
+                    assert key is not None
                     assert key not in fresh, f"job {job.id} fills {key} twice"
                     fresh.add(key)
+                    newest = self.generations.get(key, 0)
+                    assert op.dst.generation > newest, (
+                        f"{key} is assigned anew, but its generation {newest} did not grow"
+                    )
+                    self.generations[key] = op.dst.generation
+                elif isinstance(op, Copy) and isinstance(op.src, Slot):
+                    newest = self.generations.get((op.name.group, op.src.index), 0)
+                    assert op.src.generation == newest, (
+                        f"job {job.id} reads generation {op.src.generation}, not {newest}"
+                    )
             self.runs[job.id] = Run(job, versions.get(job.id, 0))
             self._publish(self.runs[job.id])
 

@@ -104,6 +104,17 @@ def test_other_groups_are_not_stored_behind_a_gap_of_a_full_attention_group() ->
     assert stored.skipped == {"full": 1, "parent": 5}
 
 
+def test_arenas_are_counted_by_state() -> None:
+    lab = Lab(slots=4)
+    lab.have(chain("one", "a"))
+    job = lab.store(chain("one", "xy"))
+    assert lab.index.arenas() == [{"free": 1, "writing": 2, "ready": 1, "evicting": 0}]
+    lab.index.clear(None, 0.0)
+    assert lab.index.arenas() == [{"free": 2, "writing": 0, "ready": 0, "evicting": 2}]
+    lab.answer(job, OK)
+    assert lab.index.arenas() == [{"free": 4, "writing": 0, "ready": 0, "evicting": 0}]
+
+
 def test_cross_attention_keeps_the_one_object_of_the_first_chunk() -> None:
     lab = Lab(groups=[("cross", HitRule("whole"))])
     assert len(lab.store().ops) == 1
@@ -227,6 +238,17 @@ def test_a_hit_is_legal_for_every_group_and_says_which_one_ends_it() -> None:
 
 
 TEXTS = st.sampled_from(["a", "ab", "abcd", "abce", "abxy", "q", "qr", "qrst"])
+
+
+def test_a_parent_that_comes_back_has_the_children_that_stayed() -> None:
+    lab = Lab(slots=2)
+    lab.answer(lab.store(chain("one", "ab")), FAILED, OK)
+    lab.have(chain("one", "a"))
+    assert lab.look(chain("one", "ab")) == ("hit", 8, "end")
+    lab.look(chain("one", "a"))  # the parent alone is leased to "me" now, and its child may go
+    lab.index.release("me")
+    lab.have(chain("one", "q"))
+    assert lab.look(chain("one", "ab")) == ("hit", 4, "evicted")
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

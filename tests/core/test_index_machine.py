@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from indexlab import CHUNK, Content, Rank, chain, drain, name_at
 
 from lmcache.eviction import POLICIES
 from lmcache.index import Finished, Index, TierInfo
 from lmcache.index.pool import READY
-from lmcache.plan import Chain, Report, Status
+from lmcache.plan import Chain, Name, Report, Status
 from lmcache.spec import ALL, HitRule, trailing
+from lmcache_conformance.indexlab import CHUNK, Content, Rank, chain, drain, name_at
 
 GROUPS = [
     [("full", ALL)],
@@ -86,7 +86,9 @@ class IndexMachine(RuleBasedStateMachine):
         self.versions: dict[bytes, int] = {}
         self.stored: dict[int, int] = {}
         self.failed: set[int] = set()
+        self.last: dict[int, tuple[Chain, int]] = {}
         self.hits: dict[int, tuple[Chain, int]] = {}
+        self.leased: dict[int, tuple[float, dict[tuple[int, int], Name]]] = {}  # until when, which slots
         self.loads: dict[int, Load] = {}
         self.questions: dict[int, tuple[tuple[bytes, bytes, int], float]] = {}
         for about in warm:
@@ -98,6 +100,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(owner=OWNERS, about=CHAINS, tokens=st.integers(0, 24))
     def lookup(self, owner, about, tokens) -> None:
         found = self.index.lookup(owner, about, tokens, self.now)
+        self.last[owner] = about, tokens
         self.hits.pop(owner, None)
         if owner in self.failed:
             assert found[:2] == ("miss", 0), "offered again after a failed load"
@@ -121,6 +124,27 @@ class IndexMachine(RuleBasedStateMachine):
             assert found.stop in ("end", "tail")
         if found.tokens:
             self.hits[owner] = about, found.tokens
+            self.leased[owner] = self.now + LEASE_S, self.slots_of(about, found.tokens // CHUNK)
+
+    @rule(owner=OWNERS, salted=st.booleans(), load=st.booleans())
+    def ask_again(self, owner, salted, load) -> None:
+        """A waiting request asks in every step; digests of an engine's own may be equal under another salt."""
+        about, tokens = self.last.get(owner, (chain("one", "abcd"), 24))
+        if salted:
+            about = Chain({b"o": b"two", b"t": b"one"}[about.namespace[:1]].ljust(32, b"."), about.digests)
+        self.lookup(owner, about, tokens)
+        if load:
+            self.load(owner, None, 0)
+
+    def slots_of(self, about: Chain, n: int) -> dict[tuple[int, int], Name]:
+        """The slots in which the objects of a hit lie."""
+        slots = {}
+        for group, (_, r) in enumerate(self.groups):
+            for i in needs(r, n):
+                entry = self.index.state.pools[group].find(about.namespace, about.digests[i])
+                if entry is not None and entry.state == READY:
+                    slots[group, entry.slot] = name_at(about, group, i)
+        return slots
 
     def asked(self, owner: int, about: Chain, limit: int) -> float:
         """When this owner first asked this; another question takes its place."""
@@ -316,6 +340,7 @@ class IndexMachine(RuleBasedStateMachine):
             load.ended = end
             if load.owner is not None and any(status is not Status.OK for status in end.statuses):
                 self.failed.add(load.owner)
+                self.hits.pop(load.owner, None)
             if end.ok_tokens > load.skip:
                 self.loaded_right(end, load)
 
@@ -332,6 +357,17 @@ class IndexMachine(RuleBasedStateMachine):
     @invariant()
     def sound(self) -> None:
         self.index.check()
+        held = {
+            (group, entry.slot): name_at(Chain(entry.space.namespace, {entry.depth: entry.digest}), group, entry.depth)
+            for group, pool in enumerate(self.index.state.pools)
+            for entry in pool.residents()
+        }
+        for owner, (until, slots) in self.leased.items():
+            if owner in self.hits and self.now < until:
+                for slot, name in slots.items():
+                    assert held.get(slot, name) == name, (
+                        f"slot {slot}, leased to owner {owner}, was given to another object"
+                    )
         for group, pool in enumerate(self.index.state.pools):
             for entry in pool.residents():
                 if entry.state == READY:

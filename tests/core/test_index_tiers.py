@@ -7,6 +7,7 @@ from indexdriver import ABCD, CORRUPT, DISK, FAILED, LATE, MISSING, OK, REDIS, S
 
 from lmcache.index import TierInfo
 from lmcache.plan import Copy, Delete, Name, Probe, Status, Tier
+from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.indexlab import CHUNK, chain, name_at
 
 # -------------------------------------------------------------------- tiers
@@ -56,15 +57,16 @@ def test_what_comes_from_a_far_tier_is_promoted_to_the_nearer_ones() -> None:
     assert [op.dst for op in spill.ops if isinstance(op, Copy)] == [Tier(0)]
 
 
-def test_an_object_in_a_tier_exists_only_if_every_rank_has_its_part() -> None:
-    lab = Lab(ranks=2, tiers=[DISK])
+@pytest.mark.parametrize("rule", [ALL, trailing(4)])
+def test_an_object_in_a_tier_exists_only_if_every_rank_has_its_part(rule: HitRule) -> None:
+    lab = Lab(ranks=2, tiers=[DISK], groups=[("some", rule)])
     name = name_at(ABCD, 0, 0)
     lab.index.announce(0, 0, [name], True, 0.0)
     assert lab.look()[0] == "miss"
     lab.index.announce(0, 1, [name], True, 0.0)
-    assert lab.look() == ("hit", 4, "absent")
+    assert lab.look(chain("one", "a")) == ("hit", 4, "end")
     lab.index.announce(0, 0, [name], False, 0.0)
-    assert lab.look() == ("miss", 0, "evicted")
+    assert lab.look(chain("one", "a")) == ("miss", 0, "evicted" if rule is ALL else "group:some")
 
 
 def test_objects_of_another_chunk_size_or_group_are_not_announced() -> None:
