@@ -71,8 +71,8 @@ def by_neighbours(copy: Copy) -> list[Put] | None:
         return None
     objects, layers, next_row = len(numbers), len(part.layer_rows), row // part.step
     units = numbers.reshape(objects, layers, -1)[:, 0].reshape(-1) - part.layer_rows[0]
-    if 2 * np.count_nonzero(np.diff(units) == next_row) > units.size:
-        return None  # in order already
+    if 2 * np.count_nonzero(np.diff(units) == next_row) >= units.size - 1:
+        return None  # in order already, or a single unit
     order = np.argsort(units)
     cuts = np.flatnonzero(np.diff(units[order]) != next_row) + 1
     layer_step = int(part.layer_rows[-1] - part.layer_rows[0]) // max(1, layers - 1)
@@ -88,7 +88,7 @@ def by_neighbours(copy: Copy) -> list[Put] | None:
     for first, last in pairwise([0, *cuts.tolist(), len(order)]):
         for group in groups:
             start = part.rows.offset + (int(units[order[first]]) + int(part.layer_rows[group[0]])) * part.step
-            lead = ((len(group), layer_step * part.step), (last - first, row))
+            lead = ((len(group), layer_step * part.step if even else 0), (last - first, row))
             source = view(copy.storage, Rows(start, 1, part.rows.dims), lead, copy.width)
             puts.append(Put(target, torch.from_numpy(places[group.start : group.stop, first:last]), source))
     return puts

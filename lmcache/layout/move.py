@@ -105,20 +105,23 @@ def _moves(
 
 def _takes(copy: Copy) -> Iterator[Callable[[], None]]:
     """Gather: rows of the paged side into the buffer."""
-    part = copy.part
-    if copy.storage.device.type == "cpu":
-        runs = [by_neighbours(piece) for piece in apart(copy)]
+    device = copy.storage.device
+    pieces = list(apart(copy)) if device.type == "cpu" else [copy]
+    if device.type == "cpu":
+        runs = [by_neighbours(piece) for piece in pieces]
         if None not in runs:
             yield from (partial(put_rows, *put) for run in runs for put in run or ())
             return
-    paged = all_rows(copy.storage, part.rows, copy.width)
-    numbers = torch.from_numpy(copy.numbers).to(copy.storage.device)
-    if len(copy.lead) == 1:
-        yield partial(take_rows, paged, numbers.view(-1), view(copy.memory, part.back, copy.lead, copy.width))
-        return
-    for i, rows in enumerate(numbers):
-        back = replace(part.back, offset=part.back.offset + i * copy.distance)
-        yield partial(take_rows, paged, rows, view(copy.memory, back, part.lead, copy.width))
+    for piece in pieces:
+        part = piece.part
+        paged = all_rows(piece.storage, part.rows, piece.width)
+        numbers = torch.from_numpy(piece.numbers).to(device)
+        if len(piece.lead) == 1:
+            yield partial(take_rows, paged, numbers.view(-1), view(piece.memory, part.back, piece.lead, piece.width))
+            continue
+        for i, rows in enumerate(numbers):
+            back = replace(part.back, offset=part.back.offset + i * piece.distance)
+            yield partial(take_rows, paged, rows, view(piece.memory, back, part.lead, piece.width))
 
 
 def _puts(copy: Copy, missing: bool) -> Iterator[Callable[[], None]]:
