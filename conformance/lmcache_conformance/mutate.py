@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lmcache_conformance.discover import DiscoveryError, nearest
-from lmcache_conformance.mutants import ROWS, Mutant, all_mutants, skipped_rows
+from lmcache_conformance.mutants import ROWS, Mutant, SkippedRow, all_mutants, skipped_rows
 from lmcache_conformance.runner import Job, Limits, RowResult, run_job
+
+__all__ = ["SkippedRow", "Verdict", "choose_mutants", "judge", "run_mutants", "uncovered"]
 
 _OPTIONS = ("-o", "python_classes=Mutant*")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import html
 from datetime import datetime, timezone
-from html import escape
 
 from lmcache_conformance.records import TestResult
-from lmcache_conformance.report import Cell, Report
+from lmcache_conformance.report import Cell, Report, clean
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #1a7f37; --bad: #cf222e }
@@ -112,3 +112,8 @@ def _skips(report: Report) -> str:
 def _environment(report: Report) -> str:
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in report.environment.items())
     return f'<table class="text"><tbody>{rows}</tbody></table>'
+
+
+def escape(text: str) -> str:
+    """As text, whatever it holds."""
+    return html.escape(clean(text))

@@ -50,8 +50,8 @@ class Recorder:
                     nodeid=report.nodeid,
                     level=UNMARKED,
                     outcome="failed",
-                    message=f"not collected: {_last_line(report.longreprtext)}",
-                    detail=report.longreprtext[-DETAIL_CHARS:],
+                    message=_encodable(f"not collected: {_last_line(report.longreprtext)}"),
+                    detail=_encodable(report.longreprtext[-DETAIL_CHARS:]),
                 )
             )
 
@@ -133,7 +133,7 @@ def _result(
 
 def _skip_reason(report: pytest.TestReport) -> str:
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-    return text.removeprefix("Skipped: ")
+    return _encodable(text.removeprefix("Skipped: "))
 
 
 def _message(report: pytest.TestReport) -> str:
@@ -141,15 +141,20 @@ def _message(report: pytest.TestReport) -> str:
     text = crash.message if crash is not None else report.longreprtext
     if report.when != "call":
         text = f"in {report.when}: {text}"
-    return str(text)[:MESSAGE_CHARS]
+    return _encodable(str(text)[:MESSAGE_CHARS])
 
 
 def _detail(reports: list[pytest.TestReport]) -> str:
     parts = [report.longreprtext for report in reports]
     parts += [f"--- {title} ---\n{text}" for title, text in reports[-1].sections]
-    return "\n".join(parts)[-DETAIL_CHARS:]
+    return _encodable("\n".join(parts)[-DETAIL_CHARS:])
 
 
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].removeprefix("E").strip() if lines else ""
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which no file can hold."""
+    return text.encode("utf-8", "replace").decode()

@@ -155,19 +155,20 @@ def as_junit(report: Report) -> str:
                 suite,
                 "testcase",
                 classname=f"{row.row}.{result.level}",
-                name=_xml(result.case),
+                name=clean(result.case),
                 time=f"{result.seconds:.3f}",
             )
             if result.outcome == "failed":
-                failure = ElementTree.SubElement(case, "failure", message=_xml(result.message))
-                failure.text = _xml(f"{result.detail}\n\nreproduce: {result.command}")
+                failure = ElementTree.SubElement(case, "failure", message=clean(result.message))
+                failure.text = clean(f"{result.detail}\n\nreproduce: {result.command}")
             elif result.outcome != "passed":
-                ElementTree.SubElement(case, "skipped", message=_xml(result.reason))
+                ElementTree.SubElement(case, "skipped", message=clean(result.reason))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _xml(text: str) -> str:
+def clean(text: str) -> str:
+    """Tests may print anything; XML and HTML can't hold control characters and lone surrogates."""
     return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -333,6 +333,7 @@ OUTCOMES = """
     def test_group(): raise ExceptionGroup("two", [AssertionError("x"), ValueError("y")])
     def test_engine(): raise EngineDied("a", "generate", "its process ended", "")
     def test_error(): raise ValueError("not a check")
+    def test_surrogate(): raise ValueError("name \\udcff")
     def test_setup(broken): pass
     def test_teardown(breaks): pass
     def test_both(breaks): assert False, "first"
@@ -349,7 +350,7 @@ def test_the_report_tells_checks_from_accidents(pytester: pytest.Pytester) -> No
     by_assertion = {name for name, r in found.items() if r.by_assertion}
     assert by_assertion == {"test_assertion", "test_failed", "test_group", "test_engine", "test_both"}
     failed = {name for name, r in found.items() if r.outcome == "failed"}
-    assert failed == by_assertion | {"test_error", "test_setup", "test_teardown"}
+    assert failed == by_assertion | {"test_error", "test_surrogate", "test_setup", "test_teardown"}
     assert all(r.level == "pressure" for r in found.values())
     assert "what was read" in found["test_assertion"].message
     assert "printed" in found["test_assertion"].detail
