@@ -29,7 +29,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_every_command_has_json_and_examples(run: Run) -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    assert {"doctor", "ls", "verify", "clear"} <= set(commands)
+    assert {"demo", "doctor", "bench", "conformance", "ls", "verify", "clear"} <= set(commands)
     for name, command in commands.items():
         for path, leaf in [([name, sub], c) for sub, c in getattr(command, "commands", {}).items()] or [
             ([name], command)
