@@ -86,7 +86,10 @@ def _run_live(options: Options) -> Outcome:
         outcome = run(options, show)
         live.update(_render(finished, "", options))
     if outcome.identical:
-        out.print("[green]Every cached answer is identical to recomputation in the same split: tokens and logits.[/]")
+        out.print(
+            "[green]Every cached answer is identical to recomputation in the same split: tokens and logits.[/]",
+            soft_wrap=True,
+        )
     else:
         bad = ", ".join(_label(r, options) for r in finished if not r.identical)
         out.print(f"[bold red]Different from recomputation in the same split: round {bad}.[/]")
