@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import math
 import os
 import stat
 import threading
@@ -120,7 +121,7 @@ class DiskTier:
         try:
             for entry in walk(self._objects, namespace):
                 removed += self._usage.remove(entry.path, entry.size) and not entry.temp
-            prune(self._objects, time.time())
+            prune(self._objects, math.inf)
         except OSError as error:
             raise TierError(f"{self._root}: not everything could be removed: {error}") from error
         return removed

@@ -129,10 +129,15 @@ def walk(objects: str, namespace: bytes | None = None) -> Iterator[Entry]:
 def prune(objects: str, before: float) -> None:
     """Remove empty folders that did not change since `before` (seconds since 1970): namespaces come and go."""
     for space in _folders(objects):
-        for folder in (*_folders(space.path), space):
-            with contextlib.suppress(OSError):
-                if _NAMESPACE.fullmatch(folder.name) and folder.stat(follow_symlinks=False).st_mtime <= before:
-                    os.rmdir(folder.path)
+        if not _NAMESPACE.fullmatch(space.name):
+            continue
+        folders = [*_folders(space.path), space]
+        with contextlib.suppress(OSError):
+            changed = [folder.stat(follow_symlinks=False).st_mtime for folder in folders]  # before removing changes it
+            for folder, when in zip(folders, changed, strict=True):
+                if when <= before:
+                    with contextlib.suppress(OSError):
+                        os.rmdir(folder.path)
 
 
 def object_of(entry: Entry) -> ObjectId | None:

@@ -111,7 +111,7 @@ class Usage:
         return False
 
     def stale(self) -> bool:
-        """Whether the open file is no longer the one of that name (the folder was moved or replaced)."""
+        """Whether the open file is no longer the one of that name (the folder was removed or moved): then `close` it."""
         with self._mutex:
             return self._fd >= 0 and not same_file(self._fd, self._path)
 
@@ -128,9 +128,6 @@ class Usage:
             self._fd = -1
 
     def _open(self) -> int:
-        if self._fd >= 0 and os.fstat(self._fd).st_nlink == 0:  # the folder was removed under us
-            os.close(self._fd)
-            self._fd = -1
         if self._fd < 0:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             self._fd = os.open(self._path, flags, 0o600)

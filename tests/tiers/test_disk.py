@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 import threading
@@ -206,6 +207,7 @@ def test_a_thousand_cycles_leave_no_handle_and_no_thread(shm: Path) -> None:
     def handles() -> int:
         return len(os.listdir("/proc/self/fd"))
 
+    gc.collect()  # what earlier tests left to the collector
     threads, before = threading.active_count(), handles()
     for _ in range(20):
         tier = DiskTier(shm, 20 * FORM.stored_bytes, timing=QUICK)
@@ -216,8 +218,8 @@ def test_a_thousand_cycles_leave_no_handle_and_no_thread(shm: Path) -> None:
             load(tier, object_id(number + 1000))
         assert handles() <= opened + 1  # the janitor's lock
         tier.close()
-    assert handles() == before
-    assert threading.active_count() == threads
+    assert handles() <= before
+    assert threading.active_count() <= threads
 
 
 def test_the_stored_form_is_what_was_encoded(shm: Path) -> None:

