@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lmcache.keys import ObjectId
 from lmcache.plan import Status
@@ -50,18 +50,19 @@ class MutantNamesWithoutTheRank(DiskTierTests):
 
 
 class _FiledByHash(DiskTier):
+    _known: ClassVar[dict[ObjectId, ObjectId]] = {}
+
     def _filed(self, id: ObjectId) -> ObjectId:
         filed = id._replace(chain=(hash(id.chain) & (1 << 64) - 1).to_bytes(8, "big"))
-        self.__dict__.setdefault("_known", {})[filed] = id
+        self._known[filed] = id
         return filed
 
     def _path(self, id: ObjectId) -> str:
         return super()._path(self._filed(id))
 
     def scan(self) -> Any:
-        known: dict[ObjectId, ObjectId] = self.__dict__.setdefault("_known", {})
         for found in super().scan():
-            yield found._replace(id=known.get(found.id, found.id))
+            yield found._replace(id=self._known.get(found.id, found.id))
 
 
 @mutant(row="keys differ between processes (hash(None), PYTHONHASHSEED)", project="LMCache #1139")

@@ -1,0 +1,328 @@
+"""Control planes that believe too much, forget, or hold on for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from lmcache.index import Finished, Index, Lookup, Owner, Store
+from lmcache.index.pool import Entry
+from lmcache.plan import Chain, JobReport, Plan, Report, Status
+from lmcache.spec import HitRule
+from lmcache_conformance.index import CHUNK, IndexTests
+from lmcache_conformance.mutants import mutant
+
+
+class _Tests(IndexTests):
+    """`IndexTests` over a broken `Index`."""
+
+    index_class: type[Index] = Index
+
+    def open_index(self, groups: Sequence[tuple[str, HitRule]], slots: Sequence[int], **settings: Any) -> Index:
+        """The broken one."""
+        return self.index_class(groups, CHUNK, slots, **settings)
+
+
+# ---------------------------------------------------------------- ranks and reports
+
+
+class _FirstSpeaksForAll(Index):
+    def report(self, report: Report, now: float) -> list[Finished]:
+        ended: list[Finished] = []
+        for rank in range(self.state.jobs.ranks):
+            seq = report.seq if rank == report.rank else self.state.jobs._acked[rank] + 1
+            ended += super().report(msgspec.structs.replace(report, rank=rank, seq=seq), now)
+        return ended
+
+
+@mutant(row="one rank's store fails, the others serve the hit", project="readiness before all ranks acknowledged")
+class MutantFirstRankSpeaksForAll(_Tests):
+    """What one rank reports counts for all."""
+
+    index_class = _FirstSpeaksForAll
+
+
+def _amended(report: Report, kinds: Any, change: Any) -> Report:
+    jobs = tuple(
+        msgspec.structs.replace(job, statuses=tuple(map(change, job.statuses))) if kinds(job) else job
+        for job in report.jobs
+    )
+    return msgspec.structs.replace(report, jobs=jobs)
+
+
+class _Optimist(Index):
+    """Takes every op of a kind of job for done."""
+
+    kind = "store"
+
+    def report(self, report: Report, now: float) -> list[Finished]:
+        live = self.state.jobs.live
+
+        def mine(job: JobReport) -> bool:
+            return job.job in live and live[job.job].kind == self.kind
+
+        return super().report(_amended(report, mine, lambda status: int(Status.OK)), now)
+
+
+@mutant(row="a store that failed stays visible", project="LMCache #4991")
+class MutantFailedStoreIsReady(_Tests):
+    """A store counts as done when it was reported, however it ended."""
+
+    index_class = _Optimist
+
+
+class _OptimistLoads(_Optimist):
+    kind = "load"
+
+
+@mutant(row="load fails but is reported as success", project="vLLM #52234, LMCache #3388")
+class MutantFailedLoadIsSuccess(_Tests):
+    """A load counts as done when it was reported, however it ended."""
+
+    index_class = _OptimistLoads
+
+
+class _ReadyAtOnce(Index):
+    def begin_store(self, owner: Owner, chain: Chain, **settings: Any) -> Store:
+        store = super().begin_store(owner, chain, **settings)
+        if store.job is not None:
+            for pool, entry in self.state.jobs.live[store.job].writes.values():
+                pool.publish([entry])
+        return store
+
+
+@mutant(row="a store that failed stays visible", project="LMCache #4991")
+class MutantVisibleBeforeItIsStored(_Tests):
+    """An object is offered as soon as somebody began to store it."""
+
+    index_class = _ReadyAtOnce
+
+
+class _AcksUnseen(Index):
+    def take_plan(self) -> Plan:
+        plan = super().take_plan()
+        return msgspec.structs.replace(plan, acked=tuple(1 << 40 for _ in plan.acked))
+
+
+@mutant(
+    row="a report is lost, doubled or late; a slot is reused under a reader", project="reports are not exactly-once"
+)
+class MutantAcknowledgesWhatItNeverSaw(_Tests):
+    """Ranks drop what they were never heard about: a lost report is lost for ever."""
+
+    index_class = _AcksUnseen
+
+
+class _CountsTwice(Index):
+    """A rank that says again what it said counts as another one."""
+
+    def report(self, report: Report, now: float) -> list[Finished]:
+        seen: set[tuple[int, int]] = self.__dict__.setdefault("_heard", set())
+        again = tuple(job for job in report.jobs if (report.rank, job.job) in seen)
+        seen.update((report.rank, job.job) for job in report.jobs)
+        ended = super().report(report, now)
+        for rank in range(self.state.jobs.ranks):
+            if again and rank != report.rank:
+                other = Report(report.epoch, rank, self.state.jobs._acked[rank] + 1, again)
+                ended += super().report(other, now)
+        return ended
+
+
+@mutant(
+    row="a report is lost, doubled or late; a slot is reused under a reader", project="reports are not exactly-once"
+)
+class MutantDoubledReportCountsTwice(_Tests):
+    """Reports are counted, not compared."""
+
+    index_class = _CountsTwice
+
+
+class _LateIsFinal(Index):
+    def report(self, report: Report, now: float) -> list[Finished]:
+        jobs = tuple(msgspec.structs.replace(job, final=True) for job in report.jobs)
+        return super().report(msgspec.structs.replace(report, jobs=jobs), now)
+
+
+@mutant(row="slot evicted or reused while a slow read is in flight", project="Mooncake #850")
+class MutantLateIsOver(_Tests):
+    """A load past its deadline counts as ended: its slots are free, though a read may still fill them."""
+
+    index_class = _LateIsFinal
+
+
+class _AnyEpoch(Index):
+    def report(self, report: Report, now: float) -> list[Finished]:
+        for op, entry in self.__dict__.pop("_lost", []):
+            del op
+            pool = self.state.pools[0]
+            fresh = pool.insert(entry.space.namespace, entry.digest, None, entry.depth)
+            if fresh is not None:
+                pool.publish([fresh])
+                pool.unpin([fresh])
+        return super().report(report, now)
+
+    def reset(self, now: float) -> list[Finished]:
+        lost = [(op, entry) for work in self.state.jobs.live.values() for op, (_, entry) in work.writes.items()]
+        ended = super().reset(now)
+        self.__dict__["_lost"] = lost
+        return ended
+
+
+@mutant(
+    row="a report is lost, doubled or late; a slot is reused under a reader", project="reports are not exactly-once"
+)
+class MutantBelievesTheDead(_Tests):
+    """A report from before a reset makes visible what the rank that died had stored."""
+
+    index_class = _AnyEpoch
+
+
+# ---------------------------------------------------------------- owners, leases, pins
+
+
+class _Forgives(Index):
+    def lookup(self, owner: Owner, chain: Chain, max_tokens: int, now: float) -> Lookup:
+        self.state.failed.discard(owner)
+        return super().lookup(owner, chain, max_tokens, now)
+
+
+@mutant(row="a failed load is offered again and again", project="the scheduler asks anew after a failure")
+class MutantOffersAgain(_Tests):
+    """Forgets whose load failed."""
+
+    index_class = _Forgives
+
+
+class _KeepsPins(Index):
+    def release(self, owner: Owner) -> None:
+        self.leases.pop(owner, None)
+
+
+@mutant(row="pins leak until nothing can be stored", project="LMCache #1034 #1285 #3187")
+class MutantPinsLeak(_Tests):
+    """A lease that ends leaves its pins."""
+
+    index_class = _KeepsPins
+
+
+class _PinsNothing(Index):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for pool in self.state.pools:
+            unpin = pool.unpin
+
+            def pin(run: Iterable[Entry]) -> None:
+                del run
+
+            def release(run: Iterable[Entry], unpin: Any = unpin) -> None:
+                unpin([entry for entry in run if entry.refs > 0])
+
+            pool.pin = pin  # type: ignore[method-assign]
+            pool.unpin = release  # type: ignore[method-assign]
+
+
+@mutant(row="slot evicted or reused while a slow read is in flight", project="Mooncake #850")
+class MutantReadersPinNothing(_Tests):
+    """Slots are given away whoever reads them."""
+
+    index_class = _PinsNothing
+
+
+class _RaisesWhenFull(Index):
+    def begin_store(self, owner: Owner, chain: Chain, **settings: Any) -> Store:
+        if any(pool.unused < len(chain.digests) for pool in self.state.pools):
+            raise MemoryError("no slot is free")
+        return super().begin_store(owner, chain, **settings)
+
+
+@mutant(row="a full RAM tier crashes the engine", project="LMCache #1330")
+class MutantFullRaises(_Tests):
+    """Raises instead of evicting."""
+
+    index_class = _RaisesWhenFull
+
+
+# ---------------------------------------------------------------- hits
+
+
+class _FromTheEnd(Index):
+    def lookup(self, owner: Owner, chain: Chain, max_tokens: int, now: float) -> Lookup:
+        for skip in range(len(chain.digests)):
+            found = super().lookup(owner, chain._replace(digests=chain.digests[skip:]), max_tokens, now)
+            if found.tokens:
+                return found
+        return super().lookup(owner, chain, max_tokens, now)
+
+
+@mutant(row="blocks taken from the wrong end (suffix for prefix)", project="dynamo #8419")
+class MutantSuffixForPrefix(_Tests):
+    """What fits the end of a prompt is offered for its beginning."""
+
+    index_class = _FromTheEnd
+
+
+class _FirstGroupDecides(Index):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.state.rules[1:] = [HitRule("trailing", 1)] * (len(self.state.rules) - 1)
+
+
+@mutant(
+    row="side state (sliding window, Mamba, sparse index) not restored with the hit",
+    project="SGLang #38031, LMCache #4247",
+)
+class MutantSideStateIsOptional(_Tests):
+    """Of every group but the first, the last chunk is thought to be enough."""
+
+    index_class = _FirstGroupDecides
+
+
+class _StoresPlaceholders(Index):
+    def begin_store(self, owner: Owner, chain: Chain, **settings: Any) -> Store:
+        settings["resident"] = None
+        return super().begin_store(owner, chain, **settings)
+
+
+@mutant(row="garbage stored for, or loaded into, block 0", project="vLLM null block")
+class MutantStoresPlaceholders(_Tests):
+    """Chunks that are not in engine memory are stored all the same."""
+
+    index_class = _StoresPlaceholders
+
+
+# ---------------------------------------------------------------- reset
+
+
+class _ClearsDram(Index):
+    def clear(self, namespace: bytes | None, now: float) -> int:
+        kept = self.state.known
+        self.state.known = []
+        try:
+            return super().clear(namespace, now)
+        finally:
+            self.state.known = kept
+
+
+@mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
+class MutantClearsDramOnly(_Tests):
+    """What tiers hold is still known after a clear."""
+
+    index_class = _ClearsDram
+
+
+class _ClearForgetsJobs(Index):
+    def clear(self, namespace: bytes | None, now: float) -> int:
+        work = [w for w in self.state.jobs.live.values() if not w.cleared]
+        dropped = super().clear(namespace, now)
+        for mine in work:
+            mine.cleared = False
+        return dropped
+
+
+@mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
+class MutantWriteBehindOutlivesClear(_Tests):
+    """What is on its way to a tier while everything is cleared arrives there, and is served."""
+
+    index_class = _ClearForgetsJobs
