@@ -11,6 +11,7 @@ import pytest
 
 SEED_OPTION = "--hypothesis-seed"
 
+_FINDS = ("python_", "pythonpath", "testpaths")
 _OURS = {
     "--lmcache-adapter": "lmcache_adapter",
     "--lmcache-budget": "lmcache_budget",
@@ -30,7 +31,8 @@ def command(item: pytest.Item, seed: int | None) -> str:
     if config.option.rootdir:
         words += ["--rootdir", str(config.option.rootdir)]
     for override in config.option.override_ini or ():
-        words += ["-o", override]
+        if override.startswith(_FINDS):
+            words += ["-o", override]
     for option, name in _OURS.items():
         value = getattr(config.option, name, None)
         if value is not None:

@@ -1,0 +1,11 @@
+"""What it takes to have the tier tested. The engine needs no more than its entry point."""
+
+from lmcache_conformance.tiers import TierCapabilities, TierTests
+from toykv.tier import SqliteTier
+
+
+class TestSqlite(TierTests):
+    capabilities = TierCapabilities(persistent=True, bounded=True, shared=True)
+
+    def open_tier(self, place, capacity):
+        return SqliteTier(place / "objects.sqlite", capacity)
