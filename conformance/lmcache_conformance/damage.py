@@ -73,9 +73,16 @@ def problem_of(path: Path) -> str | None:
         return "its tail is not zero"
     if _resealed(raw.header, raw.meta["digest"]) != raw.header:
         return "its header has another checksum than it says"
-    if raw.meta["chain"] not in path.name:
-        return f"it is called after another chunk than {raw.meta['chain'][:16]}…, which it holds"
+    if (name := _name(raw.meta)) != path.name or path.parts[-3] != raw.meta["namespace"]:
+        return f"it holds {name} of namespace {raw.meta['namespace'][:16]}…, and is called otherwise"
     return None
+
+
+def _name(meta: Mapping[str, Any]) -> str:
+    """The file name that its metadata asks for."""
+    (l0, l1), (h0, h1) = meta["layers"], meta["heads"]
+    tokens = meta["tokens"][1] - meta["tokens"][0]
+    return f"{meta['chain']}.{meta['group']}.L{l0}-{l1}.H{h0}-{h1}.{meta['depth']}.{tokens}.safetensors"
 
 
 def poison(path: Path) -> None:

@@ -20,7 +20,7 @@ from lmcache_conformance.contract import Request, Response, SessionConfig
 from lmcache_hf.batch import Prompt
 from lmcache_hf.model import CachedModel
 from lmcache_hf.reuse import Reuse
-from lmcache_hf.splits import Pass, Playback, Splits, Start
+from lmcache_hf.splits import Owner, Pass, Playback, Splits, Start
 
 
 @dataclass
@@ -49,11 +49,16 @@ class ObservedReuse(Reuse):
     splits: Splits = field(default_factory=lambda: Splits(1))
     seen: Observed = field(default_factory=Observed)
 
+    @property
+    def owner(self) -> Owner:
+        """Whose KV this is."""
+        return self.salt, self.lora
+
     def load(self, prompt: Prompt, cache: DynamicCache) -> int:
         """As `Reuse.load`, noted."""
         columns = super().load(prompt, cache)
         self.seen.prompt, self.seen.columns = prompt.columns, columns
-        self.seen.start = self.splits.began((self.salt, self.lora), prompt.ids[0].tolist(), columns)
+        self.seen.start = self.splits.began(self.owner, prompt.ids[0].tolist(), columns)
         return columns
 
     def _agree(self, prompt: Prompt, stop: int, leases: ExitStack) -> tuple[list[Hit], int]:
@@ -68,7 +73,7 @@ class ObservedReuse(Reuse):
             before = self._there(ids)
             accepted = super().store(prompt, cache, first)
             done = Pass(tuple(ids.tolist()), self.seen.prompt, self.seen.start)
-            self.splits.wrote((self.salt, self.lora), done, before, self._there(ids))
+            self.splits.wrote(self.owner, done, before, self._there(ids))
         return accepted
 
     def _there(self, ids: torch.Tensor) -> int:
@@ -91,9 +96,10 @@ class ObservedModel(CachedModel):
 
 
 class HFSession:
-    """A model in this process. `reuse` is what `CachedModel` reuses with; suites of broken adapters replace it."""
+    """A model in this process. `reuse` and `wrapper` are what deliberately broken adapters replace."""
 
     reuse: type[ObservedReuse] = ObservedReuse
+    wrapper: type[ObservedModel] = ObservedModel
     identity: str | None = None
 
     def __init__(self, config: SessionConfig) -> None:
@@ -105,9 +111,7 @@ class HFSession:
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.options.get("attn_implementation", "sdpa"),
         ).eval()
-        self._cached = ObservedModel(
-            self._model, Config(**dict(config.cache)), reuse=self.reuse, identity=self.identity
-        )
+        self._cached = self.wrapper(self._model, Config(**dict(config.cache)), reuse=self.reuse, identity=self.identity)
         self._playback = Playback(self._model)
         self._one_shot = False
 

@@ -32,6 +32,9 @@ class EngineBase:
     chunk_tokens: ClassVar[int] = 16
     """Must suit the engine: a multiple of its block."""
 
+    timeout_s: ClassVar[float] = 120.0
+    """For one call of the engine; beyond it, it hangs."""
+
     may_write: ClassVar[tuple[str, ...]] = ()
     """Patterns of files (below HOME, TMPDIR or the working directory) that the engine itself leaves behind."""
 
@@ -69,7 +72,7 @@ class EngineBase:
         memory = Path("/dev/shm")
         base = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
         folder = Path(tempfile.mkdtemp(prefix="lmcache-engines-", dir=base))
-        bench = Bench(chosen[0], chosen[1], case, folder, cls.chunk_tokens)
+        bench = Bench(chosen[0], chosen[1], case, folder, chunk_tokens=cls.chunk_tokens, timeout_s=cls.timeout_s)
         try:
             yield bench
         finally:

@@ -21,9 +21,6 @@ from lmcache_conformance.models import MODELS, model_folder, vocabulary
 F = TypeVar("F", bound=Callable[..., Any])
 _ON = "_lmcache_on"
 
-TIMEOUT_S = 120.0
-"""For one call of an engine; beyond it, it hangs."""
-
 
 @dataclass(frozen=True)
 class Case:
@@ -201,12 +198,22 @@ class Bench:
     `shared` engines live as long as the class's tests on that case; each test brings prompts of its own.
     """
 
-    def __init__(self, adapter: str, capabilities: Capabilities, case: Case, folder: Path, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        adapter: str,
+        capabilities: Capabilities,
+        case: Case,
+        folder: Path,
+        *,
+        chunk_tokens: int,
+        timeout_s: float,
+    ) -> None:
         self.adapter = adapter
         self.capabilities = capabilities
         self.case = case
         self.folder = folder
         self.chunk_tokens = chunk_tokens
+        self.timeout_s = timeout_s
         self.rng = random.Random(0)
         self._shared: dict[str, Engine] = {}
         self._folders = 0
@@ -289,10 +296,10 @@ class Bench:
         session: RemoteSession
         if forked and preload:
             session = ForkedSession(
-                self.adapter, config, preload=preload, timeout_s=TIMEOUT_S, folder=cwd, environment=environment
+                self.adapter, config, preload=preload, timeout_s=self.timeout_s, folder=cwd, environment=environment
             )
         else:
-            session = RemoteSession(self.adapter, config, timeout_s=TIMEOUT_S, folder=cwd, environment=environment)
+            session = RemoteSession(self.adapter, config, timeout_s=self.timeout_s, folder=cwd, environment=environment)
         return Engine(session, case, self.capabilities, history if history is not None else History())
 
     def right(self, engine: Engine, prompt: Request | Sequence[int], response: Response, what: str) -> None:

@@ -18,7 +18,8 @@ NEW = 20
 def dialogue(bench: Bench, engine: Engine, rounds: int, *, first: int = 70) -> Iterator[tuple[Request, Response]]:
     """A chat whose prompt grows: each round's is the last one's, its answer, and more. Checks that later rounds hit.
 
-    The first one ends in the middle of a chunk; the third adds a whole number of chunks.
+    The lengths fall on all sides of a chunk's boundary: the second answer's last token, of which there is no KV yet, would
+    be the last of a chunk; the third prompt ends with a chunk.
     """
     prompt = bench.prompt(first)
     before = 0
@@ -32,7 +33,8 @@ def dialogue(bench: Bench, engine: Engine, rounds: int, *, first: int = 70) -> I
         yield request, response
         before = len(prompt)
         prompt = prompt + response.tokens
-        prompt += bench.prompt(bench.chunk_tokens - len(prompt) % bench.chunk_tokens if number == 1 else 9)
+        to_boundary = [-(len(prompt) + NEW), -len(prompt)][number] % bench.chunk_tokens if number < 2 else 9
+        prompt += bench.prompt(to_boundary or bench.chunk_tokens)
 
 
 class ValueTests(EngineBase):
