@@ -186,13 +186,11 @@ class Config:
             for name, value, source in layer:
                 if name not in values:
                     values[name], sources[name] = value, source
-        for setting in cls.settings():
-            if setting.name in values:
-                try:
-                    values[setting.name] = setting.kind.check(values[setting.name])
-                except ConfigError as error:
-                    raise ConfigError(f"{setting.name} (from {sources[setting.name]}): {error}") from None
-        config = cls(**values)
+        try:
+            config = cls(**values)
+        except ConfigError as error:  # every message begins with the setting's name
+            name, _, reason = str(error).partition(":")
+            raise ConfigError(f"{name} (from {sources.get(name, 'default')}):{reason}") from None
         config.__dict__["_sources"].update(sources)
         return config
 

@@ -182,6 +182,8 @@ def test_environment_variables_are_read_as_text(variable: str, text: str, name: 
             {"LMCACHE_CHUNK_TOKENS": "many"},
             r"chunk_tokens \(from env LMCACHE_CHUNK_TOKENS\): 'many' is not a whole number",
         ),
+        ({"LMCACHE_DRAM_BYTES": "1PiB"}, r"dram_bytes \(from env LMCACHE_DRAM_BYTES\): 1PiB is beyond"),
+        ({"LMCACHE_DISK_BYTES": "1GiB"}, r"disk_bytes \(from env LMCACHE_DISK_BYTES\): given without disk_path"),
         ({"LMCACHE_LEASE_S": "soon"}, "lease_s .*'soon' is not a number of seconds"),
         ({"LMCACHE_STRICT": "maybe"}, "strict .*'maybe' is neither true nor false"),
         ({"LMCACHE_CONFIG_FILE": "/no/such/file"}, "'/no/such/file' cannot be read .*check LMCACHE_CONFIG_FILE"),
