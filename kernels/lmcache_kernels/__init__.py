@@ -4,7 +4,7 @@
 """
 
 from lmcache_kernels.address import Digits, Dim, Piece, PlaneAddress, Strip, coalesce, merge_strips, refine, table
-from lmcache_kernels.reference import Rows, all_rows, copy_block, put_rows, take_rows, view, width_of
+from lmcache_kernels.reference import Rows, all_rows, copy_block, on_host, put_rows, take_rows, view, width_of
 
 __all__ = [
     "Digits",
@@ -17,6 +17,7 @@ __all__ = [
     "coalesce",
     "copy_block",
     "merge_strips",
+    "on_host",
     "put_rows",
     "refine",
     "table",

@@ -69,6 +69,11 @@ def all_rows(flat: torch.Tensor, rows: Rows, width: int) -> torch.Tensor:
     return view(flat, rows, ((rows.count(flat.shape[0]), rows.stride),), width)
 
 
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether numpy can reach this memory."""
+    return tensor.device.type == "cpu"
+
+
 def take_rows(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
     """`out[i] = source[index[i]]`. `source`, `out`: views of one element type; `index`: int64, any shape, in range."""
     if index.dim() == 1:
@@ -82,7 +87,7 @@ def put_rows(target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, *,
 
     With `partial`, negative indices are skipped. On a CPU as many threads share the work as torch uses.
     """
-    if target.device.type != "cpu":
+    if not on_host(target):
         if partial:
             there = index >= 0
             index, source = index[there], source[there]

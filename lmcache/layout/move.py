@@ -14,7 +14,18 @@ from lmcache.layout.host import apart, by_neighbours
 from lmcache.layout.objects import ObjectLayout, same_planes
 from lmcache.layout.plan import Copy, Job, jobs
 from lmcache.layout.slots import check_slots
-from lmcache_kernels import Strip, all_rows, copy_block, merge_strips, put_rows, refine, take_rows, view, width_of
+from lmcache_kernels import (
+    Strip,
+    all_rows,
+    copy_block,
+    merge_strips,
+    on_host,
+    put_rows,
+    refine,
+    take_rows,
+    view,
+    width_of,
+)
 
 
 def gather(
@@ -105,9 +116,9 @@ def _moves(
 
 def _takes(copy: Copy) -> Iterator[Callable[[], None]]:
     """Gather: rows of the paged side into the buffer."""
-    device = copy.storage.device
-    pieces = list(apart(copy)) if device.type == "cpu" else [copy]
-    if device.type == "cpu":
+    device, host = copy.storage.device, on_host(copy.storage)
+    pieces = list(apart(copy)) if host else [copy]
+    if host:
         runs = [by_neighbours(piece) for piece in pieces]
         if None not in runs:
             yield from (partial(put_rows, *put) for run in runs for put in run or ())
@@ -127,7 +138,7 @@ def _takes(copy: Copy) -> Iterator[Callable[[], None]]:
 def _puts(copy: Copy, missing: bool) -> Iterator[Callable[[], None]]:
     """Scatter: rows of the buffer to the paged side."""
     device = copy.storage.device
-    for piece in apart(copy) if device.type == "cpu" else (copy,):
+    for piece in apart(copy) if on_host(copy.storage) else (copy,):
         paged = all_rows(piece.storage, piece.part.rows, piece.width)
         numbers = torch.from_numpy(piece.numbers).to(device).view([size for size, _ in piece.lead])
         dense = view(piece.memory, piece.part.back, piece.lead, piece.width)

@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+import lmcache.layout.move
+import lmcache.layout.paged
+import lmcache_kernels.reference
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter, translate
 from lmcache_conformance.layoutlab import LABS, Lab
+
+
+@pytest.fixture(params=["host", "device"])
+def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host memory as it is, and as if it were a device's: torch operations alone, one storage at a time."""
+    if request.param == "device":
+        for module in (lmcache_kernels.reference, lmcache.layout.move, lmcache.layout.paged):
+            monkeypatch.setattr(module, "on_host", lambda tensor: False)
 
 
 def bind(lab: Lab) -> BoundKV:
@@ -42,6 +53,7 @@ def tokens_of(lab: Lab) -> int:
     return 32 if lab.name == "vllm cpu amx" else 8
 
 
+@pytest.mark.usefixtures("road")
 @pytest.mark.parametrize("name", LABS)
 def test_gather_reads_what_the_engine_holds_in_any_object_order(name: str) -> None:
     lab = LABS[name]()
@@ -59,6 +71,7 @@ def test_gather_reads_what_the_engine_holds_in_any_object_order(name: str) -> No
                 assert torch.equal(back, lab.canonical(slots[i * tokens : (i + 1) * tokens])), (label, order)
 
 
+@pytest.mark.usefixtures("road")
 @pytest.mark.parametrize("holes", ["none", "scattered", "pages", "all"])
 @pytest.mark.parametrize("name", LABS)
 def test_scatter_writes_the_named_slots_and_not_one_byte_more(name: str, holes: str) -> None:

@@ -83,8 +83,17 @@ def labs(draw: st.DrawFn) -> Lab:
     spec = kv_spec(dtype, layers=layers, heads=heads, dim=dim)
     pool, one_tensor, together = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     slots = blocks * bt
-    sizes = {"block": blocks, "slot": slots if pool else bt, "head": heads, "dim": dim, "kv": 2, "layer": layers}
+    sizes = {
+        "block": blocks,
+        "slot": slots if pool else bt,
+        "head": heads,
+        "dim": dim,
+        "kv": 2,
+        "layer": layers,
+        "one": 1,
+    }
     names = ["slot", "head", "dim", *([] if pool else ["block"]), *(["layer"] if one_tensor else [])]
+    names += ["one"] * draw(st.integers(0, 1))
     splits = ["dim"] if pool else ["dim", "slot"]
     planes = ("kv",) if together else ("k", "v")
     dims = {p: draw(arrangements([*names, "kv"] if together else names, sizes, splits)) for p in planes}
@@ -97,7 +106,7 @@ def labs(draw: st.DrawFn) -> Lab:
     }
 
     def locate(plane: str, layer: int, s: torch.Tensor, h: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, Index]:
-        place = {"block": s // bt, "slot": s if pool else s % bt, "head": h, "dim": e}
+        place = {"block": s // bt, "slot": s if pool else s % bt, "head": h, "dim": e, "one": torch.zeros_like(s)}
         where = "kv" if together else plane
         index = []
         for d in dims[where]:
@@ -148,15 +157,16 @@ def bind(lab: Lab) -> BoundKV:
 
 @st.composite
 def slot_lists(draw: st.DrawFn, lab: Lab, kv: BoundKV, count: int) -> torch.Tensor:
-    """`count` distinct slots: shuffled, in a row, or whole pages shuffled."""
-    kind = draw(st.sampled_from(["shuffled", "row", "pages"]))
+    """`count` distinct slots: shuffled, in a row, or whole pages shuffled, in order inside or not."""
+    kind = draw(st.sampled_from(["shuffled", "row", "pages", "inside pages"]))
     if kind == "row":
         start = draw(st.integers(0, lab.num_slots - count))
         return torch.arange(start, start + count)
-    if kind == "pages":
+    if "pages" in kind:
         block = kv.block_tokens(0)
         pages = torch.tensor(draw(st.permutations(range(lab.num_slots // block))))
-        return (pages[:, None] * block + torch.arange(block)).reshape(-1)[:count]
+        tokens = torch.tensor(draw(st.permutations(range(block)))) if kind == "inside pages" else torch.arange(block)
+        return (pages[:, None] * block + tokens).reshape(-1)[:count]
     return torch.tensor(draw(st.permutations(range(lab.num_slots))))[:count]
 
 
