@@ -65,10 +65,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the wanted levels, mark what is not claimed and what is known to fail."""
     if config.option.lmcache_level:
         _keep(config, items, _wanted_levels(config.option.lmcache_level))
-    if any(item.get_closest_marker(REQUIRES) for item in items) or config.option.lmcache_adapter:
+    ours = [item for item in items if level_of(item) is not None]
+    if ours:
         from lmcache_conformance.adopt import apply_claims
 
-        apply_claims(config, items)
+        apply_claims(config, ours)
     if xfails := config.stash.get(_XFAILS, None):
         config.stash[_UNUSED] = _expect_failures(xfails, items)
 
