@@ -56,9 +56,12 @@ def read_raw(path: Path) -> Raw:
 def problem_of(path: Path) -> str | None:
     """What is wrong with a file that should be whole; None if nothing is."""
     try:
-        raw = read_raw(path)
-    except (ValueError, KeyError) as error:
-        return f"unreadable: {error}"
+        return _problem(path, read_raw(path))
+    except (ValueError, LookupError, TypeError) as error:  # a flipped bit can make anything of JSON
+        return f"unreadable: {type(error).__name__}: {error}"
+
+
+def _problem(path: Path, raw: Raw) -> str | None:
     end = 0
     for segment in raw.meta["segments"]:
         if segment["offset"] != end:

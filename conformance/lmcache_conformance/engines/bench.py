@@ -215,6 +215,7 @@ class Bench:
         self.chunk_tokens = chunk_tokens
         self.timeout_s = timeout_s
         self.rng = random.Random(0)
+        self.options: Mapping[str, Any] = {}
         self._shared: dict[str, Engine] = {}
         self._folders = 0
 
@@ -244,12 +245,21 @@ class Bench:
             case: another one than the bench's.
             model: another folder than the case's.
             history: what its cache may hold already.
-            options: of the adapter.
+            options: of the adapter; the bench's own by default.
             cwd, environment: of the process.
             forked: the process may be a fork of one that has imported the engine.
             **cache: settings.
         """
-        engine = self._start(case or self.case, model, history, options or {}, cwd, environment, cache, forked)
+        engine = self._start(
+            case or self.case,
+            model,
+            history,
+            self.options if options is None else options,
+            cwd,
+            environment,
+            cache,
+            forked,
+        )
         with engine.session:
             yield engine
 
@@ -271,7 +281,7 @@ class Bench:
     def _kept(self, name: str, **cache: Any) -> Engine:
         engine = self._shared.get(name)
         if engine is None or not engine.session.alive:
-            engine = self._shared[name] = self._start(self.case, None, None, {}, None, None, cache)
+            engine = self._shared[name] = self._start(self.case, None, None, self.options, None, None, cache)
         return engine
 
     def _start(
