@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import DynamicCache
 
 from lmcache.engine import CacheEngine, Hit
+from lmcache_conformance.contract import Request, Response
 from lmcache_hf import quirks
 from lmcache_hf.batch import Prompt
 from lmcache_hf.reuse import LayerKV, Reuse
@@ -104,7 +106,8 @@ class TakesTheWrongEnd(HFSession):
 class _ForgetsWindows(ObservedReuse):
     def load(self, prompt: Prompt, cache: DynamicCache) -> int:
         columns = super().load(prompt, cache)
-        for layer in cache.layers if columns else ():
+        layers: list[Any] = cache.layers
+        for layer in layers if columns else ():
             if quirks.window_of(layer):
                 layer.keys, layer.values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
         return columns
@@ -241,6 +244,15 @@ class ReportsWhatItDoesNotUse(HFSession):
     """Computes everything, and reports as a hit what it found."""
 
     reuse = _ReportsWhatItDoesNotUse
+
+
+class WritesElsewhere(HFSession):
+    """Leaves a copy of what it has answered in the working directory."""
+
+    def generate(self, requests: Sequence[Request], *, reuse: bool = True) -> list[Response]:
+        responses = super().generate(requests, reuse=reuse)
+        Path("answers.log").write_text(repr([response.tokens for response in responses]))
+        return responses
 
 
 class ClearsMemoryOnly(HFSession):

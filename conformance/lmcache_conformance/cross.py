@@ -127,11 +127,12 @@ class CrossTests(EngineBase):
             same_tokens(got, reader.cold().recompute(prompt), "after the miss")
 
     def _write(self, bench: Bench, disk: Path, prompts: list[tuple[int, ...]], share: str, new: int = NEW) -> History:
-        with self._open(bench, disk, share, History()) as engine:
+        history = History()
+        with self._open(bench, disk, share, history) as engine:
             for prompt in prompts:
                 engine.ask(prompt, max_new_tokens=new)
             engine.flush()
-            return engine.history
+        return history
 
     def _open(self, bench: Bench, disk: Path, share: str, history: History) -> Any:
         return bench.open(history=history, dram_bytes="64MiB", disk_path=str(disk), share=share)

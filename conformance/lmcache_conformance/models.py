@@ -105,7 +105,8 @@ _COMMON: Mapping[str, Any] = {
 def _llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**_COMMON, num_hidden_layers=4, num_key_value_heads=2, head_dim=64))
+    make: Any = LlamaForCausalLM  # untyped
+    return make(LlamaConfig(**_COMMON, num_hidden_layers=4, num_key_value_heads=2, head_dim=64))
 
 
 def _gemma3() -> Any:
@@ -128,7 +129,8 @@ def _deepseek() -> Any:
     """Multi-head latent attention: one latent and one rotary key per token, of different sizes."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-    return DeepseekV2ForCausalLM(
+    make: Any = DeepseekV2ForCausalLM  # untyped
+    return make(
         DeepseekV2Config(
             **_COMMON,
             num_hidden_layers=3,

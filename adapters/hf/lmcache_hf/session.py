@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging as _logging
 
 from lmcache.config import Config
 from lmcache.engine import Hit
@@ -104,13 +104,15 @@ class HFSession:
 
     def __init__(self, config: SessionConfig) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        transformers_logging.disable_progress_bar()
+        logging: Any = _logging  # untyped
+        logging.disable_progress_bar()
         torch.set_num_threads(1)  # the same sums in every thread
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.options.get("attn_implementation", "sdpa"),
-        ).eval()
+        )
+        self._model = model.eval()
         self._cached = self.wrapper(self._model, Config(**dict(config.cache)), reuse=self.reuse, identity=self.identity)
         self._playback = Playback(self._model)
         self._one_shot = False
@@ -188,8 +190,9 @@ class HFSession:
         """The engine's metrics, and this adapter's counts as `hf_…`."""
         stats = self._cached.stats()
         engine, uncached = stats.pop("engine"), stats.pop("uncached")
-        counts = {f"hf_{name}": float(value) for name, value in stats.items()}
-        return engine | counts | {f"hf_uncached_{reason}": float(n) for reason, n in uncached.items()}
+        found: dict[str, float] = dict(engine)
+        found |= {f"hf_{name}": float(value) for name, value in stats.items()}
+        return found | {f"hf_uncached_{reason}": float(n) for reason, n in uncached.items()}
 
     def close(self) -> None:
         """Write out what waits, and let go of the model."""

@@ -85,9 +85,8 @@ class Splits:
     def forget(self, salt: str | None) -> None:
         """The cache was cleared (of one tenant): nothing is there that anybody wrote."""
         with self.lock:
-            for known in (self._writers, self._starts):
-                for key in [key for key in known if salt is None or key[0][0] == salt]:
-                    del known[key]  # type: ignore[attr-defined]
+            self._writers = {key: done for key, done in self._writers.items() if salt not in (None, key[0][0])}
+            self._starts = {key: start for key, start in self._starts.items() if salt not in (None, key[0][0])}
 
 
 class Playback:
@@ -121,7 +120,7 @@ class Playback:
         return self._kept[id(done)][1]
 
     def _fresh(self) -> Any:
-        cache = quirks.fresh_cache(self._model)
+        cache: Any = quirks.fresh_cache(self._model)
         cache.activate_past_recording()  # or a sliding layer could not be cut
         return cache
 
@@ -139,7 +138,7 @@ class Playback:
         )
 
 
-class _Forced(LogitsProcessor):  # type: ignore[misc]  # untyped base
+class _Forced(LogitsProcessor):
     """Lets only the given sequence be generated."""
 
     def __init__(self, tokens: Sequence[int]) -> None:

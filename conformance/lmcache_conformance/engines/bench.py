@@ -168,6 +168,11 @@ class Engine:
             "tokens were ever stored: a hit that it cannot have"
         )
 
+    def log(self) -> str:
+        """The last lines that it has written, to go with a surprise."""
+        lines = self.session.stderr().strip().splitlines()[-8:]
+        return "\nlast lines of the engine's stderr:\n" + "\n".join(lines) if lines else ""
+
     # ---------------------------------------------------------------- the rest of the session
 
     def flush(self) -> None:

@@ -6,8 +6,9 @@ import contextlib
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from lmcache_conformance.engines.bench import Bench, Engine, on, same_answer, sa
 from lmcache_conformance.failures import EngineFailure
 from lmcache_conformance.marks import level, requires
 
-SMALL = {"dram_bytes": 1, "queue_bytes": "1MiB"}
+SMALL: Mapping[str, Any] = {"dram_bytes": 1, "queue_bytes": "1MiB"}
 """Memory for a few chunks: what is asked again comes from disk."""
 
 
@@ -58,6 +59,7 @@ class FaultTests(EngineBase):
                 same_tokens(again, engine.recompute(prompts[kind]), f"{what}, asked again")
 
     @level(Level.FAULTS)
+    @requires("restart")
     @on("llama", "gemma3")
     def test_files_damaged_under_a_running_engine_are_recomputed_from(self, bench: Bench, full: bool) -> None:
         """One file in the middle of a prompt: what is before it may be used, what is after it must not."""
@@ -86,6 +88,7 @@ class FaultTests(EngineBase):
     # ---------------------------------------------------------------- no room, no folder
 
     @level(Level.FAULTS)
+    @requires("restart")
     @on("llama", dtypes=1)
     def test_a_full_disk_costs_hits_and_recovers(self, bench: Bench) -> None:
         disk = bench.new_folder("full")

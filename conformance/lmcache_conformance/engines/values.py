@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lmcache_conformance.contract import Level, Request, Response
 from lmcache_conformance.damage import object_files, poison, problem_of
@@ -28,7 +29,7 @@ def dialogue(bench: Bench, engine: Engine, rounds: int, *, first: int = 70) -> I
         response = engine.ask(request)
         assert response.hit >= bench.whole(before), (
             f"round {number + 1}: a hit of {response.hit} tokens {dict(response.cached)}, though the last round's prompt of "
-            f"{before} tokens was computed and is the beginning of this one"
+            f"{before} tokens was computed and is the beginning of this one{engine.log()}"
         )
         yield request, response
         before = len(prompt)
@@ -119,7 +120,7 @@ class ValueTests(EngineBase):
     def test_names_do_not_depend_on_the_process(self, bench: Bench) -> None:
         """Two processes of their own, with other hash seeds, one after the other."""
         disk = bench.new_folder()
-        settings = {"dram_bytes": "64MiB", "disk_path": str(disk), "forked": False}
+        settings: dict[str, Any] = {"dram_bytes": "64MiB", "disk_path": str(disk), "forked": False}
         with bench.open(**settings, environment={"PYTHONHASHSEED": "1"}) as engine:
             *_, (request, response) = dialogue(bench, engine, 2)
             follow = Request(tokens=request.tokens + response.tokens + bench.prompt(9), max_new_tokens=NEW)
@@ -169,6 +170,7 @@ class ValueTests(EngineBase):
         )
 
     @level(Level.BYTES)
+    @requires("restart")
     @on("llama", dtypes=1)
     def test_files_are_whole_and_nothing_is_written_beside_them(self, bench: Bench) -> None:
         place = bench.new_folder("sandbox")

@@ -53,6 +53,7 @@ names_by_hash_seed = _Broken("NamesByHashSeed")
 knows_no_tenants = _Broken("KnowsNoTenants")
 trusts_the_name = _Broken("TrustsTheName")
 reports_what_it_does_not_use = _Broken("ReportsWhatItDoesNotUse")
+writes_elsewhere = _Broken("WritesElsewhere")
 clears_memory_only = _Broken("ClearsMemoryOnly")
 deaf_to_full_memory = _Broken("DeafToFullMemory")
 
@@ -69,6 +70,13 @@ class MutantIgnoresFailedLoads(_Quick, FaultTests):
     """See `brokenhf.IgnoresFailedLoads`."""
 
     adapter = _here("ignores_failed_loads")
+
+
+@mutant(row="load fails but is reported as success", project="adapters that report what they do not use")
+class MutantReportsWhatItDoesNotUse(_Quick, ValueTests):
+    """See `brokenhf.ReportsWhatItDoesNotUse`."""
+
+    adapter = _here("reports_what_it_does_not_use")
 
 
 @mutant(row="the recompute-after-failed-load path gives wrong output", project="vLLM #49250")

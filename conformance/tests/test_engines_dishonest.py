@@ -1,0 +1,53 @@
+"""An honest adapter passes the engine suite; each dishonest one fails it, with a message that says what to do next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def run(name: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """The suite on the class `Dishonest<name>`."""
+    words = [sys.executable, "-m", "pytest", f"dishonest.py::Dishonest{name}", "-c", os.devnull, "--rootdir", str(HERE)]
+    words += ["-o", "python_classes=Dishonest*", "-o", "python_files=dishonest.py", "-p", "no:cacheprovider", "-q"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    return subprocess.run(
+        [*words, *more], cwd=HERE, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_an_honest_adapter_passes() -> None:
+    done = run("Not")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+    assert "failed" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "level"),
+    [
+        ("TooFewTokens", "19 tokens generated, 20 were asked for and none ends it", "logits"),
+        ("HitsItDoesNotHave", "a hit that it cannot have", "logits"),
+        ("Raises", "raised KeyError: 'block 17'", "logits"),
+        ("Hangs", "no answer within 1 s", "logits"),
+        ("Dies", "was killed by SIGABRT", "logits"),
+        ("NoLogprobs", "log-probs are claimed, there are 0 for 20 tokens", "logits"),
+        ("ClaimsARestart", "in a new process, though a prompt", "restart"),
+        ("WritesElsewhere", "written outside of the disk tier's folder: cwd/answers.log", "bytes"),
+    ],
+)
+def test_a_dishonest_adapter_fails_and_the_message_says_how(name: str, said: str, level: str) -> None:
+    done = run(name, "-x", "--hypothesis-seed=7")
+    assert done.returncode == 1, done.stdout[-4000:]
+    assert said in done.stdout, done.stdout[-6000:]
+    assert f"level {level} · Dishonest{name}::test_" in done.stdout, "level and case are named"
+    assert "[llama-float32] · seed 7" in done.stdout, "the seed is named"
+    command = next(line for line in done.stdout.splitlines() if "-m pytest" in line and "dishonest.py::" in line)
+    assert "--hypothesis-seed=7" in command
+    assert f"Dishonest{name}::test_" in command
