@@ -4,9 +4,22 @@
 """
 
 from lmcache_kernels.address import Digits, Dim, Piece, PlaneAddress, Strip, coalesce, merge_strips, refine, table
-from lmcache_kernels.reference import Rows, all_rows, copy_block, on_host, put_rows, take_rows, view, width_of
+from lmcache_kernels.reference import (
+    ELEMENTS,
+    Rows,
+    all_rows,
+    copy_block,
+    on_host,
+    prepared_assignment,
+    prepared_put,
+    put_rows,
+    take_rows,
+    view,
+    width_of,
+)
 
 __all__ = [
+    "ELEMENTS",
     "Digits",
     "Dim",
     "Piece",
@@ -18,6 +31,8 @@ __all__ = [
     "copy_block",
     "merge_strips",
     "on_host",
+    "prepared_assignment",
+    "prepared_put",
     "put_rows",
     "refine",
     "table",

@@ -8,6 +8,7 @@ rows by far the fastest scatter. Other devices see torch operations only.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,15 @@ import torch
 from lmcache_kernels.address import Digits
 
 _DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+ELEMENTS: dict[int, np.dtype[Any]] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    8: np.dtype(np.int64),
+    16: np.dtype(np.complex128),
+}
+"""numpy's element of each width; assigning one moves its bits."""
+
 WIDEST = 16
 
 
@@ -87,30 +97,37 @@ def put_rows(target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, *,
 
     With `partial`, negative indices are skipped. On a CPU as many threads share the work as torch uses.
     """
+    prepared_put(target, index, source, partial=partial)()
+
+
+def prepared_put(
+    target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, *, partial: bool = False
+) -> Callable[[], object]:
+    """`put_rows` in two steps: what Python has to do, and, when called, the copy."""
     if not on_host(target):
         if partial:
             there = index >= 0
             index, source = index[there], source[there]
-        target.index_copy_(0, index.reshape(-1), source.reshape(-1, *target.shape[1:]))
-        return
+        return functools.partial(target.index_copy_, 0, index.reshape(-1), source.reshape(-1, *target.shape[1:]))
     memory, numbers, values = target.numpy(), index.numpy(), source.numpy()
     if partial:
         present = numbers >= 0
         numbers, values = numbers[present], values[present]
-    threads = torch.get_num_threads() if values.nbytes >= _WORTH_A_THREAD else 1
-    in_parallel([_put(memory, n, v) for n, v in _shares(numbers, values, threads)])
+    return prepared_assignment(memory, numbers, values)
+
+
+def prepared_assignment(
+    memory: npt.NDArray[Any], numbers: npt.NDArray[Any], values: npt.NDArray[Any]
+) -> Callable[[], object]:
+    """`memory[numbers] = values`, on as many threads as torch uses if it is large."""
+    threads = torch.get_num_threads()
+    if threads == 1 or values.nbytes < _WORTH_A_THREAD:
+        return functools.partial(memory.__setitem__, numbers, values)
+    shares = [functools.partial(memory.__setitem__, n, v) for n, v in _shares(numbers, values, threads)]
+    return functools.partial(in_parallel, shares)
 
 
 _WORTH_A_THREAD = 8 << 20
-
-
-def _put(memory: npt.NDArray[Any], numbers: npt.NDArray[Any], values: npt.NDArray[Any]) -> Callable[[], None]:
-    """One share of `put_rows`. numpy lets go of the interpreter while it copies."""
-
-    def put() -> None:
-        memory[numbers] = values
-
-    return put
 
 
 def _shares(
@@ -123,14 +140,14 @@ def _shares(
             yield n, v
 
 
-def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
+def in_parallel(tasks: Sequence[Callable[[], object]]) -> None:
     """Run all, the first one here and the others on threads of their own that end before this returns.
 
     Starting a thread takes 50 µs, the copies it is used for milliseconds; no pool has to be owned and closed.
     """
     failures: list[BaseException] = []
 
-    def guarded(task: Callable[[], None]) -> None:
+    def guarded(task: Callable[[], object]) -> None:
         try:
             task()
         except BaseException as error:

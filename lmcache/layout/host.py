@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby, pairwise
 from math import gcd
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from lmcache.layout.plan import Copy
-from lmcache_kernels import Rows, all_rows, table, view
+from lmcache_kernels import ELEMENTS, Rows, prepared_assignment, table
 
 _LONG_ROW = 32 << 10  # from here on the prefetcher's start is no part of the time
 _BYTES_PER_PUT = 256 << 10  # below, a call costs more than it saves
@@ -50,15 +48,7 @@ def apart(copy: Copy) -> Iterator[Copy]:
         )
 
 
-class Put(NamedTuple):
-    """`target[numbers[i]] = source[i]`, as `lmcache_kernels.put_rows` takes it."""
-
-    target: torch.Tensor
-    numbers: torch.Tensor
-    source: torch.Tensor
-
-
-def by_neighbours(copy: Copy) -> list[Put] | None:
+def by_neighbours(copy: Copy) -> list[Callable[[], object]] | None:
     """A gather of pages that are neighbours in the pool, in whatever order the objects have them; None if it is none.
 
     Reading short rows at random places is what a gather is slow at: the prefetcher starts anew at each row. Writing them
@@ -82,13 +72,19 @@ def by_neighbours(copy: Copy) -> list[Put] | None:
     offsets = np.arange(objects)[:, None, None] * copy.distance + table(part.lead).reshape(layers, -1)
     grain = gcd(copy.distance, *(stride for _, stride in part.lead))
     places = (offsets.transpose(1, 0, 2) // grain).reshape(layers, -1)[:, order]
-    target = all_rows(copy.memory, Rows(part.back.offset, grain, part.back.dims), copy.width)
     groups = [range(layers)] if even else [range(i, i + 1) for i in range(layers)]
+    # numpy alone: there may be many of these arrays, and each costs time before the first byte moves.
+    width, element = copy.width, ELEMENTS[copy.width]
+    count = Rows(part.back.offset, grain, part.back.dims).count(copy.memory.shape[0])
+    inner = row // width
+    target = np.ndarray((count, inner), element, copy.memory.numpy(), part.back.offset, (grain, width))
+    pool, ordered, starts = copy.storage.numpy(), units[order], part.layer_rows.tolist()
     puts = []
     for first, last in pairwise([0, *cuts.tolist(), len(order)]):
+        unit = int(ordered[first])
         for group in groups:
-            start = part.rows.offset + (int(units[order[first]]) + int(part.layer_rows[group[0]])) * part.step
-            lead = ((len(group), layer_step * part.step if even else 0), (last - first, row))
-            source = view(copy.storage, Rows(start, 1, part.rows.dims), lead, copy.width)
-            puts.append(Put(target, torch.from_numpy(places[group.start : group.stop, first:last]), source))
+            start = part.rows.offset + (unit + starts[group.start]) * part.step
+            strides = (layer_step * part.step if even else 0, row, width)
+            source = np.ndarray((len(group), last - first, inner), element, pool, start, strides)
+            puts.append(prepared_assignment(target, places[group.start : group.stop, first:last], source))
     return puts

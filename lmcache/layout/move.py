@@ -20,7 +20,7 @@ from lmcache_kernels import (
     copy_block,
     merge_strips,
     on_host,
-    put_rows,
+    prepared_put,
     refine,
     take_rows,
     view,
@@ -98,11 +98,11 @@ def scatter(
 
 def _moves(
     bound: BoundGroup, work: Sequence[Job], buffers: Sequence[torch.Tensor], *, into_paged: bool
-) -> list[Callable[[], None]]:
+) -> list[Callable[[], object]]:
     """All copies of a call, prepared before the first byte moves: interpreting Python between copies that have just
     emptied the processor's caches was measured at a tenth of the whole.
     """
-    moves: list[Callable[[], None]] = []
+    moves: list[Callable[[], object]] = []
     for job in work:
         mine = buffers if len(job.objects) == len(buffers) else [buffers[number] for number in job.objects]
         for chosen, memory, distance in _batches(mine):
@@ -114,14 +114,14 @@ def _moves(
     return moves
 
 
-def _takes(copy: Copy) -> Iterator[Callable[[], None]]:
+def _takes(copy: Copy) -> Iterator[Callable[[], object]]:
     """Gather: rows of the paged side into the buffer."""
     device, host = copy.storage.device, on_host(copy.storage)
     pieces = list(apart(copy)) if host else [copy]
     if host:
         runs = [by_neighbours(piece) for piece in pieces]
         if None not in runs:
-            yield from (partial(put_rows, *put) for run in runs for put in run or ())
+            yield from (put for run in runs for put in run or ())
             return
     for piece in pieces:
         part = piece.part
@@ -135,14 +135,14 @@ def _takes(copy: Copy) -> Iterator[Callable[[], None]]:
             yield partial(take_rows, paged, rows, view(piece.memory, back, part.lead, piece.width))
 
 
-def _puts(copy: Copy, missing: bool) -> Iterator[Callable[[], None]]:
+def _puts(copy: Copy, missing: bool) -> Iterator[Callable[[], object]]:
     """Scatter: rows of the buffer to the paged side."""
     device = copy.storage.device
     for piece in apart(copy) if on_host(copy.storage) else (copy,):
         paged = all_rows(piece.storage, piece.part.rows, piece.width)
         numbers = torch.from_numpy(piece.numbers).to(device).view([size for size, _ in piece.lead])
         dense = view(piece.memory, piece.part.back, piece.lead, piece.width)
-        yield partial(put_rows, paged, numbers, dense, partial=missing)
+        yield prepared_put(paged, numbers, dense, partial=missing)
 
 
 def _batches(buffers: Sequence[torch.Tensor]) -> list[tuple[slice, torch.Tensor, int]]:

@@ -54,7 +54,7 @@ class Part(NamedTuple):
 class Copy(NamedTuple):
     """A part for objects that lie in one buffer, ready to move.
 
-    `numbers[object]` are row numbers in `storage`, −1 = skip, in the shape of `part.lead`; objects begin every
+    `numbers[object]` are row numbers in `storage`, negative = skip, in the shape of `part.lead`; objects begin every
     `distance` bytes of `memory`; `width` bytes divide every offset, stride, length and pointer.
     """
 
@@ -72,7 +72,7 @@ class Copy(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Copy `parts` of these objects. `numbers[part][object]` are row numbers, −1 = skip, in the shape of `part.lead`."""
+    """Copy `parts` of these objects. `numbers[part][object]` are row numbers, negative = skip, in the shape of `part.lead`."""
 
     objects: Sequence[int]
     parts: tuple[Part, ...]
@@ -154,8 +154,6 @@ def _job(plan: Plan, objects: Sequence[int], ids: Ints, block: int, layers: rang
     for part in parts:
         units = addresses[part.tag] if part.join == 1 else addresses[part.tag][:, :: part.join]
         rows = part.layer_rows[None, :, None] + (units // part.step)[:, None, :]
-        if partial:
-            rows[np.broadcast_to((units < 0)[:, None, :], rows.shape)] = -1
         numbers.append(rows.reshape(len(objects), *(size for size, _ in part.lead)))
     return Job(objects, parts, numbers, partial)
 

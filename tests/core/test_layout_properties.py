@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lmcache.errors import LayoutError
 from lmcache.layout import BoundKV, Layout, ObjectLayout, ObjectPlane, PagedKV, gather, scatter, translate
 from lmcache.spec import KVSpec
-from lmcache_conformance.layoutlab import Index, Lab, kv_spec
+from lmcache_conformance.layoutlab import Index, Lab, kv_spec, spec_of
 
 DTYPES = [
     torch.bfloat16,
@@ -79,9 +79,12 @@ def strided(draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype) -> torch.
 def labs(draw: st.DrawFn) -> Lab:
     heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     dim, bt = draw(st.sampled_from([1, 2, 4, 6, 8])), draw(st.sampled_from([1, 2, 4, 6]))
-    blocks, dtype = draw(st.integers(3, 6)), draw(st.sampled_from(DTYPES))
-    spec = kv_spec(dtype, layers=layers, heads=heads, dim=dim)
+    blocks = draw(st.integers(3, 6))
     pool, one_tensor, together = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    dtypes = {"k": draw(st.sampled_from(DTYPES))}
+    dtypes["v"] = dtypes["k"] if together else draw(st.sampled_from(DTYPES))
+    elems = {"k": dim, "v": dim if together else draw(st.sampled_from([1, 3, 6]))}
+    spec = spec_of([(p, dtypes[p], elems[p]) for p in "kv"], layers=layers, heads=heads)
     slots = blocks * bt
     sizes = {
         "block": blocks,
@@ -96,10 +99,11 @@ def labs(draw: st.DrawFn) -> Lab:
     names += ["one"] * draw(st.integers(0, 1))
     splits = ["dim"] if pool else ["dim", "slot"]
     planes = ("kv",) if together else ("k", "v")
-    dims = {p: draw(arrangements([*names, "kv"] if together else names, sizes, splits)) for p in planes}
+    per_plane = {p: {**sizes, "dim": elems[p[0]]} for p in planes}
+    dims = {p: draw(arrangements([*names, "kv"] if together else names, per_plane[p], splits)) for p in planes}
     tensors = {
         p: [
-            draw(strided([prod(atom_size(a, sizes) for a in d) for d in dims[p]], dtype))
+            draw(strided([prod(atom_size(a, per_plane[p]) for a in d) for d in dims[p]], dtypes[p[0]]))
             for _ in range(1 if one_tensor else layers)
         ]
         for p in planes
@@ -114,7 +118,7 @@ def labs(draw: st.DrawFn) -> Lab:
             for name, op, factor in d:
                 value = place.get(name, torch.full_like(s, layer if name == "layer" else int(plane == "v")))
                 value = {"": value, "/": value // (factor or 1), "%": value % (factor or 1)}[op]
-                at = at * atom_size((name, op, factor), sizes) + value
+                at = at * atom_size((name, op, factor), per_plane[where]) + value
             index.append(at)
         return tensors[where][0 if one_tensor else layer], tuple(index)
 
@@ -139,11 +143,13 @@ def object_layouts(draw: st.DrawFn, spec: KVSpec, kv: BoundKV, tokens: int) -> O
     block = draw(st.sampled_from([d for d in range(1, tokens + 1) if tokens % d == 0]))
     sizes = {"block": tokens // block, "slot": block, "head": group.kv_heads, "dim": group.planes[0].elems, "kv": 2}
     names = ["block", "slot", "head", "dim"]
-    if draw(st.booleans()):
+    alike = len({(p.dtype, p.elems) for p in group.planes}) == 1
+    if alike and draw(st.booleans()):
         dims = draw(arrangements([*names, "kv"], sizes, ["slot", "dim"]))
         texts = [axes_text(dims)] * 2
     else:
-        texts = [axes_text(draw(arrangements(names, sizes, ["slot", "dim"]))) for _ in range(2)]
+        each = [{**sizes, "dim": p.elems} for p in group.planes]
+        texts = [axes_text(draw(arrangements(names, its, ["slot", "dim"]))) for its in each]
     planes = tuple(
         ObjectPlane(p.name, p.dtype, p.elems, f"layer {text}", block)
         for p, text in zip(group.planes, texts, strict=True)
