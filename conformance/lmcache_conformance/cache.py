@@ -40,6 +40,9 @@ def tokens_of(count: int, seed: int = 0) -> torch.Tensor:
 class CacheFactory:
     """What a subclass says, and the folder its tests use."""
 
+    patience: float = 60.0
+    """Seconds after which a call that has not returned counts as hung."""
+
     def open_cache(self, config: Config, spec: KVSpec, tiers: Sequence[Tier] | None = None) -> CacheEngine:
         """Open the cache; `tiers` replaces what `config` says about tiers below DRAM."""
         return CacheEngine(config, spec, tiers=tiers)
@@ -62,11 +65,12 @@ class CacheBytesTests(CacheFactory):
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_any_layout_reads_what_any_other_wrote_and_no_other_slot_changes(self, dtype: torch.dtype) -> None:
         tokens = tokens_of(3 * CHUNK + 5)
-        for writer in KINDS:
+        every = dtype == DTYPES[0]  # which layouts meet has nothing to do with the width of an element
+        for writer in KINDS if every else KINDS[:1]:
             source = Pool(writer, 40, dtype, seed=1)
             src = scattered(len(tokens), source, seed=3)
             expected = source.sequence(src[: 3 * CHUNK])
-            for reader in KINDS:
+            for reader in KINDS if every else KINDS[:2]:
                 target = Pool(reader, 40, dtype, seed=2)
                 dst = scattered(3 * CHUNK, target, seed=4)
                 untouched = torch.tensor([s for s in range(target.slots) if s not in set(dst.tolist())])
@@ -228,30 +232,6 @@ class CacheBytesTests(CacheFactory):
                     assert again.by_tier == {"dram": 4 * CHUNK}, "what was read is kept in DRAM"
                     assert cache.retrieve(again, target.kv, dst) == 4 * CHUNK
             assert target.sequence(dst) == source.sequence(src), f"{writer} → {reader}, {order}: other bits came back"
-
-    @level(Level.RESTART)
-    def test_another_process_finds_and_reads_what_was_flushed(self, place: Path) -> None:
-        stored = self.store_somewhere(str(place))
-        found, same = elsewhere(self, "find_there", str(place))
-        assert found == stored, f"another process is offered {found} of {stored} tokens"
-        assert same, "another process read other bits"
-
-    def store_somewhere(self, place: str) -> int:
-        """Store one prompt; tokens stored."""
-        pool = Pool("packed", 40, seed=1)
-        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
-            stored = cache.store(tokens_of(4 * CHUNK), pool.kv, scattered(4 * CHUNK, pool), salt="a", lora="l")
-            assert cache.flush()
-        return stored
-
-    def find_there(self, place: str) -> tuple[int, bool]:
-        """Tokens offered for that prompt, and whether what is loaded is right. Runs in another process."""
-        source, target = Pool("packed", 40, seed=1), Pool("nhd", 40, seed=9)
-        slots = scattered(4 * CHUNK, source)
-        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
-            with cache.lookup(tokens_of(4 * CHUNK), salt="a", lora="l") as hit:
-                loaded = cache.retrieve(hit, target.kv, slots)
-            return hit.tokens, target.sequence(slots[:loaded]) == source.sequence(slots[:loaded])
 
     # ---------------------------------------------------------------- keys and isolation
 
@@ -441,6 +421,32 @@ class CacheBytesTests(CacheFactory):
         with self.open_cache(tiny_config(disk_path=place), tiny_spec()):
             opened = _listening() - before
         assert not opened, f"it listens on {', '.join(sorted(opened))}: nobody asked for that"
+
+    # ---------------------------------------------------------------- another process
+
+    @level(Level.RESTART)
+    def test_another_process_finds_and_reads_what_was_flushed(self, place: Path) -> None:
+        stored = self.store_somewhere(str(place))
+        found, same = elsewhere(self, "find_there", str(place))
+        assert found == stored, f"another process is offered {found} of {stored} tokens"
+        assert same, "another process read other bits"
+
+    def store_somewhere(self, place: str) -> int:
+        """Store one prompt; tokens stored."""
+        pool = Pool("packed", 40, seed=1)
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
+            stored = cache.store(tokens_of(4 * CHUNK), pool.kv, scattered(4 * CHUNK, pool), salt="a", lora="l")
+            assert cache.flush()
+        return stored
+
+    def find_there(self, place: str) -> tuple[int, bool]:
+        """Tokens offered for that prompt, and whether what is loaded is right. Runs in another process."""
+        source, target = Pool("packed", 40, seed=1), Pool("nhd", 40, seed=9)
+        slots = scattered(4 * CHUNK, source)
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
+            with cache.lookup(tokens_of(4 * CHUNK), salt="a", lora="l") as hit:
+                loaded = cache.retrieve(hit, target.kv, slots)
+            return hit.tokens, target.sequence(slots[:loaded]) == source.sequence(slots[:loaded])
 
 
 def _listening() -> set[str]:

@@ -72,8 +72,9 @@ class Moody(MemoryTier):
 class Case:
     """A prompt that lies in the remote tier only, a fresh cache over it, and a target to load into."""
 
-    def __init__(self, tier: Moody, cache: CacheEngine, source: Pool, slots: torch.Tensor) -> None:
+    def __init__(self, tier: Moody, cache: CacheEngine, source: Pool, slots: torch.Tensor, patience: float) -> None:
         self.tier, self.cache, self.source, self.slots = tier, cache, source, slots
+        self.patience = patience
         self.target = Pool("packed", 40, seed=2)
 
     def load(self) -> int:
@@ -85,14 +86,14 @@ class Case:
             assert loaded <= hit.tokens
             return loaded
 
-        loaded = within(60, call)
+        loaded = within(self.patience, call)
         got, want = self.target.sequence(self.slots[:loaded]), self.source.sequence(self.slots[:loaded])
         assert got == want, f"{loaded} tokens are called loaded, and are not what was stored"
         return loaded
 
     def quiet(self) -> None:
         """No lease, no job, no slot in between: everything was given back."""
-        quiet(self.cache)
+        quiet(self.cache, self.patience)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
@@ -116,11 +117,11 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     return done[0]
 
 
-def quiet(cache: CacheEngine) -> None:
+def quiet(cache: CacheEngine, patience: float) -> None:
     """Nothing is held once all is over."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + patience
     while True:
-        cache.flush()
+        cache.flush(timeout=patience)
         stats = cache.stats()
         held = {name: stats[name] for name in ("index_leases", "index_jobs", "index_slots_leaving") if stats[name]}
         if not held:
@@ -129,11 +130,12 @@ def quiet(cache: CacheEngine) -> None:
         time.sleep(0.01)
 
 
+assert tiny_spec().object_bytes(0, CHUNK) == 3072  # so that the places below are what they say
 DAMAGE: dict[str, Callable[[bytearray], object]] = {
-    "a bit of the payload": lambda c: c.__setitem__(-5000, c[-5000] ^ 1),
+    "a bit of the payload": lambda c: c.__setitem__(-2000, c[-2000] ^ 1),  # the last 1024 bytes are padding
     "a bit of the header": lambda c: c.__setitem__(100, c[100] ^ 4),
     "truncated by half": lambda c: c.__delitem__(slice(len(c) // 2, None)),
-    "truncated by a page": lambda c: c.__delitem__(slice(len(c) - 4096 - 64, None)),
+    "truncated by a few bytes of payload": lambda c: c.__delitem__(slice(len(c) - 1024 - 64, None)),
     "truncated in the header": lambda c: c.__delitem__(slice(1000, None)),
     "empty": lambda c: c.clear(),
     "a header of 1 GiB": lambda c: c.__setitem__(slice(0, 8), (1 << 30).to_bytes(8, "little")),
@@ -154,7 +156,7 @@ class CacheFaultTests(CacheFactory):
         filler.store(TOKENS, source.kv, slots)
         assert filler.flush()
         filler.close()
-        case = Case(tier, self.reopen(tier), source, slots)
+        case = Case(tier, self.reopen(tier), source, slots, self.patience)
         yield case
         tier.answers.set()
         case.cache.close()
@@ -223,7 +225,7 @@ class CacheFaultTests(CacheFactory):
             assert hit.tokens == len(TOKENS)
             doomed = sorted(case.tier.contents(), key=lambda id: id.depth)[2]
             del case.tier.contents()[doomed]
-            loaded = within(60, lambda: case.cache.retrieve(hit, case.target.kv, case.slots))
+            loaded = within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots))
         assert loaded == 2 * CHUNK, f"chunk 2 is gone, and {loaded} tokens are called loaded"
         held = case.slots[:loaded]
         assert case.target.sequence(held) == case.source.sequence(held)
@@ -276,7 +278,7 @@ class CacheFaultTests(CacheFactory):
         before = case.target.snapshot()
         with case.cache.lookup(TOKENS) as hit:
             assert hit.tokens == len(TOKENS)
-            assert within(30, lambda: case.cache.retrieve(hit, case.target.kv, case.slots)) == 0
+            assert within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots)) == 0
         case.tier.answers.set()
         case.quiet()
         same = all(torch.equal(a, b) for a, b in zip(before, case.target.snapshot(), strict=True))
@@ -287,11 +289,11 @@ class CacheFaultTests(CacheFactory):
     def test_slots_under_a_hung_read_are_not_reused_while_it_hangs(self, case: Case) -> None:
         case.tier.answers.clear()
         with case.cache.lookup(TOKENS) as hit:
-            assert within(30, lambda: case.cache.retrieve(hit, case.target.kv, case.slots)) == 0
+            assert within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots)) == 0
         pools, prompts = [], []
         for n in range(30):  # far more than the arena holds
             pool, tokens = Pool("packed", 40, seed=100 + n), TOKENS + 1000 * (n + 1)
-            case.cache.store(tokens, pool.kv, case.slots)
+            within(self.patience, lambda tokens=tokens, pool=pool: case.cache.store(tokens, pool.kv, case.slots))  # type: ignore[misc]
             pools.append(pool)
             prompts.append(tokens)
         case.tier.answers.set()
@@ -311,7 +313,7 @@ class CacheFaultTests(CacheFactory):
         with self.open_cache(tiny_config(probe_timeout_s=0.1), tiny_spec(), [tier]) as cache:
             tier.answers.clear()
             try:
-                assert within(30, lambda: cache.lookup(TOKENS).tokens) == 0
+                assert within(self.patience, lambda: cache.lookup(TOKENS).tokens) == 0
             finally:
                 tier.answers.set()
 
@@ -324,10 +326,12 @@ class CacheFaultTests(CacheFactory):
         tier.answers.clear()
         try:
             for n in range(3):
-                within(30, lambda n=n: cache.store(TOKENS + n, pool.kv, slots))  # type: ignore[misc]
-            assert not within(30, lambda: cache.flush(timeout=0.1)), "nothing was written, and flush says it was"
+                within(self.patience, lambda n=n: cache.store(TOKENS + n, pool.kv, slots))  # type: ignore[misc]
+            assert not within(self.patience, lambda: cache.flush(timeout=0.1)), (
+                "nothing was written, and flush says it was"
+            )
             with mock.patch("lmcache.engine._CLOSE_S", 0.5):
-                within(60, cache.close)
+                within(self.patience, cache.close)
         finally:
             tier.answers.set()
 
@@ -338,11 +342,13 @@ class CacheFaultTests(CacheFactory):
         with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
             with enospc():
                 for n in range(30):
-                    assert within(30, lambda n=n: cache.store(TOKENS + n, pool.kv, slots)) == len(TOKENS), f"store {n}"  # type: ignore[misc]
-                    assert within(60, cache.flush), "flush hangs on a full disk"
-                quiet(cache)
+                    tokens = TOKENS + n
+                    stored = within(self.patience, lambda tokens=tokens: cache.store(tokens, pool.kv, slots))  # type: ignore[misc]
+                    assert stored == len(TOKENS), f"store {n}"
+                    assert within(self.patience, cache.flush), "flush hangs on a full disk"
+                quiet(cache, self.patience)
                 assert not list(place.rglob("*.safetensors"))
-            until = time.monotonic() + 60
+            until = time.monotonic() + self.patience
             n = 100
             while not list(place.rglob("*.safetensors")):
                 assert time.monotonic() < until, "there is space again, and nothing is written any more"
@@ -350,43 +356,6 @@ class CacheFaultTests(CacheFactory):
                 cache.store(TOKENS + n, pool.kv, slots)
                 cache.flush()
                 time.sleep(0.02)
-
-    @level(Level.FAULTS)
-    def test_a_killed_process_leaves_only_right_bits_and_all_that_it_had_flushed(self, place: Path) -> None:
-        child = started(self, "store_for_ever", str(place))
-        flushed = -1
-        try:
-            assert child.stdout is not None
-            for line in child.stdout:
-                if line.startswith("FLUSHED"):
-                    flushed = int(line.split()[1])
-                if flushed >= 4:
-                    break
-        finally:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-        assert flushed >= 4, f"the process ended by itself: {(child.stderr.read() if child.stderr else '')[-2000:]}"
-        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
-            for n in range(flushed + 5):
-                source, target = Pool("packed", 40, seed=n), Pool("packed", 40, seed=5000)
-                slots = scattered(len(TOKENS), source, seed=3)
-                with cache.lookup(TOKENS + n) as hit:
-                    loaded = cache.retrieve(hit, target.kv, slots)
-                assert target.sequence(slots[:loaded]) == source.sequence(slots[:loaded]), f"prompt {n} came back wrong"
-                assert n > flushed or loaded == len(TOKENS), (
-                    f"prompt {n} was flushed, and {loaded} tokens of it are left"
-                )
-
-    def store_for_ever(self, place: str) -> None:
-        """Store one prompt after another and say how far it is. Runs in another process, until it is killed."""
-        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
-            for n in range(10_000):
-                pool = Pool("packed", 40, seed=n)
-                cache.store(TOKENS + n, pool.kv, scattered(len(TOKENS), pool, seed=3))
-                if n % 2 == 0:
-                    cache.flush()
-                    sys.stdout.write(f"FLUSHED {n}\n")
-                    sys.stdout.flush()
 
     # ---------------------------------------------------------------- pressure
 
@@ -398,12 +367,31 @@ class CacheFaultTests(CacheFactory):
         with self.open_cache(tiny_config(dram_bytes=12 * spec.object_bytes(0, CHUNK)), spec) as cache:
             for n in range(20):
                 tokens = tokens_of(4 * CHUNK, seed=n)
-                stored = within(30, lambda tokens=tokens: cache.store(tokens, pool.kv, slots))  # type: ignore[misc]
+                stored = within(self.patience, lambda tokens=tokens: cache.store(tokens, pool.kv, slots))  # type: ignore[misc]
                 assert stored == 4 * CHUNK, f"store {n}: {stored} tokens taken by a cache that could evict"
                 with cache.lookup(tokens) as hit:
                     assert hit.tokens == 4 * CHUNK
             with cache.lookup(tokens_of(4 * CHUNK, seed=0)) as hit:
                 assert (hit.tokens, hit.stop) == (0, "evicted")
+
+    @level(Level.PRESSURE)
+    def test_where_memory_runs_out_nothing_is_offered_and_nothing_raises(self) -> None:
+        def refuse(nbytes: int) -> torch.Tensor:
+            raise MemoryError(f"no {nbytes} bytes of host memory")
+
+        pool, target = Pool("packed", 64, seed=1), Pool("packed", 64, seed=2)
+        slots = scattered(4 * CHUNK, pool)
+        with mock.patch("lmcache.arena.anonymous", refuse):
+            cache = self.open_cache(tiny_config(pin_memory="never"), tiny_spec())
+        try:
+            for _ in range(2):
+                within(self.patience, lambda: cache.store(TOKENS, pool.kv, slots))
+                with cache.lookup(TOKENS) as hit:
+                    assert hit.tokens == 0, "offered, though there was no memory to store it in"
+                    assert within(self.patience, lambda hit=hit: cache.retrieve(hit, target.kv, slots)) == 0  # type: ignore[misc]
+            quiet(cache, self.patience)
+        finally:
+            cache.close()
 
     @level(Level.PRESSURE)
     def test_a_leased_hit_survives_pressure(self) -> None:
@@ -438,7 +426,7 @@ class CacheFaultTests(CacheFactory):
             assert cache.store(tokens_of(4 * CHUNK, seed=999), pool.kv, slots) == 4 * CHUNK, (
                 "pins leaked: the cache is stuck"
             )
-            quiet(cache)
+            quiet(cache, self.patience)
 
     @level(Level.PRESSURE)
     def test_a_hit_on_disk_may_be_larger_than_dram(self, place: Path) -> None:
@@ -515,13 +503,52 @@ class CacheFaultTests(CacheFactory):
                 assert not thread.is_alive(), "a thread hangs"
             assert not wrong, f"wrong bits in {wrong}"
             for cache in opened:
-                quiet(cache)
+                quiet(cache, self.patience)
         finally:
             for cache in opened:
                 cache.close()
 
+    # ---------------------------------------------------------------- another process
 
-class CacheTests(CacheBytesTests, CacheFaultTests):
+    @level(Level.FAULTS)
+    def test_a_killed_process_leaves_only_right_bits_and_all_that_it_had_flushed(self, place: Path) -> None:
+        child = started(self, "store_for_ever", str(place))
+        flushed = -1
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith("FLUSHED"):
+                    flushed = int(line.split()[1])
+                if flushed >= 4:
+                    break
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+        assert flushed >= 4, f"the process ended by itself: {(child.stderr.read() if child.stderr else '')[-2000:]}"
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
+            for n in range(flushed + 5):
+                source, target = Pool("packed", 40, seed=n), Pool("packed", 40, seed=5000)
+                slots = scattered(len(TOKENS), source, seed=3)
+                with cache.lookup(TOKENS + n) as hit:
+                    loaded = cache.retrieve(hit, target.kv, slots)
+                assert target.sequence(slots[:loaded]) == source.sequence(slots[:loaded]), f"prompt {n} came back wrong"
+                assert n > flushed or loaded == len(TOKENS), (
+                    f"prompt {n} was flushed, and {loaded} tokens of it are left"
+                )
+
+    def store_for_ever(self, place: str) -> None:
+        """Store one prompt after another and say how far it is. Runs in another process, until it is killed."""
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
+            for n in range(10_000):
+                pool = Pool("packed", 40, seed=n)
+                cache.store(TOKENS + n, pool.kv, scattered(len(TOKENS), pool, seed=3))
+                if n % 2 == 0:
+                    cache.flush()
+                    sys.stdout.write(f"FLUSHED {n}\n")
+                    sys.stdout.flush()
+
+
+class CacheTests(CacheFaultTests, CacheBytesTests):
     """The whole contract of caches. (Random histories: `cachemachine`.)"""
 
 

@@ -503,28 +503,6 @@ class TierTests:
         finally:
             tier.close()
 
-    @level(Level.RESTART)
-    @requires("persistent")
-    def test_another_process_finds_every_object_under_its_id(self, place: Path) -> None:
-        """Names must not depend on the process: hash seeds, addresses, counters."""
-        tier = self.open_tier(place, None)
-        for number in range(5):
-            put(tier, object_id(number), pattern(number, 500))
-        tier.flush()
-        tier.close()
-        found, wrong = elsewhere(self, "look", str(place), 5)
-        assert found == 5, f"another process sees {found} of 5 objects"
-        assert not wrong, f"another process reads other bytes of chunks {wrong}"
-
-    def look(self, place: str, count: int) -> tuple[int, list[int]]:
-        """How many of the first objects are there, and which of them are wrong. Runs in another process."""
-        tier = self.open_tier(Path(place), None)
-        try:
-            present = [n for n in range(count) if tier.contains([object_id(n)])[0].status is Status.OK]
-            return len(present), [n for n in present if get(tier, object_id(n), 500)[1] != pattern(n, 500)]
-        finally:
-            tier.close()
-
     # ---------------------------------------------------------------- concurrency
 
     @level(Level.CONCURRENCY)
@@ -577,6 +555,30 @@ class TierTests:
         _in_threads(work, 4)
         assert not wrong
         assert tier.used_bytes() == sum(found.nbytes for found in tier.scan())
+
+    # ---------------------------------------------------------------- another process
+
+    @level(Level.RESTART)
+    @requires("persistent")
+    def test_another_process_finds_every_object_under_its_id(self, place: Path) -> None:
+        """Names must not depend on the process: hash seeds, addresses, counters."""
+        tier = self.open_tier(place, None)
+        for number in range(5):
+            put(tier, object_id(number), pattern(number, 500))
+        tier.flush()
+        tier.close()
+        found, wrong = elsewhere(self, "look", str(place), 5)
+        assert found == 5, f"another process sees {found} of 5 objects"
+        assert not wrong, f"another process reads other bytes of chunks {wrong}"
+
+    def look(self, place: str, count: int) -> tuple[int, list[int]]:
+        """How many of the first objects are there, and which of them are wrong. Runs in another process."""
+        tier = self.open_tier(Path(place), None)
+        try:
+            present = [n for n in range(count) if tier.contains([object_id(n)])[0].status is Status.OK]
+            return len(present), [n for n in present if get(tier, object_id(n), 500)[1] != pattern(n, 500)]
+        finally:
+            tier.close()
 
     # ---------------------------------------------------------------- all of it at random
 

@@ -11,7 +11,8 @@ from lmcache.index import Finished, Index, Lookup, Owner, Store
 from lmcache.index.pool import Entry
 from lmcache.plan import Chain, JobReport, Plan, Report, Status
 from lmcache.spec import HitRule
-from lmcache_conformance.index import CHUNK, IndexTests
+from lmcache_conformance.index import IndexTests
+from lmcache_conformance.indexlab import CHUNK
 from lmcache_conformance.mutants import mutant
 
 
