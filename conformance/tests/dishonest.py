@@ -14,6 +14,7 @@ import msgspec
 
 from lmcache_conformance.contract import Capabilities, Request, Response, Session, SessionConfig
 from lmcache_conformance.engines import EngineTests
+from lmcache_conformance.engines.values import ValueTests
 
 CHUNK = 16
 
@@ -150,6 +151,6 @@ class DishonestClaimsARestart(DishonestBase):
     adapter = "dishonest:claims_a_restart"
 
 
-class DishonestWritesElsewhere(DishonestBase):
+class DishonestWritesElsewhere(ValueTests):
     adapter = "lmcache_conformance.mutants.engines:writes_elsewhere"
     timeout_s = 120.0

@@ -43,7 +43,8 @@ def test_an_honest_adapter_passes() -> None:
     ],
 )
 def test_a_dishonest_adapter_fails_and_the_message_says_how(name: str, said: str, level: str) -> None:
-    done = run(name, "-x", "--hypothesis-seed=7")
+    only = ["-k", "nothing_is_written"] if level == "bytes" else []
+    done = run(name, "-x", "--hypothesis-seed=7", *only)
     assert done.returncode == 1, done.stdout[-4000:]
     assert said in done.stdout, done.stdout[-6000:]
     assert f"level {level} · Dishonest{name}::test_" in done.stdout, "level and case are named"

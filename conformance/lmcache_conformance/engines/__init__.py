@@ -19,5 +19,5 @@ from lmcache_conformance.engines.values import ValueTests
 __all__ = ["EngineTests"]
 
 
-class EngineTests(ValueTests, NameTests, TrafficTests, FaultTests, EngineBase):
-    """All of it. Attributes say what the engine under test is; see `EngineBase`."""
+class EngineTests(FaultTests, TrafficTests, NameTests, ValueTests, EngineBase):
+    """All of it; pytest runs the last base's tests first. Attributes say what the engine under test is; see `EngineBase`."""

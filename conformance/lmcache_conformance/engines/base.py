@@ -15,6 +15,7 @@ import pytest
 from lmcache_conformance.contract import Capabilities
 from lmcache_conformance.discover import NotInstalledError, find_adapter
 from lmcache_conformance.engines.bench import Bench, Case, cases_for
+from lmcache_conformance.models import REAL
 
 
 class EngineBase:
@@ -33,7 +34,7 @@ class EngineBase:
     """Must suit the engine: a multiple of its block."""
 
     timeout_s: ClassVar[float] = 120.0
-    """For one call of the engine; beyond it, it hangs."""
+    """For one call of the engine; beyond it, it hangs. Real models get five times as long."""
 
     may_write: ClassVar[tuple[str, ...]] = ()
     """Patterns of files (below HOME, TMPDIR or the working directory) that the engine itself leaves behind."""
@@ -75,7 +76,8 @@ class EngineBase:
         memory = Path("/dev/shm")
         base = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
         folder = Path(tempfile.mkdtemp(prefix="lmcache-engines-", dir=base))
-        bench = Bench(chosen[0], chosen[1], case, folder, chunk_tokens=cls.chunk_tokens, timeout_s=cls.timeout_s)
+        timeout_s = cls.timeout_s * (5 if case.model in REAL else 1)
+        bench = Bench(chosen[0], chosen[1], case, folder, chunk_tokens=cls.chunk_tokens, timeout_s=timeout_s)
         try:
             yield bench
         finally:

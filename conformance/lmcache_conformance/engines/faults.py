@@ -18,6 +18,7 @@ from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Engine, on, same_answer, same_tokens
 from lmcache_conformance.failures import EngineFailure
 from lmcache_conformance.marks import level, requires
+from lmcache_conformance.models import REAL
 
 SMALL: Mapping[str, Any] = {"dram_bytes": 1, "queue_bytes": "1MiB"}
 """Memory for a few chunks: what is asked again comes from disk."""
@@ -92,7 +93,10 @@ class FaultTests(EngineBase):
     @on("llama", dtypes=1)
     def test_a_full_disk_costs_hits_and_recovers(self, bench: Bench) -> None:
         disk = bench.new_folder("full")
-        with _small_disk(disk) as filler, bench.open(disk_path=str(disk), **SMALL) as engine:
+        with (
+            _small_disk(disk, 64 if bench.case.model in REAL else 4) as filler,
+            bench.open(disk_path=str(disk), **SMALL) as engine,
+        ):
             for number in range(4):
                 prompt = bench.chunks(12)
                 for occasion in ("at first", "again"):
@@ -166,18 +170,18 @@ class FaultTests(EngineBase):
 
 
 @contextlib.contextmanager
-def _small_disk(place: Path) -> Iterator[Path]:
-    """A file system of 4 MiB at `place`, all but full: yields the file that fills it. Skips where it can't be mounted."""
+def _small_disk(place: Path, mib: int) -> Iterator[Path]:
+    """A file system of `mib` MiB at `place`, all but full: yields the file that fills it. Skips where it can't be mounted."""
     place.mkdir(parents=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"a small file system to fill up can't be mounted here: {mounted.stderr.strip()}")
     try:
         filler = place / "filler"
         with filler.open("wb") as file, contextlib.suppress(OSError):
-            file.write(bytes(4 * 2**20 - 300_000))
+            file.write(bytes(mib * 2**20 - 300_000))
         yield filler
     finally:
         subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False)
