@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layoutlab import LABS, Lab, kv_spec
 
 import lmcache.layout.host
 import lmcache.layout.move
 import lmcache_kernels.reference
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter
 from lmcache.layout.host import by_neighbours
+from lmcache_conformance.layoutlab import LABS, Lab, kv_spec
 
 NAMES = [
     "vllm packed LBHNC",

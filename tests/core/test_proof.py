@@ -6,10 +6,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from layoutlab import LABS, Lab, bits, kv_spec, plain, spec_of, vllm_cpu_amx, vllm_cpu_vec, vllm_packed
 
 from lmcache.layout import BoundKV, Layout, PagedKV
 from lmcache.proof import Proof, Values, prove
+from lmcache_conformance.layoutlab import (
+    LABS,
+    Lab,
+    bits,
+    kv_spec,
+    plain,
+    spec_of,
+    vllm_cpu_amx,
+    vllm_cpu_vec,
+    vllm_packed,
+)
 
 
 def bind(lab: Lab, axes: object = None) -> BoundKV:

@@ -1,3 +1,0 @@
-"""Moved: `lmcache_conformance.layoutlab`."""
-
-from lmcache_conformance.layoutlab import *  # noqa: F403
