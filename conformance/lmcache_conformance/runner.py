@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lmcache_conformance.failures import ending
 from lmcache_conformance.processes import kill_group
-from lmcache_conformance.records import Began, Ended, Event, Started, TestResult, Writer, decode
+from lmcache_conformance.records import Began, Ended, Event, Started, TestResult, decode
 
 MAX_RESTARTS = 20
 """How many tests of one target may crash or hang before the rest is given up."""
@@ -228,10 +228,6 @@ class _Attempt:
             seed=test.seed,
             by_assertion="hung" in why,
         )
-        writer = Writer(self._report)
-        writer.write(result)  # so that the next process leaves it out
-        writer.close()
-        self._position = self._report.stat().st_size
         self._take(result)
 
     def _tail(self) -> str:
