@@ -1,4 +1,4 @@
-"""Random histories against a dictionary: `TierMachine` for any tier, by a factory. (`cachemachine` does it for whole caches.)"""
+"""Random histories of any tier against a dictionary. Whole caches have theirs in `cachemachine`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lmcache.keys import ObjectId
 from lmcache.plan import Status
 from lmcache.tiers.base import Range, Read, Tier
-from lmcache_conformance.tierlab import NAMESPACE, OTHER_NAMESPACE, object_id, pattern, put
+from lmcache_conformance.tierlab import NAMESPACE, OTHER_NAMESPACE, get, object_id, pattern, put
 
 
 def run_machine(machine: Callable[[], RuleBasedStateMachine], *, examples: int, steps: int) -> None:
@@ -36,35 +36,45 @@ _IDS = st.builds(
 )
 
 
+_OPENERS = st.integers(0, 1)
+
+
 class TierMachine(RuleBasedStateMachine):
     """A tier beside a dict.
 
     Args:
         open_tier: opens the tier, always at the same place.
         persistent: what was written survives closing and opening again.
+        openers: how many have the place open at once; more than one only of a shared tier.
     """
 
-    def __init__(self, open_tier: Callable[[], Tier], *, persistent: bool) -> None:
+    def __init__(self, open_tier: Callable[[], Tier], *, persistent: bool, openers: int = 1) -> None:
         super().__init__()
         self.open_tier = open_tier
         self.persistent = persistent
+        self.openers = openers
+        self.tiers: list[Tier] = []
         self.model: dict[ObjectId, bytes] = {}
 
     @initialize()
     def open(self) -> None:
-        self.tier = self.open_tier()
+        self.tiers = [self.open_tier() for _ in range(self.openers)]
 
-    @rule(id=_IDS, size=st.sampled_from([1, 100, 4096, 70_000]), seed=st.integers(0, 9))
-    def write(self, id: ObjectId, size: int, seed: int) -> None:
+    def tier(self, opener: int) -> Tier:
+        """One of them."""
+        return self.tiers[opener % self.openers]
+
+    @rule(at=_OPENERS, id=_IDS, size=st.sampled_from([1, 100, 4096, 70_000]), seed=st.integers(0, 9))
+    def write(self, at: int, id: ObjectId, size: int, seed: int) -> None:
         data = pattern(seed, size)
         expected = 0 if id in self.model else size
-        assert put(self.tier, id, data) == (Status.OK, expected, "")
+        assert put(self.tier(at), id, data) == (Status.OK, expected, "")
         self.model.setdefault(id, data)
 
-    @rule(id=_IDS, offset=st.integers(0, 5000), length=st.integers(0, 5000))
-    def read(self, id: ObjectId, offset: int, length: int) -> None:
+    @rule(at=_OPENERS, id=_IDS, offset=st.integers(0, 5000), length=st.integers(0, 5000))
+    def read(self, at: int, id: ObjectId, offset: int, length: int) -> None:
         buffer = bytearray(b"?" * length)
-        [result] = self.tier.read_into([Read(id, [memoryview(buffer)], [Range(offset, length)])])
+        [result] = self.tier(at).read_into([Read(id, [memoryview(buffer)], [Range(offset, length)])])
         if id not in self.model:
             assert result.status is Status.MISSING
             return
@@ -72,38 +82,109 @@ class TierMachine(RuleBasedStateMachine):
         assert result == (Status.OK, len(expected), "")
         assert bytes(buffer) == expected + b"?" * (length - len(expected))
 
-    @rule(ids=st.lists(_IDS, max_size=3))
-    def delete(self, ids: list[ObjectId]) -> None:
-        assert all(result.status is Status.OK for result in self.tier.delete(ids))
+    @rule(at=_OPENERS, ids=st.lists(_IDS, max_size=3))
+    def delete(self, at: int, ids: list[ObjectId]) -> None:
+        assert all(result.status is Status.OK for result in self.tier(at).delete(ids))
         for id in ids:
             self.model.pop(id, None)
 
-    @rule(namespace=st.sampled_from([None, NAMESPACE, OTHER_NAMESPACE]))
-    def clear(self, namespace: bytes | None) -> None:
+    @rule(at=_OPENERS, namespace=st.sampled_from([None, NAMESPACE, OTHER_NAMESPACE]))
+    def clear(self, at: int, namespace: bytes | None) -> None:
         doomed = [id for id in self.model if namespace in (None, id.namespace)]
-        assert self.tier.clear(namespace) == len(doomed)
+        assert self.tier(at).clear(namespace) == len(doomed)
         for id in doomed:
             del self.model[id]
 
-    @rule(durable=st.booleans())
-    def flush(self, durable: bool) -> None:
-        self.tier.flush(durable=durable)
+    @rule(at=_OPENERS, durable=st.booleans())
+    def flush(self, at: int, durable: bool) -> None:
+        self.tier(at).flush(durable=durable)
+
+    @rule(at=_OPENERS)
+    def reopen(self, at: int) -> None:
+        if self.persistent:
+            self.tier(at).close()
+            self.tiers[at % self.openers] = self.open_tier()
+
+    @invariant()
+    def same_as_the_model(self) -> None:
+        for tier in self.tiers:
+            assert {found.id: found.nbytes for found in tier.scan()} == {i: len(d) for i, d in self.model.items()}
+            assert tier.used_bytes() == sum(map(len, self.model.values()))
+            present = tier.contains(list(self.model))
+            assert all(result.status is Status.OK for result in present)
+
+    def teardown(self) -> None:
+        for tier in self.tiers:
+            tier.close()
+
+
+class BoundedTierMachine(RuleBasedStateMachine):
+    """A tier that may drop whatever it likes to stay below its capacity: what it serves is right all the same.
+
+    Args:
+        open_tier: opens the tier with that capacity, always at the same place.
+        capacity: bytes.
+        persistent: it may be closed and opened again.
+    """
+
+    def __init__(self, open_tier: Callable[[], Tier], *, capacity: int, persistent: bool) -> None:
+        super().__init__()
+        self.open_tier = open_tier
+        self.capacity = capacity
+        self.persistent = persistent
+        self.tier: Tier | None = None
+        self.model: dict[ObjectId, bytes] = {}  # what may be served; anything of it may be gone
+
+    @initialize()
+    def open(self) -> None:
+        self.tier = self.open_tier()
+
+    @rule(id=_IDS, share=st.sampled_from([1, 5, 20, 45, 101]), seed=st.integers(0, 9))
+    def write(self, id: ObjectId, share: int, seed: int) -> None:
+        assert self.tier is not None
+        data = pattern(seed, self.capacity * share // 100)
+        before = get(self.tier, id, self.capacity)
+        result = put(self.tier, id, data)
+        assert result.status in (Status.OK, Status.FULL)
+        if before[0].status is Status.OK and result.status is Status.OK and not result.nbytes:
+            return  # the older object is kept
+        assert result.status is Status.FULL or len(data) <= self.capacity
+        if result.nbytes:
+            self.model[id] = data
+            assert get(self.tier, id, self.capacity)[1] == data, "accepted, and not there"
+
+    @rule(id=_IDS)
+    def read(self, id: ObjectId) -> None:
+        assert self.tier is not None
+        result, data = get(self.tier, id, self.capacity)
+        assert result.status in (Status.OK, Status.MISSING)
+        assert result.status is Status.MISSING or data == self.model.get(id), "what is served was never written"
+
+    @rule(id=_IDS)
+    def delete(self, id: ObjectId) -> None:
+        assert self.tier is not None
+        self.tier.delete([id])
+        self.model.pop(id, None)
+
+    @rule(namespace=st.sampled_from([None, NAMESPACE, OTHER_NAMESPACE]))
+    def clear(self, namespace: bytes | None) -> None:
+        assert self.tier is not None
+        self.tier.clear(namespace)
+        self.model = {id: data for id, data in self.model.items() if namespace not in (None, id.namespace)}
 
     @rule()
     def reopen(self) -> None:
-        if self.persistent:
+        if self.persistent and self.tier is not None:
             self.tier.close()
             self.tier = self.open_tier()
 
     @invariant()
-    def same_as_the_model(self) -> None:
-        if not hasattr(self, "tier"):
-            return
-        assert {found.id: found.nbytes for found in self.tier.scan()} == {i: len(d) for i, d in self.model.items()}
-        assert self.tier.used_bytes() == sum(map(len, self.model.values()))
-        present = self.tier.contains(list(self.model))
-        assert all(result.status is Status.OK for result in present)
+    def within_bounds_and_no_surprise(self) -> None:
+        if self.tier is not None:
+            found = {found.id: found.nbytes for found in self.tier.scan()}
+            assert sum(found.values()) <= self.capacity, f"{sum(found.values())} bytes, {self.capacity} are allowed"
+            assert found.items() <= {id: len(data) for id, data in self.model.items()}.items()
 
     def teardown(self) -> None:
-        if hasattr(self, "tier"):
+        if self.tier is not None:
             self.tier.close()

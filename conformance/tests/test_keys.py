@@ -1,4 +1,7 @@
-"""Our own names keep the contract of names (their exact values are frozen in tests/core/test_keys.py): the target is run here as it is."""
+"""Our own names keep the contract of names: the target is run here as it is.
+
+Their exact values are frozen in tests/core/test_keys.py.
+"""
 
 from lmcache_conformance.targets.keys import TestKeys
 
