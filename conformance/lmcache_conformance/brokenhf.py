@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from msgspec import structs
 from transformers import DynamicCache
 
 from lmcache.engine import CacheEngine, Hit
-from lmcache_conformance.contract import Request, Response
+from lmcache_conformance.contract import Request, Response, SessionConfig
 from lmcache_hf import quirks
 from lmcache_hf.batch import Prompt
 from lmcache_hf.reuse import LayerKV, Reuse
@@ -253,6 +254,13 @@ class WritesElsewhere(HFSession):
         responses = super().generate(requests, reuse=reuse)
         Path("answers.log").write_text(repr([response.tokens for response in responses]))
         return responses
+
+
+class AlwaysShares(HFSession):
+    """Uses other engines' KV whether or not anybody asked for that."""
+
+    def __init__(self, config: SessionConfig) -> None:
+        super().__init__(structs.replace(config, cache={**config.cache, "share": "semantic"}))
 
 
 class ClearsMemoryOnly(HFSession):

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from lmcache_conformance.contract import Capabilities, Request, Response, Session, SessionConfig
+from lmcache_conformance.cross import CrossTests, Side
 from lmcache_conformance.engines import EngineTests
 from lmcache_conformance.engines.values import ValueTests
 
@@ -112,6 +113,25 @@ hangs = Adapter(Hangs)
 dies = Adapter(Dies)
 no_logprobs = Adapter(NoLogprobs)
 claims_a_restart = Adapter(Hashing, msgspec.structs.replace(CLAIMS, restart=True))
+
+
+FUSED = Side("hf", {"attn_implementation": "sdpa"})
+SHARES = "lmcache_conformance.mutants.engines:always_shares"
+EAGER = Side("hf", {"attn_implementation": "eager"})
+LLAMA = Capabilities(models=("llama",), dtypes=("float32",), semantic=True, logprobs=True, restart=True)
+
+
+class DishonestBound(CrossTests):
+    writer, reader = FUSED, EAGER
+    capabilities = LLAMA
+
+
+class DishonestReader(CrossTests):
+    writer, reader = FUSED, Side("lmcache_conformance.mutants.engines:misreads_the_disk")
+
+
+class DishonestSharing(CrossTests):
+    writer, reader = Side(SHARES, FUSED.options), Side(SHARES, EAGER.options)
 
 
 class DishonestBase(EngineTests):

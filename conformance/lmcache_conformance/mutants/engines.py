@@ -21,7 +21,14 @@ class _Broken:
         self.name = f"hf, broken: {session}"
         self._session = session
         self.capabilities = Capabilities(
-            models=(model,), dtypes=("float32",), logprobs=True, same_split=True, restart=True, salt=True
+            models=(model,),
+            dtypes=("float32",),
+            logprobs=True,
+            same_split=True,
+            restart=True,
+            salt=True,
+            semantic=True,
+            logprob_bound=1e-3,
         )
 
     def why_not(self) -> str | None:
@@ -54,6 +61,7 @@ knows_no_tenants = _Broken("KnowsNoTenants")
 trusts_the_name = _Broken("TrustsTheName")
 reports_what_it_does_not_use = _Broken("ReportsWhatItDoesNotUse")
 writes_elsewhere = _Broken("WritesElsewhere")
+always_shares = _Broken("AlwaysShares")
 clears_memory_only = _Broken("ClearsMemoryOnly")
 deaf_to_full_memory = _Broken("DeafToFullMemory")
 
