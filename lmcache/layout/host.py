@@ -38,7 +38,7 @@ def apart(copy: Copy) -> Iterator[Copy]:
         piece, rows, layer_rows = by_layer[:, chosen], part.rows, part.layer_rows[chosen]
         if is_above:
             rows = replace(rows, offset=rows.offset + skip * part.step)
-            piece, layer_rows = np.where(piece < 0, -1, piece - skip), layer_rows - skip
+            piece, layer_rows = piece - skip, layer_rows - skip  # what is negative, so skipped, stays so
         back = replace(part.back, offset=part.back.offset + layers[0] * part.layer)
         moved = part._replace(rows=rows, back=back, layer_rows=layer_rows)
         yield copy._replace(

@@ -66,8 +66,8 @@ def test_neighbours_in_any_order_are_gathered_right(name: str, spread: int, eage
         slots = slots[: len(slots) // tokens * tokens]
         count = len(slots) // tokens
         for layout in (kv.native(0, tokens), ObjectLayout.canonical(lab.spec, 0, tokens)):
-            memory = torch.zeros(count * (layout.nbytes + spread * 16), dtype=torch.uint8)
-            outs = [part[: layout.nbytes] for part in memory.split(layout.nbytes + spread * 16)]
+            memory = torch.zeros(count * (layout.nbytes + spread), dtype=torch.uint8)
+            outs = [part[: layout.nbytes] for part in memory.split(layout.nbytes + spread)]
             gather(kv, 0, slots, outs, layout)
             again = [
                 torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in outs
@@ -77,8 +77,29 @@ def test_neighbours_in_any_order_are_gathered_right(name: str, spread: int, eage
             assert all(torch.equal(a, b) for a, b in zip(outs, again, strict=True))
             if layout.order == "canonical":
                 assert torch.equal(outs[1], lab.canonical(slots[tokens : 2 * tokens]))
-            assert not any(part[layout.nbytes :].any() for part in memory.split(layout.nbytes + spread * 16))
+            assert not any(part[layout.nbytes :].any() for part in memory.split(layout.nbytes + spread))
     assert eager or name in ("hf", "vllm packed BHLNC")
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2], [0, 2, 3], [2, 1, 0], [1, 0, 2], [0, 2, 4]])
+@pytest.mark.parametrize("gap", [0, 1, 48])
+def test_buffers_may_lie_anywhere_in_an_arena(places: list[int], gap: int) -> None:
+    """In a row, with a hole, backwards, in disorder, every second one; with odd distances too."""
+    lab = LABS["vllm packed LBHNC"]()
+    lab.randomize(0)
+    kv = bind(lab)
+    layout = ObjectLayout.canonical(lab.spec, 0, 8)
+    slots = torch.randperm(lab.num_slots)[:24]
+    arena = torch.zeros(5 * (layout.nbytes + gap), dtype=torch.uint8)
+    every = [part[: layout.nbytes] for part in arena.split(layout.nbytes + gap)]
+    chosen = [every[place] for place in places]
+    gather(kv, 0, slots, chosen, layout)
+    wanted = [lab.canonical(slots[i * 8 : (i + 1) * 8]) for i in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(chosen, wanted, strict=True))
+    assert int((arena != 0).sum()) == sum(int((want != 0).sum()) for want in wanted)
+    lab.randomize(1)
+    scatter(chosen, layout, kv, 0, slots)
+    assert all(torch.equal(lab.canonical(slots[i * 8 : (i + 1) * 8]), want) for i, want in enumerate(wanted))
 
 
 def test_runs_are_read_whole_and_order_is_kept_as_it_is(eager: list[int]) -> None:
