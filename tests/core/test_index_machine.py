@@ -22,6 +22,7 @@ GROUPS = [
     [("full", ALL), ("mamba", HitRule("state_at")), ("cross", HitRule("whole"))],
     [("a", ALL), ("b", ALL)],
     [("sliding", trailing(8))],
+    [("mamba", HitRule("state_at")), ("sliding", trailing(5))],
 ]
 TIERS = [[], [TierInfo("disk")], [TierInfo("disk"), TierInfo("redis", shared=True)], [TierInfo("nfs", shared=True)]]
 CHAINS = st.builds(chain, st.sampled_from(["one", "two"]), st.sampled_from(["abcd", "abce", "abxyz"]))
@@ -161,7 +162,7 @@ class IndexMachine(RuleBasedStateMachine):
     def load(self, owner, tokens, skip) -> None:
         job = self.index.begin_load(owner, self.now, tokens=tokens, skip=skip)
         about, offered = self.hits.pop(owner, (None, 0))
-        if about is None:
+        if about is None or self.leased[owner][0] <= self.now:
             assert job is None, "loaded without a valid lease"
         elif job is not None:
             self.loads[job] = Load(owner, about, skip, self.versions.get(about.namespace, 0))
