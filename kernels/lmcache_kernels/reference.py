@@ -175,4 +175,8 @@ def copy_block(
     """One strided copy: loops (size, stride in src, stride in dst), the innermost contiguous on both sides."""
     a = Rows(src_offset, 1, tuple((size, s) for size, s, _ in dims))
     b = Rows(dst_offset, 1, tuple((size, d) for size, _, d in dims))
-    view(dst, b, (), width).copy_(view(src, a, (), width))
+    source, target = view(src, a, (), width), view(dst, b, (), width)
+    if on_host(source) and on_host(target):
+        np.copyto(target.numpy(), source.numpy())  # up to twice as fast as torch's copy where loops are permuted
+    else:
+        target.copy_(source)
