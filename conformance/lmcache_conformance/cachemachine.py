@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lmcache import CacheEngine, Config
 from lmcache.hit import Hit
 from lmcache.spec import KVSpec
-from lmcache_conformance.cache import CacheFactory
+from lmcache_conformance.cachefactory import CacheFactory
 from lmcache_conformance.contract import Level
 from lmcache_conformance.kvlab import CHUNK, DIM, HEADS, KINDS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
 from lmcache_conformance.machine import run_machine

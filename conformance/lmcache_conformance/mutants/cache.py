@@ -23,8 +23,11 @@ from lmcache.objectio import Loaded, ObjectIO
 from lmcache.plan import Status
 from lmcache.spec import KVSpec, Rect
 from lmcache.tiers.base import Range, Read, Result, Tier, Write
-from lmcache_conformance.cache import CacheBytesTests, CacheFactory
+from lmcache_conformance.cachebytes import CacheBytesTests
+from lmcache_conformance.cachefactory import CacheFactory
 from lmcache_conformance.cachefaults import CacheFaultTests
+from lmcache_conformance.cachenames import CacheNameTests
+from lmcache_conformance.cachepressure import CachePressureTests
 from lmcache_conformance.kvlab import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant, skip_row
 
@@ -49,11 +52,11 @@ class _Broken(CacheFactory):
         return cache
 
 
-class _Tests(_Broken, CacheBytesTests):
+class _Tests(_Broken, CacheNameTests, CacheBytesTests):
     """For what is wrong at all times."""
 
 
-class _Faults(_Broken, CacheFaultTests):
+class _Faults(_Broken, CachePressureTests, CacheFaultTests):
     """For what goes wrong under faults and pressure."""
 
 

@@ -1,6 +1,6 @@
 """The cache itself, from tensors to tensors, and random histories of it."""
 
-from lmcache_conformance.cachefaults import CacheTests
+from lmcache_conformance.cache import CacheTests
 from lmcache_conformance.cachemachine import CacheMachineTests
 
 
