@@ -195,8 +195,8 @@ class CacheEngine:
             salt, lora, extras: see `lmcache.keys`.
 
         Returns:
-            How many leading tokens are kept now, those that were there before included. Fewer than all whole chunks if
-            there was no room or a chunk was not resident.
+            Tokens newly taken in: 0 if all of them were there already, or there was no room. See
+            `lmcache_skipped_stores_total` for why chunks were left out.
 
         Raises:
             TokenError, SlotError, LayoutError, SpecError: a wrong call; nothing was moved.

@@ -33,7 +33,7 @@ class Objects:
             return hit.tokens // self._engine.config.chunk_tokens
 
     def store(self, keys: Sequence[str | bytes], kv: PagedKV, slots: Slots) -> int:
-        """Keep the objects; `slots` has `chunk_tokens` entries per key. Returns how many leading keys are kept now."""
+        """Keep the objects; `slots` has `chunk_tokens` entries per key. Returns how many were newly taken in."""
         chain = chain_of_keys(self._engine.namespace(**self._which), keys)
         return self._engine.store_chain(chain, kv, slots) // self._engine.config.chunk_tokens
 

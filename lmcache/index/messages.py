@@ -57,7 +57,7 @@ class Store(NamedTuple):
 
     Attributes:
         job: job id, None if there is nothing to copy.
-        accepted: tokens from the first chunk on that are now cached or being copied.
+        accepted: tokens of the chunks of which something is being copied; what was there before does not count.
         skipped: objects not copied, by reason: `present` (already in DRAM), `resident` (not whole in engine memory),
             `parent` (the chunk before it is nowhere, so nobody could reach it), `full` (no slot can be freed now).
     """
