@@ -119,7 +119,9 @@ class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
         model: folder with config, weights and tokenizer, as `from_pretrained` reads it.
         dtype: torch dtype name.
         cache: settings of `lmcache.Config`, e.g. `{"chunk_tokens": 16, "dram_bytes": "64MiB", "disk_path": …}`.
-        options: engine-specific, from the adapter's own variants (tensor parallel size, layout, …).
+        options: engine-specific, from the adapter's own variants (tensor parallel size, layout, …). The suite itself sets
+            `prefill_tokens` (at most so many prompt tokens in one step; only where `chunked_prefill` is claimed) and
+            `device_tokens` (so many fit into the engine's own memory; only where `preemption` is claimed).
     """
 
     model: str
@@ -166,7 +168,11 @@ class Session(Protocol):
 
 
 class EngineAdapter(Protocol):
-    """What an adapter registers under `lmcache.adapters`."""
+    """What an adapter registers under `lmcache.adapters`.
+
+    It may have an attribute `preload`: the name of a module that can be imported before sessions fork from that process
+    (nothing in it starts threads or touches a device). Most sessions then start in a fraction of a second.
+    """
 
     name: str
     capabilities: Capabilities
