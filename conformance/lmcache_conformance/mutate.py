@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lmcache_conformance.discover import DiscoveryError, nearest
 from lmcache_conformance.mutants import ROWS, Mutant, SkippedRow, all_mutants, skipped_rows
+from lmcache_conformance.records import Event, TestResult
 from lmcache_conformance.runner import Job, Limits, RowResult, run_job
 
 __all__ = ["SkippedRow", "Verdict", "choose_mutants", "judge", "run_mutants", "uncovered"]
 
-_OPTIONS = ("-o", "python_classes=Mutant*")
+_OPTIONS = ("-o", "python_classes=Mutant*", "-p", "lmcache_conformance.onefailure")
 
 
 @dataclass(frozen=True)
@@ -52,34 +53,59 @@ def run_mutants(
     limits: Limits,
     *,
     options: Sequence[str] = (),
-    progress: Callable[[str, Verdict | None], None] = lambda name, done: None,
+    progress: Callable[[Verdict], None] = lambda verdict: None,
 ) -> list[Verdict]:
-    """Run each until the first failure. `progress(name, None)` before, `progress(name, verdict)` after."""
+    """Run each until its first failure, those of one module in one process. `progress` is told of each as it is known."""
     found = []
-    for mutant in mutants:
-        progress(mutant.name, None)
-        test = f"{mutant.file}::{mutant.suite.__name__}"
-        row = run_job(Job(mutant.name, test, (*_OPTIONS, *options), stop_at_first=True), limits)
-        found.append(judge(mutant, row))
-        progress(mutant.name, found[-1])
+    for module in dict.fromkeys(mutant.file for mutant in mutants):
+        found += _run_module([mutant for mutant in mutants if mutant.file == module], limits, options, progress)
     return found
+
+
+def _run_module(
+    mutants: Sequence[Mutant], limits: Limits, options: Sequence[str], progress: Callable[[Verdict], None]
+) -> list[Verdict]:
+    by_class = {mutant.suite.__name__: mutant for mutant in mutants}
+    told: dict[str, Verdict] = {}
+
+    def watch(row: RowResult, event: Event) -> None:
+        if isinstance(event, TestResult) and event.by_assertion:
+            mutant = by_class.get(_class_of(event))
+            if mutant is not None and mutant.name not in told:
+                told[mutant.name] = judge(mutant, row)
+                progress(told[mutant.name])
+
+    first, *others = [f"{mutant.file}::{mutant.suite.__name__}" for mutant in mutants]
+    job = Job(mutants[0].name.partition(".")[0], first, (*others, *_OPTIONS, *options))
+    row = run_job(job, replace(limits, job=limits.job * len(mutants)), progress=watch)
+    verdicts = [judge(mutant, row) for mutant in mutants]
+    for verdict in verdicts:
+        if verdict.name not in told:
+            progress(verdict)
+    return verdicts
 
 
 def judge(mutant: Mutant, row: RowResult) -> Verdict:
     """Killed, if a test failed because something checked was untrue; one that merely could not be run proves nothing."""
-    failed = [result for result in row.results if result.outcome == "failed"]
+    mine = [result for result in row.results if _class_of(result) == mutant.suite.__name__]
+    seconds = sum(result.seconds for result in mine)
+    failed = [result for result in mine if result.outcome == "failed"]
     kills = [result for result in failed if result.by_assertion]
     reason, by = "", ""
     if kills:
         by = kills[0].case.rpartition("::")[2]
     elif failed:
         reason = f"{failed[0].case} failed, but not by assertion: {failed[0].message}"
-    elif row.problem or row.nothing:
-        reason = row.problem or row.nothing
+    elif mine:
+        reason = f"none of {sum(result.outcome == 'passed' for result in mine)} tests failed"
     else:
-        ran = sum(result.outcome == "passed" for result in row.results)
-        reason = f"none of {ran} tests failed"
-    return Verdict(mutant.name, bool(kills), by, reason, mutant.row, mutant.project, row.seconds)
+        messages = [result.message for result in row.results if not _class_of(result)]
+        reason = "; ".join(messages) or row.problem or row.nothing or "it has no tests"
+    return Verdict(mutant.name, bool(kills), by, reason, mutant.row, mutant.project, seconds)
+
+
+def _class_of(result: TestResult) -> str:
+    return result.nodeid.partition("::")[2].partition("::")[0]
 
 
 def uncovered() -> list[Verdict]:

@@ -37,14 +37,12 @@ class Job:
         test: file, or `file::Class`, to run.
         options: more for pytest.
         environment: variables on top of this process's.
-        stop_at_first: leave it at the first failure.
     """
 
     row: str
     test: str
     options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    stop_at_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,11 +134,10 @@ class _Attempt:
             )
             return False
         self._blame(self._running, why)
-        return time.monotonic() < self._deadline and not self._job.stop_at_first
+        return time.monotonic() < self._deadline
 
     def _start(self) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", "pytest", self._job.test, "-q", *self._job.options]
-        words += ["-x"] if self._job.stop_at_first else []
         file = Path(self._job.test.partition("::")[0]).absolute()
         if not file.is_relative_to(_INI.parent):  # tests of other packages: what project they lie in must not matter
             words += ["-c", str(_INI), "--rootdir", str(file.parent)]

@@ -169,7 +169,7 @@ def test_nothing_named_means_every_target_and_every_adapter(installed: Path, mon
 def test_our_own_targets_have_sources_that_can_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = jobs_for(Wish())
     rows = [job.row for job in jobs]
-    assert {"memory", "disk", "layouts", "kernels", "keys", "hf"} <= set(rows)
+    assert {"memory", "disk", "layouts", "kernels", "keys", "index", "cache", "hf"} <= set(rows)
     assert all(Path(job.test).is_file() for job in jobs)
     with pytest.raises(DiscoveryError, match="no module nowhere"):
         campaign.file_of(Target("t", "nowhere", "other"))

@@ -84,7 +84,7 @@ def test_engine_and_tier_are_found_by_name_and_pass(place: Place) -> None:
         "--adapter",
         "toy",
         "--level",
-        "tokens,logits,restart,isolation",
+        "bytes,tokens,logits,restart,isolation",
         "--seed",
         "4",
         "--json",
@@ -94,7 +94,7 @@ def test_engine_and_tier_are_found_by_name_and_pass(place: Place) -> None:
     value = json.loads(done.stdout)
     assert done.returncode == 0, json.dumps(value, indent=1)
     assert list(value) == ["sqlite", "toy"]
-    for level in ("tokens", "logits", "restart", "isolation"):
+    for level in ("bytes", "tokens", "logits", "restart", "isolation"):
         assert value["toy"][level]["passed"] > 0, level
         assert value["toy"][level]["failed"] == 0
     assert value["sqlite"]["restart"]["passed"] > 0

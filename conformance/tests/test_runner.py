@@ -151,15 +151,6 @@ def test_no_tests_of_a_level_is_no_failure(tmp_path: Path) -> None:
     assert (row.ok, row.nothing, row.results) == (True, "no tests of the chosen levels", [])
 
 
-def test_stopping_at_the_first_failure(tmp_path: Path) -> None:
-    file = suite(tmp_path, "def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pass")
-    row = run_job(Job("r", file, stop_at_first=True), LIMITS)
-    assert outcomes(row) == {"test_a": "passed", "test_b": "failed"}
-    file = suite(tmp_path, "def test_a(): os._exit(1)\ndef test_b(): pass")
-    row = run_job(Job("r", file, stop_at_first=True), LIMITS)
-    assert outcomes(row) == {"test_a": "failed"}
-
-
 def test_tests_that_crash_one_after_the_other_are_given_up_at_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,17 +142,22 @@ def _run_live(jobs: list[Job], wish: Wish) -> list[RowResult]:
 
 
 def _mutants(wish: Wish, json: bool) -> bool:
+    from rich.markup import escape
+
     from lmcache_conformance.mutate import choose_mutants, run_mutants, uncovered
 
     chosen = choose_mutants(wish.targets)
     out = console()
 
-    def show(name: str, done: Verdict | None) -> None:
-        if done is not None:
-            word = "[green]killed[/] " if done.killed else "[bold red]SURVIVED[/]"
-            out.print(f"{word} {name} [dim]{done.seconds:.0f} s, {done.by or done.reason}[/]", soft_wrap=True)
+    def show(verdict: Verdict) -> None:
+        word = "[green]killed[/]  " if verdict.killed else "[bold red]SURVIVED[/]"
+        out.print(
+            f"{word} {verdict.name} [dim]{verdict.seconds:.0f} s,[/]",
+            escape(verdict.by or verdict.reason),
+            soft_wrap=True,
+        )
 
-    verdicts = run_mutants(chosen, wish.limits, options=wish.options(), progress=(lambda n, d: None) if json else show)
+    verdicts = run_mutants(chosen, wish.limits, options=wish.options(), progress=(lambda v: None) if json else show)
     if not wish.targets:
         verdicts += uncovered()
     if json:

@@ -36,8 +36,9 @@ class EngineBase:
     timeout_s: ClassVar[float] = 120.0
     """For one call of the engine; beyond it, it hangs. Real models get five times as long."""
 
-    may_write: ClassVar[tuple[str, ...]] = ()
-    """Patterns of files (below HOME, TMPDIR or the working directory) that the engine itself leaves behind."""
+    may_write: ClassVar[tuple[str, ...]] = ("lmcache/fingerprints.json",)
+    """Patterns of files (below HOME, TMPDIR or the working directory) that the engine itself leaves behind; by default what
+    `lmcache.keys.model_identity` remembers of model files."""
 
     @classmethod
     def _chosen(cls, config: pytest.Config) -> tuple[str, Capabilities] | None:
