@@ -290,7 +290,13 @@ def test_a_damaged_description_is_refused_or_still_a_dense_layout(data: st.DataO
 
 @pytest.mark.parametrize(
     "axes",
-    ["slot head dim", "block layer slot head dim", "layer slot head", "layer block head dim"],
+    [
+        "slot head dim",
+        "block layer slot head dim",
+        "layer slot head",
+        "layer block head dim",
+        "layer slot/3 slot%3 head dim",
+    ],
 )
 def test_object_axes_must_be_dense_with_the_layer_outermost(axes: str) -> None:
     planes = (ObjectPlane("k", "bfloat16", 8, axes, 4), ObjectPlane("v", "bfloat16", 8, "layer slot head dim", 8))

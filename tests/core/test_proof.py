@@ -149,11 +149,16 @@ WRONG_ENGINES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.bool])
-@pytest.mark.parametrize("name", WRONG_ENGINES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in WRONG_ENGINES
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.bool)
+        if (name, dtype) != ("values rounded", torch.bool)  # a bool without its lowest bit is no bool
+    ],
+)
 def test_an_engine_that_writes_elsewhere_or_otherwise_is_found_out(name: str, dtype: torch.dtype) -> None:
-    if name == "values rounded" and dtype == torch.bool:
-        pytest.skip("a bool without its lowest bit is no bool")
     lab = plain("kv block slot head dim", dtype)
     lab.randomize(0)
     assert not prove(bind(lab), lab.spec, writer(lab, WRONG_ENGINES[name]), scratch(lab))
