@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lmcache.layout import BoundKV, Layout, PagedKV
+import lmcache.proof
+from lmcache.layout import BoundKV, Layout, PagedKV, scatter
 from lmcache.proof import Proof, Values, prove
 from lmcache_conformance.layoutlab import (
     LABS,
@@ -178,6 +179,35 @@ def test_an_engine_that_reads_otherwise_is_found_out() -> None:
     assert not prove(
         kv, lab.spec, writer(lab), scratch(lab), read=lambda *a: {"k": torch.zeros(1), "v": torch.zeros(1)}
     )
+
+
+@pytest.mark.parametrize(
+    ("slot", "named"),
+    [
+        (None, "after scatter, gather reads"),
+        ("scratch", "after scatter, gather reads"),
+        ("foreign", "outside of the slots"),
+    ],
+)
+def test_a_scatter_that_misses_or_writes_too_much_is_found_out(
+    slot: str | None, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing written; a scratch slot more than asked for; another sequence's slot."""
+    lab = plain("kv block slot head dim")
+    lab.randomize(0)
+    plane = lab.spec.groups[0].planes[0]
+
+    def broken(srcs: object, layout: object, kv: object, group: int, slots: torch.Tensor, layers: slice) -> None:
+        if slot is None:
+            return
+        scatter(srcs, layout, kv, group, slots, layers)  # type: ignore[arg-type]
+        other = scratch(lab)[slots == -1][:1] if slot == "scratch" else torch.tensor([0])
+        lab.write(plane, layers.start, other, ~lab.read(plane, layers.start, other))
+
+    monkeypatch.setattr(lmcache.proof, "scatter", broken)
+    proof = prove(bind(lab), lab.spec, writer(lab), scratch(lab))
+    assert not proof
+    assert named in proof.reason
 
 
 def test_whatever_the_engine_raises_is_an_unproven_layout() -> None:

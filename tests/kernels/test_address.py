@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -98,6 +99,9 @@ def test_strips_do_not_merge_across_a_gap_a_storage_or_a_tag() -> None:
         Strip(((0, 16), (0, 99)), 16, 1000, ((5, 500),), dims),
     ):
         assert len(merge_strips([first, other])) == 2
+    two_layers = Strip(((0, 0), (0, 200)), 0, 1000, ((5, 500),), dims)
+    assert len(merge_strips([two_layers, replace(two_layers, sources=((0, 16), (0, 217)), offset=16)])) == 2
+    assert len(merge_strips([two_layers, replace(two_layers, sources=((0, 16), (0, 216)), offset=16)])) == 1
     assert len(merge_strips([first, Strip(((0, 16),), 16, 1000, ((5, 500),), dims)])) == 1
 
 
