@@ -15,13 +15,15 @@ import pytest
 from lmcache_conformance.contract import Level, Request, Response
 from lmcache_conformance.damage import DAMAGES, object_files, problem_of
 from lmcache_conformance.engines.base import EngineBase
-from lmcache_conformance.engines.bench import Bench, Engine, on, same_answer, same_tokens
+from lmcache_conformance.engines.bench import Bench, Case, Engine, on, same_answer, same_tokens
 from lmcache_conformance.failures import EngineFailure
 from lmcache_conformance.marks import level, requires
 from lmcache_conformance.models import REAL
 
-SMALL: Mapping[str, Any] = {"dram_bytes": 1, "queue_bytes": "1MiB"}
-"""Memory for a few chunks: what is asked again comes from disk."""
+
+def small(case: Case) -> Mapping[str, Any]:
+    """Settings with memory for about twenty chunks: what is asked again after a long prompt comes from disk."""
+    return {"dram_bytes": 1, "queue_bytes": "32MiB" if case.model in REAL else "1MiB"}
 
 
 class FaultTests(EngineBase):
@@ -70,7 +72,7 @@ class FaultTests(EngineBase):
             if full
             else ["bit flipped in the payload", "payload cut short", "deleted", "swapped with others"]
         )
-        with bench.open(disk_path=str(disk), **SMALL) as engine:
+        with bench.open(disk_path=str(disk), **small(bench.case)) as engine:
             for kind in kinds:
                 known = set(object_files(disk))
                 prompt = bench.chunks(12)
@@ -79,6 +81,7 @@ class FaultTests(EngineBase):
                 mine = [path for path in object_files(disk) if path not in known]
                 engine.ask(bench.chunks(40))  # drives the prompt out of memory
                 engine.flush()
+                assert len(mine) > 2, f"of a prompt of {len(prompt)} tokens, only {len(mine)} files were written"
                 start = bench.rng.randrange(len(mine) - 2)
                 DAMAGES[kind](mine[start : start + 2], bench.rng)
                 engine.drop_device_cache()
@@ -95,7 +98,7 @@ class FaultTests(EngineBase):
         disk = bench.new_folder("full")
         with (
             _small_disk(disk, 64 if bench.case.model in REAL else 4) as filler,
-            bench.open(disk_path=str(disk), **SMALL) as engine,
+            bench.open(disk_path=str(disk), **small(bench.case)) as engine,
         ):
             for number in range(4):
                 prompt = bench.chunks(12)
