@@ -130,10 +130,10 @@ def quiet(cache: CacheEngine, patience: float) -> None:
 
 assert tiny_spec().object_bytes(0, CHUNK) == 3072  # so that the places below are what they say
 DAMAGE: dict[str, Callable[[bytearray], object]] = {
+    "truncated by a few bytes of payload": lambda c: c.__delitem__(slice(len(c) - 1024 - 64, None)),
     "a bit of the payload": lambda c: c.__setitem__(-2000, c[-2000] ^ 1),  # the last 1024 bytes are padding
     "a bit of the header": lambda c: c.__setitem__(100, c[100] ^ 4),
     "truncated by half": lambda c: c.__delitem__(slice(len(c) // 2, None)),
-    "truncated by a few bytes of payload": lambda c: c.__delitem__(slice(len(c) - 1024 - 64, None)),
     "truncated in the header": lambda c: c.__delitem__(slice(1000, None)),
     "empty": lambda c: c.clear(),
     "a header of 1 GiB": lambda c: c.__setitem__(slice(0, 8), (1 << 30).to_bytes(8, "little")),

@@ -25,7 +25,7 @@ def run(module: str, report: Path) -> dict[str, str]:
     command = [sys.executable, "-m", "pytest", "-q", str(name), "-o", "python_classes=Mutant*", "--no-header"]
     command += ["-p", "lmcache_conformance.onefailure", f"--lmcache-report={report}"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environ)
     killed: dict[str, str] = {}
     for event in read(report):
         if isinstance(event, TestResult) and event.outcome == "failed":
@@ -44,7 +44,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[
         yield {module: pool.submit(run, module, folder / module) for module in MINE}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("module", MINE)
 def test_every_mutant_is_killed(module: str, runs: dict[str, Future[dict[str, str]]]) -> None:
     wanted = {m.suite.__name__ for m in all_mutants() if m.name.startswith(f"{module}.")}

@@ -1,8 +1,7 @@
-"""Names depend on what decides the values, on nothing else, and never change silently."""
+"""Names never change silently, and wrong input is refused. What must change a name is in the conformance suite."""
 
 from __future__ import annotations
 
-import array
 import json
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache.errors import ConfigError, TokenError
+from lmcache.errors import TokenError
 from lmcache.keys import NAMES_VERSION, Extra, as_tokens, chain_of, chain_of_keys, namespace_of, scoped
-from lmcache.spec import HitRule, KVSpec, LayerGroup, Numerics, Plane, trailing
+from lmcache.spec import KVSpec, LayerGroup, Numerics, Plane, trailing
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 
@@ -73,28 +72,6 @@ def test_a_name_is_the_documented_formula() -> None:
     assert list(chain_of(ns(), tokens, 16).digests) == [first, second]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        list,
-        tuple,
-        lambda t: np.array(t, dtype=np.int64),
-        lambda t: np.array(t, dtype=np.uint16),
-        lambda t: np.array(t, dtype=">i4"),
-        lambda t: np.array(t + t, dtype=np.int32)[: len(t)],
-        lambda t: np.repeat(np.array(t), 2)[::2],
-        lambda t: torch.tensor(t),
-        lambda t: torch.tensor(t, dtype=torch.int32),
-        lambda t: array.array("q", t),
-        lambda t: [np.int64(x) for x in t],
-        lambda t: range(len(t)),
-    ],
-)
-def test_every_kind_of_input_gives_the_same_names(make: object) -> None:
-    tokens = list(range(40))
-    assert chain_of(ns(), as_tokens(make(tokens)), 16) == chain_of(ns(), as_tokens(tokens), 16)  # type: ignore[operator]
-
-
 def test_names_are_the_same_in_another_process_with_another_hash_seed() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
@@ -136,58 +113,10 @@ def test_what_are_not_token_ids_is_refused_naming_the_value(tokens: object, says
         as_tokens(tokens)  # type: ignore[arg-type]
 
 
-def test_everything_that_changes_values_changes_the_namespace() -> None:
-    def numerics(**change: object) -> KVSpec:
-        return msgspec.structs.replace(SPEC, numerics=msgspec.structs.replace(SPEC.numerics, **change))
-
-    def group(**change: object) -> KVSpec:
-        return msgspec.structs.replace(SPEC, groups=(msgspec.structs.replace(SPEC.groups[0], **change),))
-
-    variants = {
-        "base": ns(),
-        "salt": ns(salt="a"),
-        "lora": ns(lora="a"),
-        "salt/lora are not interchangeable": ns(salt="", lora="a\0"),
-        "weights": ns(weights_version="1"),
-        "chunk": ns(chunk_tokens=32),
-        "semantic": ns(share="semantic"),
-        "model": ns(msgspec.structs.replace(SPEC, model="org/model@abd")),
-        "dtype": ns(group(planes=(Plane("k", "float16", 64), Plane("v", "float16", 64)))),
-        "kv dtype fp8": ns(group(planes=(Plane("k", "float8_e4m3fn", 64), Plane("v", "float8_e4m3fn", 64)))),
-        "head dim": ns(group(planes=(Plane("k", "bfloat16", 32), Plane("v", "bfloat16", 64)))),
-        "heads": ns(group(kv_heads=4)),
-        "layers": ns(group(layers=(0, 1, 2))),
-        "window": ns(group(rule=trailing(7))),
-        "rule": ns(group(rule=HitRule("state_at"))),
-    } | {
-        f"numerics.{name}": ns(numerics(**{name: value}))
-        for name, value in {
-            "engine": "f",
-            "engine_version": "2",
-            "attention_backend": "eager",
-            "isa": "y",
-            "dtype": "float16",
-            "quantization": "awq",
-            "tp": 2,
-            "pp": 2,
-            "extra": (("threads", "2"),),
-        }.items()
-    }
-    assert len(set(variants.values())) == len(variants)
-
-
 def test_rects_and_group_names_do_not_change_the_namespace() -> None:
     assert ns(SPEC.shard(tp_rank=1, tp_size=2)) == ns()
     renamed = msgspec.structs.replace(SPEC, groups=(msgspec.structs.replace(SPEC.groups[0], name="other"),))
     assert ns(renamed) == ns()
-
-
-def test_semantic_sharing_ignores_numerics_and_nothing_else() -> None:
-    other = msgspec.structs.replace(SPEC, numerics=Numerics(engine="another", tp=4))
-    assert ns(other, share="semantic") == ns(share="semantic")
-    assert ns(other, share="semantic", salt="a") != ns(share="semantic")
-    with pytest.raises(ConfigError, match="semantic"):
-        ns(share="sometimes")
 
 
 @settings(max_examples=100, deadline=None)
@@ -202,18 +131,6 @@ def test_a_digest_covers_all_tokens_up_to_its_chunk_and_none_after(tokens: list[
     other = chain_of(ns(), as_tokens(changed), 8)
     assert chain.digests[: at // 8] == other.digests[: at // 8]
     assert not set(chain.digests[at // 8 :]) & set(other.digests)
-
-
-def test_an_image_changes_the_chunks_from_where_it_stands_and_not_the_system_prompt() -> None:
-    tokens = as_tokens(range(64))
-    plain = chain_of(ns(), tokens, 16).digests
-    image = chain_of(ns(), tokens, 16, [Extra(20, 4, b"a" * 32)]).digests
-    other = chain_of(ns(), tokens, 16, [Extra(20, 4, b"b" * 32)]).digests
-    moved = chain_of(ns(), tokens, 16, [Extra(21, 4, b"a" * 32)]).digests
-    assert plain[0] == image[0] == other[0] == moved[0]
-    assert len({plain[1], image[1], other[1], moved[1]}) == 4
-    spanning = chain_of(ns(), tokens, 16, [Extra(20, 30, b"a" * 32)]).digests
-    assert spanning[1] != image[1], "the same image over more tokens is another input"
 
 
 def test_extras_come_in_any_order_and_short_digests_are_refused() -> None:
