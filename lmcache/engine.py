@@ -21,15 +21,15 @@ from lmcache.arena import Arena, host_provider
 from lmcache.config import Config
 from lmcache.errors import LMCacheError, SlotError, TierError
 from lmcache.hit import Hit, LayerLoad
-from lmcache.index import Finished, Index, TierInfo
+from lmcache.index import Index, TierInfo
 from lmcache.index.messages import ABSENT, FAILED, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
 from lmcache.keys import Chain, Extra, Name, TokenIds, as_tokens, chain_of, namespace_of, scoped
 from lmcache.layout import BoundKV, PagedKV, validate_slots
 from lmcache.ledger import EngineView
 from lmcache.log import Throttle, info
+from lmcache.loop import ControlLoop
 from lmcache.metrics import Metrics
 from lmcache.objectio import ObjectIO
-from lmcache.plan import Plan
 from lmcache.spec import KVSpec
 from lmcache.tenants import Tenants
 from lmcache.tiers.base import Tier
@@ -103,15 +103,12 @@ class CacheEngine:
         )
         self._lock = threading.RLock()
         self._owners = itertools.count(1)
-        self._results: dict[int, Finished] = {}
-        self._awaited: set[int] = set()
-        self._seen = -1
+        self._loop = ControlLoop(self._index, self._transfer, self.metrics)
         self._weights_version = ""
         self._namespaces: dict[tuple[str, str, str], bytes] = {}
         self._outdated: list[tuple[str, bytes]] = []  # (salt, namespace) of earlier weights versions
         self._tenants = Tenants(chunk)
         self._closed = False
-        self._evictions = 0
         for position, tier in enumerate(self._tiers):
             if not tier.shared:  # nobody else adds to it: what it holds now is all there is to know
                 names = [Name(f.id.namespace, f.id.chain, f.id.group, f.id.tokens, f.id.depth) for f in tier.scan()]
@@ -223,16 +220,16 @@ class CacheEngine:
 
     def _store(self, chain: Chain, kv: BoundKV, slots: Mapping[int, torch.Tensor]) -> int:
         resident = [self._resident(slots[group]) for group in range(len(self.spec.groups))]
-        self._pump()
-        with self._lock:
-            store = self._index.begin_store(
-                next(self._owners), chain, first=0, last=len(chain.digests), now=time.monotonic(), resident=resident
-            )
-            plan = self._index.take_plan()
+        owner = next(self._owners)
+        last = len(chain.digests)
+        self._loop.turn()
+        store, plan = self._loop.ask(
+            lambda index, now: index.begin_store(owner, chain, first=0, last=last, now=now, resident=resident)
+        )
         for reason, count in store.skipped.items():
             self.metrics.skipped_store(reason, count)
-        self._transfer.execute(plan, {} if store.job is None else {store.job: EngineView(kv, slots)})
-        self._pump()
+        self._loop.execute(plan, {} if store.job is None else {store.job: EngineView(kv, slots)})
+        self._loop.turn()
         if store.job is not None:
             self.metrics.stored(
                 sum(len(job.ops) for job in plan.jobs if job.id == store.job) * self.config.chunk_tokens
@@ -294,22 +291,17 @@ class CacheEngine:
                 self.metrics.missed("tail", total - whole)
 
     def _lookup(self, owner: int, chain: Chain, max_tokens: int) -> Hit:
-        self._pump()
+        self._loop.turn()
         while True:
-            seen = self._transfer.news
-            with self._lock:
-                now = time.monotonic()
-                found = self._index.lookup(owner, chain, max_tokens, now)
-                plan = self._index.take_plan()
-            self._execute(plan)
+            seen = self._loop.news
+            found, plan = self._loop.ask(lambda index, now: index.lookup(owner, chain, max_tokens, now))
+            self._loop.execute(plan)
             if found.status != "pending":
                 return Hit(self, owner, found.tokens, found.by_tier, found.stop)
-            self._transfer.wait(seen, self.config.probe_timeout_s)  # after it, the index no longer waits for the answer
-            self._pump()
+            self._loop.wait(seen, self.config.probe_timeout_s)  # after it, the index no longer waits for the answer
 
     def _release(self, owner: int) -> None:
-        with self._lock:
-            self._index.forget(owner)
+        self._loop.tell(lambda index, now: index.forget(owner))
 
     # ---------------------------------------------------------------- retrieve
 
@@ -330,23 +322,15 @@ class CacheEngine:
         with self.metrics.timed("retrieve"):
             bound = kv.bind(self.spec)
             by_group = self._slots(bound, slots, hit.tokens, unique=True)
-            return self._safely("retrieve", 0, lambda: self._load(hit, EngineView(bound, by_group)))
-
-    def _load(self, hit: Hit, view: EngineView) -> int:
-        job = self._begin_load(hit, view)
-        try:
-            return self._result(job)
-        except BaseException:
-            if job is not None:
-                self._transfer.fence([job])  # whoever catches this may use the memory for something else
-            raise
+            view = EngineView(bound, by_group)
+            return self._safely("retrieve", 0, lambda: self._loop.result(self._begin_load(hit, view)))
 
     def retrieve_layers(self, hit: Hit, kv: PagedKV, slots: Slots) -> LayerLoad:
         """Like `retrieve`, but returns at once: layer *i + 1* loads while the caller computes layer *i*."""
         bound = kv.bind(self.spec)
         by_group = self._slots(bound, slots, hit.tokens, unique=True)
         layers = {g: len(self.spec.local_layers(g)) for g in range(len(self.spec.groups))}
-        load = LayerLoad(self, layers, self.config.load_timeout_s)
+        load = LayerLoad(self._loop, layers, self.config.load_timeout_s)
         view = EngineView(bound, by_group, load._layer_done)
         load._job = self._safely("retrieve", None, lambda: self._begin_load(hit, view))
         return load
@@ -355,48 +339,19 @@ class CacheEngine:
         """Start to bring what `hit` found on lower tiers into DRAM; returns at once."""
 
         def begin() -> None:
-            self._pump()
-            with self._lock:
-                self._index.begin_prefetch(hit.owner, time.monotonic())
-                plan = self._index.take_plan()
-            self._execute(plan)
+            self._loop.turn()
+            _, plan = self._loop.ask(lambda index, now: index.begin_prefetch(hit.owner, now))
+            self._loop.execute(plan)
 
         self._safely("prefetch", None, begin)
 
     def _begin_load(self, hit: Hit, view: EngineView) -> int | None:
         if hit.tokens == 0:
             return None
-        self._pump()
-        with self._lock:
-            job = self._index.begin_load(hit.owner, time.monotonic())
-            plan = self._index.take_plan()
-            if job is not None:
-                self._awaited.add(job)
-        self._transfer.execute(plan, {} if job is None else {job: view})
+        self._loop.turn()
+        job, plan = self._loop.ask_for_job(lambda index, now: index.begin_load(hit.owner, now))
+        self._loop.execute(plan, {} if job is None else {job: view})
         return job
-
-    def _result(self, job: int | None) -> int:
-        """Wait for a load and count what arrived."""
-        while True:
-            seen = self._transfer.news
-            loaded = self._try_result(job)
-            if loaded is not None:
-                return loaded
-            self._transfer.wait(seen, 1.0)
-
-    def _try_result(self, job: int | None) -> int | None:
-        if job is None:
-            return 0
-        self._pump()
-        with self._lock:
-            finished = self._results.pop(job, None)
-            if finished is None:
-                return None
-            self._awaited.discard(job)
-        if not finished.final:  # it was too slow: the caller's memory must not change under him from here on
-            self._transfer.fence([job])
-        self.metrics.loaded(finished.ok_tokens)
-        return finished.ok_tokens
 
     # ---------------------------------------------------------------- the rest
 
@@ -405,21 +360,10 @@ class CacheEngine:
 
         `durable=True` also survives power loss. False if a tier was too slow.
         """
-        done = self._drain(timeout)
+        done = self._loop.settle(timeout)
         for tier in self._tiers:
             done = self._safely("flush", False, partial(_flush, tier, durable)) and done
         return done
-
-    def _drain(self, timeout: float, kind: str = "spill") -> bool:
-        until = time.monotonic() + timeout
-        while True:
-            seen = self._transfer.news
-            self._pump()
-            if not self._transfer.running(kind):
-                return True
-            if (left := until - time.monotonic()) <= 0:
-                return False
-            self._transfer.wait(seen, left)
 
     def clear(self, salt: str | None = None) -> int:
         """Drop everything (of one tenant) from every tier; returns how many objects went. Nothing of it is served again.
@@ -436,8 +380,8 @@ class CacheEngine:
                 self.namespace(salt=salt)
                 names = [found for (owner, *_), found in self._namespaces.items() if owner == salt]
                 names += [found for owner, found in self._outdated if owner == salt]
-            gone = sum(self._index.clear(name, time.monotonic()) for name in names)
-        self._drain(30.0)  # what is being written now would come back
+        gone = self._loop.tell(lambda index, now: sum(index.clear(name, now) for name in names))
+        self._loop.settle(30.0)  # what is being written now would come back
         for tier in self._tiers:
             gone += sum(tier.clear(name) for name in names)
             kept = sum(1 for found in tier.scan() if salt is None or found.id.namespace in names)
@@ -450,13 +394,11 @@ class CacheEngine:
 
     def stats(self) -> dict[str, float]:
         """All metrics by name, and the index's own counts as `index_*`."""
-        self._pump()
+        self._loop.turn()
         self.metrics.queue(*self._transfer.queue())
         for tier in self._tiers:
             self.metrics.tier(tier.name, tier.used_bytes())
-        with self._lock:
-            index = self._index.stats()
-            arenas = self._index.arenas()
+        index, arenas = self._loop.tell(lambda index, now: (index.stats(), index.arenas()))
         for group, states in zip(self.spec.groups, arenas, strict=True):
             self.metrics.arena(group.name, **states)
         return self.metrics.snapshot() | {f"index_{name}": float(value) for name, value in index.items()}
@@ -466,7 +408,7 @@ class CacheEngine:
         if self._closed:
             return
         self._closed = True
-        self._drain(_CLOSE_S)
+        self._loop.settle(_CLOSE_S)
         if self._transfer.close(_CLOSE_S):
             for tier in self._tiers:
                 tier.close()
@@ -481,33 +423,7 @@ class CacheEngine:
     ) -> None:
         self.close()
 
-    # ---------------------------------------------------------------- control loop
-
-    def _execute(self, plan: Plan) -> None:
-        if plan.jobs:
-            self._transfer.execute(plan)
-
-    def _pump(self) -> None:
-        """Hand reports to the index and its new jobs to the transfer, until both are quiet."""
-        while True:
-            news = self._transfer.news
-            with self._lock:
-                now = time.monotonic()
-                finished = self._index.tick(now)
-                if news != self._seen:
-                    self._seen = news
-                    finished = [*finished, *self._index.report(self._transfer.poll(), now)]
-                for job in finished:
-                    if job.job in self._awaited:
-                        self._results.setdefault(job.job, job)
-                evicted = self._index.evictions
-                if evicted != self._evictions:
-                    self.metrics.evicted("dram", evicted - self._evictions)
-                    self._evictions = evicted
-                plan = self._index.take_plan()
-            self._execute(plan)
-            if not plan.jobs and self._transfer.news == self._seen:
-                return
+    # ---------------------------------------------------------------- checks
 
     def _slots(self, kv: BoundKV, slots: Slots, tokens: int, *, unique: bool) -> dict[int, torch.Tensor]:
         groups = range(len(self.spec.groups))

@@ -7,15 +7,13 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+from lmcache.loop import ControlLoop
 
-class _Source(Protocol):
-    """What a hit needs of its engine."""
+
+class _Owner(Protocol):
+    """Where a hit is given back."""
 
     def _release(self, owner: int) -> None: ...
-
-    def _try_result(self, job: int | None) -> int | None: ...
-
-    def _result(self, job: int | None) -> int: ...
 
 
 class Hit:
@@ -27,12 +25,12 @@ class Hit:
         stop: why the hit ends there, one of `lmcache.index`'s reasons.
     """
 
-    def __init__(self, engine: _Source, owner: int, tokens: int, by_tier: Mapping[str, int], stop: str) -> None:
+    def __init__(self, engine: _Owner, owner: int, tokens: int, by_tier: Mapping[str, int], stop: str) -> None:
         self.tokens = tokens
         self.by_tier = dict(by_tier)
         self.stop = stop
         self.owner = owner
-        self._engine: _Source | None = engine
+        self._engine: _Owner | None = engine
 
     def release(self) -> None:
         """Let go of what was found. Idempotent."""
@@ -53,8 +51,8 @@ class Hit:
 class LayerLoad:
     """A retrieve under way, layer by layer: `wait(layer)` before the forward pass reads that layer, `finish()` at the end."""
 
-    def __init__(self, engine: _Source, layers: Mapping[int, int], timeout: float) -> None:
-        self._engine = engine
+    def __init__(self, loop: ControlLoop, layers: Mapping[int, int], timeout: float) -> None:
+        self._loop = loop
         self._timeout = timeout
         self._arrived = {
             key: threading.Event() for group, n in layers.items() for key in ((group, i) for i in range(n))
@@ -73,13 +71,13 @@ class LayerLoad:
         while not event.is_set() and self._loaded is None and time.monotonic() < deadline:
             event.wait(0.005)
             if not event.is_set():
-                self._loaded = self._engine._try_result(self._job)
+                self._loaded = self._loop.try_result(self._job)
         return event.is_set()
 
     def finish(self) -> int:
         """Tokens really loaded. If fewer than the hit, the slots beyond are undefined: recompute from there."""
         if self._loaded is None:
-            self._loaded = self._engine._result(self._job)
+            self._loaded = self._loop.result(self._job)
         for event in self._arrived.values():
             event.set()
         return self._loaded

@@ -60,7 +60,7 @@ def test_prefetch_brings_a_disk_hit_into_dram(tmp_path: Path) -> None:
     with CacheEngine(config, tiny_spec()) as engine:
         with engine.lookup(tokens) as hit:
             engine.prefetch(hit)
-            assert engine._drain(30, "prefetch")
+            assert engine._loop.settle(30, "prefetch")
         with engine.lookup(tokens) as hit:
             assert hit.by_tier == {"dram": 4 * CHUNK}
 

@@ -37,7 +37,7 @@ def slots_of(pool: Pool) -> torch.Tensor:
 
 
 def engine_at(folder: str) -> CacheEngine:
-    return CacheEngine(tiny_config(disk_path=folder, disk_bytes="64MiB"), tiny_spec())
+    return CacheEngine(tiny_config(disk_path=folder, disk_bytes="20GiB"), tiny_spec())
 
 
 def check(engine: CacheEngine, number: int, at_least: int = 0) -> None:
@@ -70,7 +70,7 @@ def neighbour(folder: str) -> None:
             engine.store(prompt(number), pool.kv, slots_of(pool))
             engine.flush()
             check(engine, number - number % 7 if number % 7 < number - 1_000_000 else number)
-            time.sleep(0.01)
+            time.sleep(0.05)
 
 
 def verify(folder: str, flushed: list[int], torn: range) -> None:
@@ -101,6 +101,15 @@ def main() -> None:
     chance = random.Random(seed)
     torch.set_num_threads(1)
     beside = fork(neighbour, folder)
+    try:
+        kept = rounds_of(folder, rounds, chance, beside)
+    finally:
+        os.kill(beside, signal.SIGKILL)
+        os.waitpid(beside, 0)
+    print(f"{rounds} kills, {kept} flushed prompts, all there")
+
+
+def rounds_of(folder: str, rounds: int, chance: random.Random, beside: int) -> int:
     kept: list[int] = []
     for round_ in range(rounds):
         heard, said = os.pipe()
@@ -121,12 +130,10 @@ def main() -> None:
         sample = [*range(first, first + flushed), *chance.sample(kept, min(len(kept), 3))]
         checker = fork(verify, folder, sample, range(first + flushed, first + flushed + 3))
         _, status = os.waitpid(checker, 0)
-        assert status == 0, f"round {round_} (seed {seed}): the restart found wrong or lost objects"
-        gone, status = os.waitpid(beside, os.WNOHANG)
-        assert gone == 0, f"round {round_}: the neighbour died with status {status}"
-    os.kill(beside, signal.SIGKILL)
-    os.waitpid(beside, 0)
-    print(f"{rounds} kills, {len(kept)} flushed prompts, all there")
+        assert status == 0, f"round {round_}: the restart found wrong or lost objects"
+        state = os.waitid(os.P_PID, beside, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        assert state is None, f"round {round_}: the neighbour died: {state}"
+    return len(kept)
 
 
 if __name__ == "__main__":
