@@ -30,6 +30,7 @@ from lmcache.log import Throttle, info
 from lmcache.loop import ControlLoop
 from lmcache.metrics import Metrics
 from lmcache.objectio import ObjectIO
+from lmcache.plan import JobKind
 from lmcache.spec import KVSpec
 from lmcache.tenants import Tenants
 from lmcache.tiers.base import Tier
@@ -43,6 +44,9 @@ Slots = torch.Tensor | Mapping[int, torch.Tensor]
 
 _MISS_REASONS = {MAX_TOKENS: "tail", PROBING: "pending", WRITING: "pending", LATE: "failed", FAILED_BEFORE: "failed"}
 """The index's reasons in the metrics' coarser words; what is not listed is the same in both."""
+
+_CHANGING: tuple[JobKind, ...] = ("spill", "delete")
+"""Jobs that change the tiers below. A removal may be followed by the write that had to wait for it."""
 
 _NAMESPACES_KEPT = 1 << 16
 
@@ -360,7 +364,7 @@ class CacheEngine:
 
         `durable=True` also survives power loss. False if a tier was too slow.
         """
-        done = self._loop.settle(timeout)
+        done = self._loop.settle(timeout, *_CHANGING)
         for tier in self._tiers:
             done = self._safely("flush", False, partial(_flush, tier, durable)) and done
         return done
@@ -381,7 +385,7 @@ class CacheEngine:
                 names = [found for (owner, *_), found in self._namespaces.items() if owner == salt]
                 names += [found for owner, found in self._outdated if owner == salt]
         gone = self._loop.tell(lambda index, now: sum(index.clear(name, now) for name in names))
-        self._loop.settle(30.0)  # what is being written now would come back
+        self._loop.settle(30.0, *_CHANGING)  # what is being written now would come back
         for tier in self._tiers:
             gone += sum(tier.clear(name) for name in names)
             kept = sum(1 for found in tier.scan() if salt is None or found.id.namespace in names)
@@ -408,7 +412,7 @@ class CacheEngine:
         if self._closed:
             return
         self._closed = True
-        self._loop.settle(_CLOSE_S)
+        self._loop.settle(_CLOSE_S, *_CHANGING)
         if self._transfer.close(_CLOSE_S):
             for tier in self._tiers:
                 tier.close()

@@ -10,7 +10,7 @@ from typing import TypeVar
 from lmcache.index import Finished, Index
 from lmcache.ledger import EngineView
 from lmcache.metrics import Metrics
-from lmcache.plan import Plan
+from lmcache.plan import JobKind, Plan
 from lmcache.transfer import Transfer
 
 T = TypeVar("T")
@@ -117,13 +117,13 @@ class ControlLoop:
         self._metrics.loaded(finished.ok_tokens)
         return finished.ok_tokens
 
-    def settle(self, timeout: float, kind: str = "spill") -> bool:
-        """Turn until no job of this kind is under way; False after `timeout` seconds."""
+    def settle(self, timeout: float, *kinds: JobKind) -> bool:
+        """Turn until no job of these kinds is under way; False after `timeout` seconds."""
         until = time.monotonic() + timeout
         while True:
             seen = self.news
             self.turn()
-            if not self._transfer.running(kind):
+            if not any(self._transfer.running(kind) for kind in kinds):
                 return True
             if (left := until - time.monotonic()) <= 0:
                 return False

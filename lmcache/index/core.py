@@ -288,6 +288,7 @@ class Index:
                 finished.append(Finished(work.id, work.kind, work.owner, loaded, statuses, True))
         for pool in state.pools:
             pool.reset()
+        state.deleting.clear()
         for tier, name in deletes:
             state.delete(tier, [name])
         return finished

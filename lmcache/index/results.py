@@ -13,7 +13,7 @@ from lmcache.index.jobs import Work
 from lmcache.index.messages import CORRUPT, EVICTED, FAILED, Finished
 from lmcache.index.pool import Entry, Pool
 from lmcache.index.state import State
-from lmcache.plan import Copy, Engine, JobReport, Name, Probe, Report, Slot, Status, Tier
+from lmcache.plan import Copy, Delete, Engine, JobReport, Name, Probe, Report, Slot, Status, Tier
 
 _GONE = (Status.MISSING, Status.CORRUPT, Status.FAILED)
 """After these the object counts as no longer in the tier it was read from."""
@@ -107,6 +107,9 @@ def _advance(state: State, work: Work, finished: list[Finished]) -> None:
     if final and work.told:
         release(work)
         del state.jobs.live[work.id]
+        for op in work.ops:
+            if isinstance(op, Delete):
+                state.deleted(op.tier, op.name)
         if work.kind == "spill" and work.cleared:
             for tier, name in written(work):  # it came back after the clear: away with it
                 state.delete(tier, [name])

@@ -49,6 +49,7 @@ class State:
         self.failed: set[Owner] = set()
         self.loading: dict[Owner, set[int]] = {}  # load jobs whose failure counts against their owner
         self.counts: Counter[str] = Counter()
+        self.deleting: Counter[tuple[int, Name]] = Counter()  # (tier, object) of removals that have not ended
         self._admit = admit
 
     def name(self, namespace: bytes, digest: bytes, group: int, depth: int) -> Name:
@@ -71,13 +72,17 @@ class State:
         return next((t for t, known in enumerate(self.known) if known.has(namespace, group, digest)), None)
 
     def spill(self, namespace: bytes, group: int, run: Sequence[Entry], tiers: Sequence[int]) -> None:
-        """Queue write-behind of ready objects to those of `tiers` that are not known to hold them."""
+        """Queue write-behind of ready objects to those of `tiers` that are not known to hold them.
+
+        An object whose damaged copy is being removed waits for that: see `deleted`.
+        """
         for t in tiers:
             names = [
                 (entry, name)
                 for entry in run
                 if not self.known[t].has(namespace, group, entry.digest)
                 and (name := self.name_of(group, entry))
+                and (not self.deleting or not self.deleting[t, name])
                 and (self._admit is None or self._admit(t, name))
             ]
             for at in range(0, len(names), SPILL_BATCH):
@@ -104,4 +109,17 @@ class State:
         """Queue the removal of objects from a tier."""
         work = Work("delete", None, names[0].namespace)
         work.ops.extend(Delete(name, tier) for name in names)
+        self.deleting.update((tier, name) for name in names)
         self.jobs.start(work)
+
+    def deleted(self, tier: int, name: Name) -> None:
+        """A removal has ended on every rank. A good copy that became ready meanwhile may be written now, not before: the
+        write would have met the damaged one and kept it, and the removal would have followed."""
+        self.deleting[tier, name] -= 1
+        if self.deleting[tier, name] > 0:
+            return
+        del self.deleting[tier, name]
+        self.known[tier].remove(name, None)
+        entry = self.pools[name.group].find(name.namespace, name.chain)
+        if entry is not None and entry.state == READY:
+            self.spill(name.namespace, name.group, [entry], [tier])

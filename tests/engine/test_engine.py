@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 
 from lmcache import CacheEngine, Layout, PagedKV
 from lmcache.errors import LayoutError, LMCacheError, SlotError, SpecError, TierError, TokenError
+from lmcache.keys import ObjectId
+from lmcache.tiers.base import Result
 from lmcache.tiers.memory import MemoryTier
 from lmcache_conformance.kvlab import CHUNK, DIM, HEADS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
+from lmcache_conformance.moody import Moody
 
 
 def tokens_of(n: int, seed: int = 0) -> torch.Tensor:
@@ -46,6 +51,7 @@ def test_clear_says_so_when_a_tier_does_not_let_go() -> None:
     pool = Pool("nhd", 40)
     with CacheEngine(tiny_config(), tiny_spec(), tiers=[Stubborn()]) as engine:
         engine.store(tokens_of(CHUNK), pool.kv, scattered(CHUNK, pool))
+        engine.flush()
         with pytest.raises(TierError, match="1 objects are still on tier 'memory'"):
             engine.clear()
 
@@ -135,3 +141,36 @@ class TestWrongCalls:
             assert engine.stats()['lmcache_failures_total{op="open",reason="disk"}'] == 1
         with pytest.raises(LMCacheError, match="dram_bytes"):
             tiny_config(dram_bytes=1 << 60)
+
+
+def test_a_good_copy_is_written_after_the_damaged_one_is_removed() -> None:
+    """In the other order the write would keep the damaged copy, and the removal would take it: nothing on the tier."""
+
+    class Slow(Moody):
+        def __init__(self) -> None:
+            super().__init__()
+            self.may_delete = threading.Event()
+
+        def delete(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
+            self.may_delete.wait(30)
+            return super().delete(ids, deadline=deadline)
+
+    tier, pool = Slow(), Pool("packed", 40, seed=1)
+    tokens, slots = tokens_of(4 * CHUNK), scattered(4 * CHUNK, pool, seed=3)
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
+        engine.store(tokens, pool.kv, slots)
+        assert engine.flush()
+    for id in list(tier.contents()):
+        tier.contents()[id] = b"hello"
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
+        with engine.lookup(tokens) as hit:
+            assert engine.retrieve(hit, Pool("packed", 40).kv, slots) == 0
+        assert engine.store(tokens, pool.kv, slots) == 4 * CHUNK
+        assert not engine.flush(timeout=0.2), "the removal hangs, so nothing is below yet, and flush says so"
+        tier.may_delete.set()
+        assert engine.flush()
+        assert len(tier.contents()) == 4
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine, engine.lookup(tokens) as hit:
+        target = Pool("packed", 40, seed=2)
+        assert engine.retrieve(hit, target.kv, slots) == 4 * CHUNK
+        assert target.sequence(slots) == pool.sequence(slots)
