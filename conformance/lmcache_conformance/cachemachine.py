@@ -117,14 +117,17 @@ class CacheMachine(RuleBasedStateMachine):
         slots = scattered(len(prompt) * CHUNK, target, seed=3)
         with cache.lookup(tokens_of(prompt, tail), salt=salt) as hit:
             assert hit.tokens == sum(hit.by_tier.values())
-            names = chunks_of(salt, prompt)[: hit.tokens // CHUNK]
-            wrong = [name for name in names if name not in self.own[at] and name not in self.shared]
-            assert not wrong, f"a hit on {wrong}: never stored, or cleared"
+            names = chunks_of(salt, prompt)
+            held = [name in self.own[at] or name in self.shared for name in names]
             load = cache.retrieve_layers if layered else cache.retrieve
             got = load(hit, target.kv, slots)
             loaded = got if isinstance(got, int) else got.finish()
         assert loaded <= hit.tokens
-        self.own[at].update(names)
+        # What counts is what was served: a cache may still believe in a file that another one has cleared, and miss it then.
+        served = loaded // CHUNK
+        wrong = [name for name, there in zip(names[:served], held[:served], strict=True) if not there]
+        assert not wrong, f"served {wrong}: never stored, or cleared"
+        self.own[at].update(name for name, there in zip(names, held, strict=True) if there)
         truth, where = self.truth(salt, prompt, kind)
         assert target.sequence(slots[:loaded]) == truth.sequence(where[:loaded]), "wrong bits"
 
@@ -140,7 +143,8 @@ class CacheMachine(RuleBasedStateMachine):
         at = session % len(self.caches)
         with self.caches[at].lookup(tokens_of(prompt), salt=salt) as hit:
             self.caches[at].prefetch(hit)
-            self.own[at].update(chunks_of(salt, prompt)[: hit.tokens // CHUNK])
+            found = chunks_of(salt, prompt)[: hit.tokens // CHUNK]
+            self.own[at].update(name for name in found if name in self.shared)
 
     @rule(session=SESSIONS, salt=st.one_of(st.none(), SALTS))
     def clear(self, session: int, salt: str | None) -> None:

@@ -18,7 +18,11 @@ from lmcache_conformance.seeds import known_seed, seed_of
 if TYPE_CHECKING:
     from lmcache_conformance.xfails import Xfail
 
-_SUITES = ("tiers", "layouts", "kernels", "keys", "machine", "engines", "cross", "damage", "targets", "mutants")
+_SUITES = (
+    *("tiers", "tierbytes", "tierfactory", "tierfaults", "layouts", "kernels", "keys", "machine", "index"),
+    *("cache", "cachebytes", "cachefactory", "cachefaults", "cachemachine", "cachenames", "cachepressure"),
+    *("engines", "cross", "damage", "moody", "targets", "mutants"),
+)
 # Suites are subclassed in other people's test modules, their asserts should explain themselves all the same.
 pytest.register_assert_rewrite(*(f"lmcache_conformance.{module}" for module in _SUITES))
 
