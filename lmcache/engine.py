@@ -15,6 +15,8 @@ from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lmcache.arena import Arena, host_provider
@@ -162,9 +164,7 @@ class CacheEngine:
                 self._namespaces.pop(next(iter(self._namespaces)))
             self._namespaces[key] = namespace
 
-    def chain(self, tokens: TokenIds, *, salt: str = "", lora: str = "", extras: Sequence[Extra] = ()) -> Chain:
-        """The names of every full chunk of `tokens`. Raises `TokenError` for what are not token ids."""
-        ids = as_tokens(tokens)
+    def _chain(self, ids: npt.NDArray[np.uint32], salt: str, lora: str, extras: Sequence[Extra]) -> Chain:
         return chain_of(self.namespace(salt=salt, lora=lora), ids, self.config.chunk_tokens, extras)
 
     def set_weights_version(self, version: str | int) -> None:
@@ -204,7 +204,7 @@ class CacheEngine:
         """
         with self.metrics.timed("store"):
             ids = as_tokens(tokens)
-            chain = chain_of(self.namespace(salt=salt, lora=lora), ids, self.config.chunk_tokens, extras)
+            chain = self._chain(ids, salt, lora, extras)
             accepted = self._store_chain(chain, kv, slots)
             if accepted:
                 self._tenants.add(chain.namespace, ids)
@@ -262,7 +262,7 @@ class CacheEngine:
         """
         with self.metrics.timed("lookup"):
             ids = as_tokens(tokens)
-            chain = chain_of(self.namespace(salt=salt, lora=lora), ids, self.config.chunk_tokens, extras)
+            chain = self._chain(ids, salt, lora, extras)
             hit = self._find(chain, len(ids) if max_tokens is None else max_tokens)
             if hit.stop == ABSENT and not hit.tokens and self._tenants.others(chain.namespace, ids):
                 hit.stop = "salt"
