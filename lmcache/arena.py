@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -128,3 +128,14 @@ class Arena:
         """Bytes of all slabs so far."""
         with self._lock:
             return sum(slab.numel() for slab in self._slabs.values())
+
+
+def share_out(budget: int, sizes: Sequence[int]) -> list[int]:
+    """Arena slots per group: as many chunks as `budget` bytes hold of *all* groups together, and a few way stations.
+
+    `sizes` are bytes per object of each group. However small the budget, some slots exist towards the tiers below.
+    """
+    return [max(_WAY_STATIONS, budget // sum(sizes))] * len(sizes)
+
+
+_WAY_STATIONS = 8

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from lmcache.errors import ConfigError
 from lmcache.machine import memory_limit
-from lmcache.settings import Choice, Flag, Folder, Seconds, Setting, Size, Whole, format_size, parse_size
+from lmcache.settings import Choice, Flag, Folder, Seconds, Setting, Size, Text, Whole, format_size, parse_size
 
 Order = Literal["canonical", "native"]
 Policy = Literal["lru", "lfu", "s3fifo"]
@@ -89,6 +89,12 @@ class Config:
         Choice(("fast", "full")),
         "fast",
         doc="How local weights are identified: `fast` reads headers, sizes and samples of each file; `full` hashes every byte.",
+    )
+    model_identity: Setting[str | None, str | None] = Setting(
+        Text(),
+        None,
+        doc="Names the weights, instead of looking at them: two engines given the same name are believed to hold the same "
+        "weights. For sharing KV between engines that see weights differently. Nothing: they are looked at.",
     )
     pin_memory: Setting[Pinning, Pinning] = Setting(
         Choice(("auto", "always", "never")),

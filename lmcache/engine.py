@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmcache.arena import Arena, host_provider
+from lmcache.arena import Arena, host_provider, share_out
 from lmcache.config import Config
 from lmcache.errors import LMCacheError, SlotError, TierError
 from lmcache.hit import Hit, LayerLoad
@@ -36,6 +36,7 @@ from lmcache.plan import JobKind
 from lmcache.spec import KVSpec
 from lmcache.tenants import Tenants
 from lmcache.tiers.base import Tier
+from lmcache.tiers.configured import open_tiers
 from lmcache.transfer import Transfer
 
 __all__ = ["CacheEngine", "Hit", "LayerLoad"]
@@ -54,9 +55,6 @@ _NAMESPACES_KEPT = 1 << 16
 
 _CLOSE_S = 5.0
 """How long closing waits for write-behind, and then for threads, before it leaves a hung tier behind."""
-
-_BOUNCE_SLOTS = 8
-"""Arena slots per group that exist however small the budget is, as way stations to the tiers below."""
 
 
 class CacheEngine:
@@ -78,12 +76,12 @@ class CacheEngine:
         self.spec = spec
         self.metrics = Metrics()
         self._log = Throttle()
-        self._tiers = list(tiers) if tiers is not None else self._open_tiers()
+        self._tiers = list(tiers) if tiers is not None else open_tiers(self.config, self.metrics, self._log)
         provider, self.memory = host_provider(self.config.pin_memory)
         chunk = self.config.chunk_tokens
         sizes = [spec.object_bytes(group, chunk) for group in range(len(spec.groups))]
         budget = self.config.dram_bytes or (self.config.queue_bytes if self._tiers else 0)
-        counts = _share_out(budget, sizes)
+        counts = share_out(budget, sizes)
         self._arenas = [Arena(n, size, provider) for n, size in zip(counts, sizes, strict=True)]
         self._index = Index(
             [(group.name, group.rule) for group in spec.groups],
@@ -120,20 +118,6 @@ class CacheEngine:
                 names = [Name(f.id.namespace, f.id.chain, f.id.group, f.id.tokens, f.id.depth) for f in tier.scan()]
                 self._index.announce(position, 0, names, True, time.monotonic())
         info("cache-open", memory=self.memory, slots=counts, tiers=[t.name for t in self._tiers])
-
-    def _open_tiers(self) -> list[Tier]:
-        if self.config.disk_path is None:
-            return []
-        from lmcache.tiers.disk import DiskTier
-
-        try:
-            return [DiskTier(self.config.disk_path, self.config.disk_bytes)]
-        except TierError as error:
-            if self.config.strict:
-                raise
-            self.metrics.failed("open", "disk")
-            self._log.warning("tier-disabled", tier="disk", reason=error)
-            return []
 
     # ---------------------------------------------------------------- names
 
@@ -454,8 +438,3 @@ class CacheEngine:
 def _flush(tier: Tier, durable: bool) -> bool:
     tier.flush(durable=durable)
     return True
-
-
-def _share_out(budget: int, sizes: Sequence[int]) -> list[int]:
-    """Arena slots per group: as many chunks as the budget holds of *all* groups together, and a few way stations."""
-    return [max(_BOUNCE_SLOTS, budget // sum(sizes))] * len(sizes)

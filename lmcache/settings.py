@@ -198,6 +198,28 @@ class Folder:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Some text, or None."""
+
+    @property
+    def label(self) -> str:
+        """See `Kind`."""
+        return "text, or nothing"
+
+    def check(self, value: Any) -> str | None:
+        """See `Kind`."""
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value.strip():
+            raise ConfigError(f"{value!r} is not a text that names anything")
+        return value
+
+    def from_text(self, text: str) -> Any:
+        """See `Kind`."""
+        return text
+
+
+@dataclass(frozen=True)
 class Flag:
     """Yes or no."""
 

@@ -95,11 +95,14 @@ class Index:
 
     # ---------------------------------------------------------------- lookup and lease
 
-    def lookup(self, owner: Owner, chain: Chain, max_tokens: int, now: float) -> Lookup:
+    def lookup(self, owner: Owner, chain: Chain, max_tokens: int, now: float, *, near: int | None = None) -> Lookup:
         """The longest hit of at most `max_tokens` tokens, leased to `owner` (replacing an older lease of this owner).
 
         `pending`: a shared tier is being asked; ask again when a report came or the probe's deadline passed. Each owner
         asks once per chain.
+
+        With `near`, beyond so many tokens (which the engine has) only what is in DRAM counts, so that a load of it cannot
+        fail, and nobody is asked.
         """
         state = self.state
         state.counts["lookups"] += 1
@@ -107,9 +110,9 @@ class Index:
             self.release(owner)
             return Lookup("miss", 0, {}, messages.FAILED_BEFORE)
         limit = min(len(chain.digests), max(0, max_tokens) // state.chunk_tokens)
-        found = find(state, chain, limit)
+        found = find(state, chain, limit, near=None if near is None else near // state.chunk_tokens)
         late = False
-        if found.chunks < limit and self._shared:
+        if found.chunks < limit and self._shared and near is None:
             awaited, late = self._ask(owner, chain, limit, found, now)
             if awaited:
                 self.release(owner)
@@ -165,12 +168,15 @@ class Index:
         self.state.loading.setdefault(owner, set()).add(job)
         return job
 
-    def begin_prefetch(self, owner: Owner, now: float) -> int | None:
-        """Bring what was leased into DRAM, as far as slots can be freed. The lease stays. Returns the job's id, or None."""
+    def begin_prefetch(self, owner: Owner, now: float, *, skip: int = 0) -> int | None:
+        """Bring what was leased into DRAM, as far as slots can be freed. The lease stays. Returns the job's id, or None.
+
+        `skip`: tokens the engine already has; chunks that lie wholly within them are left where they are.
+        """
         lease = self._valid(owner, now)
         if lease is None:
             return None
-        work = transfers.prefetch(self.state, owner, lease.chain, lease.chunks)
+        work = transfers.prefetch(self.state, owner, lease.chain, lease.chunks, skip)
         if not work.ops:
             results.release(work)
             return None

@@ -34,25 +34,29 @@ class Found:
         return [source for i in need if type(source := held[i]) is Entry]
 
 
-def find(state: State, chain: Chain, limit: int) -> Found:
-    """The longest hit of at most `limit` chunks that is legal for every group. Changes nothing."""
+def find(state: State, chain: Chain, limit: int, *, near: int | None = None) -> Found:
+    """The longest hit of at most `limit` chunks that is legal for every group. Changes nothing.
+
+    With `near`, chunks from this position on count only if they are in DRAM.
+    """
+    distant = limit if near is None else near
     longests: list[Longest] = []
     sources: list[list[Source] | dict[int, Source]] = []
     for group, rule in enumerate(state.rules):
         if rule.kind == "all":
-            prefix = _prefix(state, chain, limit, group)
+            prefix = _prefix(state, chain, limit, group, distant)
             sources.append(prefix)
             longests.append(partial(min, len(prefix)))
         else:
             seen: dict[int, Source] = {}
             sources.append(seen)
-            longests.append(_seeker(state, chain, group, seen))
+            longests.append(_seeker(state, chain, group, seen, distant))
     chunks, limiter = fixpoint(longests, limit)
     needs = [needed(rule, chunks, state.chunk_tokens) for rule in state.rules]
     return Found(chunks, limiter, needs, sources)
 
 
-def _prefix(state: State, chain: Chain, limit: int, group: int) -> list[Source]:
+def _prefix(state: State, chain: Chain, limit: int, group: int, distant: int) -> list[Source]:
     """Sources of the first objects of a chain, up to the first that cannot be had. One dict walk where all is in DRAM."""
     space = state.pools[group].spaces.get(chain.namespace)
     ready = space.ready if space else _NO_ENTRIES
@@ -66,22 +70,22 @@ def _prefix(state: State, chain: Chain, limit: int, group: int) -> list[Source]:
     tiers = [known.masks(chain.namespace, group) for known in state.known]
     for i in range(first, limit):
         source: Source | None = found[i]
-        if source is None:
+        if source is None and i < distant:
             source = next((t for t, masks in enumerate(tiers) if masks.get(digests[i]) == full), None)
-            if source is None:
-                break
+        if source is None:
+            break
         prefix.append(source)
     return prefix
 
 
-def _seeker(state: State, chain: Chain, group: int, seen: dict[int, Source]) -> Longest:
+def _seeker(state: State, chain: Chain, group: int, seen: dict[int, Source], distant: int) -> Longest:
     rule = state.rules[group]
 
     def present(i: int) -> bool:
         if i in seen:
             return True
         source = state.source(chain.namespace, chain.digests[i], group)
-        if source is None:
+        if source is None or (type(source) is int and i >= distant):
             return False
         seen[i] = source
         return True

@@ -42,12 +42,12 @@ def load(state: State, owner: Owner, chain: Chain, limit: int, skip: int) -> Wor
     return work
 
 
-def prefetch(state: State, owner: Owner, chain: Chain, limit: int) -> Work:
+def prefetch(state: State, owner: Owner, chain: Chain, limit: int, skip: int = 0) -> Work:
     """A job that brings what the hit needs from tiers into DRAM, as far as slots can be freed; maybe without ops."""
     found = find(state, chain, limit)
     work = Work("prefetch", owner, chain.namespace)
     _pin(state, work, found)
-    for i in range(found.chunks):
+    for i in range(skip // state.chunk_tokens, found.chunks):
         for group in range(len(state.pools)):
             if i in found.needs[group] and isinstance(source := found.sources[group][i], int):
                 _fill(state, work, chain, group, i, source)

@@ -1,0 +1,234 @@
+"""`LMCacheConnector`: what vLLM loads. It splits into a scheduler half and a worker half and guards both.
+
+Nothing that goes wrong here reaches vLLM: a half that raises is switched off, says so once, and the server goes on uncached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from lmcache.config import Config
+from lmcache.errors import LMCacheError
+from lmcache.log import Throttle, info
+from lmcache.plan import Plan
+from lmcache_vllm import quirks
+from lmcache_vllm.messages import Handshake, RankMeta, StepMeta
+from lmcache_vllm.scheduler import SchedulerHalf
+from lmcache_vllm.stats import SOURCES, CacheStats, Increments, PromMetrics
+from lmcache_vllm.worker import Landed, WorkerHalf
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+T = TypeVar("T")
+H = TypeVar("H", SchedulerHalf, WorkerHalf)
+
+
+class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
+    """A KV cache in DRAM and on disk for vLLM's KV connector interface, version 1."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self._throttle = Throttle()
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._increments: Increments | None = None
+        self._lost_blocks: set[int] = set()
+        extra = dict(self._kv_transfer_config.kv_connector_extra_config)
+        try:
+            config = Config.load(json=extra)
+            if warning := quirks.check_version():
+                self._throttle.warning("untested-version", reason=warning)
+            quirks.check_config(vllm_config)
+            if role == KVConnectorRole.SCHEDULER:
+                said = {name: entry["value"] for name, entry in config.describe().items() if entry["source"] != "default"}
+                info("cache-settings", **said)
+                self._scheduler = SchedulerHalf(kv_cache_config, config)
+                self._increments = Increments(self._scheduler.metrics)
+            else:
+                self._worker = WorkerHalf(vllm_config, kv_cache_config, config)
+                self._increments = Increments(self._worker.metrics)
+        except (LMCacheError, quirks.UnsupportedError) as error:
+            if extra.get("strict") is True:
+                raise
+            self._throttle.warning("cache-disabled", reason=error)
+
+    # ---------------------------------------------------------------- guards
+
+    def _ask(self, half: H | None, call: Callable[[H], T], default: T) -> T:
+        """`call(half)`, or `default` where there is none; whatever it raises switches the half off."""
+        if half is None:
+            return default
+        try:
+            return call(half)
+        except Exception as error:
+            self._throttle.warning("cache-off", reason=f"{type(error).__name__}: {error}")
+            half.metrics.failed("connector", "internal")
+            if self._scheduler is half:
+                self._scheduler = None
+            return default
+
+    # ---------------------------------------------------------------- worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """See the base class."""
+        if self._worker is not None:
+            self._worker.register(kv_caches)
+
+    def get_handshake_metadata(self) -> Handshake | None:
+        """What this worker holds, for the scheduler half."""
+        return self._ask(self._worker, lambda half: Handshake.of(half.offer()), None)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """See the base class."""
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, StepMeta)
+        self._ask(self._worker, lambda half: half.bind(connector_metadata), None)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Loads, and traffic between tiers."""
+        self._ask(self._worker, lambda half: half.start_loads(), None)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request is scheduled when its load has ended."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Nothing: stores follow the forward pass, all layers at once."""
+
+    def wait_for_save(self) -> None:
+        """Stores."""
+        self._ask(self._worker, lambda half: half.start_stores(), None)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Loads that ended."""
+        landed = self._ask(self._worker, lambda half: half.landed(), Landed())
+        several = len(self._kv_cache_config.kv_cache_groups) > 1
+        self._lost_blocks = set() if several else landed.blocks
+        failed = landed.failed if several else set()
+        return KVConnectorTransferResults(finished_recving=landed.requests, failed_recving=failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """With one group, failed loads by block; with several, vLLM wants them by request."""
+        lost, self._lost_blocks = self._lost_blocks, set()
+        return lost
+
+    def build_connector_worker_meta(self) -> RankMeta | None:
+        """Reports for the scheduler half."""
+        return self._ask(self._worker, lambda half: half.report(), None)
+
+    # ---------------------------------------------------------------- scheduler
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache that loses something costs a miss, no request."""
+        return False
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
+        """What the workers hold."""
+        offers = [found.read() for found in metadata.values() if isinstance(found, Handshake)]
+        if offers:
+            self._ask(self._scheduler, lambda half: half.meet(offers), None)
+
+    def on_new_request(self, request: Request) -> None:
+        """Fetch from lower tiers while the request queues."""
+        self._ask(self._scheduler, lambda half: half.arrived(request), None)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """What can be loaded beyond vLLM's own prefix cache; always asynchronously."""
+        found = self._ask(self._scheduler, lambda half: half.matched(request, num_computed_tokens), 0)
+        return found, bool(found)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Load into these blocks."""
+        self._ask(
+            self._scheduler, lambda half: half.allocated(request, blocks.get_block_ids(), num_external_tokens), None
+        )
+
+    def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        """For vLLM's own metrics."""
+        by_tier = self._ask(self._scheduler, lambda half: half.sources(request, num_external_tokens), {})
+        found: dict[CacheHitSource, int] = {}
+        for tier, tokens in by_tier.items():
+            source = SOURCES.get(tier, SOURCES[""])
+            found[source] = found.get(source, 0) + tokens
+        return found
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMeta:
+        """What the workers do in this step."""
+        return self._ask(self._scheduler, lambda half: half.step(scheduler_output), StepMeta(Plan(0, (), ())))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """What the workers say."""
+        meta: KVConnectorWorkerMetadata | None = connector_output.kv_connector_worker_meta
+        if isinstance(meta, RankMeta):
+            self._ask(self._scheduler, lambda half: half.reported(meta), None)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Blocks are never held back: what was worth storing has been stored."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """See `request_finished`."""
+        self._ask(self._scheduler, lambda half: half.finished(request), None)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Write-behind goes on only while the engine steps."""
+        return self._ask(self._scheduler, lambda half: half.busy, False)
+
+    def reset_cache(self) -> bool | None:
+        """Empty every tier."""
+        return self._ask(self._scheduler, lambda half: half.clear(), None)
+
+    def take_events(self) -> Iterable[Any]:
+        """Nothing yet."""
+        return ()
+
+    # ---------------------------------------------------------------- both
+
+    def shutdown(self) -> None:
+        """Finish write-behind, release the tiers."""
+        self._ask(self._worker, lambda half: half.close(), None)
+
+    def get_kv_connector_stats(self) -> CacheStats | None:
+        """What was counted since the last call."""
+        return self._increments.take() if self._increments is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheStats | None:
+        """See the base class."""
+        return CacheStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PromMetrics:
+        """`lmcache_*` series beside vLLM's own."""
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,115 @@
+"""What scheduler and workers tell each other, carried by vLLM's own messages. Plain data; vLLM encodes it.
+
+`StepMeta` rides on a step's `SchedulerOutput`, `RankMeta` on what a worker returns, `Handshake` is sent once at start-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from lmcache.plan import Plan, Report
+from lmcache.spec import KVSpec
+
+
+class BlockView(msgspec.Struct, frozen=True, array_like=True):
+    """Where a request's tokens lie, as vLLM says it.
+
+    Attributes:
+        request: vLLM's request id.
+        blocks: per group, block ids from the request's first token on; 0 is vLLM's null block: not resident.
+        skip: so many leading tokens are somebody else's business and must not be written.
+        tokens: up to here.
+    """
+
+    request: str
+    blocks: tuple[list[int], ...]
+    skip: int
+    tokens: int
+
+
+@dataclass
+class StepMeta(KVConnectorMetadata):
+    """What the workers do in one step.
+
+    Attributes:
+        plan: for `Transfer`; loads and tier traffic run beside the forward pass, stores after it.
+        views: job id → engine memory of that job.
+        refused: loads that vLLM waits for and that the index could not plan any more.
+        clear: a number that grows with each wish to empty the tiers.
+        idle: the step has no forward pass.
+    """
+
+    plan: Plan
+    views: dict[int, BlockView] = field(default_factory=dict)
+    refused: list[BlockView] = field(default_factory=list)
+    clear: int = 0
+    idle: bool = False
+
+
+@dataclass
+class RankMeta(KVConnectorWorkerMetadata):
+    """What one rank, or after aggregation several, report. `cleared[rank]`: the newest wish that is done."""
+
+    reports: list[Report]
+    cleared: dict[int, int] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> RankMeta:
+        """All of both. Reports are cumulative and carry their rank, so nothing has to be merged."""
+        assert isinstance(other, RankMeta)
+        return RankMeta([*self.reports, *other.reports], self.cleared | other.cleared)
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What a worker brings.
+
+    Attributes:
+        spec: what its KV is; ranks must agree on all but the rects.
+        slots: arena slots per group.
+        tiers: name, and whether other processes may add to it, nearest first.
+        disabled: why this worker caches nothing, or empty.
+    """
+
+    rank: int
+    spec: KVSpec | None
+    slots: tuple[int, ...] = ()
+    tiers: tuple[tuple[str, bool], ...] = ()
+    disabled: str = ""
+
+
+@dataclass
+class Handshake(KVConnectorHandshakeMetadata):
+    """An `Offer`, encoded."""
+
+    offer: bytes
+
+    @staticmethod
+    def of(offer: Offer) -> Handshake:
+        """Encode."""
+        return Handshake(msgspec.json.encode(offer))
+
+    def read(self) -> Offer:
+        """Decode."""
+        return msgspec.json.decode(self.offer, type=Offer)
+
+
+def agreed(offers: Sequence[Offer]) -> str:
+    """Why these ranks cannot work together, or empty."""
+    for offer in offers:
+        if offer.disabled:
+            return f"rank {offer.rank}: {offer.disabled}"
+    first = offers[0]
+    assert first.spec is not None
+    for offer in offers[1:]:
+        assert offer.spec is not None
+        mine = (first.spec.model, first.spec.groups, first.spec.numerics, first.tiers)
+        if (offer.spec.model, offer.spec.groups, offer.spec.numerics, offer.tiers) != mine:
+            return f"ranks {first.rank} and {offer.rank} see different models, numerics or tiers"
+    return ""

@@ -1,0 +1,98 @@
+"""What both halves count, on its way to vLLM's `/metrics`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from prometheus_client import Counter
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from lmcache.metrics import Metrics
+
+SOURCES = {
+    "dram": CacheHitSource.HOST,
+    "disk": CacheHitSource.DISK,
+    "": CacheHitSource.EXTERNAL_UNSPECIFIED,
+}
+"""Our tiers in vLLM's words."""
+
+_EVERY_S = 1.0
+
+
+class CacheStats(KVConnectorStats):
+    """Counters, as increments: `name|label value|…` → amount."""
+
+    def reset(self) -> None:
+        """Forget."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> CacheStats:
+        """The sum of both."""
+        for key, amount in other.data.items():
+            self.data[key] = self.data.get(key, 0) + amount
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """For vLLM's log line: tokens."""
+        wanted = {"lmcache_loaded_tokens_total": "loaded tokens", "lmcache_stored_tokens_total": "stored tokens"}
+        return {wanted[key]: amount for key, amount in self.data.items() if key in wanted}
+
+    def is_empty(self) -> bool:
+        """Nothing has been counted."""
+        return not self.data
+
+
+class Increments:
+    """What a half's counters have grown by; looked at now and then, for that costs more than a step may."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._seen: dict[str, float] = {}
+        self._due = 0.0
+
+    def take(self, now: float | None = None) -> CacheStats | None:
+        """The growth since the last time, at most once a second."""
+        now = time.monotonic() if now is None else now
+        if now < self._due:
+            return None
+        self._due = now + _EVERY_S
+        current = {
+            "|".join((sample.name, *sample.labels.values())): sample.value
+            for family in self._metrics.registry.collect()
+            for sample in family.samples
+            if sample.name.endswith("_total")
+        }
+        grown = {key: value - self._seen.get(key, 0) for key, value in current.items()}
+        self._seen = current
+        changed = {key: amount for key, amount in grown.items() if amount}
+        return CacheStats(changed) if changed else None
+
+
+class PromMetrics(KVConnectorPromMetrics):
+    """`lmcache_*` counters, with vLLM's labels in front of ours."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            family.name: metric_types[Counter](
+                name=family.name, documentation=family.doc, labelnames=[*labelnames, *family.labels]
+            )
+            for family in Metrics().families
+            if family.kind == "counter"
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add what was counted."""
+        for key, amount in transfer_stats_data.items():
+            name, *labels = key.split("|")
+            counter = self._counters.get(name)
+            if counter is not None:
+                counter.labels(*self.per_engine_labelvalues[engine_idx], *labels).inc(amount)

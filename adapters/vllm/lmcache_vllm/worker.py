@@ -1,0 +1,266 @@
+"""The worker half: owns one rank's arenas and tiers, and carries out plans on the KV tensors that vLLM registered.
+
+It decides nothing. Loads and tier traffic of a step are started beside the forward pass, stores when it has been submitted;
+what has come of them goes back with the step's output.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from lmcache.arena import Arena, host_provider, share_out
+from lmcache.config import Config
+from lmcache.errors import LMCacheError
+from lmcache.layout.bound import BoundKV
+from lmcache.ledger import EngineView
+from lmcache.log import Throttle, info
+from lmcache.metrics import Metrics
+from lmcache.objectio import ObjectIO
+from lmcache.plan import Job, JobReport, Plan, Report, Status
+from lmcache.spec import KVSpec
+from lmcache.tiers.base import Tier
+from lmcache.tiers.configured import open_tiers
+from lmcache.transfer import Transfer
+from lmcache_vllm import quirks
+from lmcache_vllm.geometry import identity_of, rounded_chunk, spec_of
+from lmcache_vllm.layouts import prove_layout
+from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta
+from lmcache_vllm.quirks import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+_CLOSE_S = 5.0
+_IDLE_WAIT_S = 0.002
+"""How long a step without a forward pass may wait for news, rather than spin."""
+
+
+class Landed:
+    """Loads that ended in the step: all of them, those that failed, and the blocks that hold nothing now."""
+
+    __slots__ = ("blocks", "failed", "requests")
+
+    def __init__(self) -> None:
+        self.requests: set[str] = set()
+        self.failed: set[str] = set()
+        self.blocks: set[int] = set()
+
+
+class WorkerHalf:
+    """See the module.
+
+    Args:
+        vllm_config, kv_config: as vLLM hands them to a connector.
+        config: settings.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, kv_config: KVCacheConfig, config: Config) -> None:
+        self._vllm_config = vllm_config
+        self._kv_config = kv_config
+        self._config = config
+        self._log = Throttle()
+        self.metrics = Metrics()
+        self.rank, self.ranks = quirks.worker_rank()
+        self._chunk = rounded_chunk(kv_config, config.chunk_tokens)
+        self._sizes = [int(group.kv_cache_spec.block_size) for group in kv_config.kv_cache_groups]
+        self.disabled = "vLLM has registered no KV cache"
+        self._spec: KVSpec | None = None
+        self._kv: BoundKV | None = None
+        self._transfer: Transfer | None = None
+        self._tiers: list[Tier] = []
+        self._slots: tuple[int, ...] = ()
+        self._step: StepMeta | None = None
+        self._loads: dict[int, BlockView] = {}
+        self._reported: Report | None = None
+        self._cleared = 0
+        self._clearing: threading.Thread | None = None
+
+    # ---------------------------------------------------------------- start-up
+
+    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+        """Take up vLLM's KV tensors: describe, prove, allocate. Whatever is in the way disables this worker."""
+        try:
+            self._open(caches)
+            self.disabled = ""
+        except (UnsupportedError, LMCacheError) as error:
+            self.disabled = str(error)
+        except Exception as error:  # vLLM's internals may have changed
+            self.disabled = f"{type(error).__name__}: {error}"
+        if self.disabled:
+            self.metrics.failed("open", "unsupported")
+            self._log.warning("cache-disabled", rank=self.rank, reason=self.disabled)
+            if self._config.strict:
+                raise RuntimeError(f"LMCache cannot cache here, and strict is set: {self.disabled}")
+
+    def _open(self, caches: Mapping[str, torch.Tensor]) -> None:
+        layers = quirks.attention_layers(self._vllm_config)
+        identity = identity_of(self._vllm_config, self._config.model_identity, self._config.fingerprint)
+        spec = spec_of(
+            self._vllm_config, self._kv_config, layers, rank=self.rank, ranks=self.ranks, identity=identity
+        )
+        kv, layout = prove_layout(spec, self._kv_config, caches, layers)
+        self._tiers = open_tiers(self._config, self.metrics, self._log)
+        sizes = [spec.object_bytes(group, self._chunk) for group in range(len(spec.groups))]
+        budget = (self._config.dram_bytes or (self._config.queue_bytes if self._tiers else 0)) // self.ranks
+        self._slots = tuple(share_out(budget, sizes))
+        provider, memory = host_provider(self._config.pin_memory)
+        self._spec, self._kv = spec, kv.bind(spec)
+        self._transfer = Transfer(
+            spec,
+            self._chunk,
+            [Arena(n, size, provider) for n, size in zip(self._slots, sizes, strict=True)],
+            self._tiers,
+            io=ObjectIO(spec, self._chunk, order=self._config.disk_order),
+            metrics=self.metrics,
+            log=self._log,
+            rank=self.rank,
+            read_threads=self._config.io_threads,
+            write_threads=self._config.io_threads,
+            queue_bytes=self._config.queue_bytes // self.ranks,
+        )
+        info(
+            "cache-open",
+            rank=f"{self.rank}/{self.ranks}",
+            layout=layout,
+            chunk_tokens=self._chunk,
+            slots=self._slots,
+            memory=memory,
+            tiers=[tier.name for tier in self._tiers],
+        )
+
+    def offer(self) -> Offer:
+        """For the scheduler half."""
+        tiers = tuple((tier.name, tier.shared) for tier in self._tiers)
+        return Offer(self.rank, self._spec, self._slots, tiers, self.disabled)
+
+    # ---------------------------------------------------------------- a step
+
+    def bind(self, step: StepMeta) -> None:
+        """What this step is to do."""
+        self._step = step
+        self._reported = None
+
+    def start_loads(self) -> None:
+        """Everything but stores."""
+        if self._step is not None:
+            self._execute(self._step, stores=False)
+            self._clear(self._step.clear)
+
+    def start_stores(self) -> None:
+        """What the forward pass has computed. On return vLLM may overwrite it."""
+        if self._step is not None:
+            self._execute(self._step, stores=True)
+
+    def _execute(self, step: StepMeta, *, stores: bool) -> None:
+        jobs = tuple(job for job in step.plan.jobs if (job.kind == "store") == stores)
+        if self._transfer is None or (not jobs and stores):
+            return
+        views = {}
+        for job in jobs:
+            block_view = step.views.get(job.id)
+            if block_view is not None:
+                if job.kind == "load":  # vLLM waits for it from here on, whatever happens
+                    self._loads[job.id] = block_view
+                views[job.id] = self._view(job, block_view)
+        self._transfer.execute(Plan(step.plan.epoch, jobs, step.plan.acked), views)
+
+    def _view(self, job: Job, view: BlockView) -> EngineView:
+        assert self._kv is not None
+        skip = view.skip if job.kind == "load" else 0
+        slots = {
+            group: slots_of(blocks, size, view.tokens, skip)
+            for group, (blocks, size) in enumerate(zip(view.blocks, self._sizes, strict=True))
+        }
+        return EngineView(self._kv, slots)
+
+    # ---------------------------------------------------------------- what has come of it
+
+    def landed(self) -> Landed:
+        """Loads that ended since the last call. After it no call of theirs writes into vLLM's memory."""
+        found = Landed()
+        step = self._step
+        for view in step.refused if step is not None else ():
+            self._lost(found, view, 0)
+        transfer = self._transfer
+        if transfer is None:
+            return found
+        if step is not None and step.idle and (self._loads or transfer.running()):
+            transfer.wait(transfer.news, _IDLE_WAIT_S)
+        self._reported = transfer.poll()
+        for report in self._reported.jobs:
+            view = self._loads.pop(report.job, None)
+            if view is None:
+                continue
+            if not report.final:
+                transfer.fence([report.job])
+            if all(status == Status.OK for status in report.statuses):
+                found.requests.add(view.request)
+            else:
+                self._log.warning("load-failed", request=view.request, reason=_reason(report))
+                self._lost(found, view, view.skip)
+        return found
+
+    def _lost(self, found: Landed, view: BlockView, kept: int) -> None:
+        found.requests.add(view.request)
+        found.failed.add(view.request)
+        for blocks, size in zip(view.blocks, self._sizes, strict=True):
+            found.blocks.update(blocks[max(kept, view.skip) // size : -(-view.tokens // size)])
+        found.blocks.discard(0)
+
+    def report(self) -> RankMeta | None:
+        """For the scheduler half; None where there is nothing to say."""
+        reports = [self._reported] if self._reported is not None and self._reported.jobs else []
+        cleared = {self.rank: self._cleared} if self._cleared else {}
+        return RankMeta(reports, cleared) if reports or cleared else None
+
+    # ---------------------------------------------------------------- the rest
+
+    def _clear(self, wish: int) -> None:
+        """Empty the tiers in a thread of its own: a large folder takes a while."""
+        if wish <= self._cleared or (self._clearing is not None and self._clearing.is_alive()):
+            return
+        self._clearing = threading.Thread(target=partial(self._clear_tiers, wish), name="lmcache-clear", daemon=True)
+        self._clearing.start()
+
+    def _clear_tiers(self, wish: int) -> None:
+        for tier in self._tiers:
+            try:
+                tier.clear(None)
+            except Exception as error:
+                self.metrics.failed("clear", tier.name)
+                self._log.warning("clear-failed", tier=tier.name, error=f"{type(error).__name__}: {error}")
+        self._cleared = wish
+
+    def close(self) -> None:
+        """Finish write-behind, end all threads, release the tiers."""
+        if self._transfer is None:
+            return
+        transfer, self._transfer = self._transfer, None
+        if transfer.close(_CLOSE_S):
+            for tier in self._tiers:
+                tier.close()
+        else:
+            self._log.warning("close-incomplete", reason="a tier call still hangs; its threads are left behind")
+
+
+def slots_of(blocks: list[int], block_tokens: int, tokens: int, skip: int) -> torch.Tensor:
+    """Slots of a request's first `tokens` tokens: int64, −1 for the first `skip`, null blocks, and what has no block."""
+    ids = torch.tensor(blocks[: -(-tokens // block_tokens)], dtype=torch.int64)
+    table = ids[:, None] * block_tokens + torch.arange(block_tokens)
+    table[ids == 0] = -1
+    slots = torch.full((tokens,), -1, dtype=torch.int64)
+    flat = table.view(-1)[:tokens]
+    slots[: len(flat)] = flat
+    slots[:skip] = -1
+    return slots
+
+
+def _reason(report: JobReport) -> str:
+    bad = [Status(status).name.lower() for status in report.statuses if status != Status.OK]
+    return report.detail or (bad[0] if bad else "unknown")
