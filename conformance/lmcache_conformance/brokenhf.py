@@ -21,7 +21,7 @@ from lmcache_hf import quirks
 from lmcache_hf.batch import Prompt
 from lmcache_hf.reuse import LayerKV, Reuse
 from lmcache_hf.session import HFSession, ObservedModel, ObservedReuse
-from lmcache_hf.splits import Owner
+from lmcache_conformance.splits import Owner
 
 SEPARATOR = "\0"
 

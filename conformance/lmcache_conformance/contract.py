@@ -49,6 +49,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         lora: requests carry a LoRA adapter.
         images: requests carry images.
         concurrent: several requests may run at once.
+        batch_invariant: the bits of an answer do not depend on what else runs at once. Where they do, answers of a crowd are
+            compared by tokens, in exact dtypes only.
         cancel: a running request can be cancelled.
         preemption: it can be made to preempt (tiny device cache).
         chunked_prefill: it can be made to split prompts.
@@ -68,6 +70,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     lora: bool = False
     images: bool = False
     concurrent: bool = False
+    batch_invariant: bool = True
     cancel: bool = False
     preemption: bool = False
     chunked_prefill: bool = False
@@ -171,7 +174,8 @@ class EngineAdapter(Protocol):
     """What an adapter registers under `lmcache.adapters`.
 
     It may have an attribute `preload`: the name of a module that can be imported before sessions fork from that process
-    (nothing in it starts threads or touches a device). Most sessions then start in a fraction of a second.
+    (nothing in it starts threads or touches a device). Most sessions then start in a fraction of a second. And an attribute
+    `chunk_tokens`, where the suite's 16 do not suit the engine's blocks.
     """
 
     name: str

@@ -28,7 +28,7 @@ WINDOW = 64
 """`sliding_window` of the tiny gemma3: its next token attends to 63 previous ones."""
 
 _STD = 0.08
-_VERSION = 1  # grows whenever anything here changes what is made
+_VERSION = 2  # grows whenever anything here changes what is made
 
 
 def model_folder(name: str, *, seed: int = 1, root: Path | None = None) -> Path:
@@ -139,10 +139,12 @@ def _deepseek() -> Any:
             n_routed_experts=4,
             n_shared_experts=1,
             num_experts_per_tok=2,
-            kv_lora_rank=32,
+            n_group=1,
+            topk_group=1,
+            kv_lora_rank=512,  # with 64 of rotary key, the one size that vLLM's CPU kernel has
             q_lora_rank=None,
             qk_nope_head_dim=32,
-            qk_rope_head_dim=16,
+            qk_rope_head_dim=64,
             v_head_dim=32,
             first_k_dense_replace=1,
         )

@@ -17,10 +17,11 @@ from transformers.utils import logging as _logging
 from lmcache.config import Config
 from lmcache.engine import Hit
 from lmcache_conformance.contract import Request, Response, SessionConfig
+from lmcache_conformance.splits import Owner, Pass, Splits, Start
 from lmcache_hf.batch import Prompt
 from lmcache_hf.model import CachedModel
+from lmcache_hf.playback import Playback
 from lmcache_hf.reuse import Reuse
-from lmcache_hf.splits import Owner, Pass, Playback, Splits, Start
 
 
 @dataclass

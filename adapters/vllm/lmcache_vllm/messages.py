@@ -35,6 +35,13 @@ class BlockView(msgspec.Struct, frozen=True, array_like=True):
     tokens: int
 
 
+class Wish(msgspec.Struct, frozen=True, array_like=True):
+    """Empty the tiers: of these namespaces, or of everything. Wishes are numbered and repeated until all ranks are done."""
+
+    number: int
+    namespaces: tuple[bytes, ...] | None
+
+
 @dataclass
 class StepMeta(KVConnectorMetadata):
     """What the workers do in one step.
@@ -43,14 +50,14 @@ class StepMeta(KVConnectorMetadata):
         plan: for `Transfer`; loads and tier traffic run beside the forward pass, stores after it.
         views: job id → engine memory of that job.
         refused: loads that vLLM waits for and that the index could not plan any more.
-        clear: a number that grows with each wish to empty the tiers.
+        wishes: tiers to empty, oldest first.
         idle: the step has no forward pass.
     """
 
     plan: Plan
     views: dict[int, BlockView] = field(default_factory=dict)
     refused: list[BlockView] = field(default_factory=list)
-    clear: int = 0
+    wishes: tuple[Wish, ...] = ()
     idle: bool = False
 
 

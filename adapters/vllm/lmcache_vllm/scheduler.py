@@ -23,7 +23,7 @@ from lmcache.plan import Status
 from lmcache.spec import KVSpec
 from lmcache_vllm import names, quirks
 from lmcache_vllm.geometry import rounded_chunk
-from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta, agreed
+from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta, Wish, agreed
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -90,7 +90,8 @@ class SchedulerHalf:
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
         self._fetches: dict[int, str] = {}
-        self._clear = 0
+        self._wishes: list[Wish] = []
+        self._wished = 0
         self._cleared: dict[int, int] = {}
         self._ranks = 1
         self._evictions = 0
@@ -236,7 +237,7 @@ class SchedulerHalf:
             self._news = now
         views, self._views = self._views, {}
         idle = output.total_num_scheduled_tokens == 0
-        return StepMeta(plan, views, self._take_refused(), self._clear, idle)
+        return StepMeta(plan, views, self._take_refused(), tuple(self._wishes), idle)
 
     def _store(
         self, index: Index, tracked: Tracked, scheduled: int, output: SchedulerOutput, now: float
@@ -268,6 +269,8 @@ class SchedulerHalf:
         """What the workers say."""
         index, now = self._index, time.monotonic()
         self._cleared.update(meta.cleared)
+        done = min(self._cleared.get(rank, 0) for rank in range(self._ranks))
+        self._wishes = [wish for wish in self._wishes if wish.number > done]
         if index is None:
             return
         if meta.reports:
@@ -299,19 +302,27 @@ class SchedulerHalf:
 
     # ---------------------------------------------------------------- the rest
 
-    def clear(self) -> bool:
-        """Forget everything, and have the workers empty their tiers; until they have, nothing is a hit."""
-        if self._index is not None:
-            self._index.clear(None, time.monotonic())
-            self._clear += 1
-            self._news = time.monotonic()
-            for tracked in self._requests.values():
-                tracked.stored = 0
+    def clear(self, salt: str | None = None) -> bool:
+        """Forget everything (of one tenant), and have the workers empty their tiers; until they have, nothing is a hit."""
+        index = self._index
+        if index is None:
+            return True
+        namespaces = None
+        if salt is not None:
+            self._namespace(salt, "")
+            namespaces = tuple(found for (owner, _), found in self._namespaces.items() if owner == salt)
+        for namespace in (None,) if namespaces is None else namespaces:
+            index.clear(namespace, time.monotonic())
+        self._wished += 1
+        self._wishes.append(Wish(self._wished, namespaces))
+        self._news = time.monotonic()
+        for tracked in self._requests.values():
+            tracked.stored = 0
         return True
 
     @property
     def _clearing(self) -> bool:
-        return self._clear > min((self._cleared.get(rank, 0) for rank in range(self._ranks)), default=0)
+        return bool(self._wishes)
 
     def stats(self) -> dict[str, float]:
         """The half's own metrics and the index's counts."""

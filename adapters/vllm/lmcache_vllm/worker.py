@@ -7,7 +7,7 @@ what has come of them goes back with the step's output.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from lmcache.transfer import Transfer
 from lmcache_vllm import quirks
 from lmcache_vllm.geometry import identity_of, rounded_chunk, spec_of
 from lmcache_vllm.layouts import prove_layout
-from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta
+from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta, Wish
 from lmcache_vllm.quirks import UnsupportedError
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class WorkerHalf:
         """Everything but stores."""
         if self._step is not None:
             self._execute(self._step, stores=False)
-            self._clear(self._step.clear)
+            self._clear(self._step.wishes)
 
     def start_stores(self) -> None:
         """What the forward pass has computed. On return vLLM may overwrite it."""
@@ -221,21 +221,29 @@ class WorkerHalf:
 
     # ---------------------------------------------------------------- the rest
 
-    def _clear(self, wish: int) -> None:
+    def _clear(self, wishes: Sequence[Wish]) -> None:
         """Empty the tiers in a thread of its own: a large folder takes a while."""
-        if wish <= self._cleared or (self._clearing is not None and self._clearing.is_alive()):
+        new = [wish for wish in wishes if wish.number > self._cleared]
+        if not new or (self._clearing is not None and self._clearing.is_alive()):
             return
-        self._clearing = threading.Thread(target=partial(self._clear_tiers, wish), name="lmcache-clear", daemon=True)
+        self._clearing = threading.Thread(target=partial(self._clear_tiers, new), name="lmcache-clear", daemon=True)
         self._clearing.start()
 
-    def _clear_tiers(self, wish: int) -> None:
+    def _clear_tiers(self, wishes: Sequence[Wish]) -> None:
+        for wish in wishes:
+            for tier in self._tiers:
+                try:
+                    for namespace in (None,) if wish.namespaces is None else wish.namespaces:
+                        tier.clear(namespace)
+                except Exception as error:
+                    self.metrics.failed("clear", tier.name)
+                    self._log.warning("clear-failed", tier=tier.name, error=f"{type(error).__name__}: {error}")
+            self._cleared = wish.number
+
+    def flush(self) -> None:
+        """What has been written is visible to others."""
         for tier in self._tiers:
-            try:
-                tier.clear(None)
-            except Exception as error:
-                self.metrics.failed("clear", tier.name)
-                self._log.warning("clear-failed", tier=tier.name, error=f"{type(error).__name__}: {error}")
-        self._cleared = wish
+            tier.flush(durable=False)
 
     def close(self) -> None:
         """Finish write-behind, end all threads, release the tiers."""

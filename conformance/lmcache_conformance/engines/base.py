@@ -30,8 +30,8 @@ class EngineBase:
     budget: ClassVar[str | None] = None
     """`quick` or `full`; None: what `--lmcache-budget` says."""
 
-    chunk_tokens: ClassVar[int] = 16
-    """Must suit the engine: a multiple of its block."""
+    chunk_tokens: ClassVar[int | None] = None
+    """Must suit the engine: a multiple of its block. None: what the adapter says, or 16."""
 
     timeout_s: ClassVar[float] = 120.0
     """For one call of the engine; beyond it, it hangs. Real models get five times as long."""
@@ -78,7 +78,8 @@ class EngineBase:
         base = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
         folder = Path(tempfile.mkdtemp(prefix="lmcache-engines-", dir=base))
         timeout_s = cls.timeout_s * (5 if case.model in REAL else 1)
-        bench = Bench(chosen[0], chosen[1], case, folder, chunk_tokens=cls.chunk_tokens, timeout_s=timeout_s)
+        chunk = cls.chunk_tokens or getattr(find_adapter(chosen[0]), "chunk_tokens", 16)
+        bench = Bench(chosen[0], chosen[1], case, folder, chunk_tokens=chunk, timeout_s=timeout_s)
         try:
             yield bench
         finally:

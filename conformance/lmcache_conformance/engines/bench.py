@@ -317,9 +317,14 @@ class Bench:
             session = RemoteSession(self.adapter, config, timeout_s=self.timeout_s, folder=cwd, environment=environment)
         return Engine(session, case, self.capabilities, history if history is not None else History())
 
-    def right(self, engine: Engine, prompt: Request | Sequence[int], response: Response, what: str) -> None:
-        """The answer is what recomputation in the same split gives, or where nobody can tell, what a fresh engine says."""
-        if self.capabilities.same_split:
+    def right(
+        self, engine: Engine, prompt: Request | Sequence[int], response: Response, what: str, *, alone: bool = True
+    ) -> None:
+        """The answer is what recomputation in the same split gives, or where nobody can tell, what a fresh engine says.
+
+        `alone`: nothing else ran at the same time.
+        """
+        if self.capabilities.same_split and (alone or self.capabilities.batch_invariant):
             same_answer(response, engine.recompute(prompt), what)
         elif self.case.exact:
             same_tokens(response, self.cold().recompute(prompt), what)

@@ -88,7 +88,7 @@ class TrafficTests(EngineBase):
     ) -> None:
         for number, (request, response) in enumerate(zip(requests, responses, strict=True)):
             what = f"{when}: request {number + 1} of {len(requests)} at once"
-            bench.right(engine, request, response, what)
+            bench.right(engine, request, response, what, alone=False)
 
     # ---------------------------------------------------------------- chunked prefill, preemption
 

@@ -1,29 +1,19 @@
 """In which passes a prompt's KV was computed, so that it can be computed again in the very same ones, without any cache.
 
 Kernels round differently at different shapes, so "what this prompt's KV is" depends on how it was cut: which columns one
-prefill computed together, which came one by one while decoding. A `Pass` records one call of `generate` and points to the
-pass whose columns it began with. Passes are played back on stock transformers caches, cut by transformers' own `crop`.
+prefill computed together, which came one by one while decoding. A `Pass` records one request and points to the pass whose
+columns it began with. How passes are played back is each engine's own business.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from transformers import LogitsProcessor, LogitsProcessorList
-
-from lmcache_hf import quirks
 
 Owner = tuple[str, str]
 """Tenant's salt, and what tells states of the weights apart."""
-
-_KEPT = 4  # played-back caches; a conversation's next round starts from the last one
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +29,7 @@ class Start:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One call: it began at `start`, prefilled up to column `prompt`, and decoded the rest of `tokens` one by one."""
+    """One request: it began at `start`, prefilled up to column `prompt`, and decoded the rest of `tokens` one by one."""
 
     tokens: tuple[int, ...]
     prompt: int
@@ -87,70 +77,6 @@ class Splits:
         with self.lock:
             self._writers = {key: done for key, done in self._writers.items() if salt not in (None, key[0][0])}
             self._starts = {key: start for key, start in self._starts.items() if salt not in (None, key[0][0])}
-
-
-class Playback:
-    """Computes passes again with a plain model."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._kept: OrderedDict[int, tuple[Pass, Any]] = OrderedDict()
-
-    def cache_at(self, start: Start, prompt: Sequence[int]) -> Any:
-        """A stock cache that holds the first `start.columns` columns of `prompt`, computed as they were."""
-        if start.columns == 0:
-            return self._fresh()
-        if start.source is None:
-            cache = self._fresh()
-            self._run(prompt[: start.columns], start.columns, cache)
-            return cache
-        cache = copy.deepcopy(self._played(start.source))
-        if (beyond := cache.get_seq_length() - start.columns) > 0:
-            cache.crop(-beyond)
-        return cache
-
-    def _played(self, done: Pass) -> Any:
-        if id(done) not in self._kept:
-            cache = self.cache_at(done.start, done.tokens)
-            self._run(done.tokens, done.prompt, cache)
-            self._kept[id(done)] = done, cache
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(id(done))
-        return self._kept[id(done)][1]
-
-    def _fresh(self) -> Any:
-        cache: Any = quirks.fresh_cache(self._model)
-        cache.activate_past_recording()  # or a sliding layer could not be cut
-        return cache
-
-    def _run(self, tokens: Sequence[int], prompt: int, cache: Any) -> None:
-        """Prefill `prompt` columns and decode the others, whatever the model would have said."""
-        ids = torch.tensor([list(tokens[:prompt])], device=self._model.device)
-        self._model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=len(tokens) - prompt + 1,  # the last token generated has no column yet
-            do_sample=False,
-            eos_token_id=None,
-            logits_processor=LogitsProcessorList([_Forced(tokens)]),
-        )
-
-
-class _Forced(LogitsProcessor):
-    """Lets only the given sequence be generated."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens = tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
-        at = input_ids.shape[1]
-        if at >= len(self._tokens):
-            return scores
-        forced = torch.full_like(scores, float("-inf"))
-        forced[:, self._tokens[at]] = 0
-        return forced
 
 
 def _name(tokens: Sequence[int]) -> bytes:
