@@ -175,7 +175,8 @@ class EngineAdapter(Protocol):
 
     It may have an attribute `preload`: the name of a module that can be imported before sessions fork from that process
     (nothing in it starts threads or touches a device). Most sessions then start in a fraction of a second. And an attribute
-    `chunk_tokens`, where the suite's 16 do not suit the engine's blocks.
+    `chunk_tokens`, where the suite's 16 do not suit the engine's blocks; and `may_write`, patterns of files that the engine
+    itself leaves in the user's folders.
     """
 
     name: str

@@ -21,6 +21,9 @@ class VLLMAdapter:
     chunk_tokens = 32
     """The CPU backend's smallest block."""
 
+    may_write = ("vllm/modelinfos/*.json",)
+    """vLLM remembers there what it has found out about model classes."""
+
     capabilities = Capabilities(
         models=("llama", "gemma3", "smollm2"),
         dtypes=("float32", "bfloat16"),

@@ -6,11 +6,13 @@ passes in which a prompt's KV was computed, each beginning where it began.
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 for _name, _value in {
@@ -18,7 +20,9 @@ for _name, _value in {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",  # tiny models, and threads that spin harm whoever shares the machine
 }.items():
     os.environ.setdefault(_name, _value)
 
@@ -72,17 +76,19 @@ class ObservedConnector(LMCacheConnector):
             super().on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """As the connector does, noted."""
-        self._local[request.request_id] = num_computed_tokens
+        """As the connector does, noted; but not what a preempted request gets when it resumes."""
+        if not request.num_preemptions:
+            self._local[request.request_id] = num_computed_tokens
         return (0, False) if self.bypassed else super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """As the connector does, noted."""
         if self.bypassed:
+            self.seen.setdefault(request.request_id, Observed(self._local.get(request.request_id, 0)))
             return
         super().update_state_after_alloc(request, blocks, num_external_tokens)
         owner = request.request_id
-        if owner not in self.seen or num_external_tokens:
+        if not request.num_preemptions and (owner not in self.seen or num_external_tokens):
             tiers = self._scheduler.sources(request, num_external_tokens) if self._scheduler else {}
             self.seen[owner] = Observed(self._local.get(owner, 0), num_external_tokens, tiers)
 
@@ -108,9 +114,10 @@ class VLLMSession:
             dtype=config.dtype,
             enforce_eager=True,
             skip_tokenizer_init=True,
-            max_model_len=min(4096, room),
+            max_model_len=min(4096, room * 3 // 4),
+            prefix_cache_retention_interval=None,  # or passes over sliding windows could not be played back in part
             block_size=block,
-            num_gpu_blocks_override=room // block + 1,
+            num_gpu_blocks_override=room // block * _groups(config.model) + 1,
             max_logprobs=_TOP,
             seed=0,
             disable_log_stats=True,
@@ -134,17 +141,14 @@ class VLLMSession:
         self._cap_own_hits()
 
     def _cap_own_hits(self) -> None:
-        """While playing back, vLLM's own prefix cache gives exactly as many tokens as the pass had then."""
-        manager = self._core.scheduler.kv_cache_manager
-        plain = manager.get_computed_blocks
+        """While playing back, vLLM's own prefix cache gives at most as many tokens as the pass had then."""
+        coordinator = self._core.scheduler.kv_cache_manager.coordinator
+        plain = coordinator.find_longest_cache_hit
 
-        def capped(request: Any) -> Any:
-            blocks, tokens, *rest = plain(request)
-            if self._cap is not None and tokens > self._cap:
-                return (manager.truncate_computed_blocks(blocks, self._cap), self._cap, *rest)
-            return (blocks, tokens, *rest)
+        def capped(hashes: Any, longest: int, *more: Any, **named: Any) -> Any:
+            return plain(hashes, longest if self._cap is None else min(longest, self._cap), *more, **named)
 
-        manager.get_computed_blocks = capped
+        coordinator.find_longest_cache_hit = capped
 
     # ---------------------------------------------------------------- the suite's calls
 
@@ -303,7 +307,15 @@ class VLLMSession:
         [(answer, seen)] = self._run([request])
         if answer.error:
             return answer
+        if seen.local != columns:
+            return Response(error=f"played back from token {seen.local}, the pass began at {columns}")
         return Response(tokens=answer.tokens, logprobs=answer.logprobs, logprob=answer.logprob)
+
+
+def _groups(model: str) -> int:
+    """How many of vLLM's groups share the blocks, roughly."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    return len(set(config.get("layer_types") or ("full_attention",)))
 
 
 def _bits(row: Mapping[int, Any]) -> bytes:

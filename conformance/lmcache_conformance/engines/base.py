@@ -38,7 +38,7 @@ class EngineBase:
 
     may_write: ClassVar[tuple[str, ...]] = ("lmcache/fingerprints.json",)
     """Patterns of files (below HOME, TMPDIR or the working directory) that the engine itself leaves behind; by default what
-    `lmcache.keys.model_identity` remembers of model files."""
+    `lmcache.keys.model_identity` remembers of model files. The adapter's own `may_write` adds to it."""
 
     @classmethod
     def _chosen(cls, config: pytest.Config) -> tuple[str, Capabilities] | None:

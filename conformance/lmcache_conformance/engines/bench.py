@@ -112,12 +112,14 @@ class Engine:
 
     # ---------------------------------------------------------------- asking
 
-    def ask(self, prompt: Request | Sequence[int], **more: Any) -> Response:
+    def ask(self, prompt: Request | Sequence[int], *, keep_device_cache: bool = False, **more: Any) -> Response:
         """One request, with the cache."""
-        return self.ask_all([_request(prompt, more)])[0]
+        return self.ask_all([_request(prompt, more)], keep_device_cache=keep_device_cache)[0]
 
-    def ask_all(self, requests: Sequence[Request]) -> list[Response]:
-        """Several at once, with the cache."""
+    def ask_all(self, requests: Sequence[Request], *, keep_device_cache: bool = False) -> list[Response]:
+        """Several at once, with the cache. What the engine keeps itself goes first, or ours would not be asked."""
+        if self._capabilities.device_cache and not keep_device_cache:
+            self.drop_device_cache()
         responses = self.session.generate(requests)
         before = History(list(self.history.stored))
         for request, response in zip(requests, responses, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmcache_conformance.contract import Level, Request, Response
 from lmcache_conformance.damage import object_files, poison, problem_of
+from lmcache_conformance.discover import find_adapter
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Engine, on, same_answer, same_bits, same_tokens, varied
 from lmcache_conformance.marks import level, requires
@@ -104,6 +105,22 @@ class ValueTests(EngineBase):
             )
             same_bits(response, engine.recompute(prompt), f"branch {branch}")
 
+    @level(Level.LOGITS)
+    @requires("logprobs", "same_split", "device_cache")
+    def test_a_hit_may_begin_in_the_engines_own_cache_and_go_on_in_ours(self, bench: Bench) -> None:
+        """The engine has the first chunks of a prompt itself, computed anew; the rest comes from us, and fits on."""
+        engine = bench.shared()
+        prompt = bench.chunks(6)
+        engine.ask(prompt)
+        half = engine.ask(prompt[: bench.chunk_tokens * 3 + 1], max_new_tokens=1)
+        assert half.hit == 3 * bench.chunk_tokens
+        response = engine.ask(prompt, keep_device_cache=True)
+        own = response.cached.get("device", 0)
+        assert own > 0, f"the engine kept nothing of what it had just used: {dict(response.cached)}"
+        assert own + response.hit >= bench.whole(len(prompt)), f"{dict(response.cached)} of {len(prompt)} tokens"
+        assert response.hit > 0, "nothing came from our cache"
+        same_bits(response, engine.recompute(prompt), "half from the engine's own cache, half from ours")
+
     # ---------------------------------------------------------------- restart
 
     @level(Level.RESTART)
@@ -190,7 +207,8 @@ class ValueTests(EngineBase):
             for path in files:
                 assert (problem := problem_of(path)) is None, f"{path.name}: {problem}"
         beside = [path for path in place.rglob("*") if path.is_file() and disk not in path.parents]
-        beside = [path for path in beside if not any(path.match(pattern) for pattern in self.may_write)]
+        allowed = (*self.may_write, *getattr(find_adapter(bench.adapter), "may_write", ()))
+        beside = [path for path in beside if not any(path.match(pattern) for pattern in allowed)]
         assert not beside, f"written outside of the disk tier's folder: {_names(beside, place)}"
         left = [path for path in disk.rglob("*") if path.is_file() and ".tmp-" in path.name]
         assert not left, f"unfinished files are left in the folder: {_names(left, place)}"
