@@ -98,7 +98,7 @@ class CacheEngine:
             chunk,
             self._arenas,
             self._tiers,
-            io=ObjectIO(spec, chunk, order=self.config.disk_order),
+            io=ObjectIO(spec, chunk, order=self.config.disk_order, reslice=self.config.share == "semantic"),
             metrics=self.metrics,
             log=self._log,
             read_threads=self.config.io_threads,

@@ -8,19 +8,20 @@ exception.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
 
+from lmcache import reslice
 from lmcache.arena import anonymous
 from lmcache.errors import FormatError, FormatVersionError, LayoutError
 from lmcache.keys import ObjectId
 from lmcache.layout import ObjectLayout, translate
 from lmcache.objectfile import HEADER_PROBE, Form, Header, PlaneForm, SegmentSpan, decode_header, header_bytes, verify
 from lmcache.plan import Status
-from lmcache.spec import KVSpec
+from lmcache.spec import KVSpec, Rect
 from lmcache.tiers.base import Range, Read, Result, Tier, Write
 
 _LAYOUTS_KEPT = 64
@@ -40,14 +41,25 @@ class ObjectIO:
         spec: what this rank's KV is.
         chunk_tokens: tokens per object.
         order: the order in which objects are written; either is read.
+        reslice: what is missing may be put together from objects of other tensor-parallel splits, see `lmcache.reslice`.
     """
 
-    def __init__(self, spec: KVSpec, chunk_tokens: int, *, order: Literal["canonical", "native"] = "canonical") -> None:
+    def __init__(
+        self,
+        spec: KVSpec,
+        chunk_tokens: int,
+        *,
+        order: Literal["canonical", "native"] = "canonical",
+        reslice: bool = False,
+    ) -> None:
         self._spec = spec
+        self._chunk_tokens = chunk_tokens
+        self._reslice = reslice
         self._order = order
         self._canonical = [ObjectLayout.canonical(spec, g, chunk_tokens) for g in range(len(spec.groups))]
         self._forms: dict[ObjectLayout, Form] = {}
         self._layouts: dict[bytes, ObjectLayout] = {}
+        self._others: dict[Rect, ObjectIO] = {}
         self._local = threading.local()
 
     def save(self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout) -> Result:
@@ -60,7 +72,39 @@ class ObjectIO:
         [result] = tier.write([Write(id, self._form(target).encode(id, _bytes(payload)))])
         return result
 
+    def contains(self, tier: Tier, ids: Sequence[ObjectId], deadline: float | None) -> list[Result]:
+        """Whether `load` would find them."""
+        results = tier.contains(ids, deadline=deadline)
+        if self._reslice and any(result.status is Status.MISSING for result in results):
+            return reslice.contains(self._spec, tier, ids, results, deadline)
+        return results
+
     def load(
+        self, tier: Tier, id: ObjectId, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
+    ) -> Loaded:
+        """Read and verify an object, or what it can be put together from, into `out`: see `_load`."""
+        loaded = self._load(tier, id, out, want, deadline)
+        if loaded.result.status is not Status.MISSING or not self._reslice:
+            return loaded
+        canonical = self._canonical[id.group]
+        straight = want is None or want.signature == canonical.signature
+        target = out if straight else self._buffer("reslice", canonical.nbytes)
+        result = reslice.assemble(self._spec, tier, id, target, self._load_piece, deadline)
+        if result.status is not Status.OK:
+            return Loaded(result)
+        if want is not None and not straight:
+            translate(target, canonical, out, want)
+            return Loaded(result, want)
+        return Loaded(result, canonical)
+
+    def _load_piece(self, spec: KVSpec, tier: Tier, id: ObjectId, out: torch.Tensor, deadline: float | None) -> Result:
+        rect = spec.rects[id.group]
+        io = self._others.get(rect)
+        if io is None:
+            io = self._others.setdefault(rect, ObjectIO(spec, self._chunk_tokens))
+        return io.load(tier, id, out, ObjectLayout.canonical(spec, id.group, self._chunk_tokens), deadline).result
+
+    def _load(
         self, tier: Tier, id: ObjectId, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
     ) -> Loaded:
         """Read and verify an object into `out` (uint8, `object_bytes`), in `want`'s order, or as it is stored.

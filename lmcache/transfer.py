@@ -359,7 +359,7 @@ class Transfer:
 
     def _probe(self, run: Run, tier: int, indices: Sequence[int]) -> None:
         ids = [self._object_id(run.job.ops[i].name) for i in indices]
-        for i, result in zip(indices, self._tiers[tier].contains(ids, deadline=run.deadline), strict=True):
+        for i, result in zip(indices, self._io.contains(self._tiers[tier], ids, run.deadline), strict=True):
             self._finish(run, [i], result.status, detail=result.detail)
 
     def _delete(self, run: Run, tier: int, indices: Sequence[int]) -> None:

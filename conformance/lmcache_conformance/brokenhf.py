@@ -17,11 +17,11 @@ from transformers import DynamicCache
 
 from lmcache.engine import CacheEngine, Hit
 from lmcache_conformance.contract import Request, Response, SessionConfig
+from lmcache_conformance.splits import Owner
 from lmcache_hf import quirks
 from lmcache_hf.batch import Prompt
 from lmcache_hf.reuse import LayerKV, Reuse
 from lmcache_hf.session import HFSession, ObservedModel, ObservedReuse
-from lmcache_conformance.splits import Owner
 
 SEPARATOR = "\0"
 

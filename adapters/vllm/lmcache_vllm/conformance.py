@@ -48,6 +48,7 @@ class VLLMAdapter:
 
     def open(self, config: SessionConfig) -> VLLMSession:
         """Start the engine."""
+        import lmcache_vllm.environment  # noqa: F401  # before anything of vLLM
         from lmcache_vllm.session import VLLMSession
 
         return VLLMSession(config)

@@ -60,7 +60,9 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 self._throttle.warning("untested-version", reason=warning)
             quirks.check_config(vllm_config)
             if role == KVConnectorRole.SCHEDULER:
-                said = {name: entry["value"] for name, entry in config.describe().items() if entry["source"] != "default"}
+                said = {
+                    name: entry["value"] for name, entry in config.describe().items() if entry["source"] != "default"
+                }
                 info("cache-settings", **said)
                 self._scheduler = SchedulerHalf(kv_cache_config, config)
                 self._increments = Increments(self._scheduler.metrics)
@@ -156,7 +158,8 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """What can be loaded beyond vLLM's own prefix cache; always asynchronously."""
-        found = self._ask(self._scheduler, lambda half: half.matched(request, num_computed_tokens), 0)
+        nothing: int | None = 0
+        found = self._ask(self._scheduler, lambda half: half.matched(request, num_computed_tokens), nothing)
         return found, bool(found)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -167,7 +170,8 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         """For vLLM's own metrics."""
-        by_tier = self._ask(self._scheduler, lambda half: half.sources(request, num_external_tokens), {})
+        nothing: dict[str, int] = {}
+        by_tier = self._ask(self._scheduler, lambda half: half.sources(request, num_external_tokens), nothing)
         found: dict[CacheHitSource, int] = {}
         for tier, tokens in by_tier.items():
             source = SOURCES.get(tier, SOURCES[""])

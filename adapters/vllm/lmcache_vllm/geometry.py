@@ -181,7 +181,9 @@ def identity_of(config: VllmConfig, given: str | None, fingerprint: Any) -> str:
     if given:
         return given
     if str(getattr(config.load_config, "load_format", "")) == "dummy":
-        raise UnsupportedError("load_format=dummy: random weights have no identity; set model_identity to give them one")
+        raise UnsupportedError(
+            "load_format=dummy: random weights have no identity; set model_identity to give them one"
+        )
     name = str(model.model)
     revision = getattr(model, "revision", None)
     identity = model_identity(f"{name}@{revision}" if revision else name, fingerprint=fingerprint)

@@ -30,12 +30,12 @@ def check_version() -> str:
     version = str(vllm.__version__)
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     if numbers and numbers < OLDEST:
-        raise UnsupportedError(
-            f"vLLM {version} is too old; the connector needs {'.'.join(map(str, OLDEST))} or newer"
-        )
+        raise UnsupportedError(f"vLLM {version} is too old; the connector needs {'.'.join(map(str, OLDEST))} or newer")
     if ".".join(map(str, numbers)) in TESTED:
         return ""
-    return f"vLLM {version} was never tested with this connector, only {', '.join(TESTED)}; the layout proof still holds"
+    return (
+        f"vLLM {version} was never tested with this connector, only {', '.join(TESTED)}; the layout proof still holds"
+    )
 
 
 def check_config(config: VllmConfig) -> None:

@@ -239,9 +239,7 @@ class SchedulerHalf:
         idle = output.total_num_scheduled_tokens == 0
         return StepMeta(plan, views, self._take_refused(), tuple(self._wishes), idle)
 
-    def _store(
-        self, index: Index, tracked: Tracked, scheduled: int, output: SchedulerOutput, now: float
-    ) -> None:
+    def _store(self, index: Index, tracked: Tracked, scheduled: int, output: SchedulerOutput, now: float) -> None:
         """Chunks whose last token is computed in this step, and whose token ids are all known."""
         request = tracked.request
         computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
@@ -256,9 +254,7 @@ class SchedulerHalf:
         resident = [
             resident_chunks(ids, size, self._chunk, last) for ids, size in zip(blocks, self._sizes, strict=True)
         ]
-        store = index.begin_store(
-            request.request_id, chain, first=first, last=last, now=now, resident=resident
-        )
+        store = index.begin_store(request.request_id, chain, first=first, last=last, now=now, resident=resident)
         for reason, count in store.skipped.items():
             self.metrics.skipped_store(reason, count)
         if store.job is not None:
@@ -361,9 +357,7 @@ class SchedulerHalf:
         found = self._namespaces.get((salt, lora))
         if found is None:
             assert self._spec is not None
-            found = namespace_of(
-                self._spec, chunk_tokens=self._chunk, salt=salt, lora=lora, share=self._config.share
-            )
+            found = namespace_of(self._spec, chunk_tokens=self._chunk, salt=salt, lora=lora, share=self._config.share)
             if len(self._namespaces) >= _NAMESPACES_KEPT:  # a salt per request must not fill the memory
                 self._namespaces.pop(next(iter(self._namespaces)))
             self._namespaces[salt, lora] = found
@@ -391,7 +385,7 @@ class SchedulerHalf:
 def last_of(by_tier: Mapping[str, int], tokens: int) -> dict[str, int]:
     """Of a hit's tokens by tier, nearest first, the last `tokens`."""
     found: dict[str, int] = {}
-    for tier, count in reversed(by_tier.items()):
+    for tier, count in reversed(list(by_tier.items())):
         if tokens > 0:
             found[tier] = min(count, tokens)
             tokens -= found[tier]
@@ -403,9 +397,7 @@ def last_of(by_tier: Mapping[str, int], tokens: int) -> dict[str, int]:
 def resident_chunks(blocks: list[int], block_tokens: int, chunk_tokens: int, chunks: int) -> list[bool]:
     """Which of the first `chunks` chunks lie whole in blocks that are really there."""
     per = chunk_tokens // block_tokens
-    return [
-        (i + 1) * per <= len(blocks) and all(blocks[i * per : (i + 1) * per]) for i in range(chunks)
-    ]
+    return [(i + 1) * per <= len(blocks) and all(blocks[i * per : (i + 1) * per]) for i in range(chunks)]
 
 
 def _nothing() -> Any:

@@ -13,18 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-for _name, _value in {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",  # tiny models, and threads that spin harm whoever shares the machine
-}.items():
-    os.environ.setdefault(_name, _value)
+from typing import Any, cast
 
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
@@ -104,14 +93,21 @@ class VLLMSession:
         room = int(options.get("device_tokens", _TOKENS))
         step = int(options.get("prefill_tokens", 0))
         module, _, name = str(options.get("connector", self.connector)).partition(":")
+        ranks = int(options.get("tensor_parallel", 1))
+        if ranks > 1:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
         more: dict[str, Any] = {}
         if step:
-            more = {"max_num_batched_tokens": max(step, 1), "enable_chunked_prefill": True, "max_num_seqs": min(16, step)}
+            more = {
+                "max_num_batched_tokens": max(step, 1),
+                "enable_chunked_prefill": True,
+                "max_num_seqs": min(16, step),
+            }
         else:
             more = {"max_num_batched_tokens": 8192}
         self._llm = LLM(
             model=config.model,
-            dtype=config.dtype,
+            dtype=cast(Any, config.dtype),
             enforce_eager=True,
             skip_tokenizer_init=True,
             max_model_len=min(4096, room * 3 // 4),
@@ -128,10 +124,11 @@ class VLLMSession:
                 kv_load_failure_policy=options.get("kv_load_failure_policy", "recompute"),
                 kv_connector_extra_config=dict(config.cache),
             ),
+            tensor_parallel_size=ranks,
             **{**more, **dict(options.get("engine", {}))},
         )
         self._engine: Any = self._llm.llm_engine
-        self._core: Any = self._engine.engine_core.engine_core
+        self._core = self._engine.engine_core.engine_core
         self._connector: ObservedConnector = self._core.scheduler.connector
         self._splits = Splits(int(config.cache.get("chunk_tokens", block)))
         self._chunk = int(config.cache.get("chunk_tokens", block))
@@ -204,8 +201,6 @@ class VLLMSession:
     def _connector_worker(self) -> Any:
         from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-        return get_kv_transfer_group().worker_half if has_kv_transfer_group() else None  # type: ignore[attr-defined]
-
     def _settle(self) -> None:
         until = time.monotonic() + _DRAIN_S
         while self._core.scheduler.has_requests():
@@ -270,8 +265,10 @@ class VLLMSession:
         done = Pass(tokens, len(request.tokens), start)
         first, last = columns, len(tokens) // self._chunk * self._chunk
         with self._splits.lock:
-            held = self._splits.start_of(owner, request.tokens + (0,))
-            if held.columns == len(request.tokens):  # its last chunk was there, and was only computed for its last token
+            held = self._splits.start_of(owner, (*request.tokens, 0))
+            if held.columns == len(
+                request.tokens
+            ):  # its last chunk was there, and was only computed for its last token
                 self._splits.wrote(owner, done, first, held.columns - self._chunk)
                 first = held.columns
             self._splits.wrote(owner, done, first, last)

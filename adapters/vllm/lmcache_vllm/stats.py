@@ -24,6 +24,8 @@ _EVERY_S = 1.0
 class CacheStats(KVConnectorStats):
     """Counters, as increments: `name|label value|…` → amount."""
 
+    data: dict[str, float]
+
     def reset(self) -> None:
         """Forget."""
         self.data = {}

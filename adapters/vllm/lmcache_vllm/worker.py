@@ -101,9 +101,7 @@ class WorkerHalf:
     def _open(self, caches: Mapping[str, torch.Tensor]) -> None:
         layers = quirks.attention_layers(self._vllm_config)
         identity = identity_of(self._vllm_config, self._config.model_identity, self._config.fingerprint)
-        spec = spec_of(
-            self._vllm_config, self._kv_config, layers, rank=self.rank, ranks=self.ranks, identity=identity
-        )
+        spec = spec_of(self._vllm_config, self._kv_config, layers, rank=self.rank, ranks=self.ranks, identity=identity)
         kv, layout = prove_layout(spec, self._kv_config, caches, layers)
         self._tiers = open_tiers(self._config, self.metrics, self._log)
         sizes = [spec.object_bytes(group, self._chunk) for group in range(len(spec.groups))]
@@ -116,7 +114,7 @@ class WorkerHalf:
             self._chunk,
             [Arena(n, size, provider) for n, size in zip(self._slots, sizes, strict=True)],
             self._tiers,
-            io=ObjectIO(spec, self._chunk, order=self._config.disk_order),
+            io=ObjectIO(spec, self._chunk, order=self._config.disk_order, reslice=self._config.share == "semantic"),
             metrics=self.metrics,
             log=self._log,
             rank=self.rank,
@@ -186,7 +184,7 @@ class WorkerHalf:
         found = Landed()
         step = self._step
         for view in step.refused if step is not None else ():
-            self._lost(found, view, 0)
+            self._lost(found, view)
         transfer = self._transfer
         if transfer is None:
             return found
@@ -194,23 +192,24 @@ class WorkerHalf:
             transfer.wait(transfer.news, _IDLE_WAIT_S)
         self._reported = transfer.poll()
         for report in self._reported.jobs:
-            view = self._loads.pop(report.job, None)
-            if view is None:
-                continue
-            if not report.final:
-                transfer.fence([report.job])
-            if all(status == Status.OK for status in report.statuses):
-                found.requests.add(view.request)
-            else:
-                self._log.warning("load-failed", request=view.request, reason=_reason(report))
-                self._lost(found, view, view.skip)
+            if (load := self._loads.pop(report.job, None)) is not None:
+                if not report.final:
+                    transfer.fence([report.job])
+                self._ended(found, load, report)
         return found
 
-    def _lost(self, found: Landed, view: BlockView, kept: int) -> None:
+    def _ended(self, found: Landed, load: BlockView, report: JobReport) -> None:
+        if all(status == Status.OK for status in report.statuses):
+            found.requests.add(load.request)
+        else:
+            self._log.warning("load-failed", request=load.request, reason=_reason(report))
+            self._lost(found, load)
+
+    def _lost(self, found: Landed, view: BlockView) -> None:
         found.requests.add(view.request)
         found.failed.add(view.request)
         for blocks, size in zip(view.blocks, self._sizes, strict=True):
-            found.blocks.update(blocks[max(kept, view.skip) // size : -(-view.tokens // size)])
+            found.blocks.update(blocks[view.skip // size : -(-view.tokens // size)])
         found.blocks.discard(0)
 
     def report(self) -> RankMeta | None:
@@ -232,13 +231,16 @@ class WorkerHalf:
     def _clear_tiers(self, wishes: Sequence[Wish]) -> None:
         for wish in wishes:
             for tier in self._tiers:
-                try:
-                    for namespace in (None,) if wish.namespaces is None else wish.namespaces:
-                        tier.clear(namespace)
-                except Exception as error:
-                    self.metrics.failed("clear", tier.name)
-                    self._log.warning("clear-failed", tier=tier.name, error=f"{type(error).__name__}: {error}")
+                self._clear_tier(tier, wish)
             self._cleared = wish.number
+
+    def _clear_tier(self, tier: Tier, wish: Wish) -> None:
+        try:
+            for namespace in (None,) if wish.namespaces is None else wish.namespaces:
+                tier.clear(namespace)
+        except Exception as error:
+            self.metrics.failed("clear", tier.name)
+            self._log.warning("clear-failed", tier=tier.name, error=f"{type(error).__name__}: {error}")
 
     def flush(self) -> None:
         """What has been written is visible to others."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.faults import FaultTests
 from lmcache_conformance.engines.names import NameTests
+from lmcache_conformance.engines.parallel import ParallelTests
 from lmcache_conformance.engines.traffic import TrafficTests
 from lmcache_conformance.engines.values import ValueTests
 
 __all__ = ["EngineTests"]
 
 
-class EngineTests(FaultTests, TrafficTests, NameTests, ValueTests, EngineBase):
+class EngineTests(ParallelTests, FaultTests, TrafficTests, NameTests, ValueTests, EngineBase):
     """All of it; pytest runs the last base's tests first. Attributes say what the engine under test is; see `EngineBase`."""

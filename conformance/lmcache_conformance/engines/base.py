@@ -78,7 +78,11 @@ class EngineBase:
         base = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
         folder = Path(tempfile.mkdtemp(prefix="lmcache-engines-", dir=base))
         timeout_s = cls.timeout_s * (5 if case.model in REAL else 1)
-        chunk = cls.chunk_tokens or getattr(find_adapter(chosen[0]), "chunk_tokens", 16)
+        chunk = (
+            cls.chunk_tokens
+            if cls.chunk_tokens is not None
+            else int(getattr(find_adapter(chosen[0]), "chunk_tokens", 16))
+        )
         bench = Bench(chosen[0], chosen[1], case, folder, chunk_tokens=chunk, timeout_s=timeout_s)
         try:
             yield bench

@@ -184,9 +184,9 @@ class MutantBelievesTheDead(_Tests):
 
 
 class _Forgives(Index):
-    def lookup(self, owner: Owner, chain: Chain, max_tokens: int, now: float) -> Lookup:
+    def lookup(self, owner: Owner, chain: Chain, max_tokens: int, now: float, *, near: int | None = None) -> Lookup:
         self.state.failed.discard(owner)
-        return super().lookup(owner, chain, max_tokens, now)
+        return super().lookup(owner, chain, max_tokens, now, near=near)
 
 
 @mutant(row="a failed load is offered again and again", project="the scheduler asks anew after a failure")
@@ -249,12 +249,13 @@ class MutantFullRaises(_Tests):
 
 
 class _FromTheEnd(Index):
-    def lookup(self, owner: Owner, chain: Chain, max_tokens: int, now: float) -> Lookup:
+    def lookup(self, owner: Owner, chain: Chain, max_tokens: int, now: float, *, near: int | None = None) -> Lookup:
         for skip in range(len(chain.digests)):
-            found = super().lookup(owner, chain._replace(digests=chain.digests[skip:]), max_tokens, now)
+            tail = chain._replace(digests=chain.digests[skip:])
+            found = super().lookup(owner, tail, max_tokens, now, near=near)
             if found.tokens:
                 return found
-        return super().lookup(owner, chain, max_tokens, now)
+        return super().lookup(owner, chain, max_tokens, now, near=near)
 
 
 @mutant(row="blocks taken from the wrong end (suffix for prefix)", project="dynamo #8419")
