@@ -80,11 +80,6 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     semantic: bool = False
     logprob_bound: float = 0.0
 
-    @property
-    def two_ranks(self) -> bool:
-        """It can run on two ranks here."""
-        return 2 in self.tensor_parallel
-
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt. `cancel_after` > 0: cancel it when that many tokens were generated."""

@@ -5,7 +5,8 @@
             return MyIndex(groups, CHUNK, slots, **settings)
 
 It is run against fake ranks (`indexlab.Rank`) that move *names* instead of bytes and notice wrong ones: a slot that holds
-another object than the plan says, or that is handed out anew while one of them may still touch it.
+another object than the plan says, or that is handed out anew while one of them may still touch it. Random histories are in
+`indexmachine`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lmcache.index import Finished, Index, TierInfo
 from lmcache.plan import Chain, Copy, Engine, Status
 from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.contract import Level
+from lmcache_conformance.indexfactory import IndexFactory
 from lmcache_conformance.indexlab import CHUNK, Content, Rank, chain, name_at
 from lmcache_conformance.marks import level
 
@@ -103,12 +105,8 @@ class Cluster:
         assert not held, f"with all requests over, there are still {held}"
 
 
-class IndexTests:
+class IndexTests(IndexFactory):
     """The contract of `lmcache.index.Index`."""
-
-    def open_index(self, groups: Sequence[tuple[str, HitRule]], slots: Sequence[int], **settings: Any) -> Index:
-        """The index, of chunks of `CHUNK` tokens."""
-        return Index(groups, CHUNK, slots, **settings)
 
     def cluster(
         self,

@@ -1,10 +1,11 @@
-"""Random histories of any tier against a dictionary. Whole caches have theirs in `cachemachine`."""
+"""Random histories of any tier against a dictionary. Whole caches have theirs in `cachemachine`, indexes in
+`indexmachine`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
@@ -14,14 +15,18 @@ from lmcache.tiers.base import Range, Read, Tier
 from lmcache_conformance.tierlab import NAMESPACE, OTHER_NAMESPACE, get, object_id, pattern, put
 
 
-def run_machine(machine: Callable[[], RuleBasedStateMachine], *, examples: int, steps: int) -> None:
-    """Run a state machine made by a factory, as a test. Prints the failing history, shrunk."""
+def run_machine(
+    machine: Callable[[], RuleBasedStateMachine], *, examples: int, steps: int, shrink: bool = True
+) -> None:
+    """Run a state machine made by a factory, as a test. Prints the failing history; `shrink` makes it as short as can be."""
+    phases = [phase for phase in Phase if shrink or phase not in (Phase.shrink, Phase.explain)]
     chosen = settings(
         max_examples=examples,
         stateful_step_count=steps,
         deadline=None,
         report_multiple_bugs=False,
         print_blob=True,
+        phases=phases,
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]  # it only calls it

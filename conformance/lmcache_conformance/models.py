@@ -68,18 +68,31 @@ def model_folder(name: str, *, seed: int = 1, root: Path | None = None) -> Path:
     return final
 
 
-def build(name: str, seed: int = 1) -> Any:
-    """A tiny model in memory, float32, in evaluation mode; the same weights for the same seed."""
+def build(name: str, seed: int = 1, **changes: Any) -> Any:
+    """A tiny model in memory, float32, in evaluation mode; the same weights for the same seed.
+
+    Args:
+        name: one of `TINY`.
+        seed: of the weights.
+        **changes: to its config, e.g. `num_key_value_heads=1`.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        model = _BUILD[name]()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * _STD)
+        model = _BUILD[name](changes)
+    return randomised(model, seed)
+
+
+def randomised(model: Any, seed: int = 1) -> Any:
+    """A model of whatever architecture, with weights as `build` draws them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * _STD)
     model.generation_config.eos_token_id = None  # answers have the length that was asked for
     return model.eval()
 
@@ -89,7 +102,7 @@ def vocabulary(name: str) -> range:
     return range(1000, 40_000) if name in REAL else range(3, VOCABULARY)
 
 
-_COMMON: Mapping[str, Any] = {
+COMMON: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
     "num_attention_heads": 4,
@@ -100,55 +113,47 @@ _COMMON: Mapping[str, Any] = {
     "bos_token_id": 2,
     "tie_word_embeddings": False,
 }
+"""What the configs of all tiny models share."""
 
 
-def _llama() -> Any:
+def _llama(changes: Mapping[str, Any]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = {**COMMON, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64, **changes}
     make: Any = LlamaForCausalLM  # untyped
-    return make(LlamaConfig(**_COMMON, num_hidden_layers=4, num_key_value_heads=2, head_dim=64))
+    return make(LlamaConfig(**config))
 
 
-def _gemma3() -> Any:
+def _gemma3(changes: Mapping[str, Any]) -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+    config = {**COMMON, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": WINDOW}
     kinds = ["sliding_attention", "full_attention"] * 2
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **_COMMON,
-            num_hidden_layers=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            sliding_window=WINDOW,
-            layer_types=kinds,
-        )
-    )
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{**config, "layer_types": kinds, **changes}))
 
 
-def _deepseek() -> Any:
+def _deepseek(changes: Mapping[str, Any]) -> Any:
     """Multi-head latent attention: one latent and one rotary key per token, of different sizes."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
+    sizes = {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": 512,  # with 64 of rotary key, the one size that vLLM's CPU kernels have
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 32,
+        "first_k_dense_replace": 1,
+    }
     make: Any = DeepseekV2ForCausalLM  # untyped
-    return make(
-        DeepseekV2Config(
-            **_COMMON,
-            num_hidden_layers=3,
-            num_key_value_heads=4,
-            moe_intermediate_size=64,
-            n_routed_experts=4,
-            n_shared_experts=1,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-            kv_lora_rank=512,  # with 64 of rotary key, the one size that vLLM's CPU kernel has
-            q_lora_rank=None,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=64,
-            v_head_dim=32,
-            first_k_dense_replace=1,
-        )
-    )
+    return make(DeepseekV2Config(**{**COMMON, **sizes, **changes}))
 
 
-_BUILD: Mapping[str, Callable[[], Any]] = {"llama": _llama, "gemma3": _gemma3, "deepseek": _deepseek}
+_BUILD: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {"llama": _llama, "gemma3": _gemma3, "deepseek": _deepseek}

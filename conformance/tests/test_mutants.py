@@ -16,7 +16,8 @@ import pytest
 from lmcache_conformance.mutants import ROWS, all_mutants, mutant, skip_row, skipped_rows
 from lmcache_conformance.records import TestResult, read
 
-MINE = ("cache", "index", "kernels", "keys", "layouts", "tiers")
+CACHES = ("cachebytes", "cachefaults", "cachefiles", "cachehost", "cachenames", "cachepressure")
+MINE = (*CACHES, "index", "kernels", "keys", "layouts", "tiers")
 
 
 def run(module: str, report: Path) -> dict[str, str]:

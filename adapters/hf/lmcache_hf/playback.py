@@ -31,15 +31,17 @@ class Playback:
             cache = self._fresh()
             self._run(prompt[: start.columns], start.columns, cache)
             return cache
-        cache = copy.deepcopy(self._played(start.source))
+        cache = copy.deepcopy(self._played(start.source, start.columns))
         if (beyond := cache.get_seq_length() - start.columns) > 0:
             cache.crop(-beyond)
         return cache
 
-    def _played(self, done: Pass) -> Any:
-        if id(done) not in self._kept:
+    def _played(self, done: Pass, columns: int) -> Any:
+        """At least the first `columns` columns of a pass: its prefill as a whole, and of its decoding what is needed."""
+        kept = self._kept.get(id(done))
+        if kept is None or kept[1].get_seq_length() < columns:
             cache = self.cache_at(done.start, done.tokens)
-            self._run(done.tokens, done.prompt, cache)
+            self._run(done.tokens[: max(columns, done.prompt)], done.prompt, cache)
             self._kept[id(done)] = done, cache
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)

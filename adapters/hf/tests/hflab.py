@@ -1,85 +1,33 @@
-"""Tiny random models, and recomputation to compare with, built on stock transformers caches alone."""
+"""The suite's tiny models in the shapes that tests want, and recomputation built on stock transformers caches alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import (
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    DynamicCache,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import DynamicCache
 
 from lmcache.config import Config
+from lmcache_conformance.models import VOCABULARY as VOCAB
+from lmcache_conformance.models import build
 
-VOCAB = 1024
 PAD, END = 0, 1
 CHUNK = 16
 WINDOW = 24
 
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 256,
-    "num_attention_heads": 4,
-    "intermediate_size": 512,
-    "pad_token_id": PAD,
-    "eos_token_id": END,
-    "bos_token_id": 2,
-    "tie_word_embeddings": False,
-}
-
-
-def randomised(model: Any, seed: int = 1) -> Any:
-    """Weights large enough that greedy output varies."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
-    model.generation_config.eos_token_id = None  # so that lengths are known; tests that want an end say so
-    return model.eval()
-
 
 def llama(seed: int = 1, kv_heads: int = 2, layers: int = 4) -> Any:
-    return randomised(
-        LlamaForCausalLM(LlamaConfig(**COMMON, num_hidden_layers=layers, num_key_value_heads=kv_heads, head_dim=64)),
-        seed,
-    )
+    return build("llama", seed, num_key_value_heads=kv_heads, num_hidden_layers=layers)
 
 
 def gemma(window: int = WINDOW, **more: Any) -> Any:
     """Sliding and full layers in turn."""
-    kinds = ["sliding_attention", "full_attention"] * 2
-    config = {**COMMON, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64, **more}
-    return randomised(Gemma3ForCausalLM(Gemma3TextConfig(**config, sliding_window=window, layer_types=kinds)))
+    return build("gemma3", sliding_window=window, **more)
 
 
 def mla() -> Any:
     """DeepSeek-V2: the cache holds a latent and a rotary key, of different sizes, one head each."""
-    return randomised(
-        DeepseekV2ForCausalLM(
-            DeepseekV2Config(
-                **COMMON,
-                num_hidden_layers=3,
-                num_key_value_heads=4,
-                moe_intermediate_size=64,
-                n_routed_experts=4,
-                n_shared_experts=1,
-                num_experts_per_tok=2,
-                kv_lora_rank=32,
-                q_lora_rank=None,
-                qk_nope_head_dim=32,
-                qk_rope_head_dim=16,
-                v_head_dim=32,
-                first_k_dense_replace=1,
-            )
-        )
-    )
+    return build("deepseek")
 
 
 MODELS = {

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lmcache.errors import LMCacheError
+from lmcache_conformance.models import COMMON, randomised
 from lmcache_hf import CachedModel, UncachedError
 
 
@@ -157,17 +158,17 @@ def t5() -> Any:
     config = T5Config(
         vocab_size=lab.VOCAB, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
-    return lab.randomised(T5ForConditionalGeneration(config))
+    return randomised(T5ForConditionalGeneration(config))
 
 
 def mamba() -> Any:
-    return lab.randomised(MambaForCausalLM(MambaConfig(vocab_size=lab.VOCAB, hidden_size=64, num_hidden_layers=2)))
+    return randomised(MambaForCausalLM(MambaConfig(vocab_size=lab.VOCAB, hidden_size=64, num_hidden_layers=2)))
 
 
 def dynamic_rope() -> Any:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    config = LlamaConfig(**lab.COMMON, num_hidden_layers=2, max_position_embeddings=64, rope_parameters=rope)
-    return lab.randomised(LlamaForCausalLM(config))
+    config = LlamaConfig(**{**COMMON, "max_position_embeddings": 64}, num_hidden_layers=2, rope_parameters=rope)
+    return randomised(LlamaForCausalLM(config))
 
 
 class OwnGenerate(LlamaForCausalLM):
@@ -176,7 +177,7 @@ class OwnGenerate(LlamaForCausalLM):
 
 
 def own_generate() -> Any:
-    return lab.randomised(OwnGenerate(LlamaConfig(**lab.COMMON, num_hidden_layers=2)))
+    return randomised(OwnGenerate(LlamaConfig(**COMMON, num_hidden_layers=2)))
 
 
 def bidirectional() -> Any:

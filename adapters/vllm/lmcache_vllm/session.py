@@ -199,7 +199,7 @@ class VLLMSession:
 
     @property
     def _connector_worker(self) -> Any:
-        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+        pass
 
     def _settle(self) -> None:
         until = time.monotonic() + _DRAIN_S
@@ -295,7 +295,7 @@ class VLLMSession:
             self._pass(Request(tokens=tuple(prompt[: start.columns]), max_new_tokens=1, salt=salt), 0)
             return
         self._play(source.start, source.tokens, salt)
-        new = len(source.tokens) - source.prompt + 1
+        new = max(start.columns - source.prompt, 0) + 1
         request = Request(tokens=source.tokens[: source.prompt], max_new_tokens=new, salt=salt)
         self._pass(request, source.start.columns)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcache.tiers.folder import parse_path
-from lmcache_conformance.contract import Level, Request
+from lmcache_conformance.contract import Level
 from lmcache_conformance.damage import object_files
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Engine, History, on, same_answer, same_tokens
@@ -23,37 +23,30 @@ class ParallelTests(EngineBase):
     """Two ranks, and one."""
 
     @level(Level.RESTART)
-    @requires("restart", "two_ranks")
+    @requires("restart", "tensor_parallel=2")
     @on("llama", exact_only=True)
-    def test_two_ranks_share_one_plan_and_go_on_from_disk(self, bench: Bench) -> None:
+    def test_two_ranks_act_as_one(self, bench: Bench) -> None:
+        """They share a plan, go on from disk in new processes, and what one of them has lost is a miss for both."""
         disk = bench.new_folder("ranks")
         prompt = bench.chunks(5)
+        whole = bench.whole(len(prompt) - 1)
         history = History()
         with self._open(bench, disk, RANKS, history) as engine:
             first = engine.ask(prompt, max_new_tokens=NEW)
             again = engine.ask(prompt, max_new_tokens=NEW)
-            assert again.hit >= bench.whole(len(prompt) - 1), f"asked again: {dict(again.cached)}"
+            assert again.hit >= whole, f"asked again: {dict(again.cached)}"
             same_tokens(again, first, "asked again")
             if bench.capabilities.same_split:
                 same_answer(again, engine.recompute(prompt, max_new_tokens=NEW), "two ranks, after a hit")
-            self._all_ranks_wrote(bench, engine, disk)
-        with self._open(bench, disk, RANKS, history) as engine:
-            got = engine.ask(prompt, max_new_tokens=NEW)
-            assert got.hit >= bench.whole(len(prompt) - 1), f"in new processes: {dict(got.cached)}"
-            same_tokens(got, first, "two ranks, from disk alone")
-
-    @level(Level.FAULTS)
-    @requires("restart", "two_ranks")
-    @on("llama", exact_only=True)
-    def test_what_one_rank_has_lost_is_a_miss_for_all(self, bench: Bench) -> None:
-        disk = bench.new_folder("ranks")
-        prompt = bench.chunks(6)
-        history = History()
-        with self._open(bench, disk, RANKS, history) as engine:
-            first = engine.ask(prompt, max_new_tokens=NEW)
             engine.flush()
         by_rank = self._by_rank(disk)
-        assert len(by_rank) == RANKS, f"objects of {sorted(by_rank)}"
+        counts = {rank: len(paths) for rank, paths in by_rank.items()}
+        assert len(counts) == RANKS, f"objects of heads {sorted(counts)} after a flush"
+        assert len(set(counts.values())) == 1, f"the ranks have written different numbers of objects: {counts}"
+        with self._open(bench, disk, RANKS, history) as engine:
+            got = engine.ask(prompt, max_new_tokens=NEW)
+            assert got.hit >= whole, f"in new processes: {dict(got.cached)}"
+            same_tokens(got, first, "two ranks, from disk alone")
         for path in by_rank[max(by_rank)]:
             path.unlink()
         with self._open(bench, disk, RANKS, history) as engine:
@@ -62,41 +55,36 @@ class ParallelTests(EngineBase):
             same_tokens(got, first, "computed anew")
 
     @level(Level.KEYS)
-    @requires("restart", "two_ranks")
+    @requires("restart", "tensor_parallel=2")
     @on("llama", exact_only=True)
     def test_another_number_of_ranks_does_not_hit(self, bench: Bench) -> None:
-        for wrote, reads in ((RANKS, 1), (1, RANKS)):
-            prompt, disk, history = self._written(bench, wrote, "exact")
-            with self._open(bench, disk, reads, history) as engine:
-                got = engine.ask(prompt, max_new_tokens=NEW)
-                assert got.hit == 0, f"written by {wrote} ranks, read by {reads}: {dict(got.cached)}"
-                same_tokens(got, bench.cold().recompute(prompt, max_new_tokens=NEW), "after the miss")
+        self._change_ranks(bench, "exact")
 
     @level(Level.APPROXIMATE)
-    @requires("restart", "semantic", "two_ranks")
+    @requires("restart", "semantic", "tensor_parallel=2")
     @on("llama", exact_only=True)
     def test_another_number_of_ranks_reads_it_where_sharing_is_semantic(self, bench: Bench) -> None:
-        for wrote, reads in ((RANKS, 1), (1, RANKS)):
-            prompt, disk, history = self._written(bench, wrote, "semantic")
-            with self._open(bench, disk, reads, history, share="semantic") as engine:
-                got = engine.ask(prompt, max_new_tokens=NEW)
-                whole = bench.whole(len(prompt) - 1)
-                assert got.hit == whole, f"written by {wrote} ranks, read by {reads}: {dict(got.cached)} of {whole}"
-                own = bench.cold().recompute(prompt, max_new_tokens=NEW)
-                same_tokens(got, own, f"on the KV of {wrote} ranks")
+        self._change_ranks(bench, "semantic")
 
-    def _written(self, bench: Bench, ranks: int, share: str) -> tuple[tuple[int, ...], Path, History]:
-        prompt, disk, history = bench.chunks(5), bench.new_folder("ranks"), History()
-        with self._open(bench, disk, ranks, history, share=share) as engine:
-            engine.ask(Request(tokens=prompt, max_new_tokens=NEW))
+    def _change_ranks(self, bench: Bench, share: str) -> None:
+        """Two ranks write, one reads and writes, two read."""
+        disk, history = bench.new_folder("ranks"), History()
+        prompts = [bench.chunks(5), bench.chunks(4)]
+        with self._open(bench, disk, RANKS, history, share=share) as engine:
+            engine.ask(prompts[0], max_new_tokens=NEW)
             engine.flush()
-        return prompt, disk, history
+        with self._open(bench, disk, 1, history, share=share) as engine:
+            self._reads(bench, engine, prompts[0], share, f"written by {RANKS} ranks, read by one")
+            engine.ask(prompts[1], max_new_tokens=NEW)
+            engine.flush()
+        with self._open(bench, disk, RANKS, history, share=share) as engine:
+            self._reads(bench, engine, prompts[1], share, f"written by one rank, read by {RANKS}")
 
-    def _all_ranks_wrote(self, bench: Bench, engine: Engine, disk: Path) -> None:
-        engine.flush()
-        counts = {rank: len(paths) for rank, paths in self._by_rank(disk).items()}
-        assert len(counts) == RANKS, f"objects of {sorted(counts)} after a flush"
-        assert len(set(counts.values())) == 1, f"the ranks have written different numbers of objects: {counts}"
+    def _reads(self, bench: Bench, engine: Engine, prompt: tuple[int, ...], share: str, what: str) -> None:
+        got = engine.ask(prompt, max_new_tokens=NEW)
+        expected = bench.whole(len(prompt) - 1) if share == "semantic" else 0
+        assert got.hit == expected, f"{what}: a hit of {dict(got.cached)}, not of {expected} tokens"
+        same_tokens(got, bench.cold().recompute(prompt, max_new_tokens=NEW), what)
 
     def _by_rank(self, disk: Path) -> dict[tuple[int, int], list[Path]]:
         found: dict[tuple[int, int], list[Path]] = {}
@@ -110,7 +98,7 @@ class ParallelTests(EngineBase):
         return bench.open(
             options={"tensor_parallel": ranks},
             history=history,
-            forked=False,
+            forked=ranks == 1,  # workers are started by a process of their own
             dram_bytes="64MiB",
             disk_path=str(disk),
             **cache,

@@ -45,7 +45,7 @@ class TrafficTests(EngineBase):
 
     @level(Level.CONCURRENCY)
     @requires("concurrent")
-    @on("llama")
+    @on("llama", dtypes=1)
     def test_requests_at_once_answer_as_they_do_alone(self, bench: Bench) -> None:
         """Sixteen, of which some share a beginning: first they all compute and store at once, then they all load at once."""
         engine = bench.shared()

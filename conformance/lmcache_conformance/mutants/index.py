@@ -13,11 +13,12 @@ from lmcache.plan import Chain, JobReport, Plan, Report, Status
 from lmcache.spec import HitRule
 from lmcache_conformance.index import IndexTests
 from lmcache_conformance.indexlab import CHUNK
+from lmcache_conformance.indexmachine import IndexMachineTests
 from lmcache_conformance.mutants import mutant
 
 
-class _Tests(IndexTests):
-    """`IndexTests` over a broken `Index`."""
+class _Tests(IndexMachineTests, IndexTests):
+    """Both suites over a broken `Index`: `IndexTests` first, random histories of what survives it."""
 
     index_class: type[Index] = Index
 

@@ -1,7 +1,12 @@
-"""The control plane: what it promises while reports are lost, doubled and late."""
+"""The control plane: what it promises while reports are lost, doubled and late, and random histories of it."""
 
 from lmcache_conformance.index import IndexTests
+from lmcache_conformance.indexmachine import IndexMachineTests
 
 
 class TestIndex(IndexTests):
     """See `IndexTests`."""
+
+
+class TestHistories(IndexMachineTests):
+    """See `IndexMachineTests`."""

@@ -1,0 +1,46 @@
+"""The suites of caches, bound to a cache that a subclass breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmcache import CacheEngine, Config
+from lmcache.objectio import ObjectIO
+from lmcache.spec import KVSpec
+from lmcache.tiers.base import Tier
+from lmcache_conformance.cachebytes import CacheBytesTests
+from lmcache_conformance.cachefactory import CacheFactory
+from lmcache_conformance.cachefaults import CacheFaultTests
+from lmcache_conformance.cachenames import CacheNameTests
+from lmcache_conformance.cachepressure import CachePressureTests
+
+__all__ = ["BrokenCacheFaultTests", "BrokenCacheTests"]
+
+
+class _BrokenCache(CacheFactory):
+    """Opens a broken cache."""
+
+    cache_class: type[CacheEngine] = CacheEngine
+    io_class: type[ObjectIO] | None = None
+    settings: Mapping[str, Any] = {}
+    """Put in place of what the test asks for."""
+
+    def open_cache(self, config: Config, spec: KVSpec, tiers: Sequence[Tier] | None = None) -> CacheEngine:
+        """The broken one."""
+        if self.settings:
+            given = {s.name: getattr(config, s.name) for s in Config.settings() if config.source(s.name) != "default"}
+            changes = {k: v for k, v in self.settings.items() if k != "disk_bytes" or "disk_path" in given}
+            config = Config(**(given | changes))
+        cache = self.cache_class(config, spec, tiers=tiers)
+        if self.io_class is not None:
+            cache._transfer._io = self.io_class(spec, config.chunk_tokens, order=config.disk_order)
+        return cache
+
+
+class BrokenCacheTests(_BrokenCache, CacheNameTests, CacheBytesTests):
+    """For what is wrong at all times."""
+
+
+class BrokenCacheFaultTests(_BrokenCache, CachePressureTests, CacheFaultTests):
+    """For what goes wrong under faults and pressure."""

@@ -1,0 +1,109 @@
+"""Caches that believe what they read."""
+
+from __future__ import annotations
+
+import torch
+
+from lmcache.errors import FormatError
+from lmcache.keys import ObjectId
+from lmcache.layout import ObjectLayout, translate
+from lmcache.objectfile import HEADER_PROBE, Form, Header, decode_header, verify
+from lmcache.objectio import Loaded, ObjectIO
+from lmcache.plan import Status
+from lmcache.tiers.base import Range, Read, Result, Tier, Write
+from lmcache_conformance.mutants import mutant
+from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
+
+
+class _Careless(ObjectIO):
+    """Reads header and payload where its own would lie, and checks what it is told to check."""
+
+    checks_id = checks_length = checks_segments = True
+
+    def load(
+        self, tier: Tier, id: ObjectId, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
+    ) -> Loaded:
+        layout = self._canonical[id.group] if self._order == "canonical" or want is None else want
+        start = self._form(layout).payload_offset
+        head = memoryview(bytearray(max(start, HEADER_PROBE)))[:start]
+        target = self._buffer("load", layout.nbytes)
+        ranges = [Range(0, start), Range(start, layout.nbytes)]
+        [result] = tier.read_into([Read(id, [head, target.numpy().data.cast("B")], ranges)], deadline=deadline)
+        if result.status is not Status.OK:
+            return Loaded(result)
+        try:
+            header = decode_header(head, id if self.checks_id else None)
+            if self.checks_length and result.nbytes < start + layout.nbytes:
+                raise FormatError("truncated")
+            if self.checks_segments:
+                verify(header, target.numpy().data.cast("B"))
+        except FormatError as error:
+            return Loaded(Result(Status.CORRUPT, result.nbytes, str(error)))
+        if want is not None and layout.signature != want.signature:
+            translate(target, layout, out, want)
+            return Loaded(result, want)
+        out.copy_(target)
+        return Loaded(result, layout)
+
+
+class _NoIds(_Careless):
+    checks_id = False
+
+
+class _NoLengths(_Careless):
+    checks_length = checks_segments = False
+
+
+class _NoChecksums(_Careless):
+    checks_segments = False
+
+
+@mutant(row="another request's KV served from disk", project="LMCache #4385")
+class MutantTrustsTheFileName(BrokenCacheFaultTests):
+    """Whatever lies under a name is served: a file that was renamed, or swapped with another."""
+
+    io_class = _NoIds
+
+
+@mutant(row="truncated chunk file reported as a full hit; stale pool bytes fill the rest", project="lmcache 0.5.6")
+class MutantTruncatedIsAHit(BrokenCacheFaultTests):
+    """The rest of a short file is what lay in the buffer before."""
+
+    io_class = _NoLengths
+
+
+@mutant(row="flipped bits in a chunk file reported as a full hit", project="lmcache 0.5.6")
+class MutantFlippedIsAHit(BrokenCacheFaultTests):
+    """Length and header are right, and nobody looks at the payload."""
+
+    io_class = _NoChecksums
+
+
+class _MyOrder(ObjectIO):
+    def _layout_of(self, header: Header) -> ObjectLayout:
+        super()._layout_of(header)
+        native = [layout for layout in self._forms if layout.order == "native"]
+        return native[0] if native and self._order == "native" else self._canonical[header.group]
+
+
+@mutant(row="a file written on an AMX processor is read on another one", project="vLLM CPU block packing")
+class MutantIgnoresTheWritersOrder(BrokenCacheTests):
+    """Native pages are taken for the reader's own order, whatever the header says."""
+
+    io_class = _MyOrder
+
+
+class _Mislabels(ObjectIO):
+    """Pages go to disk as they are, under a header that calls them canonical."""
+
+    def save(self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout) -> Result:
+        form: Form = self._form(self._canonical[id.group])
+        [result] = tier.write([Write(id, form.encode(id, payload.numpy().data.cast("B")))])
+        return result
+
+
+@mutant(row="wrong output after the server restarts", project="LMCache #4492")
+class MutantWrongAfterRestart(BrokenCacheTests):
+    """Right as long as DRAM serves; what a restart reads from disk is in another order than its header says."""
+
+    io_class = _Mislabels

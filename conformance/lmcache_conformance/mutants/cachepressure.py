@@ -1,0 +1,76 @@
+"""Caches that hold on to what should go: pins, files, what was cleared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmcache import CacheEngine, PagedKV
+from lmcache.engine import Slots
+from lmcache_conformance.kvlab import CHUNK
+from lmcache_conformance.mutants import mutant
+from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
+
+
+class _KeepsLeases(CacheEngine):
+    def _release(self, owner: int) -> None:
+        pass
+
+
+@mutant(row="pins leak until nothing can be stored", project="LMCache #1034 #1285 #3187")
+class MutantPinsLeak(BrokenCacheFaultTests):
+    """Leases neither end nor expire."""
+
+    cache_class = _KeepsLeases
+    settings = {"lease_s": 1e9}  # noqa: RUF012
+    patience = 3.0
+
+
+class _Raises(CacheEngine):
+    def store(self, tokens: Any, kv: PagedKV, slots: Slots, **names: Any) -> int:
+        if self.stats()["index_slots_free"] < len(tokens) // CHUNK:
+            raise MemoryError("the cache is full")
+        return super().store(tokens, kv, slots, **names)
+
+
+@mutant(row="a full RAM tier crashes the engine", project="LMCache #1330")
+class MutantFullDramRaises(BrokenCacheFaultTests):
+    """A full cache raises into the engine."""
+
+    cache_class = _Raises
+
+
+@mutant(row="disk tier grows without bound", project="vLLM #54327 #54779")
+class MutantDiskGrows(BrokenCacheFaultTests):
+    """The bound of the disk is not passed on."""
+
+    settings = {"disk_bytes": "100GiB"}  # noqa: RUF012
+
+
+class _ClearsDram(CacheEngine):
+    def clear(self, salt: str | None = None) -> int:
+        tiers, self._tiers = self._tiers, []
+        try:
+            return super().clear(salt)
+        finally:
+            self._tiers = tiers
+
+
+@mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
+class MutantClearLeavesTheDisk(BrokenCacheTests):
+    """Memory is cleared; the disk serves on."""
+
+    cache_class = _ClearsDram
+
+
+class _ClearsDisk(CacheEngine):
+    def clear(self, salt: str | None = None) -> int:
+        names = [None] if salt is None else [self.namespace(salt=salt)]
+        self.flush()
+        return sum(tier.clear(name) for tier in self._tiers for name in names)
+
+
+@mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
+class MutantClearLeavesDram(BrokenCacheTests):
+    """The disk is cleared; memory serves on."""
+
+    cache_class = _ClearsDisk

@@ -1,0 +1,33 @@
+"""Random histories of the index can fail: alone, they notice what is wrong with these mutants."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmcache_conformance.indexmachine import IndexMachine
+from lmcache_conformance.machine import run_machine
+from lmcache_conformance.mutants.index import (
+    MutantBelievesTheDead,
+    MutantFailedLoadIsSuccess,
+    MutantFailedStoreIsReady,
+    MutantPinsLeak,
+    MutantReadersPinNothing,
+    MutantSideStateIsOptional,
+    MutantVisibleBeforeItIsStored,
+)
+
+NOTICED = [
+    MutantBelievesTheDead,
+    MutantFailedLoadIsSuccess,
+    MutantFailedStoreIsReady,
+    MutantPinsLeak,
+    MutantReadersPinNothing,
+    MutantSideStateIsOptional,
+    MutantVisibleBeforeItIsStored,
+]
+
+
+@pytest.mark.parametrize("mutant", NOTICED)
+def test_random_histories_alone_notice_a_broken_index(mutant: type) -> None:
+    with pytest.raises(AssertionError):
+        run_machine(lambda: IndexMachine(mutant().open_index), examples=400, steps=50, shrink=False)
