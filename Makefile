@@ -23,6 +23,8 @@ ARGS ?=
 BIN := .venv/bin
 # Named after what was installed, so that only a change of it installs again.
 STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# vLLM, which tests run against, takes gigabytes: it is installed when they are first run.
+ENGINES := .venv/.engines-$(shell cat adapters/vllm/install_cpu.py constraints.txt | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 CODE := $(wildcard lmcache kernels adapters conformance tests benchmarks docs)
 
@@ -46,10 +48,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-build-isolation --editable ".[hf,conformance,docs,dev]"
 	@rm -f .venv/.ready-* && touch $@
 
+$(ENGINES): $(STAMP)
+	@if $(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'; then :; else \
+		echo "setting up vLLM in .venv (once; some minutes)"; \
+		$(BIN)/python adapters/vllm/install_cpu.py --constraint constraints.txt $(PIP_ARGS); \
+	fi
+	@rm -f .venv/.engines-* && touch $@
+
 demo: $(STAMP)
 	@$(BIN)/lmcache demo $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(ENGINES)
 	@$(BIN)/python -m pytest -rs --cov=lmcache --cov-report=term:skip-covered $(ARGS)
 
 lint: $(STAMP)

@@ -242,13 +242,15 @@ class Engine:
         return asdict(answer)
 
     def batch(self, seeds: Sequence[str], tokens: int, new: int) -> dict[str, Any]:
-        """Prompts all at once; `seconds` is from the first `add_request` to the last token."""
+        """Prompts all at once: seconds to the last token, and until everything is written."""
         prompts = [words(seed, tokens, self._vocabulary) for seed in seeds]
         began = time.perf_counter()
         answers = self._together(prompts, new)
         seconds = time.perf_counter() - began
         self.settle()
-        return {"seconds": seconds, "cached": sum(a.cached for a in answers), "tokens": sum(a.tokens for a in answers)}
+        drained = time.perf_counter() - began
+        cached, generated = sum(a.cached for a in answers), sum(a.tokens for a in answers)
+        return {"seconds": seconds, "drained_s": drained, "cached": cached, "tokens": generated}
 
     def chat(self, users: int, rounds: int, first: int, more: int, new: int, seed: str) -> dict[str, Any]:
         """`users` at once, each with `rounds` rounds: its whole history, `more` new tokens (`first` in round 0), an answer."""

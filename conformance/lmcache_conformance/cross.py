@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from math import lcm
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ import pytest
 from lmcache_conformance.contract import Level, Request, Response
 from lmcache_conformance.damage import object_files, problem_of
 from lmcache_conformance.discover import find_adapter
-from lmcache_conformance.engines.base import EngineBase
+from lmcache_conformance.engines.base import EngineBase, chunk_tokens_of
 from lmcache_conformance.engines.bench import Bench, History, on, same_tokens
 from lmcache_conformance.marks import level, requires
 
@@ -56,6 +57,7 @@ class CrossTests(EngineBase):
         claims = find_adapter(self.writer.adapter).capabilities
         if bench.case.model not in claims.models or bench.case.dtype not in claims.dtypes:
             pytest.skip(f"the writer does not claim {bench.case}")
+        bench.chunk_tokens = lcm(bench.chunk_tokens, chunk_tokens_of(self.writer.adapter))
         writer = Bench(
             self.writer.adapter,
             claims,
@@ -135,7 +137,13 @@ class CrossTests(EngineBase):
         return history
 
     def _open(self, bench: Bench, disk: Path, share: str, history: History) -> Any:
-        return bench.open(history=history, dram_bytes="64MiB", disk_path=str(disk), share=share)
+        return bench.open(
+            history=history,
+            dram_bytes="64MiB",
+            disk_path=str(disk),
+            share=share,
+            model_identity=f"conformance/{bench.case.model}",  # each engine sees the weights in its own way
+        )
 
 
 def distance(got: Response, own: Response) -> float:

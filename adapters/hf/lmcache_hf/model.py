@@ -73,7 +73,7 @@ class CachedModel:
     def __init__(self, model: Any, config: Config | None = None, *, identity: str | None = None) -> None:
         self._model = model
         self.config = config if config is not None else Config.load()
-        self._identity = identity
+        self._identity = identity or self.config.model_identity
         self._lock = threading.RLock()
         self._log = Throttle(every=math.inf)
         self._counts: Counter[str] = Counter()

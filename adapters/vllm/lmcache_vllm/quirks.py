@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -54,6 +55,24 @@ def check_config(config: VllmConfig) -> None:
         raise UnsupportedError("calculate_kv_scales makes scales depend on the first request: give fixed ones")
     if config.model_config.is_encoder_decoder:
         raise UnsupportedError("encoder-decoder models are not supported")
+
+
+_NO_PREFIX = {
+    "CPUMLAImpl": "vLLM's reference MLA for CPUs ignores what was computed before; with AMX it can go on from a prefix"
+}
+"""Attention implementations whose forward pass cannot continue from KV that is there already."""
+
+
+def check_layers(layers: Mapping[str, Any]) -> None:
+    """Refuse backends for which no hit can be right.
+
+    Raises:
+        UnsupportedError: naming the backend.
+    """
+    for layer in layers.values():
+        name = type(getattr(layer, "impl", None)).__name__
+        if name in _NO_PREFIX:
+            raise UnsupportedError(f"{name}: {_NO_PREFIX[name]}")
 
 
 def block_ids(output: SchedulerOutput, request_id: str) -> tuple[list[int], ...] | None:

@@ -100,6 +100,7 @@ class WorkerHalf:
 
     def _open(self, caches: Mapping[str, torch.Tensor]) -> None:
         layers = quirks.attention_layers(self._vllm_config)
+        quirks.check_layers(layers)
         identity = identity_of(self._vllm_config, self._config.model_identity, self._config.fingerprint)
         spec = spec_of(self._vllm_config, self._kv_config, layers, rank=self.rank, ranks=self.ranks, identity=identity)
         kv, layout = prove_layout(spec, self._kv_config, caches, layers)

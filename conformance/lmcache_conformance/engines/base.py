@@ -18,6 +18,11 @@ from lmcache_conformance.engines.bench import Bench, Case, cases_for
 from lmcache_conformance.models import REAL
 
 
+def chunk_tokens_of(adapter: str) -> int:
+    """The chunk that suits an adapter's blocks."""
+    return int(getattr(find_adapter(adapter), "chunk_tokens", 16))
+
+
 class EngineBase:
     """What a subclass may set."""
 
@@ -78,11 +83,7 @@ class EngineBase:
         base = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
         folder = Path(tempfile.mkdtemp(prefix="lmcache-engines-", dir=base))
         timeout_s = cls.timeout_s * (5 if case.model in REAL else 1)
-        chunk = (
-            cls.chunk_tokens
-            if cls.chunk_tokens is not None
-            else int(getattr(find_adapter(chosen[0]), "chunk_tokens", 16))
-        )
+        chunk = chunk_tokens_of(chosen[0]) if cls.chunk_tokens is None else cls.chunk_tokens
         bench = Bench(chosen[0], chosen[1], case, folder, chunk_tokens=chunk, timeout_s=timeout_s)
         try:
             yield bench
