@@ -17,7 +17,7 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from lmcache.eviction import POLICIES
 from lmcache.index import TierInfo
-from lmcache.plan import Chain, Status
+from lmcache.plan import Chain, Copy, Slot, Status
 from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.contract import Level
 from lmcache_conformance.indexfactory import IndexFactory
@@ -132,11 +132,33 @@ class IndexMachine(IndexModel):
         self.lookup(owner, about, 24)
         self.load(owner, tokens, skip)
 
-    @rule(owner=OWNERS, about=CHAINS, ask=st.booleans())
-    def prefetch(self, owner: int, about: Chain, ask: bool) -> None:
+    @rule(owner=OWNERS, about=CHAINS, tokens=st.integers(0, 24), have=st.sampled_from([0, 0, 3, 4, 9]))
+    def near(self, owner: int, about: Chain, tokens: int, have: int) -> None:
+        """An engine that must not be told of what may fail to load: beyond what it has itself, all comes from DRAM."""
+        self.hits.pop(owner, None)
+        found = self.index.lookup(owner, about, tokens, self.now, near=have)
+        self.last[owner] = about, tokens
+        if owner in self.failed:
+            assert found[:2] == ("miss", 0), "offered again after a failed load"
+            return
+        assert found.status == ("hit" if found.tokens else "miss"), "a question that nobody has to be asked"
+        assert found.tokens <= tokens
+        assert self.legal(about, found.tokens // CHUNK)
+        if not found.tokens:
+            return
+        self.hits[owner] = about, found.tokens
+        self.leased[owner] = self.now + LEASE_S, self.slots_of(about, found.tokens // CHUNK)
+        before = set(self.loads)
+        self.load(owner, None, have)
+        for job in set(self.loads) - before:
+            sources = [op.src for op in self.index.state.jobs.live[job].ops if isinstance(op, Copy)]
+            assert all(isinstance(source, Slot) for source in sources), f"to be loaded from elsewhere: {sources}"
+
+    @rule(owner=OWNERS, about=CHAINS, ask=st.booleans(), skip=st.sampled_from([0, 0, 4, 9]))
+    def prefetch(self, owner: int, about: Chain, ask: bool, skip: int) -> None:
         if ask:
             self.lookup(owner, about, 24)
-        self.index.begin_prefetch(owner, self.now)
+        self.index.begin_prefetch(owner, self.now, skip=skip)
 
     @rule(owner=OWNERS)
     def release(self, owner: int) -> None:
