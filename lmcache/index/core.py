@@ -7,7 +7,8 @@ consumes reports (`lmcache.plan`), and is right whatever reports are lost, doubl
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from lmcache.errors import ConfigError
@@ -23,6 +24,10 @@ from lmcache.spec import HitRule
 
 _GRACE = 1.0
 """Seconds past a load's deadline after which a rank that has said nothing counts as late."""
+
+
+Notice = Callable[[bool, str, bytes, int, bytes], None]
+"""(usable from now on, place: "dram" or a tier's name, namespace, group, digest)"""
 
 
 class Lease:
@@ -299,6 +304,13 @@ class Index:
             state.delete(tier, [name])
         return finished
 
+    def on_change(self, notice: Notice) -> None:
+        """Have `notice` told of every object that becomes usable in a place, on all ranks, and of all that cease to be."""
+        for group, pool in enumerate(self.state.pools):
+            pool.notice = partial(_in_dram, notice, group)
+        for tier, known in zip(self.state.tiers, self.state.known, strict=True):
+            known.notice = partial(_in_tier, notice, tier.name)
+
     def where(self, name: Name) -> tuple[str, ...]:
         """The places from which every rank could load this object: "dram", names of tiers."""
         state = self.state
@@ -408,3 +420,11 @@ class Index:
                     name = state.name(chain.namespace, digest, group, chain.depth(i))
                     work.ops.extend(Probe(name, t) for t in self._shared)
         return work
+
+
+def _in_dram(notice: Notice, group: int, there: bool, entry: Entry) -> None:
+    notice(there, "dram", entry.space.namespace, group, entry.digest)
+
+
+def _in_tier(notice: Notice, tier: str, there: bool, namespace: bytes, group: int, digest: bytes) -> None:
+    notice(there, tier, namespace, group, digest)

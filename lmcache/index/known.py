@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from lmcache.plan import Name
@@ -13,10 +13,11 @@ _NOTHING: Mapping[bytes, int] = MappingProxyType({})
 class Known:
     """Contents of one tier: per namespace and group, digest → bit mask of the ranks that hold their part."""
 
-    __slots__ = ("_full", "_masks")
+    __slots__ = ("_full", "_masks", "notice")
 
     def __init__(self, ranks: int) -> None:
         self._full = (1 << ranks) - 1
+        self.notice: Callable[[bool, bytes, int, bytes], None] | None = None  # (there, namespace, group, digest)
         self._masks: dict[tuple[bytes, int], dict[bytes, int]] = {}
 
     def masks(self, namespace: bytes, group: int) -> Mapping[bytes, int]:
@@ -30,7 +31,10 @@ class Known:
     def add(self, name: Name, rank: int) -> None:
         """`rank` has its part of the object."""
         masks = self._masks.setdefault((name.namespace, name.group), {})
-        masks[name.chain] = masks.get(name.chain, 0) | 1 << rank
+        before = masks.get(name.chain, 0)
+        masks[name.chain] = after = before | 1 << rank
+        if self.notice is not None and after == self._full != before:
+            self.notice(True, name.namespace, name.group, name.chain)
 
     def remove(self, name: Name, rank: int | None = None) -> bool:
         """`rank` (None: any rank) no longer has it; returns whether it was believed to."""
@@ -46,12 +50,16 @@ class Known:
             del masks[name.chain]
             if not masks:
                 del self._masks[key]
+        if self.notice is not None and before == self._full != after:
+            self.notice(False, name.namespace, name.group, name.chain)
         return after != before
 
     def clear(self, namespace: bytes | None) -> None:
         """Forget everything (of one namespace)."""
         for key in [k for k in self._masks if namespace is None or k[0] == namespace]:
-            del self._masks[key]
+            masks = self._masks.pop(key)
+            for digest in (d for d, mask in masks.items() if self.notice is not None and mask == self._full):
+                self.notice(False, *key, digest)  # type: ignore[misc]  # there is one
 
     def __len__(self) -> int:
         """Objects usable on every rank."""

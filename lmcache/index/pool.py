@@ -9,7 +9,7 @@ hung writer. In groups of rule `all` an object with a resident child stays: chil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 from lmcache.eviction import Policy, Recent, Tracked
@@ -70,6 +70,9 @@ class Pool:
         self.policy = policy
         self.evictions = 0
         self.leaving: set[Entry] = set()  # EVICTING, still referenced
+        self.notice: Callable[[bool, Entry], None] | None = (
+            None  # called with what becomes ready, and what was and leaves
+        )
         self.free: list[int] = []
         self._fresh = 0  # slots from here on were never used
         self._generation = 0
@@ -113,6 +116,9 @@ class Pool:
             entry.space.ready[entry.digest] = entry
         if fresh:
             self.policy.add(fresh)
+        if self.notice is not None:
+            for entry in fresh:
+                self.notice(True, entry)
         return fresh
 
     def pin(self, run: Iterable[Entry]) -> None:
@@ -134,6 +140,8 @@ class Pool:
         """
         if entry.state == EVICTING:
             return
+        if self.notice is not None and entry.state == READY:
+            self.notice(False, entry)
         space = entry.space
         del (space.ready if entry.state == READY else space.writing)[entry.digest]
         self.policy.discard(entry)

@@ -23,7 +23,7 @@ from lmcache.errors import LMCacheError
 from lmcache.log import Throttle, info
 from lmcache.plan import Plan
 from lmcache_vllm import quirks
-from lmcache_vllm.messages import Handshake, RankMeta, StepMeta
+from lmcache_vllm.messages import Handshake, Offer, RankMeta, StepMeta
 from lmcache_vllm.scheduler import SchedulerHalf
 from lmcache_vllm.stats import SOURCES, CacheStats, Increments, PromMetrics
 from lmcache_vllm.worker import Landed, WorkerHalf
@@ -52,10 +52,15 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._increments: Increments | None = None
+        self._quiet = False
         self._lost_blocks: set[int] = set()
+        self._disabled = ""
+        quirks.join_log()
         extra = dict(self._kv_transfer_config.kv_connector_extra_config)
+        strict = extra.get("strict") is True  # holds even where the rest cannot be read
         try:
             config = Config.load(json=extra)
+            strict = config.strict
             if warning := quirks.check_version():
                 self._throttle.warning("untested-version", reason=warning)
             quirks.check_config(vllm_config)
@@ -64,15 +69,20 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
                     name: entry["value"] for name, entry in config.describe().items() if entry["source"] != "default"
                 }
                 info("cache-settings", **said)
-                self._scheduler = SchedulerHalf(kv_cache_config, config)
+                events = vllm_config.kv_events_config
+                told = bool(events is not None and events.enable_kv_cache_events)
+                self._scheduler = SchedulerHalf(kv_cache_config, config, events=told)
                 self._increments = Increments(self._scheduler.metrics)
             else:
                 self._worker = WorkerHalf(vllm_config, kv_cache_config, config)
                 self._increments = Increments(self._worker.metrics)
-        except (LMCacheError, quirks.UnsupportedError) as error:
-            if extra.get("strict") is True:
+        except Exception as error:
+            if strict:
                 raise
-            self._throttle.warning("cache-disabled", reason=error)
+            foreseen = isinstance(error, (LMCacheError, quirks.UnsupportedError))  # or vLLM's internals have changed
+            self._disabled = str(error) if foreseen else f"{type(error).__name__}: {error}"
+            if role == KVConnectorRole.SCHEDULER:  # which also says what workers report
+                self._throttle.warning("cache-disabled", reason=self._disabled)
 
     # ---------------------------------------------------------------- guards
 
@@ -97,13 +107,17 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake | None:
-        """What this worker holds, for the scheduler half."""
+        """What this worker holds, for the scheduler half; or why it holds nothing."""
+        if self._disabled:
+            rank = int(getattr(self._vllm_config.parallel_config, "rank", 0))
+            return Handshake.of(Offer(rank, None, disabled=self._disabled))
         return self._ask(self._worker, lambda half: Handshake.of(half.offer()), None)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """See the base class."""
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepMeta)
+        self._quiet = connector_metadata.quiet
         self._ask(self._worker, lambda half: half.bind(connector_metadata), None)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
@@ -180,7 +194,9 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMeta:
         """What the workers do in this step."""
-        return self._ask(self._scheduler, lambda half: half.step(scheduler_output), StepMeta(Plan(0, (), ())))
+        meta = self._ask(self._scheduler, lambda half: half.step(scheduler_output), StepMeta(Plan(0, (), ())))
+        self._quiet = meta.quiet
+        return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """What the workers say."""
@@ -208,8 +224,9 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return self._ask(self._scheduler, lambda half: half.clear(), None)
 
     def take_events(self) -> Iterable[Any]:
-        """Nothing yet."""
-        return ()
+        """What became usable in DRAM and on disk, and what ceased to be, where vLLM is asked for KV events."""
+        events = self._scheduler.events if self._scheduler is not None else None
+        return events.take() if events is not None else ()
 
     # ---------------------------------------------------------------- both
 
@@ -219,7 +236,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> CacheStats | None:
         """What was counted since the last call."""
-        return self._increments.take() if self._increments is not None else None
+        return self._increments.take(self._quiet) if self._increments is not None else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheStats | None:

@@ -52,6 +52,7 @@ class StepMeta(KVConnectorMetadata):
         refused: loads that vLLM waits for and that the index could not plan any more.
         wishes: tiers to empty, oldest first.
         idle: the step has no forward pass.
+        quiet: nor is any request left; it may be the last step for long.
     """
 
     plan: Plan
@@ -59,6 +60,7 @@ class StepMeta(KVConnectorMetadata):
     refused: list[BlockView] = field(default_factory=list)
     wishes: tuple[Wish, ...] = ()
     idle: bool = False
+    quiet: bool = False
 
 
 @dataclass

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import vllm
+
+from lmcache.log import LOGGER
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,6 +40,17 @@ def check_version() -> str:
     return (
         f"vLLM {version} was never tested with this connector, only {', '.join(TESTED)}; the layout proof still holds"
     )
+
+
+def join_log() -> None:
+    """Say things where vLLM says its own, at its level; unless the application has decided where our lines go."""
+    theirs = logging.getLogger("vllm")
+    if LOGGER.handlers or LOGGER.level or logging.getLogger().handlers or not theirs.isEnabledFor(logging.INFO):
+        return
+    LOGGER.setLevel(theirs.level)
+    LOGGER.propagate = theirs.propagate
+    for handler in theirs.handlers:
+        LOGGER.addHandler(handler)
 
 
 def check_config(config: VllmConfig) -> None:

@@ -22,6 +22,7 @@ from lmcache.metrics import Metrics
 from lmcache.plan import Status
 from lmcache.spec import KVSpec
 from lmcache_vllm import names, quirks
+from lmcache_vllm.events import Events
 from lmcache_vllm.geometry import rounded_chunk
 from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta, Wish, agreed
 
@@ -74,12 +75,15 @@ class SchedulerHalf:
     Args:
         kv_config: as vLLM hands it to a connector.
         config: settings.
+        events: collect KV events.
     """
 
-    def __init__(self, kv_config: KVCacheConfig, config: Config) -> None:
+    def __init__(self, kv_config: KVCacheConfig, config: Config, *, events: bool = False) -> None:
         self._config = config
         self._chunk = rounded_chunk(kv_config, config.chunk_tokens)
         self._sizes = [int(group.kv_cache_spec.block_size) for group in kv_config.kv_cache_groups]
+        hashed = kv_config.hash_block_size or min(self._sizes)
+        self.events = Events(self._chunk, hashed) if events else None
         self._log = Throttle()
         self.metrics = Metrics()
         self.disabled = "the workers have not said what they hold"
@@ -121,6 +125,8 @@ class SchedulerHalf:
             load_deadline=self._config.load_timeout_s,
             probe_deadline=self._config.probe_timeout_s,
         )
+        if self.events is not None:
+            self._index.on_change(self.events.notice)
         info("cache-ready", ranks=len(found), chunk_tokens=self._chunk, model=spec.model)
 
     # ---------------------------------------------------------------- a request's way
@@ -237,7 +243,8 @@ class SchedulerHalf:
             self._news = now
         views, self._views = self._views, {}
         idle = output.total_num_scheduled_tokens == 0
-        return StepMeta(plan, views, self._take_refused(), tuple(self._wishes), idle)
+        quiet = idle and not self._requests
+        return StepMeta(plan, views, self._take_refused(), tuple(self._wishes), idle, quiet)
 
     def _store(self, index: Index, tracked: Tracked, scheduled: int, output: SchedulerOutput, now: float) -> None:
         """Chunks whose last token is computed in this step, and whose token ids are all known."""
@@ -350,7 +357,10 @@ class SchedulerHalf:
         request = tracked.request
         if len(tracked.chain.digests) < request.num_tokens // self._chunk:
             ids = as_tokens(list(request.all_token_ids))
+            known = len(tracked.chain.digests)
             tracked.chain = chain_of(tracked.namespace, ids, self._chunk, tracked.extras)
+            if self.events is not None:
+                self.events.learn(request, tracked.chain, known)
         return tracked.chain
 
     def _namespace(self, salt: str, lora: str) -> bytes:

@@ -54,10 +54,10 @@ class Increments:
         self._seen: dict[str, float] = {}
         self._due = 0.0
 
-    def take(self, now: float | None = None) -> CacheStats | None:
-        """The growth since the last time, at most once a second."""
-        now = time.monotonic() if now is None else now
-        if now < self._due:
+    def take(self, quiet: bool = False) -> CacheStats | None:
+        """The growth since the last time, at most once a second; but all of it where an engine falls `quiet`."""
+        now = time.monotonic()
+        if now < self._due and not quiet:
             return None
         self._due = now + _EVERY_S
         current = {

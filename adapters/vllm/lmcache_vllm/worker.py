@@ -94,7 +94,7 @@ class WorkerHalf:
             self.disabled = f"{type(error).__name__}: {error}"
         if self.disabled:
             self.metrics.failed("open", "unsupported")
-            self._log.warning("cache-disabled", rank=self.rank, reason=self.disabled)
+            info("cache-disabled", rank=self.rank, reason=self.disabled)  # the scheduler half warns, once for all ranks
             if self._config.strict:
                 raise RuntimeError(f"LMCache cannot cache here, and strict is set: {self.disabled}")
 
