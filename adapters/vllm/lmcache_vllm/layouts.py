@@ -85,7 +85,10 @@ def _candidates(spec: KVSpec, tensors: list[list[torch.Tensor]], sizes: list[int
     except RuntimeError:  # slots of a head are not side by side: no CPU backend
         return found
     for label, axes in _INSIDE_A_BLOCK.items():
-        layouts = {g: Layout.parse(axes, block_tokens=n) for g, n in enumerate(sizes)}
+        try:
+            layouts = {g: Layout.parse(axes, block_tokens=n) for g, n in enumerate(sizes)}
+        except LMCacheError:  # blocks that it cannot divide
+            continue
         found.append((label, PagedKV(dict(flat), layouts)))
     return found
 
