@@ -18,7 +18,6 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from lmcache_conformance.damage import object_files
 from lmcache_conformance.processes import kill_group
 
 CHUNK = 256
@@ -32,6 +31,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
 }
@@ -46,9 +47,10 @@ class Server:
         model: a folder.
         disk: of the disk tier.
         log: the file that takes what it prints.
+        more: further options of `vllm serve`.
     """
 
-    def __init__(self, model: Path, disk: Path, log: Path) -> None:
+    def __init__(self, model: Path, disk: Path, log: Path, more: Sequence[str] = ()) -> None:
         from openai import OpenAI
 
         self._port = _free_port()
@@ -70,13 +72,8 @@ class Server:
             "--num-gpu-blocks-override": "48",
             "--kv-transfer-config": json.dumps(transfer),
         }
-        command = [
-            *_vllm(),
-            "serve",
-            str(model),
-            "--enforce-eager",
-            *(word for pair in options.items() for word in pair),
-        ]
+        command = [*_vllm(), "serve", str(model), "--enforce-eager", *more]
+        command += [word for pair in options.items() for word in pair]
         with log.open("wb") as out:
             self._process = subprocess.Popen(
                 command,
@@ -84,7 +81,7 @@ class Server:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
-                env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+                env={**os.environ, **ENVIRONMENT},
             )
         self.client = OpenAI(base_url=f"{self._url}/v1", api_key="none", timeout=WAIT_S, max_retries=0)
         try:
@@ -198,12 +195,6 @@ def await_true(done: Callable[[], bool], what: str) -> None:
         if time.monotonic() > until:
             raise AssertionError(f"waited in vain until {what}")
         time.sleep(0.05)
-
-
-def await_objects(disk: Path, count: int) -> list[Path]:
-    """Wait until a folder holds so many objects."""
-    await_true(lambda: len(object_files(disk)) >= count, f"{disk.name} holds {count} objects")
-    return object_files(disk)
 
 
 def grown(before: Mapping[str, float], after: Mapping[str, float], name: str) -> float:
