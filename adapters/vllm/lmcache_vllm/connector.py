@@ -6,7 +6,7 @@ Nothing that goes wrong here reaches vLLM: a half that raises is switched off, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -21,12 +21,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from lmcache.config import Config
 from lmcache.errors import LMCacheError
 from lmcache.log import Throttle, info
+from lmcache.metrics import Metrics
 from lmcache.plan import Plan
 from lmcache_vllm import quirks
-from lmcache_vllm.messages import Handshake, Offer, RankMeta, StepMeta
+from lmcache_vllm.messages import BlockView, Handshake, Offer, RankMeta, StepMeta
 from lmcache_vllm.scheduler import SchedulerHalf
 from lmcache_vllm.stats import SOURCES, CacheStats, Increments, PromMetrics
-from lmcache_vllm.worker import Landed, WorkerHalf
+from lmcache_vllm.worker import Landed, SwitchedOff, WorkerHalf
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,8 +40,13 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+
+class _Half(Protocol):
+    metrics: Metrics
+
+
 T = TypeVar("T")
-H = TypeVar("H", SchedulerHalf, WorkerHalf)
+H = TypeVar("H", bound=_Half)
 
 
 class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
@@ -50,7 +56,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._throttle = Throttle()
         self._scheduler: SchedulerHalf | None = None
-        self._worker: WorkerHalf | None = None
+        self._worker: WorkerHalf | SwitchedOff | None = None
+        self._offered: dict[str, int] = {}  # request → tokens that vLLM had itself when it was offered more
+        self._unsent: list[BlockView] = []  # loads that vLLM counts on and that no step has carried to the workers
+        self._unanswered: StepMeta | None = None  # the worker's step, until its loads were answered
         self._increments: Increments | None = None
         self._quiet = False
         self._lost_blocks: set[int] = set()
@@ -87,7 +96,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # ---------------------------------------------------------------- guards
 
     def _ask(self, half: H | None, call: Callable[[H], T], default: T) -> T:
-        """`call(half)`, or `default` where there is none; whatever it raises switches the half off."""
+        """`call(half)`, or `default` where there is none; whatever it raises switches the half off.
+
+        A worker half has a stand-in from then on, for vLLM waits until a load was answered, however long that takes.
+        """
         if half is None:
             return default
         try:
@@ -97,27 +109,35 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
             half.metrics.failed("connector", "internal")
             if self._scheduler is half:
                 self._scheduler = None
+            if self._worker is half and isinstance(half, WorkerHalf):
+                self._worker = half.switch_off(self._unanswered)
             return default
 
     # ---------------------------------------------------------------- worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """See the base class."""
-        if self._worker is not None:
+        if isinstance(self._worker, WorkerHalf):
             self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake | None:
         """What this worker holds, for the scheduler half; or why it holds nothing."""
+        nothing = Offer(
+            int(getattr(self._vllm_config.parallel_config, "rank", 0)),
+            None,
+            disabled=self._disabled or "its worker half failed; its log says how",
+        )
         if self._disabled:
-            rank = int(getattr(self._vllm_config.parallel_config, "rank", 0))
-            return Handshake.of(Offer(rank, None, disabled=self._disabled))
-        return self._ask(self._worker, lambda half: Handshake.of(half.offer()), None)
+            return Handshake.of(nothing)
+        half = self._worker if isinstance(self._worker, WorkerHalf) else None
+        return self._ask(half, lambda half: Handshake.of(half.offer()), Handshake.of(nothing) if half else None)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """See the base class."""
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepMeta)
         self._quiet = connector_metadata.quiet
+        self._unanswered = connector_metadata
         self._ask(self._worker, lambda half: half.bind(connector_metadata), None)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
@@ -138,7 +158,11 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Loads that ended."""
-        landed = self._ask(self._worker, lambda half: half.landed(), Landed())
+        nothing: Landed | None = None
+        landed = self._ask(self._worker, lambda half: half.landed(), nothing)
+        if landed is None:  # there is no half, or its stand-in has to answer
+            landed = self._ask(self._worker, lambda half: half.landed(), Landed())
+        self._unanswered = None
         several = len(self._kv_cache_config.kv_cache_groups) > 1
         self._lost_blocks = set() if several else landed.blocks
         failed = landed.failed if several else set()
@@ -174,13 +198,17 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """What can be loaded beyond vLLM's own prefix cache; always asynchronously."""
         nothing: int | None = 0
         found = self._ask(self._scheduler, lambda half: half.matched(request, num_computed_tokens), nothing)
+        if found:
+            self._offered[request.request_id] = num_computed_tokens
         return found, bool(found)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Load into these blocks."""
-        self._ask(
-            self._scheduler, lambda half: half.allocated(request, blocks.get_block_ids(), num_external_tokens), None
-        )
+        ids = blocks.get_block_ids()
+        local = self._offered.pop(request.request_id, 0)
+        if num_external_tokens:
+            self._unsent.append(BlockView(request.request_id, ids, local, local + num_external_tokens))
+        self._ask(self._scheduler, lambda half: half.allocated(request, ids, num_external_tokens), None)
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         """For vLLM's own metrics."""
@@ -193,8 +221,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return found
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMeta:
-        """What the workers do in this step."""
-        meta = self._ask(self._scheduler, lambda half: half.step(scheduler_output), StepMeta(Plan(0, (), ())))
+        """What the workers do in this step; where nobody can say it, that what vLLM counts on is not to be had."""
+        unsent, self._unsent = self._unsent, []
+        nothing = StepMeta(Plan(0, (), ()), refused=unsent)
+        meta = self._ask(self._scheduler, lambda half: half.step(scheduler_output), nothing)
         self._quiet = meta.quiet
         return meta
 
@@ -212,6 +242,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """See `request_finished`."""
+        self._offered.pop(request.request_id, None)
         self._ask(self._scheduler, lambda half: half.finished(request), None)
         return False, None
 
@@ -221,7 +252,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool | None:
         """Empty every tier."""
-        return self._ask(self._scheduler, lambda half: half.clear(), None)
+        return self._ask(self._scheduler, lambda half: half.reset(), None)
 
     def take_events(self) -> Iterable[Any]:
         """What became usable in DRAM and on disk, and what ceased to be, where vLLM is asked for KV events."""

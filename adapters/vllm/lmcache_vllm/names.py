@@ -51,8 +51,10 @@ def extras_of(request: Request) -> tuple[Extra, ...]:
     """Images, audio and the like behind placeholder tokens, by vLLM's content hash with its full width.
 
     Raises:
-        Unnamed: content without a hash, or prompt embeddings.
+        Unnamed: content without a hash, prompt embeddings, or a prompt that may still change.
     """
+    if getattr(request, "resumable", False):
+        raise Unnamed("resumable", "a streaming session may take tokens back after they were named")
     if getattr(request, "prompt_embeds", None) is not None:
         raise Unnamed("prompt_embeds", "prompt embeddings have no token ids to name them by")
     found = []

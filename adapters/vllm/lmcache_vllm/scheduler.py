@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lmcache.config import Config
 from lmcache.errors import TokenError
 from lmcache.index import Finished, Index, TierInfo
-from lmcache.index.messages import FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
+from lmcache.index.messages import ABSENT, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
 from lmcache.keys import Chain, Extra, as_tokens, chain_of, namespace_of
 from lmcache.log import Throttle, event, info
 from lmcache.metrics import Metrics
@@ -91,6 +92,7 @@ class SchedulerHalf:
         self._spec: KVSpec | None = None
         self._requests: dict[str, Tracked] = {}
         self._namespaces: dict[tuple[str, str], bytes] = {}
+        self._version = ""
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
         self._fetches: dict[int, str] = {}
@@ -147,7 +149,7 @@ class SchedulerHalf:
 
     def _offer(self, tracked: Tracked, local: int) -> int | None:
         index, now = self._index, time.monotonic()
-        if index is None or self._clearing:
+        if index is None:
             return 0
         owner = tracked.request.request_id
         limit = tracked.request.num_tokens - 1
@@ -155,7 +157,9 @@ class SchedulerHalf:
             if now < tracked.fetching:
                 return None
             tracked.fetching = 0.0
-        if not tracked.fetched:
+        if self._clearing:  # what is on the tiers is about to go
+            tracked.stop = ABSENT
+        elif not tracked.fetched:
             found = index.lookup(owner, self._named(tracked), limit, now)
             if found.status == "pending":
                 return None
@@ -251,7 +255,7 @@ class SchedulerHalf:
         request = tracked.request
         computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
         last = computed // self._chunk
-        if last <= tracked.stored or self._clearing:
+        if last <= tracked.stored:
             return
         blocks = quirks.block_ids(output, request.request_id)
         if blocks is None:
@@ -306,7 +310,7 @@ class SchedulerHalf:
     # ---------------------------------------------------------------- the rest
 
     def clear(self, salt: str | None = None) -> bool:
-        """Forget everything (of one tenant), and have the workers empty their tiers; until they have, nothing is a hit."""
+        """Forget everything (of one tenant), and have the workers empty their tiers; until they have, those are not asked."""
         index = self._index
         if index is None:
             return True
@@ -322,6 +326,16 @@ class SchedulerHalf:
         for tracked in self._requests.values():
             tracked.stored = 0
         return True
+
+    def reset(self) -> bool:
+        """vLLM was told to forget, which it is whenever weights may have changed under it (pause, sleep, update).
+
+        What is computed from here on gets names that no other process has: files say nothing about weights in memory.
+        """
+        self._version = uuid.uuid4().hex
+        self._namespaces.clear()
+        self._requests.clear()  # those that run are no longer stored: nobody knows which weights they began with
+        return self.clear()
 
     @property
     def _clearing(self) -> bool:
@@ -367,7 +381,14 @@ class SchedulerHalf:
         found = self._namespaces.get((salt, lora))
         if found is None:
             assert self._spec is not None
-            found = namespace_of(self._spec, chunk_tokens=self._chunk, salt=salt, lora=lora, share=self._config.share)
+            found = namespace_of(
+                self._spec,
+                chunk_tokens=self._chunk,
+                salt=salt,
+                lora=lora,
+                weights_version=self._version,
+                share=self._config.share,
+            )
             if len(self._namespaces) >= _NAMESPACES_KEPT:  # a salt per request must not fill the memory
                 self._namespaces.pop(next(iter(self._namespaces)))
             self._namespaces[salt, lora] = found

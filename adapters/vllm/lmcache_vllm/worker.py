@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from lmcache.arena import Arena, host_provider, share_out
@@ -50,6 +51,14 @@ class Landed:
         self.requests: set[str] = set()
         self.failed: set[str] = set()
         self.blocks: set[int] = set()
+
+    def lost(self, view: BlockView, block_tokens: Sequence[int]) -> None:
+        """A load ended, and what it was for has to be computed. `block_tokens`: of each group."""
+        self.requests.add(view.request)
+        self.failed.add(view.request)
+        for blocks, size in zip(view.blocks, block_tokens, strict=True):
+            self.blocks.update(blocks[view.skip // size : -(-view.tokens // size)])
+        self.blocks.discard(0)
 
 
 class WorkerHalf:
@@ -192,11 +201,13 @@ class WorkerHalf:
         if step is not None and step.idle and (self._loads or transfer.running()):
             transfer.wait(transfer.news, _IDLE_WAIT_S)
         self._reported = transfer.poll()
-        for report in self._reported.jobs:
-            if (load := self._loads.pop(report.job, None)) is not None:
-                if not report.final:
-                    transfer.fence([report.job])
-                self._ended(found, load, report)
+        ended = [report for report in self._reported.jobs if report.job in self._loads]
+        for report in ended:
+            if not report.final:
+                transfer.fence([report.job])
+            self._ended(found, self._loads[report.job], report)
+        for report in ended:  # not before all have been answered: until then they are owed
+            del self._loads[report.job]
         return found
 
     def _ended(self, found: Landed, load: BlockView, report: JobReport) -> None:
@@ -207,11 +218,7 @@ class WorkerHalf:
             self._lost(found, load)
 
     def _lost(self, found: Landed, view: BlockView) -> None:
-        found.requests.add(view.request)
-        found.failed.add(view.request)
-        for blocks, size in zip(view.blocks, self._sizes, strict=True):
-            found.blocks.update(blocks[view.skip // size : -(-view.tokens // size)])
-        found.blocks.discard(0)
+        found.lost(view, self._sizes)
 
     def report(self) -> RankMeta | None:
         """For the scheduler half; None where there is nothing to say."""
@@ -258,6 +265,83 @@ class WorkerHalf:
                 tier.close()
         else:
             self._log.warning("close-incomplete", reason="a tier call still hangs; its threads are left behind")
+
+    def switch_off(self, step: StepMeta | None) -> SwitchedOff:
+        """What answers in place of this half, which has raised; with `step`, from within that step on."""
+        if self._transfer is not None:
+            self._transfer.fence(tuple(self._loads), _CLOSE_S)  # no load of ours may write what vLLM computes anew
+        return SwitchedOff(self, self._loads, self._sizes, self._transfer, step)
+
+
+class SwitchedOff:
+    """Stands in for a worker half that raised: all that is asked of it fails at once, so that nobody waits.
+
+    To vLLM, loads that the half owed an answer and loads of later steps have failed; to the index, all jobs that the
+    transfer does not report. What is loaded, fetched or stored then ceases to exist there, and soon nothing is offered.
+
+    Args:
+        half: the half that raised.
+        owed: its loads that vLLM still waits for.
+        sizes: tokens a block, of each group.
+        transfer: the half's, whose write-behind goes on.
+        step: the step under way, if its loads were not answered yet.
+    """
+
+    def __init__(
+        self,
+        half: WorkerHalf,
+        owed: Mapping[int, BlockView],
+        sizes: Sequence[int],
+        transfer: Transfer | None,
+        step: StepMeta | None,
+    ) -> None:
+        self.metrics = half.metrics
+        self._half = half
+        self._owed = dict(owed)
+        self._sizes = sizes
+        self._transfer = transfer
+        self._step: StepMeta | None = None
+        if step is not None:
+            self.bind(step)
+
+    def bind(self, step: StepMeta) -> None:
+        """A step; its loads are owed from here on."""
+        self._step = step
+        loads = [job.id for job in step.plan.jobs if job.kind == "load"]
+        self._owed.update({job: step.views[job] for job in loads if job in step.views})
+
+    def start_loads(self) -> None:
+        """Nothing."""
+
+    def start_stores(self) -> None:
+        """Nothing."""
+
+    def landed(self) -> Landed:
+        """All that is owed, as failed."""
+        found = Landed()
+        refused = self._step.refused if self._step is not None else ()
+        for view in (*refused, *self._owed.values()):
+            found.lost(view, self._sizes)
+        self._owed = {}
+        return found
+
+    def report(self) -> RankMeta | None:
+        """What the transfer says, and of all other jobs of the step that they failed."""
+        if self._transfer is None or self._step is None:
+            return None
+        report = self._transfer.poll()
+        known = {job.job for job in report.jobs}
+        failed = [
+            JobReport(job.id, (int(Status.FAILED),) * len(job.ops), True, 0, "the worker half is switched off")
+            for job in self._step.plan.jobs
+            if job.id not in known
+        ]
+        jobs = (*report.jobs, *failed)
+        return RankMeta([msgspec.structs.replace(report, jobs=jobs)]) if jobs else None
+
+    def close(self) -> None:
+        """As the half."""
+        self._half.close()
 
 
 def slots_of(blocks: list[int], block_tokens: int, tokens: int, skip: int) -> torch.Tensor:
