@@ -25,6 +25,7 @@ CHUNK = 256
 
 WAIT_S = 120.0
 START_S = 400.0
+_SETTLE_S = 0.2
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -142,6 +143,20 @@ class Server:
                 name = f"{sample.name}{{{','.join(labels)}}}" if labels else sample.name
                 found[name] = found.get(name, 0.0) + sample.value
         return found
+
+    def settled(self) -> Mapping[str, float]:
+        """`metrics`, when all that past requests have counted is there: vLLM tells it a step after their answers."""
+        for _ in range(2):  # the engine has stepped before it does the second one
+            self.drop_own_cache()
+        found: list[Mapping[str, float]] = [{}]
+
+        def same() -> bool:
+            time.sleep(_SETTLE_S)
+            found.append({k: v for k, v in self.metrics().items() if k.startswith(("lmcache_", "vllm:"))})
+            return found[-1] == found[-2]
+
+        await_true(same, "the metrics stand still")
+        return found[-1]
 
     def log(self) -> str:
         """All that it has printed."""

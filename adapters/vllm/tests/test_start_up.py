@@ -90,6 +90,20 @@ def packed_caches(dim: int = 32, heads: int = 2, blocks: int = 6) -> dict[str, t
     return {f"model.layers.{i}.self_attn": pool[i] for i in range(3)}
 
 
+# ---------------------------------------------------------------- it is found
+
+
+@pytest.mark.parametrize("module", [None, "lmcache_vllm"])
+def test_vllm_finds_the_connector_by_its_name_alone_or_by_its_module(module: str | None) -> None:
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    given = KVTransferConfig(kv_connector="LMCacheConnector", kv_role="kv_both", kv_connector_module_path=module)
+    assert KVConnectorFactory.get_connector_class(given) is LMCacheConnector
+
+
 # ---------------------------------------------------------------- settings that cannot be right
 
 
