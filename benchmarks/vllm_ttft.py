@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -30,12 +31,16 @@ CHUNK = 256
 TAIL = 17
 """Prompt tokens that no cache gives: neither vLLM's blocks nor our chunks reach them."""
 
+_WARM = 3
+"""Hits of each kind before any counts: the first calls at a shape are slow."""
+
 EXAMPLES = """\
 examples:
   vllm_ttft.py                                  all of it, about 6 minutes on two cores
   vllm_ttft.py --json > ttft.json               one JSON object, progress on standard error
-  vllm_ttft.py --tokens 1024 --prompts 2 --rounds 4   a quick look
-  vllm_ttft.py --rounds 0 --disk-order native   hits only, files in the engine's own order
+  vllm_ttft.py --tokens 1024 --prompts 4 --rounds 4   a quick look
+  vllm_ttft.py --part hits --disk-order native  files in the engine's own order
+  vllm_ttft.py --part misses --rounds 48
 """
 
 
@@ -59,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engine = EngineOptions(
             **common, cache=cache, blocks=(3 * tokens) // options.block_tokens, max_tokens=tokens + options.block_tokens
         )
-        out |= hits(engine, tokens, options.prompts, options.repeat)
-        if options.rounds:
+        if options.part != "misses":
+            out |= hits(engine, tokens, options.prompts, options.repeat)
+        if options.part != "hits":
             out |= misses(common, cache, Path(folder), options)
     out["machine"] = machine()
     text = json.dumps(rounded(out)) if options.json else _shown(out)
@@ -71,54 +77,68 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def hits(options: EngineOptions, tokens: int, prompts: int, repeat: int) -> dict[str, Any]:
-    """Two engines after each other over one folder: the first computes, the second finds its files."""
-    raw: dict[str, list[float]] = {name: [] for name in ("cold", "native", "dram", "disk", "native_after_disk")}
-    warm, timed = ["warm 0", "warm 1"], [f"prompt {i}" for i in range(prompts)]
+    """Two engines after each other over one folder: the first computes, the second finds its files.
+
+    The second has memory for all prompts but one, and goes round: every hit comes from its file. The first ones go to
+    memory that was never touched, as after a restart, later ones to memory that held another prompt before.
+    """
+    kinds = ("cold", "native", "dram", "disk", "native_after_disk", "disk_reused", "native_after_disk_reused")
+    raw: dict[str, list[float]] = {kind: [] for kind in kinds}
+    timed = [f"prompt {i}" for i in range(prompts)]
     cached = tokens - TAIL
+
+    def first_token(engine: EngineProcess, expected: int, seed: str, reset: bool = False) -> float:
+        answer = engine.ask("one", seed=seed, tokens=tokens, reset=reset)
+        _expect(answer["cached"], expected, seed)
+        return float(answer["first_s"])
+
+    def warm_up(engine: EngineProcess, *seeds: str) -> None:
+        for seed in seeds:
+            tell(f"warming up: {first_token(engine, 0, seed):.2f} s")
+            for _ in range(_WARM):
+                first_token(engine, cached, seed)
+                first_token(engine, cached, seed, reset=True)
+
     with EngineProcess(options, "first engine") as engine:
-        facts = engine.facts
-
-        def first_token(expected: int, seed: str, reset: bool = False) -> float:
-            answer = engine.ask("one", seed=seed, tokens=tokens, reset=reset)
-            _expect(answer["cached"], expected, seed)
-            return float(answer["first_s"])
-
-        for seed in warm:
-            tell(f"warming up: {first_token(0, seed):.2f} s")
-            for _ in range(3):
-                first_token(cached, seed)
-                first_token(cached, seed, reset=True)
+        warm_up(engine, "warm 0", "warm 1")
         for seed in timed:
-            raw["cold"].append(first_token(0, seed))
+            raw["cold"].append(first_token(engine, 0, seed))
             for i in range(repeat):
-                first_token(cached, seed)  # so that both kinds follow a request with the same tail
+                first_token(engine, cached, seed)  # so that both kinds follow a request with the same tail
                 for kind in ("native", "dram")[:: 1 if i % 2 else -1]:
-                    raw[kind].append(first_token(cached, seed, reset=kind == "dram"))
+                    raw[kind].append(first_token(engine, cached, seed, reset=kind == "dram"))
             tell(f"{seed}: cold {raw['cold'][-1]:.2f}  native {raw['native'][-1]:.4f}  dram {raw['dram'][-1]:.4f}")
-        nbytes = _moved(engine, "dram", "engine") // _loads(repeat, prompts, len(warm))
+        nbytes = _moved(engine, "dram", "engine") // (repeat * prompts + 2 * _WARM)
         copy = engine.ask("memcpy", nbytes=nbytes)
-    with EngineProcess(options, "second engine") as engine:
-        for seed in warm:
-            tell(f"warming up: {first_token(0, f'{seed} again'):.2f} s")
-            for _ in range(3):
-                first_token(cached, f"{seed} again")
-                first_token(cached, f"{seed} again", reset=True)
-            first_token(cached, seed)  # from its file
-        for seed in timed:
-            raw["disk"].append(first_token(cached, seed))
-            raw["native_after_disk"].append(first_token(cached, seed))
-            tell(f"{seed}: disk {raw['disk'][-1]:.4f}  native {raw['native_after_disk'][-1]:.4f}")
-        from_disk = _moved(engine, "disk", "dram")
-        hit_bytes = nbytes * (len(timed) + len(warm))
-        if not hit_bytes <= from_disk < 1.01 * hit_bytes:  # files have headers
-            raise RuntimeError(f"{from_disk} bytes came from disk, {hit_bytes} were expected")
+        facts = engine.facts
+    room = prompts - 1
+    small = replace(options, cache={**(options.cache or {}), "dram_bytes": room * nbytes})
+    with EngineProcess(small, "second engine") as engine:
+        warm_up(engine, "warm 2")
+        first_token(engine, cached, "warm 0")  # from its file
+        used = 2
+        for turn in range(1 + -(-repeat // 2)):
+            for seed in timed:
+                fresh = used < room
+                if turn and fresh:
+                    raise RuntimeError("memory for all prompts but one was not used up by all of them")
+                used += 1
+                kind = "disk" if fresh else "disk_reused"
+                raw[kind].append(first_token(engine, cached, seed, reset=True))
+                raw[f"native_after_{kind}"].append(first_token(engine, cached, seed))
+            tell(f"turn {turn}: disk {raw['disk'][-1]:.4f}, memory used before {raw['disk_reused'][-1]:.4f}")
+        files = nbytes * (used - 1)
+        if not files <= _moved(engine, "disk", "dram") < 1.01 * files:  # files have headers
+            raise RuntimeError(f"{_moved(engine, 'disk', 'dram')} bytes came from disk, {files} were expected")
     return {
         "cold_s": median(raw["cold"]),
         "native_hit_s": median(raw["native"]),
         "dram_hit_s": median(raw["dram"]),
         "disk_hit_s": median(raw["disk"]),
+        "disk_hit_reused_s": median(raw["disk_reused"]),
         "dram_ratio": _paired(raw["dram"], raw["native"]),
         "disk_ratio": _paired(raw["disk"], raw["native_after_disk"]),
+        "disk_reused_ratio": _paired(raw["disk_reused"], raw["native_after_disk_reused"]),
         "prompt_tokens": tokens,
         "recomputed_tokens": {"cold": tokens, "native": TAIL, "dram": TAIL, "disk": TAIL},
         "kv_bytes": nbytes,
@@ -138,10 +158,6 @@ def _expect(found: int, expected: int, seed: str) -> None:
 def _moved(engine: EngineProcess, source: str, target: str) -> int:
     counters: dict[str, float] = engine.ask("counters")
     return int(counters.get(f'lmcache_moved_bytes_total{{src="{source}",dst="{target}"}}', 0))
-
-
-def _loads(repeat: int, prompts: int, warm: int) -> int:
-    return repeat * prompts + 3 * warm
 
 
 # ---------------------------------------------------------------- misses
@@ -215,14 +231,17 @@ def _quartiles(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
 
 
 def _shown(out: dict[str, Any]) -> str:
-    lines = [
-        f"prompt of {out['prompt_tokens']} tokens, {out['kv_bytes'] / 1e6:.0f} MB of KV; every hit recomputes {TAIL} tokens",
-        f"cold          {out['cold_s'] * 1e3:8.1f} ms",
-        f"vLLM's cache  {out['native_hit_s'] * 1e3:8.1f} ms",
-        f"our DRAM      {out['dram_hit_s'] * 1e3:8.1f} ms   {out['dram_ratio']:.2f} x vLLM's",
-        f"our disk      {out['disk_hit_s'] * 1e3:8.1f} ms   {out['disk_ratio']:.2f} x vLLM's",
-        f"one memcpy    {out['memcpy_s'] * 1e3:8.1f} ms   {out['memcpy_gbs']:.1f} GB/s",
-    ]
+    lines: list[str] = []
+    if "cold_s" in out:
+        lines += [
+            f"prompt of {out['prompt_tokens']} tokens, {out['kv_bytes'] / 1e6:.0f} MB of KV; every hit recomputes {TAIL} tokens",
+            f"cold          {out['cold_s'] * 1e3:8.1f} ms",
+            f"vLLM's cache  {out['native_hit_s'] * 1e3:8.1f} ms",
+            f"our DRAM      {out['dram_hit_s'] * 1e3:8.1f} ms   {out['dram_ratio']:.2f} x vLLM's",
+            f"our disk      {out['disk_hit_s'] * 1e3:8.1f} ms   {out['disk_ratio']:.2f} x vLLM's, into memory never touched before",
+            f"              {out['disk_hit_reused_s'] * 1e3:8.1f} ms   {out['disk_reused_ratio']:.2f} x vLLM's, into memory in use",
+            f"one memcpy    {out['memcpy_s'] * 1e3:8.1f} ms   {out['memcpy_gbs']:.1f} GB/s",
+        ]
     if "miss" in out:
         for key, name in (("", "DRAM and disk"), ("_dram", "DRAM only")):
             low, high = out[f"miss_throughput_quartiles{key}"]
@@ -237,11 +256,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--json", action="store_true", help="print one JSON object, with every single time")
+    add("--part", choices=("all", "hits", "misses"), default="all", help="what to measure (all)")
     add("--model", help="folder of a model (default: SmolLM2-135M)")
     add("--tokens", type=int, default=4096, help=f"prompt, rounded up to chunks of {CHUNK}, and {TAIL} more (4096)")
     add("--prompts", type=int, default=6, help="prompts computed cold and read from disk (6)")
     add("--repeat", type=int, default=8, help="native and DRAM hits of each prompt (8)")
-    add("--rounds", type=int, default=24, help="paired rounds of prompts never seen; 0: none (24)")
+    add("--rounds", type=int, default=24, help="paired rounds of prompts never seen (24)")
     add("--miss-tokens", type=int, default=1024, help="prompt of those rounds (1024)")
     add("--miss-new", type=int, default=32, help="tokens generated there (32)")
     add("--miss-batch", type=int, default=2, help="requests at once there (2)")
@@ -250,8 +270,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--disk-order", choices=("canonical", "native"), default="canonical", help="byte order of files (canonical)")
     add("--threads", type=int, default=THREADS, help=f"OpenMP threads of every engine ({THREADS})")
     options = parser.parse_args(arguments)
-    if min(options.tokens, options.prompts, options.repeat, options.miss_tokens, options.miss_batch) < 1:
-        parser.error("sizes and numbers of repetitions are at least 1")
+    if (
+        min(
+            options.tokens, options.prompts - 3, options.repeat, options.miss_tokens, options.miss_batch, options.rounds
+        )
+        < 1
+    ):
+        parser.error("sizes and numbers of repetitions are at least 1, --prompts at least 4")
     if CHUNK % options.block_tokens:
         parser.error(f"--block-tokens {options.block_tokens}: give a divisor of {CHUNK}, or the tails would differ")
     return options
