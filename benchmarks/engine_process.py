@@ -323,15 +323,6 @@ class Engine:
                 found[name] = found.get(name, 0.0) + value
         return {name: value for name, value in found.items() if value}
 
-    def profile(self, path: str, command: str, **arguments: Any) -> Any:
-        """Any other command under cProfile, whose statistics go to `path`."""
-        import cProfile
-
-        profiler = cProfile.Profile()
-        answer = profiler.runcall(getattr(self, command), **arguments)
-        profiler.dump_stats(path)
-        return answer
-
     # ------------------------------------------------------------ the rest
 
     def _add(self, prompt: Sequence[int], new: int) -> str:

@@ -238,8 +238,8 @@ def _shown(out: dict[str, Any]) -> str:
             f"cold          {out['cold_s'] * 1e3:8.1f} ms",
             f"vLLM's cache  {out['native_hit_s'] * 1e3:8.1f} ms",
             f"our DRAM      {out['dram_hit_s'] * 1e3:8.1f} ms   {out['dram_ratio']:.2f} x vLLM's",
-            f"our disk      {out['disk_hit_s'] * 1e3:8.1f} ms   {out['disk_ratio']:.2f} x vLLM's, into memory never touched before",
-            f"              {out['disk_hit_reused_s'] * 1e3:8.1f} ms   {out['disk_reused_ratio']:.2f} x vLLM's, into memory in use",
+            f"our disk      {out['disk_hit_s'] * 1e3:8.1f} ms   {out['disk_ratio']:.2f} x vLLM's, into fresh memory",
+            f"              {out['disk_hit_reused_s'] * 1e3:8.1f} ms   {out['disk_reused_ratio']:.2f} x vLLM's, into used memory",
             f"one memcpy    {out['memcpy_s'] * 1e3:8.1f} ms   {out['memcpy_gbs']:.1f} GB/s",
         ]
     if "miss" in out:
