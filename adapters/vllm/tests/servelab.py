@@ -29,6 +29,8 @@ _SETTLE_S = 0.2
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "LMCACHE_LOAD_TIMEOUT_S": "100",  # what is late is a miss, and nobody knows how busy this machine is
+    "LMCACHE_PROBE_TIMEOUT_S": "100",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
