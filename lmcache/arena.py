@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from lmcache.errors import ConfigError
+from lmcache.warm import Warmer
 
 Provider = Callable[[int], torch.Tensor]
 """Bytes wanted → one-dimensional uint8 tensor of that many bytes; raises `MemoryError` or `RuntimeError` if it cannot."""
@@ -81,10 +82,17 @@ class Arena:
         slot_bytes: bytes per slot; rounded up to 4 KiB inside, so that every slot is page-aligned.
         provider: where slabs come from.
         slab_bytes: size of a slab (at least one slot).
+        ahead_bytes: so much memory beyond what is in use is made present in the background, see `lmcache.warm`.
     """
 
     def __init__(
-        self, slots: int, slot_bytes: int, provider: Provider = anonymous, *, slab_bytes: int = _SLAB_BYTES
+        self,
+        slots: int,
+        slot_bytes: int,
+        provider: Provider = anonymous,
+        *,
+        slab_bytes: int = _SLAB_BYTES,
+        ahead_bytes: int = 0,
     ) -> None:
         if slots < 0 or slot_bytes < 1:
             raise ConfigError(f"an arena needs slots >= 0 and slot_bytes >= 1, got {slots} and {slot_bytes}")
@@ -96,6 +104,7 @@ class Arena:
         self._slabs: dict[int, torch.Tensor] = {}
         self._views: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
+        self._warmer = Warmer(ahead_bytes, slots * self.stride, self._from) if ahead_bytes and slots else None
 
     def view(self, slot: int) -> torch.Tensor:
         """The slot's bytes: uint8, shape `(slot_bytes,)`. Neighbouring slots of one slab are `stride` bytes apart.
@@ -110,6 +119,15 @@ class Arena:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} is outside of [0, {self.slots})")
         slab, position = divmod(slot, self._per_slab)
+        memory = self._slab(slab)
+        with self._lock:
+            view = memory[position * self.stride : position * self.stride + self.slot_bytes]
+            self._views[slot] = view
+        if self._warmer is not None:
+            self._warmer.reached((slot + 1) * self.stride)
+        return view
+
+    def _slab(self, slab: int) -> torch.Tensor:
         with self._lock:
             memory = self._slabs.get(slab)
             if memory is None:
@@ -119,9 +137,12 @@ class Arena:
                 except RuntimeError as error:  # torch's out-of-memory errors
                     raise MemoryError(str(error)) from error
                 self._slabs[slab] = memory
-            view = memory[position * self.stride : position * self.stride + self.slot_bytes]
-            self._views[slot] = view
-        return view
+            return memory
+
+    def _from(self, offset: int) -> torch.Tensor:
+        """The memory from an offset into all slots on, up to its slab's end."""
+        slab, inside = divmod(offset, self._per_slab * self.stride)
+        return self._slab(slab)[inside:]
 
     @property
     def allocated_bytes(self) -> int:
