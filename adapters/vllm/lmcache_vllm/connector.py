@@ -6,7 +6,7 @@ Nothing that goes wrong here reaches vLLM: a half that raises is switched off, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -21,13 +21,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from lmcache.config import Config
 from lmcache.errors import LMCacheError
 from lmcache.log import Throttle, info
-from lmcache.metrics import Metrics
 from lmcache.plan import Plan
 from lmcache_vllm import quirks
 from lmcache_vllm.messages import BlockView, Handshake, Offer, RankMeta, StepMeta
 from lmcache_vllm.scheduler import SchedulerHalf
 from lmcache_vllm.stats import SOURCES, CacheStats, Increments, PromMetrics
-from lmcache_vllm.worker import Landed, SwitchedOff, WorkerHalf
+from lmcache_vllm.worker import Carrier, Landed, WorkerHalf
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,13 +39,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-
-class _Half(Protocol):
-    metrics: Metrics
-
-
 T = TypeVar("T")
-H = TypeVar("H", bound=_Half)
+H = TypeVar("H", SchedulerHalf, Carrier)
 
 
 class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
@@ -56,9 +50,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._throttle = Throttle()
         self._scheduler: SchedulerHalf | None = None
-        self._worker: WorkerHalf | SwitchedOff | None = None
+        self._worker: Carrier | None = None
         self._offered: dict[str, int] = {}  # request → tokens that vLLM had itself when it was offered more
         self._unsent: list[BlockView] = []  # loads that vLLM counts on and that no step has carried to the workers
+        self._refused: set[str] = set()  # requests that are offered nothing any more: it would be refused again
         self._unanswered: StepMeta | None = None  # the worker's step, until its loads were answered
         self._increments: Increments | None = None
         self._quiet = False
@@ -109,7 +104,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
             half.metrics.failed("connector", "internal")
             if self._scheduler is half:
                 self._scheduler = None
-            if self._worker is half and isinstance(half, WorkerHalf):
+            elif self._worker is half and isinstance(half, WorkerHalf):
                 self._worker = half.switch_off(self._unanswered)
             return default
 
@@ -117,7 +112,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """See the base class."""
-        if isinstance(self._worker, WorkerHalf):
+        if self._worker is not None:
             self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake | None:
@@ -129,8 +124,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         )
         if self._disabled:
             return Handshake.of(nothing)
-        half = self._worker if isinstance(self._worker, WorkerHalf) else None
-        return self._ask(half, lambda half: Handshake.of(half.offer()), Handshake.of(nothing) if half else None)
+        half = self._worker
+        if half is None:
+            return None
+        return self._ask(half, lambda half: Handshake.of(half.offer()), Handshake.of(nothing))
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """See the base class."""
@@ -197,6 +194,8 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """What can be loaded beyond vLLM's own prefix cache; always asynchronously."""
         nothing: int | None = 0
+        if request.request_id in self._refused:
+            return nothing, False
         found = self._ask(self._scheduler, lambda half: half.matched(request, num_computed_tokens), nothing)
         if found:
             self._offered[request.request_id] = num_computed_tokens
@@ -221,10 +220,13 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return found
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMeta:
-        """What the workers do in this step; where nobody can say it, that what vLLM counts on is not to be had."""
+        """What the workers do in this step. A load that vLLM counts on and the half says nothing of is refused."""
         unsent, self._unsent = self._unsent, []
-        nothing = StepMeta(Plan(0, (), ()), refused=unsent)
-        meta = self._ask(self._scheduler, lambda half: half.step(scheduler_output), nothing)
+        meta = self._ask(self._scheduler, lambda half: half.step(scheduler_output), StepMeta(Plan(0, (), ())))
+        if unsent:
+            said = {view.request for view in (*meta.views.values(), *meta.refused)}
+            meta.refused.extend(view for view in unsent if view.request not in said)
+            self._refused.update(view.request for view in meta.refused)
         self._quiet = meta.quiet
         return meta
 
@@ -243,6 +245,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """See `request_finished`."""
         self._offered.pop(request.request_id, None)
+        self._refused.discard(request.request_id)
         self._ask(self._scheduler, lambda half: half.finished(request), None)
         return False, None
 

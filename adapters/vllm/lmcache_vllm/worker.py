@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import torch
@@ -59,6 +59,44 @@ class Landed:
         for blocks, size in zip(view.blocks, block_tokens, strict=True):
             self.blocks.update(blocks[view.skip // size : -(-view.tokens // size)])
         self.blocks.discard(0)
+
+
+class Carrier(Protocol):
+    """What a connector asks of a worker: the half, or its stand-in."""
+
+    metrics: Metrics
+
+    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+        """Take up vLLM's KV tensors."""
+        ...
+
+    def offer(self) -> Offer:
+        """For the scheduler half."""
+        ...
+
+    def bind(self, step: StepMeta) -> None:
+        """What this step is to do."""
+        ...
+
+    def start_loads(self) -> None:
+        """Everything but stores."""
+        ...
+
+    def start_stores(self) -> None:
+        """What the forward pass has computed."""
+        ...
+
+    def landed(self) -> Landed:
+        """Loads that ended since the last call."""
+        ...
+
+    def report(self) -> RankMeta | None:
+        """For the scheduler half; None where there is nothing to say."""
+        ...
+
+    def close(self) -> None:
+        """Release everything."""
+        ...
 
 
 class WorkerHalf:
@@ -303,6 +341,13 @@ class SwitchedOff:
         self._step: StepMeta | None = None
         if step is not None:
             self.bind(step)
+
+    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+        """Nothing."""
+
+    def offer(self) -> Offer:
+        """Nothing, and why."""
+        return Offer(self._half.rank, None, disabled="the worker half is switched off; its log says why")
 
     def bind(self, step: StepMeta) -> None:
         """A step; its loads are owed from here on."""
