@@ -233,11 +233,12 @@ def test_other_unsupported_engines_are_named() -> None:
 def test_an_old_vllm_is_refused_and_an_untested_one_warned_of(
     monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ) -> None:
+    monkeypatch.setattr(quirks, "TESTED", ("0.30", "0.32"))
     monkeypatch.setattr(quirks.vllm, "__version__", "0.27.1+cpu")
     connectors(engine_config())
     assert said() == ['cache-disabled reason="vLLM 0.27.1+cpu is too old; the connector needs 0.28 or newer"']
     monkeypatch.setattr(quirks.vllm, "__version__", "0.99.0")
-    assert "vLLM 0.99.0 was never tested with this connector, only 0.32" in quirks.check_version()
+    assert "vLLM 0.99.0 was never tested with this connector, only 0.30, 0.32;" in quirks.check_version()
     monkeypatch.setattr(quirks.vllm, "__version__", "0.32.5+cu129")
     assert quirks.check_version() == ""
 
