@@ -62,7 +62,9 @@ class Index:
         policy: eviction policy by name (`lmcache.eviction.POLICIES`) or a factory of one per arena.
         lease_ttl: seconds after which a lease that was neither loaded nor released expires.
         load_deadline: seconds a load may take before it counts as failed.
-        probe_deadline: seconds a lookup waits for shared tiers.
+        probe_deadline: seconds a shared tier may take to say whether it holds an object.
+        patience: seconds more that a lookup waits for that answer to arrive, for engines whose plans and reports travel with
+            steps that may take long.
         admit: decides whether an object that became ready is written to a tier; all of them by default.
 
     Raises:
@@ -81,6 +83,7 @@ class Index:
         lease_ttl: float = 60.0,
         load_deadline: float = 30.0,
         probe_deadline: float = 0.05,
+        patience: float = 0.0,
         admit: Admit | None = None,
     ) -> None:
         if not groups or len(groups) != len(slots):
@@ -97,6 +100,7 @@ class Index:
         self._lease_ttl = lease_ttl
         self._load_deadline = load_deadline
         self._probe_deadline = probe_deadline
+        self._patience = patience
 
     # ---------------------------------------------------------------- lookup and lease
 
@@ -212,6 +216,11 @@ class Index:
         self.state.counts["stores"] += 1
         self.state.counts["stored_objects"] += len(work.ops)
         return Store(job, len(taken) * self.state.chunk_tokens, dict(skipped))
+
+    def awaited(self, job: int) -> bool:
+        """Whether some rank has not yet said how the job's ops ended."""
+        work = self.state.jobs.live.get(job)
+        return work is not None and not work.told
 
     def take_plan(self) -> Plan:
         """What the ranks do next. Every rank must get every plan, in order."""
@@ -402,7 +411,7 @@ class Index:
         if question is None or question.about != about:
             work = self._probe(owner, chain, limit, found)
             job = self.state.jobs.start(work, self._probe_deadline) if work.ops else 0
-            question = _Question(about, job, now + self._probe_deadline)
+            question = _Question(about, job, now + self._probe_deadline + self._patience)
             self._questions[owner] = question
             self._questions.move_to_end(owner)
         asked = self.state.jobs.live.get(question.job)

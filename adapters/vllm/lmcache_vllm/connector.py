@@ -13,7 +13,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -25,7 +24,7 @@ from lmcache.plan import Plan
 from lmcache_vllm import quirks
 from lmcache_vllm.messages import BlockView, Handshake, Offer, RankMeta, StepMeta
 from lmcache_vllm.scheduler import SchedulerHalf
-from lmcache_vllm.stats import SOURCES, CacheStats, Increments, PromMetrics
+from lmcache_vllm.stats import CacheStats, Increments, PromMetrics
 from lmcache_vllm.worker import Carrier, Landed, WorkerHalf
 
 if TYPE_CHECKING:
@@ -68,6 +67,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
             if warning := quirks.check_version():
                 self._throttle.warning("untested-version", reason=warning)
             quirks.check_config(vllm_config)
+            quirks.check_groups(kv_cache_config)
             if role == KVConnectorRole.SCHEDULER:
                 said = {
                     name: entry["value"] for name, entry in config.describe().items() if entry["source"] != "default"
@@ -153,7 +153,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Stores."""
         self._ask(self._worker, lambda half: half.start_stores(), None)
 
-    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Loads that ended."""
         nothing: Landed | None = None
         landed = self._ask(self._worker, lambda half: half.landed(), nothing)
@@ -163,7 +163,11 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         several = len(self._kv_cache_config.kv_cache_groups) > 1
         self._lost_blocks = set() if several else landed.blocks
         failed = landed.failed if several else set()
-        return KVConnectorTransferResults(finished_recving=landed.requests, failed_recving=failed)
+        return quirks.TransferResults(finished_recving=landed.requests, failed_recving=failed)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """The same for older releases."""
+        return None, self.get_transfer_results(finished_req_ids).finished_recving or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """With one group, failed loads by block; with several, vLLM wants them by request."""
@@ -215,7 +219,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         by_tier = self._ask(self._scheduler, lambda half: half.sources(request, num_external_tokens), nothing)
         found: dict[CacheHitSource, int] = {}
         for tier, tokens in by_tier.items():
-            source = SOURCES.get(tier, SOURCES[""])
+            source = quirks.hit_source(tier)
             found[source] = found.get(source, 0) + tokens
         return found
 

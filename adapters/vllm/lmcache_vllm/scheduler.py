@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 _NAMESPACES_KEPT = 1 << 16
+_PATIENCE_S = 60.0
+"""Workers answer with the step that follows; a step with a long prefill takes its time, which is no fault of a tier's."""
+
 _STALLED_S = 30.0
 """Work that has brought no news for so long no longer keeps an idle engine stepping."""
 
@@ -48,6 +51,7 @@ class Tracked:
         "extras",
         "fetched",
         "fetching",
+        "found",
         "local",
         "namespace",
         "request",
@@ -62,8 +66,9 @@ class Tracked:
         self.extras = extras
         self.chain = Chain(namespace, [])
         self.local = 0  # tokens that vLLM has itself, as it said when it last asked
-        self.fetching = 0.0  # until when a fetch into DRAM is waited for, 0: there is none
+        self.fetching = 0  # the job that fetches into DRAM, 0: there is none
         self.fetched = False
+        self.found = 0  # tokens of the hit before it was fetched
         self.sources: Mapping[str, int] = {}  # where the hit lay before it was fetched
         self.stop = ""
         self.stored = 0  # chunks that were handed over to be stored
@@ -83,7 +88,7 @@ class SchedulerHalf:
         self._config = config
         self._chunk = rounded_chunk(kv_config, config.chunk_tokens)
         self._sizes = [int(group.kv_cache_spec.block_size) for group in kv_config.kv_cache_groups]
-        hashed = kv_config.hash_block_size or min(self._sizes)
+        hashed = getattr(kv_config, "hash_block_size", None) or min(self._sizes)
         self.events = Events(self._chunk, hashed) if events else None
         self._log = Throttle()
         self.metrics = Metrics()
@@ -91,11 +96,11 @@ class SchedulerHalf:
         self._index: Index | None = None
         self._spec: KVSpec | None = None
         self._requests: dict[str, Tracked] = {}
+        self._tables = quirks.BlockTables()
         self._namespaces: dict[tuple[str, str], bytes] = {}
         self._version = ""
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
-        self._fetches: dict[int, str] = {}
         self._wishes: list[Wish] = []
         self._wished = 0
         self._cleared: dict[int, int] = {}
@@ -126,6 +131,7 @@ class SchedulerHalf:
             lease_ttl=self._config.lease_s,
             load_deadline=self._config.load_timeout_s,
             probe_deadline=self._config.probe_timeout_s,
+            patience=_PATIENCE_S,
         )
         if self.events is not None:
             self._index.on_change(self.events.notice)
@@ -137,7 +143,7 @@ class SchedulerHalf:
         """A new request: what it may need from lower tiers is fetched while it queues."""
         tracked = self._track(request)
         if tracked is not None and not request.skip_reading_prefix_cache:
-            self._offer(tracked, 0)
+            self._offer(tracked, 0, counted=False)
 
     def matched(self, request: Request, local: int) -> int | None:
         """Tokens beyond the first `local` that can be loaded; None: ask again."""
@@ -147,40 +153,39 @@ class SchedulerHalf:
         tracked.local = local
         return self._offer(tracked, local)
 
-    def _offer(self, tracked: Tracked, local: int) -> int | None:
+    def _offer(self, tracked: Tracked, local: int, *, counted: bool = True) -> int | None:
         index, now = self._index, time.monotonic()
         if index is None:
             return 0
         owner = tracked.request.request_id
         limit = tracked.request.num_tokens - 1
         if tracked.fetching:
-            if now < tracked.fetching:
-                return None
-            tracked.fetching = 0.0
+            if index.awaited(tracked.fetching) and local < tracked.found:
+                return None  # a tier that hangs is reported late after `load_timeout_s`
+            tracked.fetching = 0
         if self._clearing:  # what is on the tiers is about to go
             tracked.stop = ABSENT
         elif not tracked.fetched:
             found = index.lookup(owner, self._named(tracked), limit, now)
             if found.status == "pending":
                 return None
-            tracked.sources, tracked.stop = found.by_tier, found.stop
+            tracked.sources, tracked.stop, tracked.found = found.by_tier, found.stop, found.tokens
             if found.tokens <= local:
-                self._count(tracked, local, 0)
+                self._count(tracked, local, 0, counted)
                 index.release(owner)
                 return 0
             if set(found.by_tier) != {"dram"}:
                 tracked.fetched = True
                 job = index.begin_prefetch(owner, now, skip=local)
                 if job is not None:
-                    tracked.fetching = now + self._config.load_timeout_s
-                    self._fetches[job] = owner
+                    tracked.fetching = job
                     return None
         found = index.lookup(owner, self._named(tracked), limit, now, near=local)
         if found.tokens <= local:
-            self._count(tracked, local, 0)
+            self._count(tracked, local, 0, counted)
             index.release(owner)
             return 0
-        self._count(tracked, local, found.tokens - local)
+        self._count(tracked, local, found.tokens - local, counted)
         return found.tokens - local
 
     def allocated(self, request: Request, blocks: tuple[list[int], ...], tokens: int) -> None:
@@ -212,6 +217,7 @@ class SchedulerHalf:
     def finished(self, request: Request) -> None:
         """The request is over."""
         tracked = self._requests.pop(request.request_id, None)
+        self._tables.forget(request.request_id)
         if self._index is not None:
             self._index.forget(request.request_id)
         if tracked is not None:
@@ -234,6 +240,7 @@ class SchedulerHalf:
         if index is None:
             return StepMeta(plan=_NOTHING, refused=self._take_refused())
         now = time.monotonic()
+        self._tables.update(output)
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._requests.get(request_id)
             if tracked is not None:
@@ -257,7 +264,7 @@ class SchedulerHalf:
         last = computed // self._chunk
         if last <= tracked.stored:
             return
-        blocks = quirks.block_ids(output, request.request_id)
+        blocks = self._tables.of(request.request_id)
         if blocks is None:
             return
         first, tracked.stored = tracked.stored, last
@@ -292,10 +299,6 @@ class SchedulerHalf:
                     self.metrics.failed("load", "lost")
                 else:
                     self.metrics.loaded(job.ok_tokens)
-            elif job.kind == "prefetch":
-                tracked = self._requests.get(self._fetches.pop(job.job, ""))
-                if tracked is not None:
-                    tracked.fetching = 0.0
 
     @property
     def busy(self) -> bool:
@@ -398,9 +401,9 @@ class SchedulerHalf:
         refused, self._refused = self._refused, []
         return refused
 
-    def _count(self, tracked: Tracked, local: int, tokens: int) -> None:
+    def _count(self, tracked: Tracked, local: int, tokens: int, counted: bool) -> None:
         """Once a request: what it asked beyond vLLM's own hit, what it got, and why it ends there."""
-        if tracked.counted:
+        if tracked.counted or not counted:
             return
         tracked.counted = True
         asked = tracked.request.num_tokens - local

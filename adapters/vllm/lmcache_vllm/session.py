@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import EngineArgs
 
 from lmcache_conformance.contract import Request, Response, SessionConfig
 from lmcache_conformance.splits import Pass, Splits, Start
@@ -105,13 +106,15 @@ class VLLMSession:
             }
         else:
             more = {"max_num_batched_tokens": 8192}
+        # Or passes over sliding windows could not be played back in part. Older releases always keep all.
+        interval = "prefix_cache_retention_interval"
+        dense: dict[str, Any] = {interval: None} if interval in EngineArgs.__dataclass_fields__ else {}
         self._llm = LLM(
             model=config.model,
             dtype=cast(Any, config.dtype),
             enforce_eager=True,
             skip_tokenizer_init=True,
             max_model_len=min(4096, room * 3 // 4),
-            prefix_cache_retention_interval=None,  # or passes over sliding windows could not be played back in part
             block_size=block,
             num_gpu_blocks_override=room // block * _groups(config.model) + 1,
             max_logprobs=_TOP,
@@ -125,6 +128,7 @@ class VLLMSession:
                 kv_connector_extra_config=dict(config.cache),
             ),
             tensor_parallel_size=ranks,
+            **dense,
             **{**more, **dict(options.get("engine", {}))},
         )
         self._engine: Any = self._llm.llm_engine
@@ -199,7 +203,10 @@ class VLLMSession:
 
     @property
     def _connector_worker(self) -> Any:
-        pass
+        """The worker half, where there is one in this process."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+        return get_kv_transfer_group().worker_half if has_kv_transfer_group() else None
 
     def _settle(self) -> None:
         until = time.monotonic() + _DRAIN_S

@@ -7,16 +7,8 @@ from typing import Any
 
 from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache.metrics import Metrics
-
-SOURCES = {
-    "dram": CacheHitSource.HOST,
-    "disk": CacheHitSource.DISK,
-    "": CacheHitSource.EXTERNAL_UNSPECIFIED,
-}
-"""Our tiers in vLLM's words."""
 
 _EVERY_S = 1.0
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import torch
 
-from lmcache.arena import Arena, host_provider, share_out
+from lmcache.arena import Arena, anonymous, host_provider, share_out
 from lmcache.config import Config
 from lmcache.errors import LMCacheError
 from lmcache.layout.bound import BoundKV
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 _CLOSE_S = 5.0
+_AHEAD_BYTES = 256 << 20
+"""Host memory made present before it is needed."""
+
 _IDLE_WAIT_S = 0.002
 """How long a step without a forward pass may wait for news, rather than spin."""
 
@@ -125,6 +128,7 @@ class WorkerHalf:
         self._step: StepMeta | None = None
         self._loads: dict[int, BlockView] = {}
         self._reported: Report | None = None
+        self._seen = -1  # the transfer's news when its report was last taken
         self._cleared = 0
         self._clearing: threading.Thread | None = None
 
@@ -156,11 +160,12 @@ class WorkerHalf:
         budget = (self._config.dram_bytes or (self._config.queue_bytes if self._tiers else 0)) // self.ranks
         self._slots = tuple(share_out(budget, sizes))
         provider, memory = host_provider(self._config.pin_memory)
+        ahead = _AHEAD_BYTES // len(sizes) if provider is anonymous else 0  # pinned memory is present anyway
         self._spec, self._kv = spec, kv.bind(spec)
         self._transfer = Transfer(
             spec,
             self._chunk,
-            [Arena(n, size, provider) for n, size in zip(self._slots, sizes, strict=True)],
+            [Arena(n, size, provider, ahead_bytes=ahead) for n, size in zip(self._slots, sizes, strict=True)],
             self._tiers,
             io=ObjectIO(spec, self._chunk, order=self._config.disk_order, reslice=self._config.share == "semantic"),
             metrics=self.metrics,
@@ -236,8 +241,9 @@ class WorkerHalf:
         transfer = self._transfer
         if transfer is None:
             return found
-        if step is not None and step.idle and (self._loads or transfer.running()):
-            transfer.wait(transfer.news, _IDLE_WAIT_S)
+        if step is not None and step.idle and transfer.running():
+            transfer.wait(self._seen, _IDLE_WAIT_S)
+        self._seen = transfer.news
         self._reported = transfer.poll()
         ended = [report for report in self._reported.jobs if report.job in self._loads]
         for report in ended:

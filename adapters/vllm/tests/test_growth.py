@@ -56,7 +56,7 @@ def found():
     return {
         "rss": psutil.Process().memory_info().rss,
         "free": pool.get_num_free_blocks(),
-        "requests": len(half._requests), "views": len(half._views), "fetches": len(half._fetches),
+        "requests": len(half._requests), "views": len(half._views),
         **{name: value for name, value in half._index.stats().items() if name in ("jobs", "leases", "failed_owners")},
         "references": sum(entry.refs for p in half._index.state.pools for entry in p.residents()),
         "questions": len(half._index._questions),
@@ -82,7 +82,7 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
     print(first, last)
     assert last["hits"] > first["hits"] + 10_000, "hardly anything was loaded: nothing was shown"
     assert last["free"] == first["free"], "blocks of vLLM's are still held"
-    for name in ("requests", "views", "fetches", "jobs", "leases", "failed_owners", "references", "questions"):
+    for name in ("requests", "views", "jobs", "leases", "failed_owners", "references", "questions"):
         assert last[name] == 0, f"{last[name]} {name} are left"
     # vLLM itself keeps something for every new shape of a batch, some 20 KiB a request here.
     assert last["rss"] - first["rss"] < 96 << 20, "memory grows"
