@@ -89,6 +89,9 @@ def judge(mutant: Mutant, row: RowResult) -> Verdict:
     """Killed, if a test failed because something checked was untrue; one that merely could not be run proves nothing."""
     mine = [result for result in row.results if _class_of(result) == mutant.suite.__name__]
     seconds = sum(result.seconds for result in mine)
+    absent = [result.reason for result in mine if "not installed here" in result.reason]
+    if absent and all(result.outcome == "skipped" for result in mine):  # its engine is not on this machine
+        return Verdict(mutant.name, None, reason=absent[0], row=mutant.row, project=mutant.project)
     failed = [result for result in mine if result.outcome == "failed"]
     kills = [result for result in failed if result.by_assertion]
     reason, by = "", ""

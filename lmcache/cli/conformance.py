@@ -150,7 +150,8 @@ def _mutants(wish: Wish, json: bool) -> bool:
     out = console()
 
     def show(verdict: Verdict) -> None:
-        word = "[green]killed[/]  " if verdict.killed else "[bold red]SURVIVED[/]"
+        words = {True: "[green]killed[/]  ", False: "[bold red]SURVIVED[/]", None: "[yellow]skipped[/] "}
+        word = words[verdict.killed]
         out.print(
             f"{word} {verdict.name} [dim]{verdict.seconds:.0f} s,[/]",
             escape(verdict.by or verdict.reason),

@@ -163,6 +163,24 @@ class ValueTests(EngineBase):
                 same_tokens(got, bench.cold().recompute(follow), f"{time}, against a one-shot run of a fresh engine")
             engine.drop_device_cache()
 
+    @level(Level.RESTART)
+    @requires("restart")
+    @on("llama", "gemma3", exact_only=True)
+    def test_in_a_new_process_shorter_prompts_hit_right_after_a_longer_one(self, bench: Bench) -> None:
+        """Of a sliding window, a long hit brings the end alone: what lies before is not there, and must not be stored."""
+        disk = bench.new_folder()
+        prompt = bench.chunks(8)
+        with bench.open(dram_bytes="64MiB", disk_path=str(disk)) as engine:
+            engine.ask(prompt)
+            engine.flush()
+        with bench.open(dram_bytes="64MiB", disk_path=str(disk), history=engine.history) as engine:
+            for count in (8, 5, 3):
+                part = prompt[: count * bench.chunk_tokens + 1]
+                response = engine.ask(part)
+                what = f"the first {count} of 8 chunks, after the longer ones"
+                assert response.hit == bench.whole(len(part)), f"{what}: a hit of {dict(response.cached)}"
+                same_tokens(response, bench.cold().recompute(part), what)
+
     # ---------------------------------------------------------------- bytes
 
     @level(Level.BYTES)

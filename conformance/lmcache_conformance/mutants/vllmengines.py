@@ -16,14 +16,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lmcache_conformance.contract import Capabilities, Level, SessionConfig
+from lmcache_conformance.contract import Capabilities, SessionConfig
 from lmcache_conformance.cross import CrossTests, Side
 from lmcache_conformance.engines.base import EngineBase
-from lmcache_conformance.engines.bench import Bench, on, same_tokens
 from lmcache_conformance.engines.names import NameTests
 from lmcache_conformance.engines.traffic import TrafficTests
 from lmcache_conformance.engines.values import ValueTests
-from lmcache_conformance.marks import level, requires
 from lmcache_conformance.mutants import BEYOND, mutant
 
 
@@ -201,28 +199,8 @@ class MutantForgetsWindows(_Part, ValueTests):
     adapter = _here("forgets_windows")
 
 
-class _Windows(ValueTests):
-    @level(Level.RESTART)
-    @requires("restart")
-    @on("llama", "gemma3", exact_only=True)
-    def test_in_a_new_process_shorter_prompts_hit_right_after_a_longer_one(self, bench: Bench) -> None:
-        """Of a sliding window, a long hit brings the end alone: what lies before is not there, and must not be stored."""
-        disk = bench.new_folder()
-        prompt = bench.chunks(8)
-        with bench.open(dram_bytes="64MiB", disk_path=str(disk)) as engine:
-            engine.ask(prompt)
-            engine.flush()
-        with bench.open(dram_bytes="64MiB", disk_path=str(disk), history=engine.history) as engine:
-            for count in (8, 5, 3):
-                part = prompt[: count * bench.chunk_tokens + 1]
-                response = engine.ask(part)
-                what = f"the first {count} of 8 chunks, after the longer ones"
-                assert response.hit == bench.whole(len(part)), f"{what}: a hit of {dict(response.cached)}"
-                same_tokens(response, bench.cold().recompute(part), what)
-
-
 @mutant(row="garbage stored for, or loaded into, block 0", project="hybrid KV cache manager")
-class MutantStoresTheNullBlock(_Part, _Windows):
+class MutantStoresTheNullBlock(_Part, ValueTests):
     """See `brokenvllm.StoresTheNullBlock`."""
 
     adapter = _here("stores_the_null_block")
