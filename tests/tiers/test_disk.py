@@ -207,18 +207,20 @@ def test_a_thousand_cycles_leave_no_handle_and_no_thread(shm: Path) -> None:
     def handles() -> int:
         return len(os.listdir("/proc/self/fd"))
 
+    def settles_at_most(bound: int) -> bool:  # the janitor opens a folder now and then, and closes it
+        return any(handles() <= bound or time.sleep(0.01) for _ in range(500))
+
     gc.collect()  # what earlier tests left to the collector
     threads, before = threading.active_count(), handles()
     for _ in range(20):
         tier = DiskTier(shm, 20 * FORM.stored_bytes, timing=QUICK)
-        opened = handles()
         for number in range(50):
             put(tier, object_id(number))
             assert load(tier, object_id(number)) in (payload_of(object_id(number)), None)
             load(tier, object_id(number + 1000))
-        assert handles() <= opened + 1  # the janitor's lock
+        assert settles_at_most(before + 2)  # the tier's folder and the janitor's lock
         tier.close()
-    assert handles() <= before
+    assert settles_at_most(before)
     assert threading.active_count() <= threads
 
 
