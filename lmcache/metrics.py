@@ -8,7 +8,7 @@ Calls are cheap (label children are bound once) and thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Final, Literal, NamedTuple, TypeVar
@@ -93,6 +93,7 @@ class Metrics:
         self._queue_bytes = gauge("queue_bytes", "Bytes waiting to be written to tiers below.")
         self._slots = gauge("arena_slots", "Arena slots, by group and state.", "group", "state")
         self._tier_bytes = gauge("tier_bytes", "Bytes that a tier occupies.", "tier")
+        self._fallbacks = gauge("kernel_fallbacks", "Kinds of devices whose kernels cannot run, so that torch copies.")
         self._children: dict[tuple[object, ...], Counter | Gauge] = {}
 
     def requested(self, tokens: int) -> None:
@@ -138,6 +139,10 @@ class Metrics:
     def uncached(self, reason: str, requests: int = 1) -> None:
         """A request ran as if there was no cache, because of `reason` (a short word or phrase from a fixed set)."""
         self._child(self._uncached, reason).inc(requests)
+
+    def kernel_fallbacks(self, count: Callable[[], float]) -> None:
+        """`count()`, asked at each scrape, tells how many kinds of devices are copied by torch instead of kernels."""
+        self._fallbacks.set_function(count)
 
     def queue(self, jobs: int, nbytes: int) -> None:
         """The transfer's queue now holds `jobs` jobs, with `nbytes` bytes waiting to be written."""

@@ -27,6 +27,7 @@ from lmcache.plan import Tier as TierPlace
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Result, Tier
 from lmcache.workers import Workers
+from lmcache_kernels import fallbacks
 
 __all__ = ["EngineView", "Transfer"]
 
@@ -70,6 +71,7 @@ class Transfer:
         self._tiers = tiers
         self._io = io
         self._metrics = metrics
+        metrics.kernel_fallbacks(lambda: float(len(fallbacks())))
         self._log = log
         self._queue_bytes = queue_bytes
         self._ledger = Ledger(rank)

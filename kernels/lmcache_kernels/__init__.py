@@ -4,6 +4,8 @@
 """
 
 from lmcache_kernels.address import Digits, Dim, Piece, PlaneAddress, Strip, coalesce, merge_strips, refine, table
+from lmcache_kernels.checks import CopyError
+from lmcache_kernels.dispatch import copy_by_kernel, fallbacks
 from lmcache_kernels.reference import (
     ELEMENTS,
     Rows,
@@ -17,18 +19,24 @@ from lmcache_kernels.reference import (
     view,
     width_of,
 )
+from lmcache_kernels.rowcopy import SKIP, RowCopy
 
 __all__ = [
     "ELEMENTS",
+    "SKIP",
+    "CopyError",
     "Digits",
     "Dim",
     "Piece",
     "PlaneAddress",
+    "RowCopy",
     "Rows",
     "Strip",
     "all_rows",
     "coalesce",
     "copy_block",
+    "copy_by_kernel",
+    "fallbacks",
     "merge_strips",
     "on_host",
     "prepared_assignment",

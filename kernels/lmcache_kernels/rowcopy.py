@@ -50,7 +50,9 @@ class RowCopy:
         if shapes != ((layers,), (objects, units), (objects,), (layers,), (units,)):
             raise ValueError(f"lists of shapes {shapes} do not describe the same layers, objects and units")
         if not self.dims or self.dims[-1][1:] != (1, 1) or min(size for size, _, _ in self.dims) < 1:
-            raise ValueError(f"loops {self.dims} must be of at least one position and end in contiguous bytes (n, 1, 1)")
+            raise ValueError(
+                f"loops {self.dims} must be of at least one position and end in contiguous bytes (n, 1, 1)"
+            )
 
     @property
     def layers(self) -> int:

@@ -12,12 +12,14 @@ from lmcache.errors import LayoutError
 from lmcache.layout.bound import BoundGroup, BoundKV
 from lmcache.layout.host import apart, by_neighbours
 from lmcache.layout.objects import ObjectLayout, same_planes
-from lmcache.layout.plan import Copy, Job, jobs
+from lmcache.layout.plan import Copy, Ints, Job, jobs
+from lmcache.layout.rows import row_copies
 from lmcache.layout.slots import check_slots
 from lmcache_kernels import (
     Strip,
     all_rows,
     copy_block,
+    copy_by_kernel,
     merge_strips,
     on_host,
     prepared_put,
@@ -59,8 +61,7 @@ def gather(
             staged[i] = torch.empty(layout.nbytes, dtype=torch.uint8, device=kv.device)
             if layers is not None:
                 staged[i].copy_(out)
-    for move in _moves(bound, jobs(bound, layout, ids, len(outs), layers), staged, into_paged=False):
-        move()
+    _copy(bound, layout, ids, staged, layers, into_paged=False)
     for out, stage in zip(outs, staged, strict=True):
         if out is not stage:
             out.copy_(stage)
@@ -92,7 +93,24 @@ def scatter(
     _check_buffers(srcs, layout)
     ids = check_slots(slots, bound.num_slots, len(srcs) * layout.tokens, missing=True, unique=True)
     staged = [src if src.device == kv.device else src.to(kv.device) for src in srcs]
-    for move in _moves(bound, jobs(bound, layout, ids, len(srcs), layers), staged, into_paged=True):
+    _copy(bound, layout, ids, staged, layers, into_paged=True)
+
+
+def _copy(
+    bound: BoundGroup,
+    layout: ObjectLayout,
+    ids: Ints,
+    buffers: Sequence[torch.Tensor],
+    layers: slice | None,
+    *,
+    into_paged: bool,
+) -> None:
+    """Between pages and buffers of one device: by kernel where there is one, else by tensor operations."""
+    if buffers and not on_host(buffers[0]):
+        rows = row_copies(bound, layout, ids, [buffer.data_ptr() for buffer in buffers], layers)
+        if copy_by_kernel(rows, into_a=into_paged, device=buffers[0].device):
+            return
+    for move in _moves(bound, jobs(bound, layout, ids, len(buffers), layers), buffers, into_paged=into_paged):
         move()
 
 

@@ -97,24 +97,43 @@ class Plan:
 
 def jobs(bound: BoundGroup, layout: ObjectLayout, ids: Ints, objects: int, layers: slice | None) -> list[Job]:
     """What to copy for `objects` objects whose tokens' slots are `ids`, checked, −1 = leave out."""
+    which = range(*(layers or slice(None)).indices(layout.layers))
+    partial = bool(len(ids) and ids.min() < 0)
+    return [_job(work, which, partial) for work in units_of(bound, layout, ids, objects)]
+
+
+class Units(NamedTuple):
+    """Objects that move by the same plan: `ids` are page numbers (`block` = 1) or slots, int64 `(objects, units)`."""
+
+    plan: Plan
+    objects: Sequence[int]
+    ids: Ints
+    block: int
+
+    def addresses(self, tag: int) -> Ints:
+        """Byte offset of each unit inside a layer on the paged side; of a unit that is missing (−1), anything."""
+        page, slot = self.plan.kinds[tag]
+        return self.ids * page if not slot else self.ids // self.block * page + table(slot)[self.ids % self.block]
+
+
+def units_of(bound: BoundGroup, layout: ObjectLayout, ids: Ints, objects: int) -> list[Units]:
+    """What moves for `objects` objects whose tokens' slots are `ids`, checked, −1 = leave out: whole pages, then tokens."""
     if not objects:
         return []
-    which = range(*(layers or slice(None)).indices(layout.layers))
-    partial = bool(ids.min() < 0)
     plan = _plan(bound, layout, by_page=True)
     out = []
     rest = range(objects)
     if plan is not None:
-        numbers, good = _whole_pages(ids, bound.block_tokens, objects, partial)
+        numbers, good = _whole_pages(ids, bound.block_tokens, objects, bool(ids.min() < 0))
         if good is None:
-            return [_job(plan, rest, numbers, 1, which, partial)]
+            return [Units(plan, rest, numbers, 1)]
         if good.any():
-            out.append(_job(plan, np.flatnonzero(good).tolist(), numbers[good], 1, which, partial))
+            out.append(Units(plan, np.flatnonzero(good).tolist(), numbers[good], 1))
         rest = np.flatnonzero(~good).tolist()
     if rest:
         plan = _plan(bound, layout, by_page=False)
         assert plan is not None
-        out.append(_job(plan, rest, ids.reshape(objects, -1)[rest], bound.block_tokens, which, partial))
+        out.append(Units(plan, rest, ids.reshape(objects, -1)[rest], bound.block_tokens))
     return out
 
 
@@ -134,14 +153,11 @@ def _whole_pages(ids: Ints, block: int, objects: int, partial: bool) -> tuple[In
     return numbers.reshape(objects, -1), whole.reshape(objects, -1).all(axis=1)
 
 
-def _job(plan: Plan, objects: Sequence[int], ids: Ints, block: int, layers: range, partial: bool) -> Job:
-    """`ids`: page numbers, or slots; (objects, units)."""
+def _job(work: Units, layers: range, partial: bool) -> Job:
+    plan, ids = work.plan, work.ids
     addresses, joins = [], []
     for tag, (page, slot) in enumerate(plan.kinds):
-        if not slot:
-            step, address = page, ids * page
-        else:
-            step, address = slot[-1][1], ids // block * page + table(slot)[ids % block]
+        step, address = slot[-1][1] if slot else page, work.addresses(tag)
         if partial:  # a run of missing units continues itself, and nothing else
             address = np.where(ids < 0, np.arange(ids.shape[1]) * step + _MISSING, address)
         addresses.append(address)
@@ -154,8 +170,8 @@ def _job(plan: Plan, objects: Sequence[int], ids: Ints, block: int, layers: rang
     for part in parts:
         units = addresses[part.tag] if part.join == 1 else addresses[part.tag][:, :: part.join]
         rows = part.layer_rows[None, :, None] + (units // part.step)[:, None, :]
-        numbers.append(rows.reshape(len(objects), *(size for size, _ in part.lead)))
-    return Job(objects, parts, numbers, partial)
+        numbers.append(rows.reshape(len(work.objects), *(size for size, _ in part.lead)))
+    return Job(work.objects, parts, numbers, partial)
 
 
 def _join(address: Ints, step: int) -> int:

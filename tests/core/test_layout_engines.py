@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from rowlab import move_rows
 
 import lmcache.layout.move
 import lmcache.layout.paged
 import lmcache_kernels.reference
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter, translate
 from lmcache_conformance.layoutlab import LABS, Lab
+from lmcache_kernels import RowCopy
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["host", "device", "kernel"])
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host memory as it is, and as if it were a device's: torch operations alone, one storage at a time."""
-    if request.param == "device":
-        for module in (lmcache_kernels.reference, lmcache.layout.move, lmcache.layout.paged):
-            monkeypatch.setattr(module, "on_host", lambda tensor: False)
+    """Host memory as it is; as if it were a device's, moved by torch operations; and by what kernels are told."""
+    if request.param == "host":
+        return
+    for module in (lmcache_kernels.reference, lmcache.layout.move, lmcache.layout.paged):
+        monkeypatch.setattr(module, "on_host", lambda tensor: False)
+
+    def by_kernel(copies: Sequence[RowCopy], *, into_a: bool, device: torch.device) -> bool:
+        for copy in copies if request.param == "kernel" else ():
+            move_rows(copy, into_a=into_a)
+        return request.param == "kernel"
+
+    monkeypatch.setattr(lmcache.layout.move, "copy_by_kernel", by_kernel)
 
 
 def bind(lab: Lab) -> BoundKV:

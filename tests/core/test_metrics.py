@@ -77,7 +77,7 @@ def test_names_have_the_prefix_and_end_in_their_unit() -> None:
     ]
     assert len(families) >= 15
     for name, _, documentation in families:
-        assert re.fullmatch(r"lmcache_[a-z_]+_(total|seconds|bytes|depth|slots)", name)
+        assert re.fullmatch(r"lmcache_[a-z_]+_(total|seconds|bytes|depth|slots|fallbacks)", name)
         assert documentation.endswith(".")
 
 

@@ -1,0 +1,2 @@
+class CopyError(ValueError):
+    """A copy that cannot be meant."""
