@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rowlab import move_rows
 
 from lmcache.errors import LayoutError
 from lmcache.layout import BoundKV, Layout, ObjectLayout, ObjectPlane, PagedKV, gather, scatter, translate
+from lmcache.layout.rows import row_copies
 from lmcache.spec import KVSpec
 from lmcache_conformance.layoutlab import Index, Lab, kv_spec, spec_of
 
@@ -161,6 +163,12 @@ def bind(lab: Lab) -> BoundKV:
     return PagedKV(lab.tensors, Layout.parse(lab.axes, block_tokens=lab.block_tokens)).bind(lab.spec)  # type: ignore[arg-type]
 
 
+def move(kv: BoundKV, layout: ObjectLayout, slots: torch.Tensor, objects: list[torch.Tensor], *, into_a: bool) -> None:
+    """What an accelerator's kernels would be told to do, done byte by byte."""
+    for copy in row_copies(kv.groups[0], layout, slots.numpy(), [item.data_ptr() for item in objects]):
+        move_rows(copy, into_a=into_a)
+
+
 @st.composite
 def slot_lists(draw: st.DrawFn, lab: Lab, kv: BoundKV, count: int) -> torch.Tensor:
     """`count` distinct slots: shuffled, in a row, or whole pages shuffled, in order inside or not."""
@@ -187,6 +195,9 @@ def test_gather_and_translate_give_exactly_the_named_elements(data: st.DataObjec
     layout = data.draw(object_layouts(lab.spec, kv, tokens))
     outs = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in range(count)]
     gather(kv, 0, slots, outs, layout)
+    by_rows = [torch.zeros_like(out) for out in outs]
+    move(kv, layout, slots, by_rows, into_a=False)
+    assert all(map(torch.equal, by_rows, outs))
     canonical = ObjectLayout.canonical(lab.spec, 0, tokens)
     for i, out in enumerate(outs):
         back = torch.zeros_like(out)
@@ -217,6 +228,10 @@ def test_scatter_gives_back_every_bit_and_changes_no_other_byte(data: st.DataObj
     scatter(outs, layout, kv, 0, torch.where(skipped, -1, slots))
     for storage, want in zip(lab.storages(), expected, strict=True):
         assert torch.equal(storage, want)
+    lab.randomize(7)
+    move(kv, layout, torch.where(skipped, -1, slots), outs, into_a=True)
+    for storage, want in zip(lab.storages(), expected, strict=True):
+        assert torch.equal(storage, want), "by rows"
 
 
 @settings(max_examples=200, deadline=None)
