@@ -70,6 +70,22 @@ def miss_reasons() -> str:
     return "\n".join([*rows, *(f"| `{reason}` | {meaning} |" for reason, meaning in MISS_REASONS.items())])
 
 
+def estimates() -> str:
+    """A table of what copies should cost on a GPU."""
+    from lmcache.bench.estimate import estimates
+
+    rows = [
+        "| model, link | MB | descriptors | KiB each | by | link, ms | SM·ms of a load | of a store |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rows += [
+        f"| {e.model}, {e.link} | {e.megabytes:.0f} | {e.descriptors:,} | {e.piece_kib:.0f} | {e.road} | {e.link_ms:.2f} "
+        f"| {e.load_sm_ms:.1f} | {e.store_sm_ms:.1f} |"
+        for e in estimates()
+    ]
+    return "\n".join(rows)
+
+
 def _shown(default: object) -> str:
     if isinstance(default, bool):
         return str(default).lower()
@@ -81,4 +97,5 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "metrics": metrics,
     "miss_reasons": miss_reasons,
+    "estimates": estimates,
 }

@@ -101,6 +101,20 @@ class Config:
         "auto",
         doc="Page-lock host memory for faster device copies. `auto`: where it works; `always`: refuse to start otherwise.",
     )
+    copy_engine_bytes: Setting[int | str, int] = Setting(
+        Size(low=1),
+        "28KiB",
+        unit="bytes",
+        doc="On a GPU, pieces of at least so many bytes that are contiguous on both sides go through the copy engine, which "
+        "takes no compute; smaller ones through a kernel. The default is where an H100's copy engine was measured to turn fast.",
+    )
+    staging_bytes: Setting[int | str, int] = Setting(
+        Size(low=1 << 20),
+        "64MiB",
+        unit="bytes",
+        doc="Device memory through which stores and loads pass on a GPU, half of it for each. What finds it full is not "
+        "stored, and counted; the engine never waits.",
+    )
     io_threads: Setting[int, int] = Setting(
         Whole(low=1, high=256),
         2,
