@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from threading import Lock
@@ -17,10 +18,11 @@ import torch
 
 from lmcache.arena import Arena
 from lmcache.keys import Name, ObjectId
-from lmcache.layout import ObjectLayout, gather, scatter
+from lmcache.layout import ObjectLayout
 from lmcache.ledger import EngineView, Ledger, Run, SlotKey
 from lmcache.log import Throttle
 from lmcache.metrics import Metrics
+from lmcache.mover import Arrival, HostMover, Mover, StagingFull
 from lmcache.objectio import ObjectIO
 from lmcache.plan import Copy, Delete, Engine, Plan, Probe, Report, Slot, Status
 from lmcache.plan import Tier as TierPlace
@@ -74,10 +76,13 @@ class Transfer:
         metrics.kernel_fallbacks(lambda: float(len(fallbacks())))
         self._log = log
         self._queue_bytes = queue_bytes
+        self._host_mover = HostMover()
         self._ledger = Ledger(rank)
         self._readers = [Workers(f"lmcache-{t.name}-read", read_threads) for t in tiers]
         self._writers = [Workers(f"lmcache-{t.name}-write", write_threads) for t in tiers]
         self._copiers = Workers("lmcache-copy", 1)
+        self._stored = Workers("lmcache-stored", 1)  # apart, so that a load is not told late because of stores
+        self._loaded = Workers("lmcache-loaded", 1)
         self._lock = Lock()
         self._write_bytes = 0
         self._native: dict[int, ObjectLayout] = {}
@@ -121,7 +126,7 @@ class Transfer:
     def close(self, timeout: float = 5.0) -> bool:
         """Finish queued work and end the threads; False if some tier call still hangs."""
         until = time.monotonic() + timeout
-        pools = (*self._readers, *self._writers, self._copiers)
+        pools = (*self._readers, *self._writers, self._copiers, self._stored, self._loaded)
         ended = [workers.close(max(0.0, until - time.monotonic())) for workers in pools]
         return all(ended)
 
@@ -188,6 +193,9 @@ class Transfer:
         for group, indices in ready.items():
             self._guard(run, indices, partial(self._scatter, run, group, indices))
 
+    def _mover(self, view: EngineView) -> Mover:
+        return self._host_mover
+
     def _reader(self, op: Copy) -> Workers:
         assert isinstance(op.src, TierPlace)
         return self._readers[op.src.index]
@@ -225,12 +233,22 @@ class Transfer:
             starts.append(op.start)
         if not live:
             return
-        gather(view.kv, group, _slots_at(view.slots[group], starts, self._chunk_tokens), outs, layout)
         self._native[group] = layout
-        self._ledger.tag(run, live, layout)
-        nbytes = layout.nbytes * len(live)
-        self._metrics.moved("engine", "dram", nbytes)
-        self._finish(run, live, Status.OK, nbytes)
+        slots = _slots_at(view.slots[group], starts, self._chunk_tokens)
+        try:
+            arrival = self._mover(view).store(view.kv, group, slots, outs, layout)
+        except StagingFull as full:
+            self._metrics.skipped_store("staging", len(live))
+            self._finish(run, live, Status.SKIPPED, detail=str(full))
+            return
+
+        def stored() -> None:
+            self._ledger.tag(run, live, layout)
+            nbytes = layout.nbytes * len(live)
+            self._metrics.moved("engine", "dram", nbytes)
+            self._finish(run, live, Status.OK, nbytes)
+
+        self._when_there(self._stored, run, live, [] if arrival is None else [arrival], stored)
 
     def _scatter(self, run: Run, group: int, indices: Sequence[int], layers: slice | None = None) -> bool:
         """Slots → engine. With `layers`, only those, and the ops stay open. False if nothing may be written any more."""
@@ -246,19 +264,49 @@ class Transfer:
         if not self._ledger.begin_engine_write(run):
             self._finish(run, [i for i in indices if i not in stale], Status.CANCELLED)
             return False
+        arrivals: list[Arrival] = []
+        end = partial(self._ledger.end_engine_write, run)
         try:
             for layout, batch in batches.items():
                 copies = [run.copy(i) for i in batch]
                 srcs = [self._arenas[group].view(op.src.index) for op in copies if isinstance(op.src, Slot)]
                 slots = _slots_at(view.slots[group], [op.start for op in copies], self._chunk_tokens)
-                scatter(srcs, layout, view.kv, group, slots, layers)
-        finally:
-            self._ledger.end_engine_write(run)
-        if layers is None:
+                arrival = self._mover(view).load(srcs, layout, view.kv, group, slots, layers)
+                arrivals += [] if arrival is None else [arrival]
+        except BaseException:
+            _settle(arrivals, end)
+            raise
+        if layers is not None:
+            _settle(arrivals, end)
+            return True
+
+        def loaded() -> None:
             for layout, batch in batches.items():
                 self._metrics.moved("dram", "engine", layout.nbytes * len(batch))
                 self._finish(run, batch, Status.OK, layout.nbytes * len(batch))
+
+        self._when_there(self._loaded, run, [i for batch in batches.values() for i in batch], arrivals, loaded, end)
         return True
+
+    def _when_there(
+        self,
+        waiters: Workers,
+        run: Run,
+        indices: Sequence[int],
+        arrivals: Sequence[Arrival],
+        then: Callable[[], None],
+        end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`end()`, and `then()` if all went well, when everything has arrived: now, or on a thread of `waiters`."""
+
+        def settle() -> None:
+            _settle(arrivals, end)
+            then()
+
+        if not arrivals:
+            settle()
+        elif not waiters.submit(partial(self._guard, run, indices, settle)):
+            self._guard(run, indices, settle)  # closing: nothing is left running
 
     def _fill_and_scatter(self, run: Run, index: int, after: Sequence[int]) -> None:
         if self._fill(run, index):
@@ -310,11 +358,13 @@ class Transfer:
         if not self._ledger.begin_engine_write(run):
             self._finish(run, [index], Status.CANCELLED)
             return
+        arrivals: list[Arrival] = []
         try:
             slots = _slots_at(view.slots[group], [op.start], self._chunk_tokens)
-            scatter([out], loaded.layout, view.kv, group, slots)
+            arrival = self._mover(view).load([out], loaded.layout, view.kv, group, slots)
+            arrivals += [] if arrival is None else [arrival]
         finally:
-            self._ledger.end_engine_write(run)
+            _settle(arrivals, partial(self._ledger.end_engine_write, run))
         self._metrics.moved(tier.name, "engine", loaded.result.nbytes)
         self._finish(run, [index], Status.OK, loaded.result.nbytes)
 
@@ -436,6 +486,14 @@ class Transfer:
             nbytes = self._arenas[group].slot_bytes * len(live)
             self._metrics.moved("dram", "engine", nbytes)
             self._finish(run, live, Status.OK, nbytes)
+
+
+def _settle(arrivals: Sequence[Arrival], end: Callable[[], None]) -> None:
+    """Wait for all, whatever happens to one of them, then `end`."""
+    with ExitStack() as last:
+        last.callback(end)
+        for arrival in arrivals:
+            last.callback(arrival)
 
 
 def _view_of(run: Run) -> EngineView:

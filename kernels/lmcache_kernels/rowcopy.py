@@ -88,16 +88,16 @@ class RowCopy:
         return int((self.a_units >= 0).sum()) * self.layers * self.row_bytes
 
     @cached_property
-    def alignment(self) -> int:
-        """The widest power of two, up to 16 bytes, that divides every address, stride and run."""
+    def row_alignment(self) -> int:
+        """The widest power of two, up to 16 bytes, that divides the address of every row on both sides."""
         resident = self.a_units[self.a_units >= 0]
         lists = (self.a_base, resident, self.b_base, self.b_layers, self.b_units)
-        numbers = [int(np.bitwise_or.reduce(numbers, initial=0)) for numbers in map(np.ravel, lists)]
-        numbers += [n for _, a, b in self.dims[:-1] for n in (a, b)]
-        bits = 16 | self.run
-        for number in numbers:
-            bits |= number
-        return bits & -bits
+        return _divisor(*(int(np.bitwise_or.reduce(numbers, initial=0)) for numbers in lists))
+
+    @cached_property
+    def alignment(self) -> int:
+        """The widest power of two, up to 16 bytes, that divides every address, stride and run."""
+        return _divisor(self.row_alignment, self.run, *(n for _, a, b in self.dims[:-1] for n in (a, b)))
 
     def inside(self) -> Iterator[tuple[int, int, int]]:
         """(offset on A, offset on B, bytes) of each contiguous run of a row."""
@@ -114,3 +114,11 @@ class RowCopy:
         a = self.a_base[:, None] + self.a_units[there][None, :]
         b = (self.b_base[:, None] + self.b_units[None, :])[there][None, :] + self.b_layers[:, None]
         return a.reshape(-1), b.reshape(-1)
+
+
+def _divisor(*numbers: int) -> int:
+    """The largest power of two, up to 16, that divides all of them."""
+    bits = 16
+    for number in numbers:
+        bits |= number
+    return bits & -bits

@@ -35,7 +35,9 @@ class Model:
         return self.layers * self.page_bytes / self.block_tokens
 
 
-def attention(name: str, layers: int, kv_heads: int, head_dim: int, *, block_tokens: int = 16, itemsize: int = 2) -> Model:
+def attention(
+    name: str, layers: int, kv_heads: int, head_dim: int, *, block_tokens: int = 16, itemsize: int = 2
+) -> Model:
     """A model whose pages hold K‖V of all its heads, as vLLM's do."""
     return Model(name, layers, block_tokens * kv_heads * 2 * head_dim * itemsize, block_tokens)
 
