@@ -13,7 +13,7 @@ Arrival = Callable[[], None]
 """Blocks until the bytes are there. Called once, on a thread that may wait; raises what went wrong underway."""
 
 
-class StagingFull(Exception):
+class StagingFullError(Exception):
     """There is no room to store through now; the caller counts a skipped store and goes on."""
 
 
@@ -28,7 +28,7 @@ class Mover(Protocol):
         None: the bytes are there. Otherwise `outs` must not be read before the arrival.
 
         Raises:
-            StagingFull: nothing was moved.
+            StagingFullError: nothing was moved.
         """
         ...
 

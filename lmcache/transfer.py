@@ -22,7 +22,7 @@ from lmcache.layout import ObjectLayout
 from lmcache.ledger import EngineView, Ledger, Run, SlotKey
 from lmcache.log import Throttle
 from lmcache.metrics import Metrics
-from lmcache.mover import Arrival, HostMover, Mover, StagingFull
+from lmcache.mover import Arrival, HostMover, Mover, StagingFullError
 from lmcache.objectio import ObjectIO
 from lmcache.plan import Copy, Delete, Engine, Plan, Probe, Report, Slot, Status
 from lmcache.plan import Tier as TierPlace
@@ -237,7 +237,7 @@ class Transfer:
         slots = _slots_at(view.slots[group], starts, self._chunk_tokens)
         try:
             arrival = self._mover(view).store(view.kv, group, slots, outs, layout)
-        except StagingFull as full:
+        except StagingFullError as full:
             self._metrics.skipped_store("staging", len(live))
             self._finish(run, live, Status.SKIPPED, detail=str(full))
             return

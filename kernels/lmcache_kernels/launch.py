@@ -19,6 +19,9 @@ ACCESS_BYTES = 16
 TILE_BYTES = 8 << 10
 """Bytes that one program moves at a time: with 4 warps of 32, four accesses of 16 bytes under way in each thread."""
 
+TILE_ELEMENTS = 2048
+"""Narrow elements need as many registers as wide ones: no more than 16 in each thread."""
+
 EDGE_BYTES = 128
 """A tile that changes the order is at least so long along each side's own order: a cache line of a GPU."""
 
@@ -90,8 +93,9 @@ def specialise(copy: RowCopy) -> Specialisation:
         if prod(tile) * width > run:
             return _turn(loops, tile, width, copy.row_alignment)
     count = prod(size for size, _, _ in loops)
-    tile_elements = min(_power(count), TILE_BYTES // width)
-    rows = max(1, TILE_BYTES // width // tile_elements)
+    most = min(TILE_BYTES // width, TILE_ELEMENTS)
+    tile_elements = min(_power(count), most)
+    rows = max(1, most // tile_elements)
     a, b = _sides(loops)
     return Specialisation("run", width, copy.row_alignment, a, b, count, rows, tile_elements)
 

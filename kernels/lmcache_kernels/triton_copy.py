@@ -85,9 +85,9 @@ def run(  # type: ignore[no-untyped-def]
         )
         mask = there[:, None] & (place < COUNT)[None, :]
         if INTO_A:
-            tl.store(from_a, tl.load(from_b, mask=mask), mask=mask)
+            tl.store(from_a, tl.load(from_b, mask=mask, cache_modifier=".cg"), mask=mask)
         else:
-            tl.store(from_b, tl.load(from_a, mask=mask), mask=mask)
+            tl.store(from_b, tl.load(from_a, mask=mask, cache_modifier=".cg"), mask=mask)
 
 
 @triton.jit
@@ -124,10 +124,10 @@ def turn(  # type: ignore[no-untyped-def]
             from_a += _inside(element, SIZES_A, TILE_A)
             from_b += _inside(element, SIZES_B, TILE_B)
             if INTO_A:
-                tile = tl.reshape(tl.load(from_b), SHAPE)
+                tile = tl.reshape(tl.load(from_b, cache_modifier=".cg"), SHAPE)
                 tl.store(from_a, tl.reshape(tl.permute(tile, ORDER), (TILE,)))
             else:
-                tile = tl.reshape(tl.load(from_a), SHAPE)
+                tile = tl.reshape(tl.load(from_a, cache_modifier=".cg"), SHAPE)
                 tl.store(from_b, tl.reshape(tl.permute(tile, ORDER), (TILE,)))
 
 

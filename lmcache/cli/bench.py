@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lmcache.cli.bench_kernels import kernels
 from lmcache.cli.output import JsonOption, console, print_json
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ bench = typer.Typer(help="Speed of this machine, beside what it could do at best
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
     app.add_typer(bench, name="bench")
+
+
+bench.command()(kernels)
 
 
 @bench.callback()

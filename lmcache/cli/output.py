@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from lmcache.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 PathOption = Annotated[
     Path | None,
     typer.Option("--path", metavar="FOLDER", help="The disk tier's folder; by default the configured disk_path."),
@@ -29,8 +29,8 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object, plain text whatever the terminal."""
+def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
+    """One JSON document, plain text whatever the terminal."""
     typer.echo(jsonlib.dumps(value, indent=2))
 
 

@@ -17,9 +17,11 @@ def interpreted(name: str) -> ModuleType:
     """A second copy of `lmcache_kernels.<name>` whose kernels are run by the interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
     original = importlib.util.find_spec(f"lmcache_kernels.{name}")
-    assert original is not None and original.origin is not None
+    assert original is not None
+    assert original.origin is not None
     spec = importlib.util.spec_from_file_location(f"interpreted_{name}", original.origin)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # Triton looks a kernel's module up
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # read when a function is decorated

@@ -1,0 +1,195 @@
+"""Every kernel compiled for every GPU, without one: how wide it reads and writes, what it holds, what it spills.
+
+What is compiled is what would be launched: the same specialisation, made from the same addresses.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lmcache_kernels.cases import CASES, Case
+from lmcache_kernels.launch import Specialisation, specialise
+from lmcache_kernels.triton_copy import KERNELS, constants
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""A100, H100, B200, MI300."""
+
+_DATA_LOAD = re.compile(r"ld\.global\.cg(?:\.v(\d))?\.b(\d+)")
+_STORE = re.compile(r"st\.global(?:\.v(\d))?\.b(\d+)")
+_AMD_DATA_LOAD = re.compile(r"(?:global|buffer)_load_(\w+) .*\bnt\b")
+_AMD_STORE = re.compile(r"(?:global|buffer)_store_(\w+) ")
+_AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "sshort": 2}
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel for one GPU.
+
+    Attributes:
+        kernel: case and direction.
+        target: compute capability or architecture.
+        kind: "run" or "turn", see `Specialisation`.
+        load_bytes, store_bytes: the narrowest access of the data by one thread in one instruction.
+        access_bytes: the smaller of both.
+        registers: per thread.
+        spill_bytes: per thread; 0 where all is held in registers.
+        shared_bytes: per program.
+        warps: per program.
+        in_flight_bytes: bytes that one thread has under way.
+        occupancy: part of the threads that an SM or CU can hold, estimated from registers and shared memory.
+    """
+
+    kernel: str
+    target: str
+    kind: str
+    load_bytes: int
+    store_bytes: int
+    access_bytes: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warps: int
+    in_flight_bytes: int
+    occupancy: float
+
+
+def report(targets: Sequence[str] = TARGETS, cases: Sequence[Case] = CASES) -> Iterator[KernelReport]:
+    """Compile every case in both directions for every target.
+
+    Raises:
+        ValueError: a target that is none of `TARGETS`.
+        RuntimeError: this Triton cannot compile for it.
+    """
+    for name in targets:
+        if name not in TARGETS:
+            raise ValueError(f"target {name!r} is not one of {', '.join(TARGETS)}")
+    for case in cases:
+        what = specialise(case.copy())
+        for into_a in (False, True):
+            for target in targets:
+                yield compiled(f"{case.name}, {'back' if into_a else 'out'}", what, target, into_a=into_a)
+
+
+def verdicts(reports: Sequence[KernelReport], cases: Sequence[Case] = CASES) -> list[str]:
+    """What is worse than it must be, one line each; empty if all is well."""
+    wanted = {case.name: case for case in cases}
+    out = []
+    for found in reports:
+        case = wanted[found.kernel.rpartition(", ")[0]]
+        wide = max(found.load_bytes, found.store_bytes)
+        where = f"{found.kernel}, {found.target}"
+        if wide < case.wide or found.access_bytes < case.narrow:
+            out.append(
+                f"{where}: loads of {found.load_bytes} and stores of {found.store_bytes} bytes, "
+                f"must be {case.narrow} and {case.wide} or more"
+            )
+        if found.spill_bytes:
+            out.append(f"{where}: spills {found.spill_bytes} bytes a thread")
+    return out
+
+
+def compiled(name: str, what: Specialisation, target: str, *, into_a: bool) -> KernelReport:
+    """One kernel for one target."""
+    amd = target.startswith("gfx")
+    lanes = 64 if amd else 32
+    warps = what.warps(lanes)
+    kernel = KERNELS[what.kind]
+    fixed = constants(what, into_a=into_a)
+    signature = {"tables": "*i64", "layers": "i32", "objects": "i32", "units": "i32"} | dict.fromkeys(
+        fixed, "constexpr"
+    )
+    places = {(kernel.arg_names.index(key),): value for key, value in fixed.items()}
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Triton's own defaults
+            out = triton.compile(ASTSource(kernel, signature, places, {}), target=gpu, options={"num_warps": warps})
+    except Exception as error:
+        raise RuntimeError(f"{name}: Triton {triton.__version__} cannot compile for {target}: {error}") from error
+    shared = int(out.metadata.shared)
+    if amd:
+        text = out.asm["amdgcn"]
+        loads = [_AMD_BYTES.get(size, 1) for size in _AMD_DATA_LOAD.findall(text)]
+        stores = [_AMD_BYTES.get(size, 1) for size in _AMD_STORE.findall(text)]
+        registers = int(_one(r"\.vgpr_count:\s*(\d+)", text))
+        spills = 4 * int(_one(r"\.vgpr_spill_count:\s*(\d+)", text)) + int(
+            _one(r"\.private_segment_fixed_size: (\d+)", text)
+        )
+        occupancy = _amd_occupancy(registers, shared, warps)
+    else:
+        text = out.asm["ptx"]
+        loads = [int(count or 1) * int(bits) // 8 for count, bits in _DATA_LOAD.findall(text)]
+        stores = [int(count or 1) * int(bits) // 8 for count, bits in _STORE.findall(text)]
+        registers, spills = _assembled(text, target)
+        occupancy = _nvidia_occupancy(target, registers, shared, warps)
+    return KernelReport(
+        kernel=name,
+        target=target,
+        kind=what.kind,
+        load_bytes=min(loads),
+        store_bytes=min(stores),
+        access_bytes=min(*loads, *stores),
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=shared,
+        warps=warps,
+        in_flight_bytes=what.bytes_at_a_time // (warps * lanes),
+        occupancy=round(occupancy, 3),
+    )
+
+
+def narrowed(what: Specialisation) -> Specialisation:
+    """The same kernel as if nothing were known of alignment: what a careless one would compile to."""
+    return replace(what, align=what.width)
+
+
+def _assembled(ptx: str, target: str) -> tuple[int, int]:
+    """Registers and bytes spilled, as NVIDIA's assembler tells them."""
+    knobs: Any = triton.knobs
+    tool = knobs.nvidia.ptxas if int(target[3:]) < 90 else knobs.nvidia.ptxas_blackwell
+    architecture = _one(r"\.target (sm_\w+)", ptx)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        done = subprocess.run(
+            [tool.path, "-v", f"--gpu-name={architecture}", str(source), "-o", str(Path(folder, "out"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    said = done.stderr + done.stdout
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    return int(_one(r"Used (\d+) registers", said)), max(map(int, spilled), default=0)
+
+
+def _one(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output has no {pattern!r}")
+    return found[1]
+
+
+def _nvidia_occupancy(target: str, registers: int, shared: int, warps: int) -> float:
+    """65,536 registers, 64 warps, 32 programs an SM, and its shared memory."""
+    memory = {"sm_80": 164 << 10}.get(target, 228 << 10)
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    programs = min(32, 64 // warps, by_registers, memory // (shared + 1024))
+    return programs * warps / 64
+
+
+def _amd_occupancy(registers: int, shared: int, warps: int) -> float:
+    """512 registers and at most 8 waves on each of a CU's 4 SIMDs, 64 KiB of shared memory."""
+    waves = min(8, 512 // max(1, -(-registers // 8) * 8)) * 4
+    programs = min(waves // warps, (64 << 10) // shared if shared else waves)
+    return programs * warps / 32
