@@ -17,9 +17,11 @@ from lmcache_kernels.reference import (
     view,
     width_of,
 )
+from lmcache_kernels.tiles import Block, copy_blocks
 
 __all__ = [
     "ELEMENTS",
+    "Block",
     "Digits",
     "Dim",
     "Piece",
@@ -29,6 +31,7 @@ __all__ = [
     "all_rows",
     "coalesce",
     "copy_block",
+    "copy_blocks",
     "merge_strips",
     "on_host",
     "prepared_assignment",

@@ -7,7 +7,7 @@ machine are noise. All memory is touched before, so that no page fault is part o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 """Short name → axes: vLLM's one storage for all layers; SGLang's pools apart for K and V; a tensor per layer."""
 
-PACKINGS = {
+PACKINGS: dict[str, str | dict[str, str]] = {
     "packed": LAYOUTS["packed"],
     "vec": {"k": "block head (kv dim slot)", "v": "block head (kv slot dim)"},
     "amx": {"k": "block head (kv slot/16 dim/2 slot%16 dim%2)", "v": "block head (kv dim/16 slot/2 dim%16 slot%2)"},
@@ -223,7 +223,7 @@ def pool(shape: Shape, layout: str, block_tokens: int, tokens: int) -> BoundKV:
     def memory(*size: int) -> torch.Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
 
-    axes = PACKINGS.get(layout) or LAYOUTS[layout]
+    axes: str | Mapping[str, str] = {**LAYOUTS, **PACKINGS}[layout]
     parsed = Layout.parse(axes, block_tokens=None if layout == "nhd" else block_tokens)
     if layout in ("vec", "amx"):
         inside = 2 * block_tokens * dim
