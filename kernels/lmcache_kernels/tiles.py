@@ -70,22 +70,23 @@ def copy_block_on_host(source: Bytes, target: Bytes, block: Block) -> None:
         a = _array(source, block.a, sizes, from_strides, run, width)
         np.copyto(_array(target, block.b, sizes, to_strides, run, width), a)
         return
-    for tile in cut(block, TILE, pair):
-        _join(source, target, tile, pair)
+    tiles = cut(block, TILE, pair)
+    words = np.empty((2, max(tile.nbytes for tile in tiles) // 4), np.uint32)  # once: new memory costs page faults
+    for tile in tiles:
+        _join(source, target, tile, pair, words)
 
 
-def _join(source: Bytes, target: Bytes, block: Block, pair: Dim) -> None:
+def _join(source: Bytes, target: Bytes, block: Block, pair: Dim, words: npt.NDArray[np.uint32]) -> None:
     """`target` word = first row's element | second row's element << 16, on machines that store the low byte first."""
     loops = sorted((d for d in block.dims[:-1] if d != pair and d[0] > 1), key=lambda d: -d[1])
     sizes = [n for n, _, _ in loops]
     from_strides, to_strides = [s for _, s, _ in loops], [t for _, _, t in loops]
-    low, high = (
-        np.ndarray(sizes, np.uint16, source, block.a + offset, from_strides).astype(np.uint32, order="C")
-        for offset in (0, pair[1])
-    )
+    low, high = words[:, : prod(sizes)]
+    for offset, out in ((0, low), (pair[1], high)):
+        np.copyto(out.reshape(sizes), np.ndarray(sizes, np.uint16, source, block.a + offset, from_strides))
     np.left_shift(high, 16, out=high)
     np.bitwise_or(low, high, out=low)
-    _runs(low.reshape(-1).view(np.uint8), target, block.b, sizes, to_strides)
+    _runs(low.view(np.uint8), target, block.b, sizes, to_strides)
 
 
 def _runs(words: Bytes, target: Bytes, b: int, sizes: Sequence[int], strides: Sequence[int]) -> None:
