@@ -20,10 +20,12 @@ from lmcache_kernels.reference import (
     width_of,
 )
 from lmcache_kernels.rowcopy import SKIP, RowCopy
+from lmcache_kernels.tiles import Block, copy_blocks
 
 __all__ = [
     "ELEMENTS",
     "SKIP",
+    "Block",
     "CopyError",
     "Digits",
     "Dim",
@@ -35,6 +37,7 @@ __all__ = [
     "all_rows",
     "coalesce",
     "copy_block",
+    "copy_blocks",
     "copy_by_kernel",
     "fallbacks",
     "merge_strips",

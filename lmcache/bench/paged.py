@@ -7,14 +7,14 @@ machine are noise. All memory is touched before, so that no page fault is part o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from lmcache.arena import Arena
-from lmcache.layout import BoundKV, Layout, PagedKV, gather, scatter
+from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter, translate
 from lmcache.spec import KVSpec, Numerics
 
 LAYOUTS = {
@@ -23,6 +23,16 @@ LAYOUTS = {
     "nhd-kv": "kv block slot head dim",
 }
 """Short name → axes: vLLM's one storage for all layers; SGLang's pools apart for K and V; a tensor per layer."""
+
+PACKINGS: dict[str, str | dict[str, str]] = {
+    "packed": LAYOUTS["packed"],
+    "vec": {"k": "block head (kv dim slot)", "v": "block head (kv slot dim)"},
+    "amx": {"k": "block head (kv slot/16 dim/2 slot%16 dim%2)", "v": "block head (kv dim/16 slot/2 dim%16 slot%2)"},
+}
+"""Short name → axes of the pages that are measured against canonical objects: vLLM's on a GPU, and on CPUs."""
+
+PAGES = {"packed": (16, 128), "vec": (16, 128), "amx": (32, 128)}
+"""Tokens of the blocks that each of `PACKINGS` is measured with; AMX packs 32 tokens at a time."""
 
 PATTERNS = ("permuted", "scattered", "contiguous")
 """Which blocks a sequence has: neighbours in random order; random ones of a pool twice as large; neighbours in order."""
@@ -132,6 +142,80 @@ def measure(
             )
 
 
+@dataclass(frozen=True)
+class CanonicalResult:
+    """Speed of one packing against objects in canonical order, which is what files and other engines have.
+
+    Attributes:
+        model, block_tokens, threads, memcpy_gbs: as in `PagedResult`.
+        packing: see `PACKINGS`.
+        store_*, retrieve_*: gather from and scatter to scattered pages, objects canonical.
+        pack_*, unpack_*: `translate` canonical → native objects, and native → canonical.
+    """
+
+    model: str
+    block_tokens: int
+    packing: str
+    threads: int
+    memcpy_gbs: float
+    store_gbs: float
+    store_ratio: float
+    retrieve_gbs: float
+    retrieve_ratio: float
+    unpack_gbs: float
+    unpack_ratio: float
+    pack_gbs: float
+    pack_ratio: float
+
+
+def measure_canonical(
+    shape: Shape,
+    packing: str,
+    *,
+    block_tokens: int,
+    threads: Sequence[int] = (1,),
+    tokens: int = 2048,
+    chunk_tokens: int = 256,
+    repeat: int = 7,
+) -> Iterator[CanonicalResult]:
+    """Store, retrieve and both translations of `tokens` tokens in chunks, for every number of threads."""
+    kv = pool(shape, packing, block_tokens, 2 * tokens)
+    chunks = tokens // chunk_tokens
+    native, canonical = kv.native(0, chunk_tokens), ObjectLayout.canonical(shape.spec, 0, chunk_tokens)
+    pages, plain, other = ([*torch.ones(chunks, native.nbytes, dtype=torch.uint8)] for _ in range(3))
+    for i, page in enumerate(pages):
+        page.copy_(torch.arange(page.numel()) % (251 - i))
+    slots = slots_of("scattered", tokens, 2 * tokens, block_tokens)
+
+    def unpack() -> None:
+        for page, out in zip(pages, plain, strict=True):
+            translate(page, native, out, canonical)
+
+    def pack() -> None:
+        for item, out in zip(plain, other, strict=True):
+            translate(item, canonical, out, native)
+
+    unpack()
+    scatter(plain, canonical, kv, 0, slots)
+    gather(kv, 0, slots, other, native)
+    if not all(map(torch.equal, pages, other)):
+        raise RuntimeError(f"{packing}: what was read is not what was written")
+    source, target = torch.ones(2, chunks * native.nbytes, dtype=torch.uint8)
+    size = source.nbytes / 1e9
+    for count in threads:
+        with torch_threads(count):
+            copy, *times = _best(
+                repeat,
+                lambda: target.copy_(source),
+                lambda: gather(kv, 0, slots, plain, canonical),
+                lambda: scatter(plain, canonical, kv, 0, slots),
+                unpack,
+                pack,
+            )
+        figures = [figure for time in times for figure in (size / time, copy / time)]
+        yield CanonicalResult(shape.name, block_tokens, packing, count, size / copy, *figures)
+
+
 def pool(shape: Shape, layout: str, block_tokens: int, tokens: int) -> BoundKV:
     """An engine's KV memory of `tokens` tokens, every page touched."""
     blocks, heads, dim = tokens // block_tokens, shape.kv_heads, shape.head_dim
@@ -139,7 +223,11 @@ def pool(shape: Shape, layout: str, block_tokens: int, tokens: int) -> BoundKV:
     def memory(*size: int) -> torch.Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
 
-    parsed = Layout.parse(LAYOUTS[layout], block_tokens=None if layout == "nhd" else block_tokens)
+    axes: str | Mapping[str, str] = {**LAYOUTS, **PACKINGS}[layout]
+    parsed = Layout.parse(axes, block_tokens=None if layout == "nhd" else block_tokens)
+    if layout in ("vec", "amx"):
+        inside = 2 * block_tokens * dim
+        return PagedKV(list(memory(shape.layers, blocks, heads, inside)), parsed).bind(shape.spec)
     if layout == "packed":
         return PagedKV(list(memory(shape.layers, blocks, heads, block_tokens, 2 * dim)), parsed).bind(shape.spec)
     if layout == "nhd":

@@ -15,9 +15,9 @@ from lmcache.cli.output import JsonOption, console, print_json
 if TYPE_CHECKING:
     from lmcache.bench.disk import DiskResult
     from lmcache.bench.lookup import LookupResult
-    from lmcache.bench.paged import PagedResult
+    from lmcache.bench.paged import CanonicalResult, PagedResult
 
-_PARTS = ("memory", "disk", "lookup")
+_PARTS = ("memory", "canonical", "disk", "lookup")
 
 bench = typer.Typer(help="Speed of this machine, beside what it could do at best.", no_args_is_help=True)
 
@@ -54,16 +54,23 @@ def io(
 
     A ratio of 1 is what the hardware does with the same bytes. Times are the best of several, on an idle machine.
 
+    memory: pages ⇄ objects in the same order. canonical: pages (vLLM's on a GPU, `packed`; on a CPU, `vec` and `amx`)
+    ⇄ objects in canonical order: store, retrieve, and the translation of objects, unpack and pack.
+    disk: files. lookup: keys.
+
     \b
     Examples:
       lmcache bench io
       lmcache bench io --part memory --model 8b --threads 1
+      lmcache bench io --part canonical --quick
       lmcache bench io --json
     """
     parts = _chosen(part, _PARTS, "--part")
     out: dict[str, Any] = {"machine": _machine()}
     if "memory" in parts:
         out["memory"] = [asdict(result) for result in _told(_memory(model, threads, quick), json)]
+    if "canonical" in parts:
+        out["canonical"] = [asdict(result) for result in _told(_canonical(model, threads, quick), json)]
     if "disk" in parts:
         out["disk"] = [asdict(result) for result in _told(_disk(model, folder, quick), json)]
     if "lookup" in parts:
@@ -85,6 +92,22 @@ def _memory(models: list[str] | None, threads: list[int] | None, quick: bool) ->
                     threads=threads or (1, 2),
                     patterns=PATTERNS[:2] if quick else PATTERNS,
                     repeat=3 if quick else 9,
+                )
+
+
+def _canonical(models: list[str] | None, threads: list[int] | None, quick: bool) -> Iterable[CanonicalResult]:
+    from lmcache.bench.paged import PACKINGS, PAGES, SHAPES, measure_canonical
+
+    for name in _chosen(models, tuple(SHAPES), "--model"):
+        for packing in PACKINGS:
+            for block_tokens in PAGES[packing]:
+                yield from measure_canonical(
+                    SHAPES[name],
+                    packing,
+                    block_tokens=block_tokens,
+                    threads=threads or (1, 2),
+                    tokens=1024 if quick else 2048,
+                    repeat=3 if quick else 7,
                 )
 
 

@@ -16,9 +16,11 @@ from lmcache.layout.plan import Copy, Ints, Job, jobs
 from lmcache.layout.rows import row_copies
 from lmcache.layout.slots import check_slots
 from lmcache_kernels import (
+    Block,
     Strip,
     all_rows,
     copy_block,
+    copy_blocks,
     copy_by_kernel,
     merge_strips,
     on_host,
@@ -189,6 +191,9 @@ def translate(src: torch.Tensor, src_layout: ObjectLayout, dst: torch.Tensor, ds
     strips = src_layout.translations.get(dst_layout)
     if strips is None:
         strips = src_layout.translations.setdefault(dst_layout, _translation(src_layout, dst_layout))
+    if on_host(src) and on_host(dst):
+        copy_blocks(src, dst, [Block(strip.sources[0][1], strip.offset, strip.dims) for strip in strips])
+        return
     alignment = _alignment([src, dst])
     for strip in strips:
         start = strip.sources[0][1]

@@ -7,7 +7,7 @@ import torch
 from clilab import Run, parsed
 
 from lmcache.bench import paged
-from lmcache.bench.paged import LAYOUTS, PATTERNS, Shape, measure, pool, slots_of
+from lmcache.bench.paged import LAYOUTS, PAGES, PATTERNS, Shape, measure, pool, slots_of
 
 TINY = Shape("tiny", 2, 2, 8)
 KEYS = {
@@ -58,6 +58,19 @@ def test_memory_figures_as_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(set(case) == KEYS for case in out["memory"])
     cases = {(c["block_tokens"], c["layout"], c["pattern"], c["threads"]) for c in out["memory"]}
     assert cases == {(b, name, p, 1) for b in (16, 128) for name in LAYOUTS for p in PATTERNS[:2]}
+
+
+def test_canonical_figures_as_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "SHAPES", {"tiny": Shape("tiny", 2, 2, 32)})
+    out = parsed(run("bench", "io", "--part", "canonical", "--quick", "--threads", 1, "--threads", 2, "--json"))
+    assert set(out) == {"machine", "canonical"}
+    ways = ("store", "retrieve", "unpack", "pack")
+    figures = {f"{way}_{unit}" for way in ways for unit in ("gbs", "ratio")}
+    named = {"model", "block_tokens", "packing", "threads", "memcpy_gbs"}
+    assert all(set(case) == named | figures for case in out["canonical"])
+    assert all(case[figure] > 0 for case in out["canonical"] for figure in figures)
+    cases = [(c["packing"], c["block_tokens"], c["threads"]) for c in out["canonical"]]
+    assert cases == [(name, block, n) for name, blocks in PAGES.items() for block in blocks for n in (1, 2)]
 
 
 def test_figures_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
