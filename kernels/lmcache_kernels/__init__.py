@@ -4,6 +4,7 @@
 """
 
 from lmcache_kernels.address import Digits, Dim, Piece, PlaneAddress, Strip, coalesce, merge_strips, refine, table
+from lmcache_kernels.planner import CopyPlan, plan, some_layers, some_objects
 from lmcache_kernels.reference import (
     ELEMENTS,
     Rows,
@@ -17,13 +18,17 @@ from lmcache_kernels.reference import (
     view,
     width_of,
 )
+from lmcache_kernels.rowcopy import SKIP, RowCopy
 
 __all__ = [
     "ELEMENTS",
+    "SKIP",
+    "CopyPlan",
     "Digits",
     "Dim",
     "Piece",
     "PlaneAddress",
+    "RowCopy",
     "Rows",
     "Strip",
     "all_rows",
@@ -31,10 +36,13 @@ __all__ = [
     "copy_block",
     "merge_strips",
     "on_host",
+    "plan",
     "prepared_assignment",
     "prepared_put",
     "put_rows",
     "refine",
+    "some_layers",
+    "some_objects",
     "table",
     "take_rows",
     "view",
