@@ -6,6 +6,7 @@
 from lmcache_kernels.address import Digits, Dim, Piece, PlaneAddress, Strip, coalesce, merge_strips, refine, table
 from lmcache_kernels.checks import CopyError
 from lmcache_kernels.dispatch import copy_by_kernel, fallbacks
+from lmcache_kernels.planner import DMA_BYTES, CopyPlan, plan, some_layers, some_objects
 from lmcache_kernels.reference import (
     ELEMENTS,
     Rows,
@@ -23,10 +24,12 @@ from lmcache_kernels.rowcopy import SKIP, RowCopy
 from lmcache_kernels.tiles import Block, copy_blocks
 
 __all__ = [
+    "DMA_BYTES",
     "ELEMENTS",
     "SKIP",
     "Block",
     "CopyError",
+    "CopyPlan",
     "Digits",
     "Dim",
     "Piece",
@@ -42,10 +45,13 @@ __all__ = [
     "fallbacks",
     "merge_strips",
     "on_host",
+    "plan",
     "prepared_assignment",
     "prepared_put",
     "put_rows",
     "refine",
+    "some_layers",
+    "some_objects",
     "table",
     "take_rows",
     "view",

@@ -52,7 +52,7 @@ def measure(
     device: torch.device,
     kernel: Kernel,
     *,
-    cases: Sequence[Case] = tuple(case for case in CASES if not case.why),
+    cases: Sequence[Case] = tuple(one for one in CASES if not one.why),
     nbytes: int = 256 << 20,
     repeat: int = 20,
     programs: tuple[int | None, ...] = (None, 16, 64),

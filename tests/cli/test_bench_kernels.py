@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from clilab import Run
-from rowlab import move_rows
+from rowlab import copy_rows as move_rows
 
 from lmcache.bench.gpu import by_the_wall, measure
 from lmcache_kernels.cases import CASES

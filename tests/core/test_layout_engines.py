@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from interpreted import interpreted
-from rowlab import move_rows
+from rowlab import copy_rows as move_rows
 
 import lmcache.layout.move
 import lmcache.layout.paged

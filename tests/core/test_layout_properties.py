@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rowlab import move_rows
+from rowlab import copy_rows as move_rows
 
 from lmcache.errors import LayoutError
 from lmcache.layout import BoundKV, Layout, ObjectLayout, ObjectPlane, PagedKV, gather, scatter, translate

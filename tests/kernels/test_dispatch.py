@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from rowlab import move_rows
+from rowlab import copy_rows as move_rows
 
 import lmcache_kernels.dispatch as dispatch
 from lmcache.layout import gather, scatter
