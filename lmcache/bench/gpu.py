@@ -20,6 +20,9 @@ Kernel = Callable[..., None]
 Clock = Callable[[Callable[[], object]], float]
 """Seconds that a call takes on the device, everything it enqueued included."""
 
+USUAL = tuple(case for case in CASES if not case.why)
+"""All copies but those of odd rows."""
+
 
 @dataclass(frozen=True)
 class GpuResult:
@@ -52,7 +55,7 @@ def measure(
     device: torch.device,
     kernel: Kernel,
     *,
-    cases: Sequence[Case] = tuple(one for one in CASES if not one.why),
+    cases: Sequence[Case] = USUAL,
     nbytes: int = 256 << 20,
     repeat: int = 20,
     programs: tuple[int | None, ...] = (None, 16, 64),
@@ -64,7 +67,7 @@ def measure(
     Args:
         device: where the pages lie.
         kernel: as `lmcache_kernels.triton_copy.copy_rows`.
-        cases: what to copy; default all but those of odd rows.
+        cases: what to copy; default `USUAL`.
         nbytes: bytes per copy, about.
         repeat: the best of so many counts.
         programs: see `GpuResult`.

@@ -1,0 +1,357 @@
+"""Stores and loads in every order that streams and events allow: the right bytes, and nothing left to chance."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rowlab import copy_rows
+from simulated import Event, OrderError, Simulated
+
+from lmcache_kernels.pipeline import Arrival, ObjectShape, Pipeline, pieces
+from lmcache_kernels.rowcopy import Ints, RowCopy
+from lmcache_kernels.streams import Touches
+
+LAYERS, PAGES, PAGE, UNITS = 3, 12, 256, 2
+CPU = torch.device("cpu")
+
+
+class Lab:
+    """Pages of some layers in "device" memory, an engine that writes them, and objects of two pages on the host.
+
+    `planes` = 2 keeps K and V of a page apart in the object, as canonical objects do.
+    """
+
+    def __init__(self, streams: Simulated, planes: int, *, staging: int = 1, backlog: int = 1 << 30) -> None:
+        self.streams = streams
+        self.planes = planes
+        self.pages = torch.zeros(LAYERS * PAGES * PAGE, dtype=torch.uint8)
+        self.truth = self.pages.clone()  # what the pages hold once everything enqueued so far is done
+        region = LAYERS * UNITS * PAGE // planes
+        self.shape = ObjectShape(
+            LAYERS * UNITS * PAGE, LAYERS, tuple((i * region, region // LAYERS) for i in range(planes))
+        )
+        self.staging: list[torch.Tensor] = []
+        self.pipeline = Pipeline(
+            streams,
+            CPU,
+            copy_rows,
+            self._engine,
+            staging=self._memory,
+            staging_bytes=staging,
+            backlog_bytes=backlog,
+            dma_bytes=PAGE,
+        )
+
+    def _memory(self, nbytes: int) -> torch.Tensor:
+        self.staging.append(torch.full((nbytes,), 0xAA, dtype=torch.uint8))
+        return self.staging[-1]
+
+    def _engine(self, dst: Ints, src: Ints, nbytes: Ints, *, stream: object) -> None:
+        for d, s, n in zip(dst.tolist(), src.tolist(), nbytes.tolist(), strict=True):
+            ctypes.memmove(d, s, n)
+
+    def copies(self, pages: Sequence[int]) -> list[RowCopy]:
+        """Objects made of pages, two each."""
+        objects, base = len(pages) // UNITS, self.pages.data_ptr()
+        half = PAGE // self.planes
+        whole = RowCopy(
+            base + np.arange(LAYERS, dtype=np.int64) * PAGES * PAGE,
+            np.array(pages, dtype=np.int64).reshape(objects, UNITS) * PAGE,
+            np.arange(objects, dtype=np.int64) * self.shape.nbytes,
+            np.arange(LAYERS, dtype=np.int64) * UNITS * half,
+            np.arange(UNITS, dtype=np.int64) * half,
+            ((half, 1, 1),),
+        )
+        regions = [offset for offset, _ in self.shape.regions]
+        return [
+            replace(whole, a_base=whole.a_base + i * half, b_layers=whole.b_layers + offset)
+            for i, offset in enumerate(regions)
+        ]
+
+    def rows(self, pages: Sequence[int]) -> torch.Tensor:
+        """Where these pages lie, in all layers: `(layers, pages)` offsets."""
+        return torch.tensor([[(layer * PAGES + page) * PAGE for page in pages] for layer in range(LAYERS)])
+
+    def compute(self, pages: Sequence[int], seed: int) -> None:
+        """The engine writes pages."""
+        fresh = torch.from_numpy(np.random.default_rng(seed).integers(1, 256, PAGE, dtype=np.uint8))
+        offsets = self.rows(pages).reshape(-1).tolist()
+
+        def work() -> None:
+            for at in offsets:
+                self.pages[at : at + PAGE] = fresh
+
+        base = self.pages.data_ptr()
+        self.streams.launch("compute", work, lambda: Touches(writes=[(base + at, PAGE) for at in offsets]))
+        for at in offsets:
+            self.truth[at : at + PAGE] = fresh
+
+    def objects_of(self, pages: Sequence[int]) -> list[torch.Tensor]:
+        """What objects of these pages must be."""
+        made = [torch.zeros(self.shape.nbytes, dtype=torch.uint8) for _ in range(len(pages) // UNITS)]
+        for copy in self.copies(pages):
+            for a, b in zip(*(side.tolist() for side in copy.rows()), strict=True):
+                at, number, inside = a - self.pages.data_ptr(), b // self.shape.nbytes, b % self.shape.nbytes
+                made[number][inside : inside + copy.run] = self.truth[at : at + copy.run]
+        return made
+
+    def store(self, pages: Sequence[int]) -> tuple[Arrival, list[torch.Tensor], list[torch.Tensor]] | None:
+        outs = [torch.zeros(self.shape.nbytes, dtype=torch.uint8) for _ in range(len(pages) // UNITS)]
+        wanted = self.objects_of(pages)
+        arrival = self.pipeline.store(self.copies(pages), self.shape, outs)
+        return None if arrival is None else (arrival, outs, wanted)
+
+    def load(
+        self,
+        pages: Sequence[int],
+        objects: Sequence[torch.Tensor],
+        *,
+        by_layer: bool,
+        direct: bool,
+        after: Event | None = None,
+    ) -> Arrival:
+        srcs = [item.clone() for item in objects]
+        arrival = self.pipeline.load(
+            self.copies(pages), self.shape, srcs, by_layer=by_layer, direct=direct, after=after
+        )
+        for copy in self.copies(pages):
+            for a, b in zip(*(side.tolist() for side in copy.rows()), strict=True):
+                at, number, inside = a - self.pages.data_ptr(), b // self.shape.nbytes, b % self.shape.nbytes
+                self.truth[at : at + copy.run] = srcs[number][inside : inside + copy.run]
+        return arrival
+
+    def read(self, objects: Sequence[torch.Tensor]) -> None:
+        """The host looks at objects."""
+        self.streams.host(reads=[(item.data_ptr(), item.numel()) for item in objects])
+
+    def finish(self) -> None:
+        while self.streams.step():
+            pass
+        assert torch.equal(self.pages, self.truth)
+
+
+PAGE_LISTS = st.lists(st.integers(0, PAGES - 1), min_size=UNITS, max_size=3 * UNITS, unique=True).map(
+    lambda pages: pages[: len(pages) // UNITS * UNITS]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from([1, 2]), st.sampled_from([1, 12_000, 100_000]))
+def test_any_history_gives_the_right_bytes_and_leaves_nothing_to_chance(
+    data: st.DataObject, planes: int, staging: int
+) -> None:
+    rng = random.Random(data.draw(st.integers(0, 1 << 30)))
+    lab = Lab(Simulated(choose=rng.randrange), planes, staging=staging)
+    kept: list[torch.Tensor] = []
+    under_way: list[tuple[Arrival, list[torch.Tensor], list[torch.Tensor]]] = []
+    for number in range(data.draw(st.integers(1, 10))):
+        pages = data.draw(PAGE_LISTS)
+        action = data.draw(st.sampled_from(["compute", "store", "load", "go on", "arrive"]))
+        if action == "compute":
+            lab.compute(pages, number)
+        elif action == "store":
+            made = lab.store(pages)
+            assert made is not None
+            under_way.append(made)
+        elif action == "load" and len(kept) >= len(pages) // UNITS:
+            arrival = lab.load(pages, kept, by_layer=data.draw(st.booleans()), direct=data.draw(st.booleans()))
+            for layer in range(LAYERS):
+                arrival.wait_layer(layer)
+        elif action == "go on":
+            for _ in range(rng.randrange(8)):
+                lab.streams.step()
+        elif under_way:
+            arrival, outs, wanted = under_way.pop(rng.randrange(len(under_way)))
+            arrival.wait()
+            assert arrival.done()
+            lab.read(outs)
+            assert all(map(torch.equal, outs, wanted))
+            kept = outs + kept
+    for arrival, outs, wanted in under_way:
+        arrival.wait()
+        lab.read(outs)
+        assert all(map(torch.equal, outs, wanted))
+    lab.finish()
+
+
+def story(streams: Simulated, planes: int = 2, *, wait: bool = True, layers: bool = True, direct: bool = False) -> None:
+    """Everything that needs an event: write, store, overwrite, store again through the same ring, load, read, load again."""
+    lab = Lab(streams, planes)
+    lab.compute(range(PAGES), 1)
+    first = lab.store([0, 1, 2, 3])
+    lab.compute(range(PAGES), 2)
+    second = lab.store([0, 1, 2, 3])
+    assert first is not None
+    assert second is not None
+    for arrival, outs, wanted in (first, second):
+        if wait:
+            arrival.wait()
+        lab.read(outs)
+        assert all(map(torch.equal, outs, wanted))
+    lab.compute([4, 5, 6, 7], 3)
+    for pages in ([4, 5, 6, 7], [8, 9, 10, 11]):
+        arrival = lab.load(pages, first[1], by_layer=True, direct=direct)
+        for layer in range(LAYERS) if layers else ():
+            arrival.wait_layer(layer)
+        lab.compute([4, 5], 4)
+    lab.finish()
+
+
+def both_roads(forget: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The story through staging memory and straight; which stream waited for which."""
+    used: set[tuple[str, str]] = set()
+    for direct in (False, True):
+        streams = Simulated(forget=forget)
+        story(streams, direct=direct)
+        used |= streams.used
+    return used
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_story_itself_is_sound(planes: int, direct: bool) -> None:
+    for seed in range(20):
+        story(Simulated(choose=random.Random(seed).randrange), planes, direct=direct)
+
+
+FORGOTTEN = {
+    "the copy out begins before the gather, so before what was computed": ("store", "compute"),
+    "a part of the ring is gathered into before it was copied out": ("compute", "store"),
+    "a load begins while the pages are still computed with": ("load", "compute"),
+    "a part of the ring is scattered before it has arrived": ("load", "bring"),
+    "a part of the ring is filled again before it was scattered": ("bring", "load"),
+    "the engine computes before a layer has arrived": ("compute", "load"),
+}
+
+
+@pytest.mark.parametrize("mistake", FORGOTTEN)
+def test_an_event_that_is_left_out_is_found(mistake: str) -> None:
+    with pytest.raises(OrderError):
+        both_roads({FORGOTTEN[mistake]})
+
+
+def test_long_pieces_that_go_straight_wait_for_the_pages() -> None:
+    with pytest.raises(OrderError):
+        story(Simulated(forget={("bring", "compute")}), planes=1, direct=True)
+
+
+def test_every_wait_of_the_pipeline_is_one_of_those_that_were_left_out() -> None:
+    assert both_roads(set()) == {*FORGOTTEN.values(), ("bring", "compute")}
+
+
+def test_a_gather_off_the_engines_stream_is_found() -> None:
+    """Store before the compute has written: the gather runs on a stream that knows nothing of it."""
+
+    class Elsewhere(Simulated):
+        def compute(self) -> str:
+            return "elsewhere"
+
+    with pytest.raises(OrderError, match="elsewhere reads what compute writes"):
+        story(Elsewhere())
+
+
+def test_the_host_reading_too_early_is_found() -> None:
+    with pytest.raises(OrderError, match="host reads what store writes"):
+        story(Simulated(), wait=False)
+
+
+def test_an_order_that_is_not_kept_shows_in_the_bytes_too() -> None:
+    """The checker is not the only witness: without it, some schedule gives wrong bytes."""
+
+    class Unchecked(Simulated):
+        def _check(self, stream, clock, touches) -> None:  # type: ignore[no-untyped-def]
+            pass
+
+    def wrong(seed: int) -> bool:
+        try:
+            story(Unchecked(choose=random.Random(seed).randrange, forget={("store", "compute")}))
+        except AssertionError:
+            return True
+        return False
+
+    assert any(wrong(seed) for seed in range(50))
+
+
+def test_layers_arrive_one_after_another_and_computing_the_first_does_not_wait_for_the_last() -> None:
+    streams = Simulated()
+    lab = Lab(streams, 2)
+    lab.compute(range(PAGES), 1)
+    made = lab.store([0, 1])
+    assert made is not None
+    made[0].wait()
+    arrival = lab.load([4, 5], made[1], by_layer=True, direct=False)
+    arrival.wait_layer(0)
+    done = []
+    streams.launch("compute", lambda: done.append("layer 0"), lambda: Touches())
+    scattered = streams.finished.get("load", 0)
+    while not done:
+        assert streams.step()
+    assert streams.finished["load"] - scattered < LAYERS * 2  # two regions a layer
+    lab.finish()
+
+
+def test_a_link_too_far_behind_refuses_and_recovers() -> None:
+    lab = Lab(Simulated(), 1, backlog=3 * LAYERS * UNITS * PAGE)
+    lab.compute(range(PAGES), 1)
+    first = lab.store([0, 1, 2, 3])
+    assert first is not None
+    launched = {name: len(queue) for name, queue in lab.streams.queues.items()}
+    assert lab.store([4, 5, 6, 7]) is None
+    assert launched == {name: len(queue) for name, queue in lab.streams.queues.items()}
+    first[0].wait()
+    again = lab.store([4, 5, 6, 7])
+    assert again is not None
+    again[0].wait()
+    assert all(map(torch.equal, again[1], again[2]))
+
+
+def test_staging_memory_is_bounded_and_taken_once() -> None:
+    lab = Lab(Simulated(), 2, staging=16384)
+    for seed in range(5):
+        lab.compute(range(PAGES), seed)
+        made = lab.store([0, 1, 2, 3])
+        assert made is not None
+        made[0].wait()
+        lab.load([4, 5, 6, 7], made[1], by_layer=False, direct=False).wait()
+    assert [memory.numel() for memory in lab.staging] == [8192, 8192]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=3),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.integers(1, 400),
+    st.data(),
+)
+def test_pieces_cover_every_byte_once_and_layers_in_order(
+    sizes: list[int], layers: int, objects: int, most: int, data: st.DataObject
+) -> None:
+    regions, start = [], 0
+    for size in sizes:
+        regions.append((start, size))
+        start += size * layers
+    low = data.draw(st.integers(0, layers - 1))
+    wanted = range(low, data.draw(st.integers(low + 1, layers)))
+    seen: list[tuple[int, int]] = []
+    first_layers = []
+    for piece in pieces(ObjectShape(start, layers, tuple(regions)), objects, most, wanted):
+        assert piece.nbytes <= most or (len(piece.layers), len(piece.objects)) == (1, 1)
+        offset, nbytes = piece.span
+        seen += [(item, byte) for item in piece.objects for byte in range(offset, offset + nbytes)]
+        first_layers.append(piece.layers.start)
+    assert sorted(seen) == [
+        (item, offset + byte)
+        for item in range(objects)
+        for offset, size in regions
+        for byte in range(wanted.start * size, wanted.stop * size)
+    ]
+    assert first_layers == sorted(first_layers)
