@@ -110,10 +110,10 @@ class Config:
     )
     staging_bytes: Setting[int | str, int] = Setting(
         Size(low=1 << 20),
-        "64MiB",
+        "256MiB",
         unit="bytes",
-        doc="Device memory through which stores and loads pass on a GPU, half of it for each. What finds it full is not "
-        "stored, and counted; the engine never waits.",
+        doc="Device memory through which stores and loads pass on a GPU, half of it for each. What one step stores beyond its "
+        "half waits for the link in the engine's stream; where the link is a GiB behind, stores are skipped and counted.",
     )
     io_threads: Setting[int, int] = Setting(
         Whole(low=1, high=256),

@@ -31,6 +31,7 @@ from lmcache.ledger import EngineView
 from lmcache.log import Throttle, info
 from lmcache.loop import ControlLoop
 from lmcache.metrics import Metrics
+from lmcache.mover import open_mover
 from lmcache.objectio import ObjectIO
 from lmcache.plan import JobKind
 from lmcache.spec import KVSpec
@@ -48,7 +49,7 @@ Slots = torch.Tensor | Mapping[int, torch.Tensor]
 _MISS_REASONS = {MAX_TOKENS: "tail", PROBING: "pending", WRITING: "pending", LATE: "failed", FAILED_BEFORE: "failed"}
 """The index's reasons in the metrics' coarser words; what is not listed is the same in both."""
 
-_CHANGING: tuple[JobKind, ...] = ("spill", "delete")
+_CHANGING: tuple[JobKind, ...] = ("store", "spill", "delete")
 """Jobs that change the tiers below. A removal may be followed by the write that had to wait for it."""
 
 _NAMESPACES_KEPT = 1 << 16
@@ -104,6 +105,11 @@ class CacheEngine:
             read_threads=self.config.io_threads,
             write_threads=self.config.io_threads,
             queue_bytes=self.config.queue_bytes,
+            open_mover=partial(
+                open_mover,
+                staging_bytes=self.config.staging_bytes,
+                copy_engine_bytes=self.config.copy_engine_bytes,
+            ),
         )
         self._lock = threading.RLock()
         self._owners = itertools.count(1)

@@ -43,11 +43,24 @@ class EngineView(NamedTuple):
 class Run:
     """One job under way. Only the ledger changes it."""
 
-    __slots__ = ("deadline", "detail", "epoch", "job", "late", "moving", "nbytes", "statuses", "unfinished", "view")
+    __slots__ = (
+        "after",
+        "deadline",
+        "detail",
+        "epoch",
+        "job",
+        "late",
+        "moving",
+        "nbytes",
+        "statuses",
+        "unfinished",
+        "view",
+    )
 
     def __init__(self, job: Job, view: EngineView | None, epoch: int, now: float) -> None:
         self.job = job
         self.view = view
+        self.after: object = None  # the point of the engine's stream at which it was begun
         self.epoch = epoch
         self.deadline = now + job.deadline if job.deadline else None
         self.statuses = [Status.PENDING] * len(job.ops)

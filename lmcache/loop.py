@@ -123,7 +123,8 @@ class ControlLoop:
         while True:
             seen = self.news
             self.turn()
-            if not any(self._transfer.running(kind) for kind in kinds):
+            busy = any(self._transfer.running(kind) for kind in kinds)
+            if not busy and self.news == seen:  # else what has just ended may have something to follow it
                 return True
             if (left := until - time.monotonic()) <= 0:
                 return False

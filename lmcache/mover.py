@@ -8,6 +8,15 @@ from typing import Protocol
 import torch
 
 from lmcache.layout import BoundKV, ObjectLayout, gather, scatter
+from lmcache.layout.rows import row_copies
+from lmcache.layout.slots import check_slots
+from lmcache.log import info
+from lmcache_kernels import DMA_BYTES, RowCopy
+from lmcache_kernels.dispatch import copy_one, give_up, served_by_torch
+from lmcache_kernels.dma import Dma, Memory, find_driver
+from lmcache_kernels.pipeline import ObjectShape, Pipeline
+from lmcache_kernels.rowcopy import Ints
+from lmcache_kernels.streams import TorchStreams
 
 Arrival = Callable[[], None]
 """Blocks until the bytes are there. Called once, on a thread that may wait; raises what went wrong underway."""
@@ -18,7 +27,11 @@ class StagingFullError(Exception):
 
 
 class Mover(Protocol):
-    """Moves objects between engine memory and host buffers. Both calls return without waiting for a device."""
+    """Moves objects between engine memory and host buffers. No call waits for a device."""
+
+    def now(self) -> object:
+        """This point of the engine's stream, for `load(after=…)`."""
+        ...
 
     def store(
         self, kv: BoundKV, group: int, slots: torch.Tensor, outs: Sequence[torch.Tensor], layout: ObjectLayout
@@ -40,13 +53,20 @@ class Mover(Protocol):
         group: int,
         slots: torch.Tensor,
         layers: slice | None = None,
+        after: object = None,
     ) -> Arrival | None:
-        """`srcs` → engine. None: the bytes are there; otherwise `srcs` must stay as they are until the arrival."""
+        """`srcs` → engine, once its stream has passed `after` (default: now), from when on the pages are free.
+
+        None: the bytes are there; otherwise `srcs` must stay as they are until the arrival.
+        """
         ...
 
 
 class HostMover:
     """Engine memory that the host reaches: `gather` and `scatter`, done when they return."""
+
+    def now(self) -> None:
+        """See `Mover`."""
 
     def store(
         self, kv: BoundKV, group: int, slots: torch.Tensor, outs: Sequence[torch.Tensor], layout: ObjectLayout
@@ -62,6 +82,127 @@ class HostMover:
         group: int,
         slots: torch.Tensor,
         layers: slice | None = None,
+        after: object = None,
     ) -> None:
         """See `Mover`."""
         scatter(srcs, layout, kv, group, slots, layers)
+
+
+class DeviceMover:
+    """Engine memory of an accelerator: in stream order, through `lmcache_kernels.pipeline`.
+
+    Where kernels turn out not to run, `gather` and `scatter` do the work by tensor operations, and wait for it.
+
+    Args:
+        device: where the engine's memory lies.
+        pipeline: of that device.
+    """
+
+    def __init__(self, device: torch.device, pipeline: Pipeline) -> None:
+        self._device = device
+        self._pipeline = pipeline
+        self._plain = HostMover()
+
+    def now(self) -> object:
+        """See `Mover`."""
+        return self._pipeline.now()
+
+    def store(
+        self, kv: BoundKV, group: int, slots: torch.Tensor, outs: Sequence[torch.Tensor], layout: ObjectLayout
+    ) -> Arrival | None:
+        """See `Mover`."""
+        copies = self._copies(kv, group, slots, len(outs), layout, missing=False)
+        if not served_by_torch(self._device):
+            try:
+                arrival = self._pipeline.store(copies, shape_of(layout), outs)
+            except Exception as error:
+                give_up(self._device, error)
+            else:
+                if arrival is None:
+                    raise StagingFullError("copies to the host are too far behind")
+                return arrival.wait
+        self._plain.store(kv, group, slots, outs, layout)
+        return None
+
+    def load(
+        self,
+        srcs: Sequence[torch.Tensor],
+        layout: ObjectLayout,
+        kv: BoundKV,
+        group: int,
+        slots: torch.Tensor,
+        layers: slice | None = None,
+        after: object = None,
+    ) -> Arrival | None:
+        """See `Mover`."""
+        copies = self._copies(kv, group, slots, len(srcs), layout, missing=True)
+        if not served_by_torch(self._device):
+            wanted = None if layers is None else range(*layers.indices(layout.layers))
+            try:
+                return self._pipeline.load(
+                    copies,
+                    shape_of(layout),
+                    srcs,
+                    pages=kv.groups[group].storages,
+                    after=after,
+                    layers=wanted,
+                    direct=srcs[0].is_pinned(),
+                ).wait
+            except Exception as error:
+                give_up(self._device, error)
+        self._plain.load(srcs, layout, kv, group, slots, layers)
+        return None
+
+    def _copies(
+        self, kv: BoundKV, group: int, slots: torch.Tensor, objects: int, layout: ObjectLayout, *, missing: bool
+    ) -> list[RowCopy]:
+        """Checked; object i begins at address `i × layout.nbytes`."""
+        bound = kv.groups[group]
+        ids = check_slots(slots, bound.num_slots, objects * layout.tokens, missing=missing, unique=missing)
+        return row_copies(bound, layout, ids, [i * layout.nbytes for i in range(objects)])
+
+
+def shape_of(layout: ObjectLayout) -> ObjectShape:
+    """How an object's bytes fall into layers."""
+    first = [segment for segment in layout.segments() if segment.layer == 0]
+    return ObjectShape(layout.nbytes, layout.layers, tuple((s.offset, s.nbytes) for s in first))
+
+
+def open_mover(device: torch.device, *, staging_bytes: int = 256 << 20, copy_engine_bytes: int = DMA_BYTES) -> Mover:
+    """What moves bytes in and out of this device's memory.
+
+    Args:
+        device: where the engine's memory lies.
+        staging_bytes, copy_engine_bytes: see `lmcache.Config`.
+    """
+    if device.type == "cpu":
+        return HostMover()
+
+    def say(line: str) -> None:
+        info("copy-engine", detail=line)
+
+    copies = Dma(find_driver(device, say), say=say)
+
+    def engine(
+        dst: Ints,
+        src: Ints,
+        nbytes: Ints,
+        *,
+        into: Sequence[torch.Tensor],
+        out_of: Sequence[torch.Tensor],
+        stream: object,
+    ) -> None:
+        host = into if out_of[0].device == device else out_of
+        pinned = host[0].is_pinned()
+        copies.copy(dst, src, nbytes, into=Memory(into), out_of=Memory(out_of), stream=stream, pinned=pinned)
+
+    pipeline = Pipeline(
+        TorchStreams(device),
+        device,
+        copy_one,
+        engine,
+        staging=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device),
+        staging_bytes=staging_bytes,
+        dma_bytes=copy_engine_bytes,
+    )
+    return DeviceMover(device, pipeline)

@@ -22,7 +22,7 @@ from lmcache.layout import ObjectLayout
 from lmcache.ledger import EngineView, Ledger, Run, SlotKey
 from lmcache.log import Throttle
 from lmcache.metrics import Metrics
-from lmcache.mover import Arrival, HostMover, Mover, StagingFullError
+from lmcache.mover import Arrival, Mover, StagingFullError, open_mover
 from lmcache.objectio import ObjectIO
 from lmcache.plan import Copy, Delete, Engine, Plan, Probe, Report, Slot, Status
 from lmcache.plan import Tier as TierPlace
@@ -50,6 +50,7 @@ class Transfer:
         rank: this rank's number in reports.
         read_threads, write_threads: per tier.
         queue_bytes: write-behind data waiting at most; beyond that a spill is skipped and counted.
+        open_mover: device of engine memory → what moves bytes in and out of it; called once for each.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Transfer:
         read_threads: int = 2,
         write_threads: int = 1,
         queue_bytes: int = 1 << 30,
+        open_mover: Callable[[torch.device], Mover] = open_mover,
     ) -> None:
         self._spec = spec
         self._chunk_tokens = chunk_tokens
@@ -76,7 +78,8 @@ class Transfer:
         metrics.kernel_fallbacks(lambda: float(len(fallbacks())))
         self._log = log
         self._queue_bytes = queue_bytes
-        self._host_mover = HostMover()
+        self._open_mover = open_mover
+        self._movers: dict[torch.device, Mover] = {}
         self._ledger = Ledger(rank)
         self._readers = [Workers(f"lmcache-{t.name}-read", read_threads) for t in tiers]
         self._writers = [Workers(f"lmcache-{t.name}-write", write_threads) for t in tiers]
@@ -92,11 +95,17 @@ class Transfer:
     def execute(self, plan: Plan, views: Mapping[int, EngineView] | None = None) -> None:
         """Start every job of `plan`. `views[job id]` is needed by jobs that copy from or to the engine.
 
-        On return the sources of its stores may be overwritten, and loads from ready slots are complete. A job that was
-        seen before is ignored, so a plan may be delivered twice.
+        On return the sources of its stores may be overwritten by whatever the engine enqueues later, and loads from ready
+        slots of host memory are complete (on a device, when they are reported). A job that was seen before is ignored, so a
+        plan may be delivered twice.
         """
         for run in self._ledger.begin(plan, views or {}):
-            self._start(run)
+            self._guard(run, range(len(run.job.ops)), partial(self._begin, run))
+
+    def _begin(self, run: Run) -> None:
+        if run.view is not None:
+            run.after = self._mover(run.view).now()
+        self._start(run)
 
     def poll(self) -> Report:
         """Everything this rank has to report and the index has not acknowledged."""
@@ -194,7 +203,12 @@ class Transfer:
             self._guard(run, indices, partial(self._scatter, run, group, indices))
 
     def _mover(self, view: EngineView) -> Mover:
-        return self._host_mover
+        device = view.kv.device
+        with self._lock:
+            found = self._movers.get(device)
+            if found is None:
+                found = self._movers[device] = self._open_mover(device)
+            return found
 
     def _reader(self, op: Copy) -> Workers:
         assert isinstance(op.src, TierPlace)
@@ -271,7 +285,7 @@ class Transfer:
                 copies = [run.copy(i) for i in batch]
                 srcs = [self._arenas[group].view(op.src.index) for op in copies if isinstance(op.src, Slot)]
                 slots = _slots_at(view.slots[group], [op.start for op in copies], self._chunk_tokens)
-                arrival = self._mover(view).load(srcs, layout, view.kv, group, slots, layers)
+                arrival = self._mover(view).load(srcs, layout, view.kv, group, slots, layers, run.after)
                 arrivals += [] if arrival is None else [arrival]
         except BaseException:
             _settle(arrivals, end)
@@ -361,7 +375,7 @@ class Transfer:
         arrivals: list[Arrival] = []
         try:
             slots = _slots_at(view.slots[group], [op.start], self._chunk_tokens)
-            arrival = self._mover(view).load([out], loaded.layout, view.kv, group, slots)
+            arrival = self._mover(view).load([out], loaded.layout, view.kv, group, slots, after=run.after)
             arrivals += [] if arrival is None else [arrival]
         finally:
             _settle(arrivals, partial(self._ledger.end_engine_write, run))

@@ -39,9 +39,8 @@ def copy_by_kernel(copies: Sequence[RowCopy], *, into_a: bool, device: torch.dev
     Raises:
         CopyError: the copies themselves are wrong.
     """
-    with _lock:
-        if device.type in _served_by_torch:
-            return False
+    if served_by_torch(device):
+        return False
     try:
         kernel = kernel_for(device)
         for copy in copies:
@@ -49,9 +48,20 @@ def copy_by_kernel(copies: Sequence[RowCopy], *, into_a: bool, device: torch.dev
     except CopyError:
         raise
     except Exception as error:
-        _give_up(device, error)
+        give_up(device, error)
         return False
     return True
+
+
+def copy_one(copy: RowCopy, *, into_a: bool, device: torch.device, max_programs: int | None = None) -> None:
+    """Copy rows on the current stream by whatever kernel `device` has; raises what went wrong."""
+    kernel_for(device)(copy, into_a=into_a, device=device, max_programs=max_programs)
+
+
+def served_by_torch(device: torch.device) -> bool:
+    """Whether kernels were given up on devices of this type."""
+    with _lock:
+        return device.type in _served_by_torch
 
 
 def kernel_for(device: torch.device) -> RowsKernel:
@@ -65,7 +75,8 @@ def kernel_for(device: torch.device) -> RowsKernel:
     return copy_rows
 
 
-def _give_up(device: torch.device, error: Exception) -> None:
+def give_up(device: torch.device, error: Exception) -> None:
+    """From now on tensor operations serve devices of this type; the first time it is said why."""
     reason = f"{type(error).__name__}: {error}"
     with _lock:
         first = _served_by_torch.setdefault(device.type, reason) is reason

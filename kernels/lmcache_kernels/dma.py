@@ -234,10 +234,10 @@ class Dma:
             pinned: the host side is page-locked. If not, `copy_` is used, which lets this thread wait.
 
         Raises:
-            ValueError: an address belongs to no tensor of its side. Nothing was copied.
+            ValueError: an address belongs to no tensor of its side, or the lists differ in length. Nothing was copied.
         """
-        if not len(dst) == len(src) == len(nbytes):
-            raise ValueError(f"{len(dst)} destinations, {len(src)} sources and {len(nbytes)} lengths")
+        if not dst.shape == src.shape == nbytes.shape:  # the driver would read past the end of the shorter
+            raise ValueError(f"descriptors of shapes {dst.shape}, {src.shape} and {nbytes.shape}")
         to, there = into.find(dst, nbytes)
         of, here = out_of.find(src, nbytes)
         if self.driver is not None and pinned and len(dst):

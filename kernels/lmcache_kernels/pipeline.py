@@ -31,8 +31,17 @@ Kernel = Callable[..., None]
 class CopyEngine(Protocol):
     """Copies by descriptors on the current stream; see `lmcache_kernels.dma.Dma`."""
 
-    def __call__(self, dst: Ints, src: Ints, nbytes: Ints, *, stream: Any) -> None:
-        """Enqueue copies between absolute addresses."""
+    def __call__(
+        self,
+        dst: Ints,
+        src: Ints,
+        nbytes: Ints,
+        *,
+        into: Sequence[torch.Tensor],
+        out_of: Sequence[torch.Tensor],
+        stream: Any,
+    ) -> None:
+        """Enqueue copies between absolute addresses, which lie in these tensors' storages."""
         ...
 
 
@@ -227,7 +236,7 @@ class Pipeline:
                     self._streams.wait(compute, ring.free[part])
                 self._gather(compute, copies, shape, piece, address)
                 self._streams.wait(side, self._streams.record(compute))
-                self._copy_out(side, piece, address, outs)
+                self._copy_out(side, piece, ring.memory, address, outs)
                 ring.free[part] = self._streams.record(side)
             event = self._streams.record(side)
             self._stores.append((event, total, outs))
@@ -242,11 +251,13 @@ class Pipeline:
         rows = of_piece(copies, shape, piece, starts)
         self._rows(stream, rows, into_a=False)
 
-    def _copy_out(self, stream: Any, piece: Piece, address: int, outs: Sequence[torch.Tensor]) -> None:
+    def _copy_out(
+        self, stream: Any, piece: Piece, ring: torch.Tensor, address: int, outs: Sequence[torch.Tensor]
+    ) -> None:
         low, nbytes = piece.span
         src = address + np.arange(len(piece.objects), dtype=np.int64) * nbytes
         dst = np.array([outs[i].data_ptr() + low for i in piece.objects], dtype=np.int64)
-        self._descriptors(stream, dst, src, np.full(len(src), nbytes, dtype=np.int64))
+        self._descriptors(stream, dst, src, np.full(len(src), nbytes, dtype=np.int64), outs, [ring])
 
     # ---------------------------------------------------------------- host → pages
 
@@ -256,6 +267,7 @@ class Pipeline:
         shape: ObjectShape,
         srcs: Sequence[torch.Tensor],
         *,
+        pages: Sequence[torch.Tensor],
         after: Any = None,
         layers: range | None = None,
         by_layer: bool = False,
@@ -266,6 +278,7 @@ class Pipeline:
         Args:
             copies, shape: as for `store`.
             srcs: uint8 `(shape.nbytes,)` host tensors; they must stay as they are until the arrival.
+            pages: tensors whose storages hold the pages.
             after: an event from `now`, after which the pages are free; default: now.
             layers: only these.
             by_layer: one event for each layer, in order.
@@ -276,12 +289,13 @@ class Pipeline:
         with self._load_lock:
             self._let_go(self._loads)
             bring, scatter = self._streams.side("bring"), self._streams.side("load")
-            self._streams.wait(bring, after)
             self._streams.wait(scatter, after)
+            if direct:  # else it fills staging memory, which the engine does not know
+                self._streams.wait(bring, after)
             events: dict[int, Any] = {}
             for some in [range(i, i + 1) for i in wanted] if by_layer else [wanted]:
                 if direct:
-                    self._straight(bring, scatter, copies, shape, srcs, some)
+                    self._straight(bring, scatter, copies, shape, srcs, pages, some)
                 else:
                     self._through_staging(bring, scatter, copies, shape, srcs, some)
                 event = self._streams.record(scatter)
@@ -297,6 +311,7 @@ class Pipeline:
         copies: Sequence[RowCopy],
         shape: ObjectShape,
         srcs: Sequence[torch.Tensor],
+        pages: Sequence[torch.Tensor],
         layers: range,
     ) -> None:
         """Long pieces by the copy engine, short ones by a kernel that reads host memory; both at once."""
@@ -314,7 +329,7 @@ class Pipeline:
                 nbytes.append(divided.nbytes)
                 rest += divided.kernel
         if sum(map(len, a)):
-            self._descriptors(bring, np.concatenate(a), np.concatenate(b), np.concatenate(nbytes))
+            self._descriptors(bring, np.concatenate(a), np.concatenate(b), np.concatenate(nbytes), pages, srcs)
         self._rows(scatter, rest, into_a=True, programs=self._load_programs)
         self._streams.wait(scatter, self._streams.record(bring))
 
@@ -335,7 +350,7 @@ class Pipeline:
             low, nbytes = piece.span
             starts = address + np.arange(len(piece.objects), dtype=np.int64) * nbytes
             sources = np.array([srcs[i].data_ptr() + low for i in piece.objects], dtype=np.int64)
-            self._descriptors(bring, starts, sources, np.full(len(starts), nbytes, dtype=np.int64))
+            self._descriptors(bring, starts, sources, np.full(len(starts), nbytes, dtype=np.int64), [ring.memory], srcs)
             self._streams.wait(scatter, self._streams.record(bring))
             self._rows(scatter, of_piece(copies, shape, piece, starts), into_a=True)
             ring.free[part] = self._streams.record(scatter)
@@ -357,12 +372,23 @@ class Pipeline:
         if rows:
             self._streams.launch(stream, work, touches)
 
-    def _descriptors(self, stream: Any, dst: Ints, src: Ints, nbytes: Ints) -> None:
+    def _descriptors(
+        self,
+        stream: Any,
+        dst: Ints,
+        src: Ints,
+        nbytes: Ints,
+        into: Sequence[torch.Tensor],
+        out_of: Sequence[torch.Tensor],
+    ) -> None:
         def touches() -> Touches:
             reads, writes = (list(zip(*(x.tolist() for x in union(side, nbytes)), strict=True)) for side in (src, dst))
             return Touches(reads, writes)
 
-        self._streams.launch(stream, lambda: self._engine(dst, src, nbytes, stream=stream), touches)
+        def work() -> None:
+            self._engine(dst, src, nbytes, into=into, out_of=out_of, stream=stream)
+
+        self._streams.launch(stream, work, touches)
 
     def _ring(self, name: str, shape: ObjectShape) -> _Ring:
         """The ring, large enough for one layer of one object in each part."""

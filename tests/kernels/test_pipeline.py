@@ -54,7 +54,7 @@ class Lab:
         self.staging.append(torch.full((nbytes,), 0xAA, dtype=torch.uint8))
         return self.staging[-1]
 
-    def _engine(self, dst: Ints, src: Ints, nbytes: Ints, *, stream: object) -> None:
+    def _engine(self, dst: Ints, src: Ints, nbytes: Ints, **_: object) -> None:
         for d, s, n in zip(dst.tolist(), src.tolist(), nbytes.tolist(), strict=True):
             ctypes.memmove(d, s, n)
 
@@ -120,7 +120,7 @@ class Lab:
     ) -> Arrival:
         srcs = [item.clone() for item in objects]
         arrival = self.pipeline.load(
-            self.copies(pages), self.shape, srcs, by_layer=by_layer, direct=direct, after=after
+            self.copies(pages), self.shape, srcs, pages=[self.pages], by_layer=by_layer, direct=direct, after=after
         )
         for copy in self.copies(pages):
             for a, b in zip(*(side.tolist() for side in copy.rows()), strict=True):

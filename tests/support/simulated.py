@@ -7,6 +7,7 @@ its next work is sure to come after. The host is a stream too.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -141,6 +142,39 @@ class Simulated:
                 if meet and clock.get(other.stream, 0) < other.count:
                     raise OrderError(f"{stream} {one.what} what {other.stream} {other.what}, and nothing orders them")
         self.accesses += new
+
+
+class Deferred(Simulated):
+    """For whole caches with several threads: nothing is checked, and side streams run as late as anybody lets them.
+
+    The engine's own stream is done when a launch returns, as engines in tests compute on the host.
+    """
+
+    def __init__(self, choose: Callable[[int], int]) -> None:
+        super().__init__(choose)
+        self._lock = threading.RLock()
+
+    def launch(self, stream: str, work: Work, touches: Callable[[], Touches]) -> None:
+        with self._lock:
+            self.queues.setdefault(stream, deque()).append(work)
+            if stream == "compute":
+                super().synchronise(super().record(stream))
+
+    def record(self, stream: str) -> Event:
+        with self._lock:
+            return super().record(stream)
+
+    def wait(self, stream: str, event: Event) -> None:
+        with self._lock:
+            super().wait(stream, event)
+
+    def done(self, event: Event) -> bool:
+        with self._lock:
+            return super().done(event)
+
+    def synchronise(self, event: Event) -> None:
+        with self._lock:
+            super().synchronise(event)
 
 
 def _learn(clock: Clock, other: Clock) -> None:

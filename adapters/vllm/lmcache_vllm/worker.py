@@ -21,6 +21,7 @@ from lmcache.layout.bound import BoundKV
 from lmcache.ledger import EngineView
 from lmcache.log import Throttle, info
 from lmcache.metrics import Metrics
+from lmcache.mover import open_mover
 from lmcache.objectio import ObjectIO
 from lmcache.plan import Job, JobReport, Plan, Report, Status
 from lmcache.spec import KVSpec
@@ -174,6 +175,11 @@ class WorkerHalf:
             read_threads=self._config.io_threads,
             write_threads=self._config.io_threads,
             queue_bytes=self._config.queue_bytes // self.ranks,
+            open_mover=partial(
+                open_mover,
+                staging_bytes=self._config.staging_bytes,
+                copy_engine_bytes=self._config.copy_engine_bytes,
+            ),
         )
         info(
             "cache-open",
