@@ -11,16 +11,20 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lmcache_kernels.cases import CASES, Case
+from lmcache_kernels import triton_convert
+from lmcache_kernels.cases import CASES, CONVERTED, CONVERTED_FP32, Case
 from lmcache_kernels.launch import Specialisation, specialise
-from lmcache_kernels.triton_copy import KERNELS, constants
+from lmcache_kernels.quantise import FLOATS, LARGEST, conversion
+from lmcache_kernels.triton_copy import COUNTS, KERNELS, constants
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """A100, H100, B200, MI300."""
@@ -39,7 +43,7 @@ class KernelReport:
     Attributes:
         kernel: case and direction.
         target: compute capability or architecture.
-        kind: "run" or "turn", see `Specialisation`.
+        kind: "run" or "turn", see `Specialisation`; "convert", see `Conversion`.
         load_bytes, store_bytes: the narrowest access of the data by one thread in one instruction.
         access_bytes: the smaller of both.
         registers: per thread.
@@ -78,7 +82,10 @@ def report(targets: Sequence[str] = TARGETS, cases: Sequence[Case] = CASES) -> I
         what = specialise(case.copy())
         for into_a in (False, True):
             for target in targets:
-                yield compiled(f"{case.name}, {'back' if into_a else 'out'}", what, target, into_a=into_a)
+                yield compiled(f"{case.name}, {_WAYS[into_a]}", what, target, into_a=into_a)
+    for dtype, kind, into_a in product(FLOATS, LARGEST, (False, True)):
+        for target in targets:
+            yield converted(dtype, kind, target, into_a=into_a)
 
 
 def verdicts(reports: Sequence[KernelReport], cases: Sequence[Case] = CASES) -> list[str]:
@@ -86,7 +93,7 @@ def verdicts(reports: Sequence[KernelReport], cases: Sequence[Case] = CASES) -> 
     wanted = {case.name: case for case in cases}
     out = []
     for found in reports:
-        case = wanted[found.kernel.rpartition(", ")[0]]
+        case = wanted.get(found.kernel.rpartition(", ")[0], CONVERTED)
         wide = max(found.load_bytes, found.store_bytes)
         where = f"{found.kernel}, {found.target}"
         if wide < case.wide or found.access_bytes < case.narrow:
@@ -101,23 +108,57 @@ def verdicts(reports: Sequence[KernelReport], cases: Sequence[Case] = CASES) -> 
 
 def compiled(name: str, what: Specialisation, target: str, *, into_a: bool) -> KernelReport:
     """One kernel for one target."""
-    amd = target.startswith("gfx")
-    lanes = 64 if amd else 32
+    lanes = _lanes(target)
     warps = what.warps(lanes)
-    kernel = KERNELS[what.kind]
     fixed = constants(what, into_a=into_a)
-    signature = {"tables": "*i64", "layers": "i32", "objects": "i32", "units": "i32"} | dict.fromkeys(
-        fixed, "constexpr"
+    arguments = {"tables": "*i64"} | dict.fromkeys(COUNTS, "i32")
+    threads = warps * lanes
+    options = {"num_warps": warps}
+    return _compiled(
+        name, target, what.kind, KERNELS[what.kind], arguments, fixed, options, what.bytes_at_a_time // threads
     )
+
+
+def converted(dtype: torch.dtype, kind: torch.dtype, target: str, *, into_a: bool) -> KernelReport:
+    """A conversion for one target."""
+    case = CONVERTED_FP32 if dtype == torch.float32 else CONVERTED
+    lanes = _lanes(target)
+    what = conversion(case.copy(), into_a=into_a, dtype=dtype, kind=kind, head_loop=1, lanes=lanes)
+    arguments = {"tables": "*i64", "factors": "*fp32"} | dict.fromkeys(triton_convert.COUNTS, "i32")
+    options = what.options()
+    in_flight = what.rows * what.tile * dtype.itemsize // (options["num_warps"] * lanes)
+    name = f"{str(dtype)[6:]} to {str(kind)[6:]}, {_WAYS[into_a]}"
+    return _compiled(name, target, "convert", triton_convert.convert, arguments, what.constants(), options, in_flight)
+
+
+_WAYS = {False: "out", True: "back"}
+
+
+def _lanes(target: str) -> int:
+    return 64 if target.startswith("gfx") else 32
+
+
+def _compiled(
+    name: str,
+    target: str,
+    kind: str,
+    kernel: Any,
+    arguments: dict[str, str],
+    fixed: dict[str, Any],
+    options: dict[str, Any],
+    in_flight: int,
+) -> KernelReport:
+    amd = target.startswith("gfx")
+    signature = arguments | dict.fromkeys(fixed, "constexpr")
     places = {(kernel.arg_names.index(key),): value for key, value in fixed.items()}
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Triton's own defaults
-            out = triton.compile(ASTSource(kernel, signature, places, {}), target=gpu, options={"num_warps": warps})
+            out = triton.compile(ASTSource(kernel, signature, places, {}), target=gpu, options=options)
     except Exception as error:
         raise RuntimeError(f"{name}: Triton {triton.__version__} cannot compile for {target}: {error}") from error
-    shared = int(out.metadata.shared)
+    shared, warps = int(out.metadata.shared), int(options["num_warps"])
     if amd:
         text = out.asm["amdgcn"]
         loads = [_AMD_BYTES.get(size, 1) for size in _AMD_DATA_LOAD.findall(text)]
@@ -136,7 +177,7 @@ def compiled(name: str, what: Specialisation, target: str, *, into_a: bool) -> K
     return KernelReport(
         kernel=name,
         target=target,
-        kind=what.kind,
+        kind=kind,
         load_bytes=min(loads),
         store_bytes=min(stores),
         access_bytes=min(*loads, *stores),
@@ -144,7 +185,7 @@ def compiled(name: str, what: Specialisation, target: str, *, into_a: bool) -> K
         spill_bytes=spills,
         shared_bytes=shared,
         warps=warps,
-        in_flight_bytes=what.bytes_at_a_time // (warps * lanes),
+        in_flight_bytes=in_flight,
         occupancy=round(occupancy, 3),
     )
 

@@ -83,3 +83,9 @@ CASES = (
     Case("rows of 6 bytes", ((6, 1, 1),), 6, 6, 2, 2, "6 bytes are no multiple of 4"),
     Case("rows of 7 bytes", ((7, 1, 1),), 7, 7, 1, 1, "7 bytes are no multiple of 2"),
 )
+
+CONVERTED = Case("packed to canonical, converted", ((16, 512, 1024), (8, 8192, 128), (128, 1, 1)), 65536, 16384)
+"""Rows of floats of two bytes that become codes of one: the innermost loop counts elements."""
+
+CONVERTED_FP32 = Case("packed to canonical, converted", ((16, 1024, 1024), (8, 16384, 128), (128, 1, 1)), 131072, 16384)
+"""The same with floats of four bytes."""

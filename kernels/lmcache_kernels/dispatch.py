@@ -42,9 +42,8 @@ def copy_by_kernel(copies: Sequence[RowCopy], *, into_a: bool, device: torch.dev
     if served_by_torch(device):
         return False
     try:
-        kernel = kernel_for(device)
         for copy in copies:
-            kernel(copy, into_a=into_a, device=device)
+            copy_one(copy, into_a=into_a, device=device)
     except CopyError:
         raise
     except Exception as error:
@@ -54,8 +53,8 @@ def copy_by_kernel(copies: Sequence[RowCopy], *, into_a: bool, device: torch.dev
 
 
 def copy_one(copy: RowCopy, *, into_a: bool, device: torch.device, max_programs: int | None = None) -> None:
-    """Copy rows on the current stream by whatever kernel `device` has; raises what went wrong."""
-    kernel_for(device)(copy, into_a=into_a, device=device, max_programs=max_programs)
+    """Copy rows, of slots that were checked, on the current stream by the kernel of `device`; raises what went wrong."""
+    kernel_for(device)(copy, into_a=into_a, device=device, max_programs=max_programs, trusted=True)
 
 
 def served_by_torch(device: torch.device) -> bool:

@@ -4,13 +4,14 @@ without a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
 import numpy as np
 
 from lmcache_kernels.address import Dim, coalesce
+from lmcache_kernels.checks import CopyError
 from lmcache_kernels.rowcopy import Ints, RowCopy
 
 ACCESS_BYTES = 16
@@ -50,6 +51,7 @@ class Specialisation:
         tile_a, tile_b: the elements of a tile in each side's own order, as few loops as possible ("turn").
         shape_a: sizes of the tile's loops in the order of A ("turn").
         to_b: position in A's order of each loop of B's order ("turn").
+        far: a row reaches farther than an int32 counts elements.
     """
 
     kind: Literal["run", "turn"]
@@ -64,6 +66,7 @@ class Specialisation:
     tile_b: Loops = Loops((), ())
     shape_a: tuple[int, ...] = ()
     to_b: tuple[int, ...] = ()
+    far: bool = False
 
     @property
     def bytes_at_a_time(self) -> int:
@@ -97,7 +100,7 @@ def specialise(copy: RowCopy) -> Specialisation:
     tile_elements = min(_power(count), most)
     rows = max(1, most // tile_elements)
     a, b = _sides(loops)
-    return Specialisation("run", width, copy.row_alignment, a, b, count, rows, tile_elements)
+    return Specialisation("run", width, copy.row_alignment, a, b, count, rows, tile_elements, far=_far(loops))
 
 
 def _tile(loops: list[Dim], width: int) -> list[int]:
@@ -140,7 +143,12 @@ def _turn(loops: list[Dim], taken: list[int], width: int, align: int) -> Special
         _joined([(size, stride) for size, _, stride in by_b]),
         tuple(size for size, _, _ in by_a),
         tuple(by_a.index(loop) for loop in by_b),
+        _far(loops),
     )
+
+
+def _far(loops: list[Dim]) -> bool:
+    return max(sum((size - 1) * loop[side] for size, *loop in loops) for side in (0, 1)) >= 1 << 31
 
 
 def _sides(loops: list[Dim]) -> tuple[Loops, Loops]:
@@ -178,6 +186,26 @@ class Launch:
     def items(self) -> int:
         """Pieces of work."""
         return self.what.items(self.layers * self.objects * self.units)
+
+
+MOST = 1 << 30
+"""Pieces of work of one launch, which counts them in int32."""
+
+
+def parts(copy: RowCopy) -> list[RowCopy]:
+    """The copy in parts of at most `MOST` pieces; one part unless it is beyond all GPUs of today.
+
+    Raises:
+        CopyError: one object alone has more.
+    """
+    each = specialise(copy).items(copy.layers * copy.units)
+    if each > MOST:
+        raise CopyError(
+            f"an object of {copy.layers} layers × {copy.units} rows has {each} pieces; {MOST} can be counted"
+        )
+    step = MOST // max(1, each)
+    starts = range(0, copy.objects, step) if copy.objects > step else (0,)
+    return [replace(copy, a_units=copy.a_units[i : i + step], b_base=copy.b_base[i : i + step]) for i in starts]
 
 
 def launch_of(copy: RowCopy) -> Launch:

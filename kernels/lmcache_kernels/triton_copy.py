@@ -8,18 +8,23 @@ number can be held down to what the forward pass can spare.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from lmcache_kernels.launch import Launch, Specialisation, launch_of
+from lmcache_kernels.checks import check_copy
+from lmcache_kernels.launch import Launch, Specialisation, launch_of, parts
 from lmcache_kernels.rowcopy import RowCopy
 
 _ELEMENTS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 _PROGRAMS = 1 << 14
+
+COUNTS = ("layers", "objects", "units")
+"""Arguments that are data: what is launched is what was compiled ahead of time, however many there are."""
 
 
 @triton.jit
@@ -41,10 +46,10 @@ def _row(tables, layers, objects, units, row, there):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _inside(place, SIZES: tl.constexpr, STRIDES: tl.constexpr):  # type: ignore[no-untyped-def]
+def _inside(place, SIZES: tl.constexpr, STRIDES: tl.constexpr, FAR: tl.constexpr):  # type: ignore[no-untyped-def]
     """Offsets of positions in nested loops."""
-    offset = place * 0
-    rest = place
+    rest = place.to(tl.int64) if FAR else place
+    offset = rest * 0
     for i in tl.static_range(len(SIZES)):
         if i == len(SIZES) - 1:
             offset += rest * STRIDES[0]
@@ -54,13 +59,14 @@ def _inside(place, SIZES: tl.constexpr, STRIDES: tl.constexpr):  # type: ignore[
     return offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def run(  # type: ignore[no-untyped-def]
     tables,
     layers,
     objects,
     units,
     INTO_A: tl.constexpr,
+    FAR: tl.constexpr,
     ELEMENT: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZES: tl.constexpr,
@@ -78,10 +84,12 @@ def run(  # type: ignore[no-untyped-def]
         a, b, there = _row(tables, layers, objects, units, row, row < rows)
         place = (item % tiles) * TILE + tl.arange(0, TILE)
         from_a = (
-            tl.multiple_of(a.to(tl.pointer_type(ELEMENT))[:, None], (ALIGN, ALIGN)) + _inside(place, SIZES, A)[None, :]
+            tl.multiple_of(a.to(tl.pointer_type(ELEMENT))[:, None], (ALIGN, ALIGN))
+            + _inside(place, SIZES, A, FAR)[None, :]
         )
         from_b = (
-            tl.multiple_of(b.to(tl.pointer_type(ELEMENT))[:, None], (ALIGN, ALIGN)) + _inside(place, SIZES, B)[None, :]
+            tl.multiple_of(b.to(tl.pointer_type(ELEMENT))[:, None], (ALIGN, ALIGN))
+            + _inside(place, SIZES, B, FAR)[None, :]
         )
         mask = there[:, None] & (place < COUNT)[None, :]
         if INTO_A:
@@ -90,13 +98,14 @@ def run(  # type: ignore[no-untyped-def]
             tl.store(from_b, tl.load(from_a, mask=mask, cache_modifier=".cg"), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def turn(  # type: ignore[no-untyped-def]
     tables,
     layers,
     objects,
     units,
     INTO_A: tl.constexpr,
+    FAR: tl.constexpr,
     ELEMENT: tl.constexpr,
     ALIGN: tl.constexpr,
     SIZES: tl.constexpr,
@@ -119,10 +128,10 @@ def turn(  # type: ignore[no-untyped-def]
         a, b, there = _row(tables, layers, objects, units, item // COUNT, True)
         if there:
             element = tl.arange(0, TILE)
-            from_a = tl.multiple_of((a).to(tl.pointer_type(ELEMENT)), ALIGN) + _inside(item % COUNT, SIZES, A)
-            from_b = tl.multiple_of((b).to(tl.pointer_type(ELEMENT)), ALIGN) + _inside(item % COUNT, SIZES, B)
-            from_a += _inside(element, SIZES_A, TILE_A)
-            from_b += _inside(element, SIZES_B, TILE_B)
+            from_a = tl.multiple_of((a).to(tl.pointer_type(ELEMENT)), ALIGN) + _inside(item % COUNT, SIZES, A, FAR)
+            from_b = tl.multiple_of((b).to(tl.pointer_type(ELEMENT)), ALIGN) + _inside(item % COUNT, SIZES, B, FAR)
+            from_a += _inside(element, SIZES_A, TILE_A, FAR)
+            from_b += _inside(element, SIZES_B, TILE_B, FAR)
             if INTO_A:
                 tile = tl.reshape(tl.load(from_b, cache_modifier=".cg"), SHAPE)
                 tl.store(from_a, tl.reshape(tl.permute(tile, ORDER), (TILE,)))
@@ -138,6 +147,7 @@ def constants(what: Specialisation, *, into_a: bool) -> dict[str, Any]:
     """The compile-time arguments of a specialisation's kernel, by name."""
     out: dict[str, Any] = {
         "INTO_A": into_a,
+        "FAR": what.far,
         "ELEMENT": _ELEMENTS[what.width],
         "ALIGN": what.align,
         "SIZES": what.a.sizes,
@@ -163,6 +173,7 @@ def copy_rows(
     device: torch.device,
     stream: torch.Stream | None = None,
     max_programs: int | None = None,
+    trusted: bool = False,
 ) -> None:
     """Move every row, from A to B or (`into_a`) from B to A, on `stream` (default: the current one of `device`).
 
@@ -174,15 +185,18 @@ def copy_rows(
         device: where the kernel runs.
         stream: a stream of `device`.
         max_programs: no more programs than these at a time, to leave compute to others.
+        trusted: the caller has made sure that no byte is written twice.
+
+    Raises:
+        CopyError: rows that are written overlap; nothing was launched.
     """
-    work = launch_of(copy)
-    if not work.items:
-        return
-    if stream is None:
-        _launch(work, into_a, device, max_programs)
-    else:
-        with stream:
-            _launch(work, into_a, device, max_programs)
+    if not trusted:
+        check_copy(copy, into_a=into_a)
+    with nullcontext() if stream is None else stream:
+        for part in parts(copy):
+            work = launch_of(part)
+            if work.items:
+                _launch(work, into_a, device, max_programs)
 
 
 def _launch(work: Launch, into_a: bool, device: torch.device, max_programs: int | None) -> None:

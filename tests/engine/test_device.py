@@ -126,7 +126,7 @@ def test_kernels_that_do_not_run_are_replaced_and_counted(monkeypatch: pytest.Mo
         with cache.lookup(tokens) as hit:
             assert cache.retrieve(hit, target.kv, slots) == 3 * CHUNK
         assert cache.stats()["lmcache_kernel_fallbacks"] == 1
-    assert all(map(torch.equal, target.sequence(slots), source.sequence(slots)))
+    assert target.sequence(slots) == source.sequence(slots)
     assert "no binary for this GPU" in dispatch.fallbacks()["cpu"]
 
 

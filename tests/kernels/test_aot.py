@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from lmcache_kernels import aot
 from lmcache_kernels.cases import CASES
 from lmcache_kernels.launch import specialise
+from lmcache_kernels.quantise import FLOATS, LARGEST
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def reports() -> list[aot.KernelReport]:
 
 
 def test_every_kernel_for_every_gpu_is_wide_and_spills_nothing(reports: list[aot.KernelReport]) -> None:
-    assert len(reports) == 2 * len(CASES) * len(aot.TARGETS)
+    assert len(reports) == (2 * len(CASES) + 2 * len(FLOATS) * len(LARGEST)) * len(aot.TARGETS)
     assert aot.verdicts(reports) == []
 
 
@@ -32,9 +33,9 @@ def test_tiles_are_turned_in_shared_memory_and_runs_need_none(reports: list[aot.
     for found in (found for found in reports if found.kernel.rpartition(", ")[0] not in odd):
         if found.kind == "run":
             assert found.shared_bytes == 0
-        elif found.target != "gfx942":
+        elif found.kind == "turn" and found.target != "gfx942":
             assert found.shared_bytes > 0
-        assert found.occupancy >= 0.5
+        assert found.occupancy >= (0.25 if found.kind == "convert" else 0.5)
         assert found.in_flight_bytes >= found.access_bytes
 
 

@@ -23,6 +23,7 @@ def copy_rows(
     device: torch.device | None = None,
     stream: object = None,
     max_programs: int | None = None,
+    trusted: bool = False,
 ) -> None:
     """A row kernel for host addresses: read everything, then write everything."""
     a, b, n = pairs(copy)
