@@ -20,16 +20,18 @@ def test_tasks_run_in_order_on_one_thread_and_all_run_before_close_returns() -> 
 
 
 def test_threads_start_only_when_there_is_more_work_than_hands() -> None:
-    before = threading.active_count()
-    workers = Workers("w", 8)
-    assert threading.active_count() == before
+    def threads() -> int:
+        return sum(thread.name.startswith("hands-") for thread in threading.enumerate())
+
+    workers = Workers("hands", 8)
+    assert threads() == 0
     gate = threading.Event()
     for _ in range(3):
         workers.submit(gate.wait)
-    assert threading.active_count() == before + 3
+    assert threads() == 3
     gate.set()
     assert workers.close()
-    assert threading.active_count() == before
+    assert threads() == 0
 
 
 def test_a_hanging_task_does_not_keep_close_or_the_process_waiting() -> None:
