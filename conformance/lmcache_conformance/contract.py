@@ -46,6 +46,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         same_split: `Session.generate(..., reuse=False)` recomputes in the split in which a hit was computed.
         restart: a disk folder serves a new process.
         salt: requests carry a cache salt.
+        tenant_clear: `Session.clear(salt)` leaves other tenants' KV. Not where an engine's own keys hide whose they are.
         lora: requests carry a LoRA adapter.
         images: requests carry images.
         concurrent: several requests may run at once.
@@ -67,6 +68,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     same_split: bool = False
     restart: bool = False
     salt: bool = False
+    tenant_clear: bool = True
     lora: bool = False
     images: bool = False
     concurrent: bool = False

@@ -25,6 +25,7 @@ class SGLangAdapter:
         same_split=True,
         restart=True,
         salt=True,
+        tenant_clear=False,
         concurrent=True,
         batch_invariant=False,
         device_cache=True,

@@ -1,7 +1,7 @@
-"""SGLang's environment for tests, on import: quiet threads, and on a machine without a GPU what a checkout has for it. Before SGLang's import.
+"""SGLang's environment for tests, on import and before SGLang's: quiet threads, a checkout's stand-ins where there is no GPU.
 
-The package ships nothing that stands in for a GPU. The shims lie in the adapter's tests; they are used when this is a checkout (or
-`TEST_LMCACHE_SHIMS` names their folder) and there is no GPU.
+The package ships nothing that stands in for a GPU. The shims lie in the adapter's tests; they are used where there is no GPU
+and this is a checkout, or `TEST_LMCACHE_SHIMS` names their folder.
 """
 
 from __future__ import annotations

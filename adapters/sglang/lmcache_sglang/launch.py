@@ -16,7 +16,12 @@ BACKEND = {
 }
 """What makes SGLang load `LMCacheStorage` and hand over host memory instead of copies."""
 
-OWN = ("prefetch_threshold", "prefetch_timeout_base", "prefetch_timeout_per_ki_token", "hicache_storage_pass_prefix_keys")
+OWN = (
+    "prefetch_threshold",
+    "prefetch_timeout_base",
+    "prefetch_timeout_per_ki_token",
+    "hicache_storage_pass_prefix_keys",
+)
 """Keys of the same JSON that are SGLang's own; it takes them out itself."""
 
 

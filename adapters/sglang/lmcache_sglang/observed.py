@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection, Listener
 from typing import Any
 
 import torch
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from lmcache_sglang.storage import LMCacheStorage
 
 ADDRESS = "TEST_LMCACHE_CONTROL"
 """Environment variable: where to listen, a name that is no file."""
+
+_REST_S = 0.002
 
 
 class ObservedStorage(LMCacheStorage):
@@ -28,6 +32,7 @@ class ObservedStorage(LMCacheStorage):
     def __init__(self, storage_config: Any, kwargs: Any = None) -> None:
         super().__init__(storage_config, kwargs)
         self._tree = _Tree()
+        _rest_when_idle()
         address = os.environ.get(ADDRESS)
         if address and storage_config.tp_rank == 0:
             listener = Listener("\0" + address, "AF_UNIX")
@@ -72,6 +77,17 @@ class ObservedStorage(LMCacheStorage):
         else:
             raise ValueError(f"unknown command {command!r}")
         return None
+
+
+def _rest_when_idle() -> None:
+    """SGLang's scheduler spins, and a test run has several that wait for each other on few cores."""
+    plain = Scheduler.on_idle
+
+    def on_idle(scheduler: Any) -> None:
+        plain(scheduler)
+        time.sleep(_REST_S)
+
+    Scheduler.on_idle = on_idle
 
 
 class _Tree:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -165,10 +165,10 @@ class OpaquePages:
 
     def landed(self, kv: PagedKV, slots: torch.Tensor, pages: int) -> None:
         """See `Pages`."""
-        rows = kv.tensors[0]  # type: ignore[index]
+        (rows,) = cast(list[torch.Tensor], kv.tensors)
         like = self._pool.get_dummy_flat_data_page()
         for number, start in enumerate(slots[:: self.page_tokens].tolist()[:pages]):
-            self._pool.set_from_flat_data_page(start, rows[number, 0].clone().view(like.dtype))  # type: ignore[index]
+            self._pool.set_from_flat_data_page(start, rows[number, 0].clone().view(like.dtype))
 
     def flat(self, page: torch.Tensor) -> tuple[PagedKV, torch.Tensor]:
         """See `Pages`."""
@@ -281,13 +281,13 @@ def _layer_views(pool: Any, layout: str, latent: bool) -> list[Sequence[torch.Te
 def _page_view(page: torch.Tensor, layout: str, latent: bool) -> Sequence[torch.Tensor]:
     """A page as SGLang slices it, per plane as `(layer, slot, head, dim)`; a view, so writing to it writes to the pool."""
     parts = [page] if latent else [page[0], page[1]]
-    order = {
-        "layer_first": lambda part: part,
-        "page_first": lambda part: part.transpose(0, 1),
-        "page_first_direct": lambda part: part[0],
-        "page_head": lambda part: part[0].permute(2, 1, 0, 3),
-    }[layout]
-    return [order(part) for part in parts]
+    if layout == "page_first":
+        return [part.transpose(0, 1) for part in parts]
+    if layout == "page_first_direct":
+        return [part[0] for part in parts]
+    if layout == "page_head":
+        return [part[0].permute(2, 1, 0, 3) for part in parts]
+    return parts
 
 
 def _bytes(page: torch.Tensor) -> torch.Tensor:

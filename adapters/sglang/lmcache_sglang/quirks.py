@@ -39,7 +39,9 @@ def check_version() -> str:
         raise UnsupportedError(f"SGLang {version} is too old; the backend needs {'.'.join(map(str, OLDEST))} or newer")
     if version.split("+")[0] in TESTED:
         return ""
-    return f"SGLang {version} was never tested with this backend, only {', '.join(TESTED)}; the layout proof still holds"
+    return (
+        f"SGLang {version} was never tested with this backend, only {', '.join(TESTED)}; the layout proof still holds"
+    )
 
 
 def _version() -> str:
@@ -89,7 +91,9 @@ def identity_of(config: Config) -> str:
     if arguments is None:
         raise UnsupportedError("SGLang does not say which model it serves here; set model_identity")
     if str(arguments.load_format) == "dummy":
-        raise UnsupportedError("load_format=dummy: random weights have no identity; set model_identity to give them one")
+        raise UnsupportedError(
+            "load_format=dummy: random weights have no identity; set model_identity to give them one"
+        )
     path, revision = str(arguments.model_path), getattr(arguments, "revision", None)
     identity = model_identity(f"{path}@{revision}" if revision else path, fingerprint=config.fingerprint)
     changed = str(getattr(arguments, "json_model_override_args", "") or "{}")

@@ -149,7 +149,8 @@ class SGLangSession:
         async def together() -> list[Response]:
             return list(await asyncio.gather(*map(self._one, requests)))
 
-        return self._engine.loop.run_until_complete(together())
+        answers: list[Response] = self._engine.loop.run_until_complete(together())
+        return answers
 
     async def _one(self, request: Request) -> Response:
         self._number += 1

@@ -1,7 +1,7 @@
 """`LMCacheStorage`: what HiCache calls to keep host pages, find them again and fetch them.
 
 SGLang names pages by hashes that cover the tokens before them and the request's `extra_key` and `cache_salt`, but neither
-model, dtype, page size nor rank: these are the namespace's. A key names its page by itself, for calls begin anywhere in a request.
+model, dtype, page size nor rank: these are the namespace's. A key names its page by itself, wherever in a request a call begins.
 
 SGLang calls from threads of its own (one that looks up and fetches, one that backs up), never from its scheduler. Nothing here
 raises into it: what goes wrong is a miss, a counter and one log line.
@@ -101,9 +101,7 @@ class Store:
         page = self.pages.page_tokens
         if len(slots) != len(keys) * page:
             raise ValueError(f"{len(slots)} host indices for {len(keys)} pages of {page} tokens")
-        return [
-            (keys[i : i + _BATCH], slots[i * page : (i + _BATCH) * page]) for i in range(0, len(keys), _BATCH)
-        ]
+        return [(keys[i : i + _BATCH], slots[i * page : (i + _BATCH) * page]) for i in range(0, len(keys), _BATCH)]
 
 
 class LMCacheStorage(HiCacheStorage):

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 import pytest
 import torch
 from poollab import CASES, DTYPES, LAYERS, PAGE, PAGES, fill, host_pool, storage_config, tokens_of
@@ -259,9 +258,9 @@ def test_a_layout_that_is_not_true_is_found_out(make: Maker, caplog: pytest.LogC
 def test_transposed_accessors_are_found_out() -> None:
     pool = host_pool("mha", "page_head", heads=PAGE)  # heads and slots of a page: the same number
     plain = pool.get_data_page
-    pool.get_data_page = lambda index, flat=True: plain(index, False).transpose(2, 3).flatten() if flat else plain(
-        index, False
-    ).transpose(2, 3)
+    pool.get_data_page = lambda index, flat=True: (
+        plain(index, False).transpose(2, 3).flatten() if flat else plain(index, False).transpose(2, 3)
+    )
     spec_pages = pools.DirectPages
     with pytest.raises(quirks.UnsupportedError, match="contradict"):
         spec_pages(pool, "m", quirks.numerics_of(storage_config()), pools.Rank())
@@ -441,6 +440,3 @@ def test_poison_with_true_checksums_does_reach_the_pool(make: Maker) -> None:
     assert make(target).batch_get_v1(KEYS[:1], slots_of([0])) == [True]
     part = slots_of([0]).tolist()
     assert not torch.equal(tokens_of(target, "mha", part), tokens_of(pool, "mha", part))
-
-
-
