@@ -18,6 +18,9 @@ class SGLangAdapter:
     preload = "lmcache_sglang.preload"
     """May be imported before forking: sessions of a test run then start in a fraction of the time."""
 
+    may_write = ("torch_extensions/*/.*.lock", "torch_extensions/*/*/*", "tmp/tmp*")
+    """SGLang builds its page hash in C++ once, and leaves the names of its sockets."""
+
     capabilities = Capabilities(
         models=("llama",),
         dtypes=("float32", "bfloat16"),
@@ -27,6 +30,7 @@ class SGLangAdapter:
         salt=True,
         tenant_clear=False,
         concurrent=True,
+        cancel=True,
         batch_invariant=False,
         device_cache=True,
     )

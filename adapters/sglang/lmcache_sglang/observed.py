@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from lmcache_sglang.storage import LMCacheStorage
 
 ADDRESS = "TEST_LMCACHE_CONTROL"
-"""Environment variable: where to listen, a name that is no file."""
+"""Environment variable: where to listen, a name that is no file; `-` and the rank follow."""
 
 _REST_S = 0.002
 
@@ -34,8 +34,8 @@ class ObservedStorage(LMCacheStorage):
         self._tree = _Tree()
         _rest_when_idle()
         address = os.environ.get(ADDRESS)
-        if address and storage_config.tp_rank == 0:
-            listener = Listener("\0" + address, "AF_UNIX")
+        if address:
+            listener = Listener(f"\0{address}-{storage_config.tp_rank}", "AF_UNIX")
             threading.Thread(target=self._listen, args=(listener,), daemon=True, name="lmcache-control").start()
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:

@@ -7,12 +7,14 @@ passes in which a prompt's KV was computed, each beginning where it began.
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import struct
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Client, Connection
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine
@@ -49,6 +51,9 @@ class SGLangSession:
     def __init__(self, config: SessionConfig) -> None:
         options = config.options
         page = int(options.get("page_tokens", PAGE))
+        ranks = int(options.get("tensor_parallel", 1))
+        step = int(options.get("prefill_tokens", 0))
+        steps = {"chunked_prefill_size": -(-step // page) * page} if step else {}  # SGLang's least is a page
         module, _, name = str(options.get("storage", self.storage)).partition(":")
         own = {"module_path": module, "class_name": name, "prefetch_threshold": page}
         os.environ[ADDRESS] = f"lmcache-sglang-{os.getpid()}"
@@ -60,6 +65,8 @@ class SGLangSession:
             "page_size": page,
             "max_total_tokens": int(options.get("device_tokens", _TOKENS)),
             "max_running_requests": 16,
+            "tp_size": ranks,
+            **steps,
             "skip_tokenizer_init": True,
             "skip_server_warmup": True,
             "grammar_backend": "none",
@@ -72,12 +79,14 @@ class SGLangSession:
             "hicache_storage_prefetch_policy": "wait_complete",
             "enable_hierarchical_cache": True,
             "hicache_storage_backend": "dynamic",
-            "hicache_storage_backend_extra_config": _json({**BACKEND, **own, **config.cache}),
+            "hicache_storage_backend_extra_config": json.dumps({**BACKEND, **own, **config.cache}),
             **(ON_CPU if on_cpu() else {}),
+            **_overrides(config.model),
             **dict(options.get("engine", {})),
         }
         self._engine = Engine(**given)
-        self._control: Connection[Any, Any] = Client("\0" + os.environ[ADDRESS], "AF_UNIX")
+        address = "\0" + os.environ[ADDRESS]
+        self._control: list[Connection[Any, Any]] = [Client(f"{address}-{n}", "AF_UNIX") for n in range(ranks)]
         self._page = page
         self._splits = Splits(page)
         self._one_shot = False
@@ -109,39 +118,48 @@ class SGLangSession:
     def flush(self) -> None:
         """What was computed is on disk."""
         self._settle()
-        assert self._ask("flush")
+        assert all(self._ask("flush"))
 
     def clear(self, salt: str | None = None) -> None:
         """Empty our cache. SGLang's page keys do not say whose they are, so of all tenants."""
         self._settle()
-        assert self._ask("clear")
+        assert all(self._ask("clear"))
         self._splits.forget(None)
 
     def stats(self) -> Mapping[str, float]:
-        """The storage's metrics."""
-        found: Mapping[str, float] = self._ask("stats")
+        """The storages' metrics, of all ranks together."""
+        found: dict[str, float] = {}
+        for numbers in self._ask("stats"):
+            for name, value in numbers.items():
+                found[name] = found.get(name, 0.0) + value
         return found
 
     def close(self) -> None:
         """Write out what waits, end the engine."""
         self._settle()
         self._ask("close")
-        self._control.close()
+        for control in self._control:
+            control.close()
         self._engine.shutdown()
 
     # ---------------------------------------------------------------- running
 
-    def _ask(self, command: str, value: Any = None) -> Any:
-        self._control.send((command, value))
-        fine, answer = self._control.recv()
-        assert fine, f"{command}: {answer}"
-        return answer
+    def _ask(self, command: str, value: Any = None) -> list[Any]:
+        """Every rank's answer."""
+        answers = []
+        for control in self._control:
+            control.send((command, value))
+        for control in self._control:
+            fine, answer = control.recv()
+            assert fine, f"{command}: {answer}"
+            answers.append(answer)
+        return answers
 
     def _settle(self) -> None:
         until = time.monotonic() + _DRAIN_S
         quiet = 0
         while quiet < 2:  # twice: work moves from queue to queue
-            quiet = quiet + 1 if self._ask("settled") else 0
+            quiet = quiet + 1 if all(self._ask("settled")) else 0
             assert time.monotonic() < until, "SGLang's cache does not come to rest"
             time.sleep(0.01)
 
@@ -162,11 +180,18 @@ class SGLangSession:
             logprob_start_len=-1,
             top_logprobs_num=_TOP,
             extra_key=request.salt or None,
+            stream=bool(request.cancel_after),
         )
+        manager = self._engine.tokenizer_manager
+        found: dict[str, Any] = {}
         try:
-            found: dict[str, Any] = await anext(self._engine.tokenizer_manager.generate_request(asked, None))
+            async for found in manager.generate_request(asked, None):
+                if request.cancel_after and found["meta_info"]["completion_tokens"] >= request.cancel_after:
+                    manager.abort_request(rid=asked.rid)
         except Exception as error:
             return Response(error=f"{type(error).__name__}: {error}")
+        if request.cancel_after:
+            return Response(tokens=tuple(found["output_ids"]), error="cancelled")
         meta = found["meta_info"]
         if meta["finish_reason"]["type"] not in ("length", "stop"):
             return Response(error=f"finished with {meta['finish_reason']}")
@@ -245,10 +270,12 @@ def _fork_instead_of_spawning() -> None:
     multiprocessing.set_start_method = keep
 
 
-def _json(values: Mapping[str, Any]) -> str:
-    import json
-
-    return json.dumps(values)
+def _overrides(model: str) -> dict[str, str]:
+    """What SGLang wants to find in a DeepSeek model's configuration and newer transformers no longer write."""
+    found = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    if found.get("model_type") != "deepseek_v2" or "moe_layer_freq" in found:
+        return {}
+    return {"json_model_override_args": json.dumps({"moe_layer_freq": 1})}
 
 
 def _bits(row: Sequence[Any]) -> bytes:

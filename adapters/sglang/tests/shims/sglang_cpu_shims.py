@@ -6,6 +6,7 @@ SGLang calls `install` at start-up in each of its processes (entry point group `
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -54,8 +55,6 @@ def set_mla_kv_buffer(pool: torch.Tensor, slots: torch.Tensor, nope: torch.Tenso
 
 def install() -> None:
     """Replace, in the modules that have imported them by name, what needs CUDA."""
-    import importlib
-
     from sglang.srt.mem_cache.pool_host import common, mha, mla
 
     for module in (mha, mla):
@@ -69,7 +68,22 @@ def install() -> None:
             _plain(self, *args, **{**named, "pin_memory": False})
 
         host.__init__ = unpinned
-    for name in ("sglang.srt.mem_cache.memory_pool", "sglang.srt.mem_cache.utils"):
-        module = importlib.import_module(name)
-        if hasattr(module, "set_mla_kv_buffer_triton"):
-            module.set_mla_kv_buffer_triton = set_mla_kv_buffer
+    _serve_latent_attention()
+
+
+def _serve_latent_attention() -> None:
+    """MLA in torch: DeepSeek's layers ask by name how a backend wants to be called, and write latents by a Triton kernel."""
+    from sglang.srt.models import deepseek_v2
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
+
+    rope = deepseek_v2.get_rope_wrapper  # on a CPU it knows scaled positions only
+
+    def any_rope(*arguments: Any, rope_scaling: Any = None, device: Any = None, **named: Any) -> Any:
+        return rope(*arguments, rope_scaling=rope_scaling, device=device if rope_scaling else None, **named)
+
+    deepseek_v2.get_rope_wrapper = any_rope
+    absorbed = handlers.AttnForwardMethod.MLA
+    handlers.AttentionBackendRegistry.register("torch_native", lambda attention, batch: absorbed)
+    for module in list(sys.modules.values()):
+        if module is not None and vars(module).get("set_mla_kv_buffer_triton") is not None:
+            module.set_mla_kv_buffer_triton = set_mla_kv_buffer  # type: ignore[attr-defined]
