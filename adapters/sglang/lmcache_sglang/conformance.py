@@ -22,7 +22,7 @@ class SGLangAdapter:
     """SGLang builds its page hash in C++ once, and leaves the names of its sockets."""
 
     capabilities = Capabilities(
-        models=("llama",),
+        models=("llama", "deepseek"),
         dtypes=("float32", "bfloat16"),
         logprobs=True,
         same_split=True,
@@ -31,6 +31,9 @@ class SGLangAdapter:
         tenant_clear=False,
         concurrent=True,
         cancel=True,
+        preemption=True,
+        chunked_prefill=True,
+        tensor_parallel=(1, 2),
         batch_invariant=False,
         device_cache=True,
     )

@@ -56,6 +56,8 @@ class SGLangSession:
         steps = {"chunked_prefill_size": -(-step // page) * page} if step else {}  # SGLang's least is a page
         module, _, name = str(options.get("storage", self.storage)).partition(":")
         own = {"module_path": module, "class_name": name, "prefetch_threshold": page}
+        if ranks > 1 and on_cpu():
+            os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
         os.environ[ADDRESS] = f"lmcache-sglang-{os.getpid()}"
         if multiprocessing.get_start_method(allow_none=True) != "fork" and on_cpu():
             _fork_instead_of_spawning()
@@ -275,7 +277,7 @@ def _overrides(model: str) -> dict[str, str]:
     found = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     if found.get("model_type") != "deepseek_v2" or "moe_layer_freq" in found:
         return {}
-    return {"json_model_override_args": json.dumps({"moe_layer_freq": 1})}
+    return {"json_model_override_args": json.dumps({"moe_layer_freq": 1, "scoring_func": "softmax"})}
 
 
 def _bits(row: Sequence[Any]) -> bytes:
