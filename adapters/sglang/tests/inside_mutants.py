@@ -6,6 +6,8 @@ from typing import Any
 
 from lmcache_conformance.contract import Capabilities, SessionConfig
 from lmcache_conformance.engines.base import EngineBase
+from lmcache_conformance.engines.faults import FaultTests
+from lmcache_conformance.engines.names import NameTests
 from lmcache_conformance.engines.values import ValueTests
 from lmcache_sglang.conformance import adapter as sound
 
@@ -51,6 +53,7 @@ knows_no_weights = Broken("KnowsNoWeights")
 stores_from_the_wrong_end = Broken("StoresFromTheWrongEnd")
 loads_tokens_shifted = Broken("LoadsTokensShifted")
 swaps_keys_and_values = Broken("SwapsKeysAndValues")
+skips_verification = Broken("SkipsVerification")
 cuts_keys_short = Broken("CutsKeysShort")
 
 
@@ -72,8 +75,26 @@ class MutantSwapsKeysAndValues(Values):
     adapter = "inside_mutants:swaps_keys_and_values"
 
 
-class MutantLoadsNothing(Values):
+class MutantLoadsNothing(EngineBase):
+    """In a new process: in the old one, host pages still hold what they held before the flush."""
+
     adapter = "inside_mutants:loads_nothing"
+    test_restart = ValueTests.test_a_new_process_goes_on_from_disk_alone
+
+
+class MutantIgnoresFailedLoads(EngineBase):
+    adapter = "inside_mutants:ignores_failed_loads"
+    test_damage = FaultTests.test_files_damaged_between_two_processes_are_misses
+
+
+class MutantSkipsVerification(EngineBase):
+    adapter = "inside_mutants:skips_verification"
+    test_damage = FaultTests.test_files_damaged_between_two_processes_are_misses
+
+
+class MutantKnowsNoWeights(EngineBase):
+    adapter = "inside_mutants:knows_no_weights"
+    test_weights = NameTests.test_other_weights_under_the_same_path_do_not_hit
 
 
 class MutantCutsKeysShort(EngineBase):
