@@ -91,10 +91,10 @@ class DirectPages:
     """
 
     def __init__(self, pool: Any, model: str, numerics: Numerics, rank: Rank) -> None:
+        axes, planes, heads = _described(pool)
         self.page_tokens = self.object_tokens = int(pool.page_size)
         self.label = str(pool.layout)
         self._shape = tuple(pool.get_data_page(0, flat=False).shape)
-        axes, planes, heads = _described(pool)
         layers = range(int(pool.start_layer), int(pool.start_layer) + int(pool.layer_num))
         replicated = len(planes) == 1
         group = LayerGroup("kv", tuple(layers), planes, heads if replicated else heads * rank.tp_size)
@@ -214,7 +214,7 @@ def _described(pool: Any) -> tuple[str, tuple[Plane, ...], int]:
     Raises:
         UnsupportedError: its arrangement is none of those above.
     """
-    buffer, layout = pool.kv_buffer, str(pool.layout)
+    buffer, layout = getattr(pool, "kv_buffer", None), str(getattr(pool, "layout", ""))
     if not isinstance(buffer, torch.Tensor):
         raise UnsupportedError(f"the host pool keeps {type(buffer).__name__} instead of one tensor")
     if getattr(pool, "_layer_shard_enabled", False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -159,18 +160,28 @@ def _dtype(arguments: Any) -> str:
         return ""
 
 
+_watchers: list[weakref.WeakMethod[Callable[[], None]]] = []
+"""Of this process. SGLang hooks a function once, and storages come and go (`attach_hicache_storage`)."""
+
+
 def watch_weights(changed: Callable[[], None]) -> None:
-    """Have `changed()` called whenever this process's weights were replaced under their name, or may have been.
+    """Have the method `changed` called whenever this process's weights were replaced under their name, or may have been.
 
     By SGLang's own hooks for plugins: HiCache flushes its radix tree and its queues then, but tells no storage.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    _watchers.append(weakref.WeakMethod(changed))
+    if len(_watchers) > 1:
+        return
+
     def around(update: Any, *arguments: Any, **named: Any) -> Any:
         try:
             return update(*arguments, **named)
         finally:
-            changed()
+            for watcher in _watchers:
+                if (told := watcher()) is not None:
+                    told()
 
     for name in ("disk", "distributed", "tensor", "ipc"):
         HookRegistry.register(f"{_UPDATER}.update_weights_from_{name}", around, HookType.AROUND)

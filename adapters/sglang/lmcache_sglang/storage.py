@@ -36,6 +36,9 @@ from lmcache_sglang.pools import Pages, Rank, pages_of
 T = TypeVar("T")
 
 KV = "kv"
+_STATE = "mamba"
+"""The one pool whose ranks hold different things even where their KV is the same."""
+
 _BATCH = 128
 """Pages moved in one call of the core, as SGLang does it itself."""
 
@@ -175,7 +178,10 @@ class LMCacheStorage(HiCacheStorage):
             self._log.warning("pool-refused", key=name, pool=name, reason=error)
 
     def _open(self, name: str, pool: Any) -> None:
-        pages = pages_of(pool, name, self._model, self._numerics, self._rank)
+        rank = self._rank
+        if self._shared.is_mla_model and name != _STATE:  # all ranks hold the same, and one of them writes
+            rank = Rank(0, 1, rank.pp_rank, rank.pp_size)
+        pages = pages_of(pool, name, self._model, self._numerics, rank)
         self._stores[name] = self.store_of(pages, self._config, f"sglang {name}")
 
     def _weights_changed(self) -> None:

@@ -80,6 +80,7 @@ class MutantLoadsNothing(EngineBase):
 
     adapter = "inside_mutants:loads_nothing"
     test_restart = ValueTests.test_a_new_process_goes_on_from_disk_alone
+    _goes_on = ValueTests._goes_on
 
 
 class MutantIgnoresFailedLoads(EngineBase):

@@ -201,6 +201,22 @@ def test_ranks_of_an_mla_model_share_what_one_of_them_writes(make: Maker) -> Non
     assert second.batch_get_v1(KEYS[:1], slots_of([3])) == [True]
 
 
+def test_sidecars_of_an_mla_model_are_shared_but_for_states(make: Maker) -> None:
+    ranks = {"is_mla_model": True, "tp_size": 2}
+    first, second = (make(host_pool("mla", "page_first"), tp_rank=n, **ranks) for n in (0, 1))
+    indexer, state = host_pool("mla", "page_first"), StatePool()
+    for storage in (first, second):
+        storage.register_mem_host_pool_v2(indexer, PoolName.INDEXER)
+        storage.register_mem_host_pool_v2(state, PoolName.MAMBA)
+    transfers = [
+        PoolTransfer(PoolName.INDEXER, slots_of([0]), keys=KEYS[:1]),
+        PoolTransfer(PoolName.MAMBA, torch.tensor([0]), keys=KEYS[:1]),
+    ]
+    first.batch_set_v2(transfers)
+    first.flush()
+    assert second.batch_get_v2(transfers) == {PoolName.INDEXER: [True], PoolName.MAMBA: [False]}
+
+
 def test_damaged_pages_are_misses(make: Maker) -> None:
     pool = host_pool("mha", "page_first")
     fill(pool, 8)

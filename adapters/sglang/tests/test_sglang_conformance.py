@@ -25,4 +25,5 @@ class TestSGLangLatent(EngineBase):
     capabilities = msgspec.structs.replace(CLAIMS, models=("deepseek",), dtypes=("float32",))
     test_dialogue = ValueTests.test_logits_after_a_hit_are_those_of_recomputation_in_the_same_split
     test_restart = ValueTests.test_a_new_process_goes_on_from_disk_alone
+    _goes_on = ValueTests._goes_on
     test_last = ValueTests.test_the_last_prompt_token_is_always_computed
