@@ -176,7 +176,8 @@ class EngineAdapter(Protocol):
     """What an adapter registers under `lmcache.adapters`.
 
     It may have an attribute `preload`: the name of a module that can be imported before sessions fork from that process
-    (nothing in it starts threads or touches a device). Most sessions then start in a fraction of a second. And an attribute
+    (nothing in it starts threads or touches a device). Most sessions then start in a fraction of a second, with `forks_ranks`
+    those with several ranks, too. And an attribute
     `chunk_tokens`, where the suite's 16 do not suit the engine's blocks; and `may_write`, patterns of files that the engine
     itself leaves in the user's folders.
     """

@@ -18,6 +18,8 @@ class SGLangAdapter:
     preload = "lmcache_sglang.preload"
     """May be imported before forking: sessions of a test run then start in a fraction of the time."""
 
+    forks_ranks = True
+
     may_write = ("torch_extensions/*/.*.lock", "torch_extensions/*/*/*", "tmp/tmp*")
     """SGLang builds its page hash in C++ once, and leaves the names of its sockets."""
 

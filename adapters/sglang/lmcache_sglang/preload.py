@@ -1,5 +1,6 @@
 """Imports everything that a session imports sooner or later, once, before many sessions fork. See `conformance`."""
 
+import gc
 from importlib import import_module
 
 for _name in (
@@ -12,3 +13,5 @@ for _name in (
     "lmcache.tiers.disk",
 ):
     import_module(_name)
+
+gc.freeze()  # SGLang collects garbage whenever its cache is flushed, and a million objects of imports take it 0.4 s
