@@ -17,7 +17,7 @@ VERSION = "0.5.23"
 NEEDED = """
     transformers sentencepiece tiktoken scipy aiohttp fastapi uvicorn uvloop requests pyzmq psutil setproctitle orjson msgspec
     pydantic python-multipart pillow einops tqdm ipython prometheus-client pybase64 partial_json_parser regex interegular
-    zstandard xxhash watchfiles compressed-tensors gguf llguidance>=1.7.6,<2 cloudpickle ninja dill
+    soundfile zstandard xxhash watchfiles compressed-tensors gguf llguidance>=1.7.6,<2 cloudpickle ninja dill
 """
 BESIDE_VLLM = ("xgrammar", "openai")
 """vLLM pins these: what it has brought stays."""
