@@ -23,8 +23,8 @@ ARGS ?=
 BIN := .venv/bin
 # Named after what was installed, so that only a change of it installs again.
 STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-# vLLM, which tests run against, takes gigabytes: it is installed when they are first run.
-ENGINES := .venv/.engines-$(shell cat adapters/vllm/install_cpu.py constraints.txt | cksum | cut -d' ' -f1)
+# vLLM and SGLang, which tests run against, take gigabytes: they are installed when they are first run.
+ENGINES := .venv/.engines-$(shell cat adapters/*/install_cpu.py constraints.txt | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 CODE := $(wildcard lmcache kernels adapters conformance tests benchmarks docs)
 
@@ -52,6 +52,10 @@ $(ENGINES): $(STAMP)
 	@if $(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'; then :; else \
 		echo "setting up vLLM in .venv (once; some minutes)"; \
 		$(BIN)/python adapters/vllm/install_cpu.py --constraint constraints.txt $(PIP_ARGS); \
+	fi
+	@if $(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("sglang") is None)'; then :; else \
+		echo "setting up SGLang in .venv (once; a minute or two)"; \
+		$(BIN)/python adapters/sglang/install_cpu.py --constraint constraints.txt $(PIP_ARGS); \
 	fi
 	@rm -f .venv/.engines-* && touch $@
 

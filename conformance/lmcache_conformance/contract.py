@@ -46,6 +46,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         same_split: `Session.generate(..., reuse=False)` recomputes in the split in which a hit was computed.
         restart: a disk folder serves a new process.
         salt: requests carry a cache salt.
+        tenant_clear: `Session.clear(salt)` leaves other tenants' KV. Not where an engine's own keys hide whose they are.
         lora: requests carry a LoRA adapter.
         images: requests carry images.
         concurrent: several requests may run at once.
@@ -67,6 +68,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     same_split: bool = False
     restart: bool = False
     salt: bool = False
+    tenant_clear: bool = True
     lora: bool = False
     images: bool = False
     concurrent: bool = False
@@ -174,7 +176,8 @@ class EngineAdapter(Protocol):
     """What an adapter registers under `lmcache.adapters`.
 
     It may have an attribute `preload`: the name of a module that can be imported before sessions fork from that process
-    (nothing in it starts threads or touches a device). Most sessions then start in a fraction of a second. And an attribute
+    (nothing in it starts threads or touches a device). Most sessions then start in a fraction of a second, with `forks_ranks`
+    those with several ranks, too. And an attribute
     `chunk_tokens`, where the suite's 16 do not suit the engine's blocks; and `may_write`, patterns of files that the engine
     itself leaves in the user's folders.
     """

@@ -140,7 +140,7 @@ class NameTests(EngineBase):
             assert response.hit == 0, f"{when}: a hit of {dict(response.cached)}"
 
     @level(Level.RESET)
-    @requires("salt")
+    @requires("salt", "tenant_clear")
     @on("llama", dtypes=1)
     def test_clearing_one_tenant_leaves_the_others(self, bench: Bench) -> None:
         engine = bench.shared()

@@ -11,6 +11,7 @@ from typing import Any
 from lmcache.tiers.folder import parse_path
 from lmcache_conformance.contract import Level
 from lmcache_conformance.damage import object_files
+from lmcache_conformance.discover import find_adapter
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Engine, History, on, same_answer, same_tokens
 from lmcache_conformance.marks import level, requires
@@ -98,7 +99,8 @@ class ParallelTests(EngineBase):
         return bench.open(
             options={"tensor_parallel": ranks},
             history=history,
-            forked=ranks == 1,  # workers are started by a process of their own
+            # Workers are started by a process of their own, unless the adapter's may fork from it.
+            forked=ranks == 1 or bool(getattr(find_adapter(bench.adapter), "forks_ranks", False)),
             dram_bytes="64MiB",
             disk_path=str(disk),
             **cache,

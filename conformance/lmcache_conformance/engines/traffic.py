@@ -54,8 +54,10 @@ class TrafficTests(EngineBase):
             engine.drop_device_cache()
             responses = engine.ask_all(requests)
             if time == "all stored":
-                least = min(response.hit for response in responses)
-                assert least > 0, f"{time}: hits of {[response.hit for response in responses]} tokens"
+                shown = f"{time}: {[dict(response.cached) for response in responses]}"
+                assert any(response.hit for response in responses), f"no hits; {shown}"
+                # What one request has brought in, the engine may hand to others from its own cache.
+                assert min(sum(response.cached.values()) for response in responses) > 0, f"some had nothing; {shown}"
             self._all_right(bench, engine, requests, responses, time)
 
     @level(Level.CONCURRENCY)

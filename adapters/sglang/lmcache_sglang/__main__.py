@@ -1,0 +1,23 @@
+"""`python -m lmcache_sglang [--disk-path FOLDER …] -- [SGLang's arguments]`: SGLang's server with this backend."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from lmcache.errors import ConfigError
+from lmcache_sglang.launch import flags, split_command
+
+
+def main() -> None:
+    """Start SGLang's server in this process; a wrong setting ends it before anything is loaded."""
+    try:
+        settings, theirs = split_command(sys.argv[1:])
+        sys.argv = ["sglang.launch_server", *theirs, *flags(**settings)]
+    except ConfigError as error:
+        sys.exit(f"lmcache_sglang: {error}")
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

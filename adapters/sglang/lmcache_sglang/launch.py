@@ -1,0 +1,103 @@
+"""The arguments that switch the backend on, so that nobody has to type SGLang's JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lmcache.config import Config
+from lmcache.errors import ConfigError
+
+BACKEND = {
+    "backend_name": "lmcache",
+    "module_path": "lmcache_sglang",
+    "class_name": "LMCacheStorage",
+    "interface_v1": 1,
+}
+"""What makes SGLang load `LMCacheStorage` and hand over host memory instead of copies."""
+
+OWN = (
+    "prefetch_threshold",
+    "prefetch_timeout_base",
+    "prefetch_timeout_per_ki_token",
+    "hicache_storage_pass_prefix_keys",
+)
+"""Keys of the same JSON that are SGLang's own; it takes them out itself."""
+
+
+def extra_config(**settings: Any) -> str:
+    """The JSON for `--hicache-storage-backend-extra-config`: settings of `lmcache.Config`, and SGLang's own keys.
+
+    Raises:
+        ConfigError: an unknown or impossible setting.
+    """
+    ours = {name: value for name, value in settings.items() if name not in OWN}
+    Config.load(ours)
+    return json.dumps({**BACKEND, **{name: _plain(value) for name, value in settings.items()}})
+
+
+def server_args(*, prefetch_threshold: int | None = None, **settings: Any) -> dict[str, Any]:
+    """Keyword arguments for `sglang.Engine`: HiCache, with this backend beneath it.
+
+    `Engine(model_path=…, **server_args(disk_path="/var/cache/lmcache"))`. Put SGLang's own HiCache options beside it
+    (`hicache_ratio`, `hicache_write_policy`, …); whatever is given there again has to be left out here.
+
+    Args:
+        prefetch_threshold: hits of fewer tokens are computed instead; SGLang's default is 256.
+        **settings: of `lmcache.Config`; without `disk_path` nothing is kept.
+
+    Raises:
+        ConfigError: an unknown or impossible setting.
+    """
+    if prefetch_threshold is not None:
+        settings["prefetch_threshold"] = prefetch_threshold
+    return {
+        "enable_hierarchical_cache": True,
+        "hicache_storage_backend": "dynamic",
+        "hicache_storage_backend_extra_config": extra_config(**settings),
+    }
+
+
+def split_command(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """`[--disk-path X …] -- SGLang's arguments` → settings, and SGLang's arguments.
+
+    Raises:
+        ConfigError: an option that is no setting, one without a value, or no `--`.
+    """
+    if "--" not in arguments:
+        raise ConfigError("command line: put SGLang's own arguments after a `--`")
+    at = arguments.index("--")
+    settings: dict[str, Any] = {}
+    known = {setting.name: setting.kind for setting in Config.settings()}
+    rest = arguments[:at]
+    while rest:
+        option, equals, text = rest.pop(0).partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--"):
+            raise ConfigError(f"command line: {option!r} is no option; settings look like --disk-path FOLDER")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"command line: {option} needs a value")
+            text = rest.pop(0)
+        if name in OWN:
+            settings[name] = json.loads(text)
+        elif name in known:
+            settings[name] = known[name].from_text(text)
+        else:
+            settings[name] = text  # `Config` names the nearest one that exists
+    return settings, arguments[at + 1 :]
+
+
+def flags(**settings: Any) -> list[str]:
+    """The same as command line flags of `sglang serve` and `python -m sglang.launch_server`."""
+    return [
+        "--enable-hierarchical-cache",
+        "--hicache-storage-backend",
+        "dynamic",
+        "--hicache-storage-backend-extra-config",
+        extra_config(**settings),
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

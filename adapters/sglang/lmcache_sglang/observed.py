@@ -1,0 +1,116 @@
+"""The storage that conformance sessions run: `LMCacheStorage`, with a line to it from the session's process.
+
+SGLang's scheduler lives in a process of its own and tells nobody what its storage does, so the storage listens at a socket.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection, Listener
+from typing import Any
+
+import torch
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from lmcache_sglang.storage import LMCacheStorage
+
+ADDRESS = "TEST_LMCACHE_CONTROL"
+"""Environment variable: where to listen, a name that is no file; `-` and the rank follow."""
+
+_REST_S = 0.002
+
+
+class ObservedStorage(LMCacheStorage):
+    """Changes nothing, except while `bypassed`: then the cache is neither read nor written."""
+
+    bypassed = False
+
+    def __init__(self, storage_config: Any, kwargs: Any = None) -> None:
+        super().__init__(storage_config, kwargs)
+        self._tree = _Tree()
+        _rest_when_idle()
+        address = os.environ.get(ADDRESS)
+        if address:
+            listener = Listener(f"\0{address}-{storage_config.tp_rank}", "AF_UNIX")
+            threading.Thread(target=self._listen, args=(listener,), daemon=True, name="lmcache-control").start()
+
+    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
+        """As the backend does."""
+        return 0 if self.bypassed else super().batch_exists(keys, extra_info)
+
+    def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
+        """As the backend does."""
+        return [True] * len(keys) if self.bypassed else super().batch_set_v1(keys, host_indices, extra_info)
+
+    def _listen(self, listener: Listener) -> None:
+        connection: Connection[Any, Any] = listener.accept()
+        while True:
+            try:
+                command, value = connection.recv()
+            except EOFError:
+                return
+            try:
+                connection.send((True, self._obey(command, value)))
+            except Exception as error:
+                connection.send((False, f"{type(error).__name__}: {error}"))
+
+    def _obey(self, command: str, value: Any) -> Any:
+        if command == "settled":
+            return self._tree.settled()
+        if command == "bypass":
+            self.bypassed = value
+        elif command == "cap":
+            self._tree.cap = value
+        elif command == "flush":
+            return self.flush()
+        elif command == "clear":
+            return self.clear()
+        elif command == "stats":
+            found: Mapping[str, float] = self.stats()
+            return dict(found)
+        elif command == "close":
+            self.close()
+        else:
+            raise ValueError(f"unknown command {command!r}")
+        return None
+
+
+def _rest_when_idle() -> None:
+    """SGLang's scheduler spins, and a test run has several that wait for each other on few cores."""
+    plain = Scheduler.on_idle
+
+    def on_idle(scheduler: Any) -> None:
+        plain(scheduler)
+        time.sleep(_REST_S)
+
+    Scheduler.on_idle = on_idle
+
+
+class _Tree:
+    """A look at SGLang's own cache. With a `cap`, it finds at most so many tokens of a prompt."""
+
+    def __init__(self) -> None:
+        self.cap: int | None = None
+        self._cache: Any = None
+        plain = UnifiedRadixCache.match_prefix
+
+        def match_prefix(cache: Any, params: Any) -> Any:
+            self._cache = cache
+            if self.cap is not None and len(params.key) > self.cap:
+                params.key = params.key[: self.cap]
+            return plain(cache, params)
+
+        UnifiedRadixCache.match_prefix = match_prefix
+
+    def settled(self) -> bool:
+        """Nothing is on its way from the device to the host, nor to or from the storage."""
+        cache = self._cache
+        if cache is None:
+            return True
+        control = cache.cache_controller
+        waiting = (cache.ongoing_write_through, cache.ongoing_backup, cache.ongoing_prefetch, cache.ongoing_load_back)
+        return not any(waiting) and control.backup_queue.empty() and control.ack_backup_queue.empty()

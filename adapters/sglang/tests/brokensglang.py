@@ -1,0 +1,111 @@
+"""SGLang storages, each broken in one way that has happened to somebody. `inside_mutants.py` runs the suite on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lmcache import objectio
+from lmcache_sglang import quirks
+from lmcache_sglang.observed import ObservedStorage
+from lmcache_sglang.storage import Store
+
+
+class IgnoresFailedLoads(ObservedStorage):
+    """What was not there, or was damaged, is reported as loaded."""
+
+    def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
+        super().batch_get_v1(keys, host_indices, extra_info)
+        return [True] * len(keys)
+
+
+class FindsEverything(ObservedStorage):
+    """Looks up nothing, and has what it has."""
+
+    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
+        return 0 if self.bypassed else len(keys)
+
+    def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
+        super().batch_get_v1(keys, host_indices, extra_info)
+        return [True] * len(keys)
+
+
+class LoadsNothing(ObservedStorage):
+    """Says that it has loaded, and has not."""
+
+    def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
+        return [True] * len(keys)
+
+
+class KnowsNoWeights(ObservedStorage):
+    """All models are one."""
+
+    def __init__(self, *args: Any) -> None:
+        quirks.identity_of = lambda config: "a model"
+        super().__init__(*args)
+
+
+class _Backwards(Store):
+    def set(self, keys: Sequence[str], slots: torch.Tensor) -> list[bool]:
+        page = self.pages.page_tokens
+        return super().set(keys, slots.view(-1, page).flip(0).flatten())
+
+
+class StoresFromTheWrongEnd(ObservedStorage):
+    """The last page under the first one's name."""
+
+    store_of = _Backwards
+
+
+class _Shifted(Store):
+    def get(self, keys: Sequence[str], slots: torch.Tensor) -> list[bool]:
+        page = self.pages.page_tokens
+        return super().get(keys, slots.view(-1, page).roll(1, dims=1).flatten())
+
+
+class LoadsTokensShifted(ObservedStorage):
+    """Each token of a page in its neighbour's place."""
+
+    store_of = _Shifted
+
+
+class _Swapped(Store):
+    def get(self, keys: Sequence[str], slots: torch.Tensor) -> list[bool]:
+        done = super().get(keys, slots)
+        kv = self.pages._kv.tensors  # type: ignore[attr-defined]
+        pages = slots[:: self.pages.page_tokens] // self.pages.page_tokens
+        kv[:, pages] = kv[:, pages].flip(0)
+        return done
+
+
+class SwapsKeysAndValues(ObservedStorage):
+    """As under a layout that was guessed from a shape."""
+
+    store_of = _Swapped
+
+
+class _ShortKeys(Store):
+    def set(self, keys: Sequence[str], slots: torch.Tensor) -> list[bool]:
+        return super().set([key[:1] for key in keys], slots)
+
+    def get(self, keys: Sequence[str], slots: torch.Tensor) -> list[bool]:
+        return super().get([key[:1] for key in keys], slots)
+
+    def leading(self, keys: Sequence[str]) -> int:
+        return super().leading([key[:1] for key in keys])
+
+
+class CutsKeysShort(ObservedStorage):
+    """Sixteen names for all pages there are."""
+
+    store_of = _ShortKeys
+
+
+class SkipsVerification(ObservedStorage):
+    """Whatever a file holds is served, if its header can be read."""
+
+    def __init__(self, *args: Any) -> None:
+        objectio.verify = lambda *_: None  # type: ignore[assignment]
+        super().__init__(*args)

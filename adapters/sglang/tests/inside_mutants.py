@@ -1,0 +1,108 @@
+"""Run by `test_sglang_mutants.py`: the engine suite on each broken storage. Every class must have a test that fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmcache_conformance.contract import Capabilities, SessionConfig
+from lmcache_conformance.engines.base import EngineBase
+from lmcache_conformance.engines.faults import FaultTests
+from lmcache_conformance.engines.names import NameTests
+from lmcache_conformance.engines.values import ValueTests
+from lmcache_sglang.conformance import adapter as sound
+
+
+class Broken:
+    """An adapter whose engine loads the storage of that name in `brokensglang`."""
+
+    preload = "lmcache_sglang.preload"
+
+    def __init__(self, storage: str) -> None:
+        self.name = f"sglang, broken: {storage}"
+        self._storage = f"brokensglang:{storage}"
+        self.capabilities = Capabilities(
+            models=("llama",),
+            dtypes=("float32",),
+            logprobs=True,
+            same_split=True,
+            restart=True,
+            salt=True,
+            batch_invariant=False,
+            device_cache=True,
+        )
+
+    def why_not(self) -> str | None:
+        return sound.why_not()
+
+    def open(self, config: SessionConfig) -> Any:
+        from lmcache_sglang.environment import enter
+
+        enter()
+        from lmcache_sglang.session import SGLangSession
+
+        class Session(SGLangSession):
+            storage = self._storage
+
+        return Session(config)
+
+
+ignores_failed_loads = Broken("IgnoresFailedLoads")
+finds_everything = Broken("FindsEverything")
+loads_nothing = Broken("LoadsNothing")
+knows_no_weights = Broken("KnowsNoWeights")
+stores_from_the_wrong_end = Broken("StoresFromTheWrongEnd")
+loads_tokens_shifted = Broken("LoadsTokensShifted")
+swaps_keys_and_values = Broken("SwapsKeysAndValues")
+skips_verification = Broken("SkipsVerification")
+cuts_keys_short = Broken("CutsKeysShort")
+
+
+class Values(EngineBase):
+    """One test that shows wrong values at once."""
+
+    test_again = ValueTests.test_asking_again_and_again_changes_nothing
+
+
+class MutantStoresFromTheWrongEnd(Values):
+    adapter = "inside_mutants:stores_from_the_wrong_end"
+
+
+class MutantLoadsTokensShifted(Values):
+    adapter = "inside_mutants:loads_tokens_shifted"
+
+
+class MutantSwapsKeysAndValues(Values):
+    adapter = "inside_mutants:swaps_keys_and_values"
+
+
+class MutantLoadsNothing(EngineBase):
+    """In a new process: in the old one, host pages still hold what they held before the flush."""
+
+    adapter = "inside_mutants:loads_nothing"
+    test_restart = ValueTests.test_a_new_process_goes_on_from_disk_alone
+    _goes_on = ValueTests._goes_on
+
+
+class MutantIgnoresFailedLoads(EngineBase):
+    adapter = "inside_mutants:ignores_failed_loads"
+    test_damage = FaultTests.test_files_damaged_between_two_processes_are_misses
+
+
+class MutantSkipsVerification(EngineBase):
+    adapter = "inside_mutants:skips_verification"
+    test_damage = FaultTests.test_files_damaged_between_two_processes_are_misses
+
+
+class MutantKnowsNoWeights(EngineBase):
+    adapter = "inside_mutants:knows_no_weights"
+    test_weights = NameTests.test_other_weights_under_the_same_path_do_not_hit
+
+
+class MutantCutsKeysShort(EngineBase):
+    adapter = "inside_mutants:cuts_keys_short"
+    test_miss = ValueTests.test_what_was_never_stored_is_never_a_hit
+
+
+class MutantFindsEverything(EngineBase):
+    adapter = "inside_mutants:finds_everything"
+    test_miss = ValueTests.test_what_was_never_stored_is_never_a_hit
