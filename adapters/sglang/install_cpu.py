@@ -27,9 +27,9 @@ def main() -> None:
     """Install, or find that it is there."""
     arguments = sys.argv[1:]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check", *arguments]
-    subprocess.run([*pip, "--no-deps", f"sglang=={VERSION}"], check=True)
     missing = [name for name in BESIDE_VLLM if importlib.util.find_spec(name) is None]
     subprocess.run([*pip, *NEEDED.split(), *missing], check=True)
+    subprocess.run([*pip, "--no-deps", f"sglang=={VERSION}"], check=True)  # last: pip would complain of its pins
 
 
 if __name__ == "__main__":
