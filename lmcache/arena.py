@@ -83,6 +83,7 @@ class Arena:
         provider: where slabs come from.
         slab_bytes: size of a slab (at least one slot).
         ahead_bytes: so much memory beyond what is in use is made present in the background, see `lmcache.warm`.
+        reserve: take all slabs now. For pinned memory, of which a GiB takes up to a second under a lock of the driver.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Arena:
         *,
         slab_bytes: int = _SLAB_BYTES,
         ahead_bytes: int = 0,
+        reserve: bool = False,
     ) -> None:
         if slots < 0 or slot_bytes < 1:
             raise ConfigError(f"an arena needs slots >= 0 and slot_bytes >= 1, got {slots} and {slot_bytes}")
@@ -104,6 +106,10 @@ class Arena:
         self._slabs: dict[int, torch.Tensor] = {}
         self._views: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
+        if reserve:
+            with contextlib.suppress(MemoryError):  # then slots of what could not be had fail when they are used
+                for slab in range(-(-slots // self._per_slab)):
+                    self._slab(slab)
         self._warmer = Warmer(ahead_bytes, slots * self.stride, self._from) if ahead_bytes and slots else None
 
     def view(self, slot: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmcache.arena import Arena, host_provider, share_out
+from lmcache.arena import Arena, host_provider, pinned, share_out
 from lmcache.config import Config
 from lmcache.errors import LMCacheError, SlotError, TierError
 from lmcache.hit import Hit, LayerLoad
@@ -83,7 +83,9 @@ class CacheEngine:
         sizes = [spec.object_bytes(group, chunk) for group in range(len(spec.groups))]
         budget = self.config.dram_bytes or (self.config.queue_bytes if self._tiers else 0)
         counts = share_out(budget, sizes)
-        self._arenas = [Arena(n, size, provider) for n, size in zip(counts, sizes, strict=True)]
+        self._arenas = [
+            Arena(n, size, provider, reserve=provider is pinned) for n, size in zip(counts, sizes, strict=True)
+        ]
         self._index = Index(
             [(group.name, group.rule) for group in spec.groups],
             chunk,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from lmcache.layout.rows import row_copies
 from lmcache.layout.slots import check_slots
 from lmcache.log import info
 from lmcache_kernels import DMA_BYTES, RowCopy
+from lmcache_kernels import pipeline as arrivals
 from lmcache_kernels.dispatch import copy_one, give_up, served_by_torch
 from lmcache_kernels.dma import Dma, Memory, find_driver
 from lmcache_kernels.pipeline import ObjectShape, Pipeline
@@ -20,6 +22,9 @@ from lmcache_kernels.streams import TorchStreams
 
 Arrival = Callable[[], None]
 """Blocks until the bytes are there. Called once, on a thread that may wait; raises what went wrong underway."""
+
+
+_ALONE_BYTES = 1 << 20
 
 
 class StagingFullError(Exception):
@@ -111,16 +116,20 @@ class DeviceMover:
         self, kv: BoundKV, group: int, slots: torch.Tensor, outs: Sequence[torch.Tensor], layout: ObjectLayout
     ) -> Arrival | None:
         """See `Mover`."""
+        self._here()
         copies = self._copies(kv, group, slots, len(outs), layout, missing=False)
         if not served_by_torch(self._device):
             try:
                 arrival = self._pipeline.store(copies, shape_of(layout), outs)
+            except torch.OutOfMemoryError as error:
+                self._pipeline.drain()
+                raise StagingFullError("no device memory for staging") from error
             except Exception as error:
-                give_up(self._device, error)
+                self._give_up(error)
             else:
                 if arrival is None:
                     raise StagingFullError("copies to the host are too far behind")
-                return arrival.wait
+                return self._arrival(arrival)
         self._plain.store(kv, group, slots, outs, layout)
         return None
 
@@ -135,11 +144,12 @@ class DeviceMover:
         after: object = None,
     ) -> Arrival | None:
         """See `Mover`."""
+        self._here()
         copies = self._copies(kv, group, slots, len(srcs), layout, missing=True)
         if not served_by_torch(self._device):
             wanted = None if layers is None else range(*layers.indices(layout.layers))
             try:
-                return self._pipeline.load(
+                arrival = self._pipeline.load(
                     copies,
                     shape_of(layout),
                     srcs,
@@ -147,11 +157,36 @@ class DeviceMover:
                     after=after,
                     layers=wanted,
                     direct=srcs[0].is_pinned(),
-                ).wait
+                )
+            except torch.OutOfMemoryError:
+                self._pipeline.drain()
+                raise
             except Exception as error:
-                give_up(self._device, error)
+                self._give_up(error)
+            else:
+                return self._arrival(arrival)
+        if after is not None:
+            self._pipeline.wait_for(after)
         self._plain.load(srcs, layout, kv, group, slots, layers)
+        self._pipeline.wait_for(self._pipeline.now())  # tensor operations only enqueue
         return None
+
+    def _give_up(self, error: Exception) -> None:
+        """Kernels do not run here. What was enqueued before that was found out must not come later than what replaces it."""
+        give_up(self._device, error)
+        self._pipeline.drain()
+
+    def _arrival(self, arrival: arrivals.Arrival) -> Arrival:
+        def wait() -> None:
+            self._here()
+            arrival.wait()
+
+        return wait
+
+    def _here(self) -> None:
+        """Threads of the cache begin on device 0, and would open a context of half a GiB there by touching an event."""
+        if self._device.index is not None and threading.current_thread().name.startswith("lmcache-"):
+            torch.accelerator.set_device_index(self._device.index)
 
     def _copies(
         self, kv: BoundKV, group: int, slots: torch.Tensor, objects: int, layout: ObjectLayout, *, missing: bool
@@ -203,6 +238,7 @@ def open_mover(device: torch.device, *, staging_bytes: int = 256 << 20, copy_eng
         engine,
         staging=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device),
         staging_bytes=staging_bytes,
-        dma_bytes=copy_engine_bytes,
+        # The limit is that of batched copies; one by one, every piece costs a call.
+        dma_bytes=copy_engine_bytes if copies.driver is not None else max(copy_engine_bytes, _ALONE_BYTES),
     )
     return DeviceMover(device, pipeline)

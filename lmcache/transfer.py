@@ -18,7 +18,7 @@ import torch
 
 from lmcache.arena import Arena
 from lmcache.keys import Name, ObjectId
-from lmcache.layout import ObjectLayout
+from lmcache.layout import BoundKV, ObjectLayout
 from lmcache.ledger import EngineView, Ledger, Run, SlotKey
 from lmcache.log import Throttle
 from lmcache.metrics import Metrics
@@ -92,19 +92,25 @@ class Transfer:
 
     # ---------------------------------------------------------------- plans in, reports out
 
-    def execute(self, plan: Plan, views: Mapping[int, EngineView] | None = None) -> None:
+    def point(self, kv: BoundKV) -> object:
+        """This point of the engine's stream, for `execute(after=…)`."""
+        return self._mover(kv).now()
+
+    def execute(self, plan: Plan, views: Mapping[int, EngineView] | None = None, after: object = None) -> None:
         """Start every job of `plan`. `views[job id]` is needed by jobs that copy from or to the engine.
+
+        Loads begin once the engine's stream has passed `after` (default: where it is now); their pages are free from there.
 
         On return the sources of its stores may be overwritten by whatever the engine enqueues later, and loads from ready
         slots of host memory are complete (on a device, when they are reported). A job that was seen before is ignored, so a
         plan may be delivered twice.
         """
         for run in self._ledger.begin(plan, views or {}):
-            self._guard(run, range(len(run.job.ops)), partial(self._begin, run))
+            self._guard(run, range(len(run.job.ops)), partial(self._begin, run, after))
 
-    def _begin(self, run: Run) -> None:
+    def _begin(self, run: Run, after: object) -> None:
         if run.view is not None:
-            run.after = self._mover(run.view).now()
+            run.after = self.point(run.view.kv) if after is None else after
         self._start(run)
 
     def poll(self) -> Report:
@@ -202,8 +208,8 @@ class Transfer:
         for group, indices in ready.items():
             self._guard(run, indices, partial(self._scatter, run, group, indices))
 
-    def _mover(self, view: EngineView) -> Mover:
-        device = view.kv.device
+    def _mover(self, kv: BoundKV) -> Mover:
+        device = kv.device
         with self._lock:
             found = self._movers.get(device)
             if found is None:
@@ -250,7 +256,7 @@ class Transfer:
         self._native[group] = layout
         slots = _slots_at(view.slots[group], starts, self._chunk_tokens)
         try:
-            arrival = self._mover(view).store(view.kv, group, slots, outs, layout)
+            arrival = self._mover(view.kv).store(view.kv, group, slots, outs, layout)
         except StagingFullError as full:
             self._metrics.skipped_store("staging", len(live))
             self._finish(run, live, Status.SKIPPED, detail=str(full))
@@ -285,7 +291,7 @@ class Transfer:
                 copies = [run.copy(i) for i in batch]
                 srcs = [self._arenas[group].view(op.src.index) for op in copies if isinstance(op.src, Slot)]
                 slots = _slots_at(view.slots[group], [op.start for op in copies], self._chunk_tokens)
-                arrival = self._mover(view).load(srcs, layout, view.kv, group, slots, layers, run.after)
+                arrival = self._mover(view.kv).load(srcs, layout, view.kv, group, slots, layers, run.after)
                 arrivals += [] if arrival is None else [arrival]
         except BaseException:
             _settle(arrivals, end)
@@ -375,7 +381,7 @@ class Transfer:
         arrivals: list[Arrival] = []
         try:
             slots = _slots_at(view.slots[group], [op.start], self._chunk_tokens)
-            arrival = self._mover(view).load([out], loaded.layout, view.kv, group, slots, after=run.after)
+            arrival = self._mover(view.kv).load([out], loaded.layout, view.kv, group, slots, after=run.after)
             arrivals += [] if arrival is None else [arrival]
         finally:
             _settle(arrivals, partial(self._ledger.end_engine_write, run))

@@ -1,7 +1,8 @@
 """Copies of long pieces by the copy engine: many in one driver call where there is such a call, else one by one.
 
 `cuMemcpyBatchAsync` is found in the driver library itself, through ctypes: nothing is compiled. It exists from CUDA 12.8 on,
-and lost its argument `failIdx` in 13.0; `cuGetProcAddress` is asked for one version by number, so what is called always has
+and lost its argument `failIdx` in 13.0; `cuGetProcAddress` is asked for 12.8's by number, which newer drivers keep, so what is called
+always has
 the signature that is meant. Anything that goes wrong with it is said once, and from then on PyTorch's `copy_` does the work.
 ROCm and XPU always use `copy_`.
 """
@@ -23,7 +24,9 @@ BATCH = 1024
 """Descriptors per driver call. Calls with 50 000 were reported to crash or hang drivers (vLLM issue 49276)."""
 
 _IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: sources are staging that earlier work of the stream writes
-_VERSIONS = (13000, 12080)  # that changed the signature, newest first
+_VERSION = (
+    12080  # newer drivers keep the signature under this number; what older ones say to a newer number is not written
+)
 
 
 class _Location(ctypes.Structure):  # CUmemLocation; zero: no hint
@@ -42,12 +45,8 @@ class Attributes(ctypes.Structure):
 
 
 _P, _N, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-PROTOTYPES: dict[int, Any] = {
-    # dsts, srcs, sizes, count, attrs, attrsIdxs, numAttrs, [failIdx,] hStream
-    12080: ctypes.CFUNCTYPE(_INT, _P, _P, _P, _N, _P, _P, _N, _P, _P),
-    13000: ctypes.CFUNCTYPE(_INT, _P, _P, _P, _N, _P, _P, _N, _P),
-}
-"""C signature of `cuMemcpyBatchAsync` by the CUDA version that introduced it."""
+PROTOTYPE = ctypes.CFUNCTYPE(_INT, _P, _P, _P, _N, _P, _P, _N, _P, _P)
+"""C signature of 12.8's `cuMemcpyBatchAsync`: dsts, srcs, sizes, count, attrs, attrsIdxs, numAttrs, failIdx, hStream."""
 
 
 class DriverError(RuntimeError):
@@ -66,28 +65,27 @@ class Driver:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        self.version, self._batch = self._find(library)
+        self._batch = self._find(library)
 
     @staticmethod
-    def _find(library: Any) -> tuple[int, Any]:
+    def _find(library: Any) -> Any:
         try:
             find = library.cuGetProcAddress_v2
             for needed in ("cuCtxGetCurrent", "cuCtxSetCurrent", "cuStreamGetCtx"):
                 getattr(library, needed)
         except AttributeError as error:
             raise DriverError("the driver is older than CUDA 12.0") from error
-        for version in _VERSIONS:
-            where, status = ctypes.c_void_p(), ctypes.c_int()
-            code = find(
-                ctypes.c_char_p(b"cuMemcpyBatchAsync"),
-                ctypes.byref(where),
-                ctypes.c_int(version),
-                ctypes.c_uint64(0),
-                ctypes.byref(status),
-            )
-            if code == 0 and where.value:
-                return version, PROTOTYPES[version](where.value)
-        raise DriverError("the driver has no cuMemcpyBatchAsync (CUDA 12.8)")
+        where, status = ctypes.c_void_p(), ctypes.c_int()
+        code = find(
+            ctypes.c_char_p(b"cuMemcpyBatchAsync"),
+            ctypes.byref(where),
+            ctypes.c_int(_VERSION),
+            ctypes.c_uint64(0),
+            ctypes.byref(status),
+        )
+        if code or not where.value:
+            raise DriverError("the driver has no cuMemcpyBatchAsync (CUDA 12.8)")
+        return PROTOTYPE(where.value)
 
     def copy(self, dst: Ints, src: Ints, nbytes: Ints, stream: int) -> None:
         """Enqueue copies on a stream (its handle). The order among them is undefined; they must not overlap.
@@ -101,7 +99,6 @@ class Driver:
         with self._context_of(stream):
             for i in range(0, len(dst), BATCH):
                 part = slice(i, i + BATCH)
-                extra = (ctypes.byref(failed),) if self.version < 13000 else ()
                 code = self._batch(
                     dst[part].ctypes.data,
                     src[part].ctypes.data,
@@ -110,7 +107,7 @@ class Driver:
                     ctypes.byref(attributes),
                     ctypes.byref(first),
                     1,
-                    *extra,
+                    ctypes.byref(failed),
                     stream,
                 )
                 if code:
@@ -191,6 +188,8 @@ def handle_of(stream: object) -> int | None:
     The legacy default stream (0 or 1) is refused by the driver.
     """
     handle = getattr(stream, "cuda_stream", None)
+    if handle is None and isinstance(stream, torch.Stream) and stream.device.type == "cuda":
+        handle = getattr(stream, "native_handle", None)  # since torch 2.13; not in its type stubs
     return int(handle) if torch.version.hip is None and handle is not None and handle > 1 else None
 
 

@@ -210,6 +210,15 @@ class Pipeline:
         """An event at this point of the engine's stream, for `load(after=…)`."""
         return self._streams.record(self._streams.compute())
 
+    def wait_for(self, event: Any) -> None:
+        """Let this thread wait for an event."""
+        self._streams.synchronise(event)
+
+    def drain(self) -> None:
+        """Wait for all that was ever enqueued, by calls that failed half-way too."""
+        for name in ("store", "bring", "load"):
+            self.wait_for(self._streams.record(self._streams.side(name)))
+
     # ---------------------------------------------------------------- pages → host
 
     def store(self, copies: Sequence[RowCopy], shape: ObjectShape, outs: Sequence[torch.Tensor]) -> Arrival | None:

@@ -4,11 +4,14 @@ a test can put a recorder in its place that runs the same calls in any order the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+_NAP_S = 0.0002
 
 Work = Callable[[], object]
 Span = tuple[int, int]
@@ -75,7 +78,7 @@ class TorchStreams:
 
     def launch(self, stream: torch.Stream, work: Work, touches: Callable[[], Touches]) -> None:
         """See `Streams`."""
-        with stream:
+        with torch.accelerator.device_index(self.device.index), stream:  # entering a current stream selects no device
             work()
 
     def record(self, stream: torch.Stream) -> torch.Event:
@@ -92,4 +95,5 @@ class TorchStreams:
 
     def synchronise(self, event: torch.Event) -> None:
         """See `Streams`."""
-        event.synchronize()
+        while not event.query():  # `synchronize` of such an event keeps a core busy
+            time.sleep(_NAP_S)

@@ -180,8 +180,8 @@ def convert_rows(
         return
     if copy.objects * copy.layers * copy.units * chosen.places > MOST:
         raise CopyError(f"more than {MOST} pieces; convert fewer objects at a time")
-    factors = scales if into_a else scales.reciprocal()
-    with nullcontext() if stream is None else stream:
+    with torch.accelerator.device_index(scales.device.index), nullcontext() if stream is None else stream:
+        factors = scales if into_a else scales.reciprocal()
         _launch(copy, chosen, factors, max_programs or _PROGRAMS)
 
 

@@ -9,6 +9,7 @@ number can be held down to what the forward pass can spare.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from lmcache_kernels.rowcopy import RowCopy
 _ELEMENTS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 _PROGRAMS = 1 << 14
+
+_first_launch = Lock()
 
 COUNTS = ("layers", "objects", "units")
 """Arguments that are data: what is launched is what was compiled ahead of time, however many there are."""
@@ -192,7 +195,7 @@ def copy_rows(
     """
     if not trusted:
         check_copy(copy, into_a=into_a)
-    with nullcontext() if stream is None else stream:
+    with torch.accelerator.device_index(device.index), nullcontext() if stream is None else stream:
         for part in parts(copy):
             work = launch_of(part)
             if work.items:
@@ -203,6 +206,11 @@ def _launch(work: Launch, into_a: bool, device: torch.device, max_programs: int 
     tables = torch.from_numpy(work.tables)
     if device.type != "cpu":
         tables = tables.pin_memory().to(device, non_blocking=True)
+    with _first_launch:  # of one kernel, by two threads at a time, is a race in Triton
+        _run(work, into_a, device, tables, max_programs)
+
+
+def _run(work: Launch, into_a: bool, device: torch.device, tables: torch.Tensor, max_programs: int | None) -> None:
     grid = (min(work.items, max_programs or _PROGRAMS),)
     KERNELS[work.what.kind][grid](
         tables,

@@ -77,7 +77,7 @@ def test_measuring_compares_both_roads_and_checks_the_bytes() -> None:
 
 
 def test_measuring_finds_a_kernel_that_moves_the_wrong_bytes() -> None:
-    def shifted(copy, *, into_a, device, max_programs=None):  # type: ignore[no-untyped-def]
+    def shifted(copy, *, into_a, **_):  # type: ignore[no-untyped-def]
         move_rows(copy, into_a=into_a)
         move_rows(copy, into_a=not into_a) if into_a else None
         copy.a_units[:] = copy.a_units[:, ::-1]

@@ -71,3 +71,19 @@ def test_where_memory_cannot_be_pinned_pageable_memory_serves_and_says_why(monke
     assert host_provider("never")[0] is anonymous
     monkeypatch.setattr(arenas, "why_not_pinned", lambda: None)
     assert host_provider("auto")[0] is arenas.pinned
+
+
+def test_memory_that_is_slow_to_get_is_taken_at_once_and_what_cannot_be_had_fails_later() -> None:
+    asked: list[int] = []
+
+    def provider(nbytes: int) -> torch.Tensor:
+        asked.append(nbytes)
+        if len(asked) > 2:
+            raise RuntimeError("out of pinned memory")
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    arena = Arena(5, 4096, provider, slab_bytes=4096, reserve=True)
+    assert asked == [4096] * 3
+    assert arena.view(1).shape == (4096,)
+    with pytest.raises(MemoryError):
+        arena.view(2)

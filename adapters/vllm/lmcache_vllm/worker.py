@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import torch
 
-from lmcache.arena import Arena, anonymous, host_provider, share_out
+from lmcache.arena import Arena, anonymous, host_provider, pinned, share_out
 from lmcache.config import Config
 from lmcache.errors import LMCacheError
 from lmcache.layout.bound import BoundKV
@@ -127,6 +127,7 @@ class WorkerHalf:
         self._tiers: list[Tier] = []
         self._slots: tuple[int, ...] = ()
         self._step: StepMeta | None = None
+        self._point: object = None
         self._loads: dict[int, BlockView] = {}
         self._reported: Report | None = None
         self._seen = -1  # the transfer's news when its report was last taken
@@ -161,12 +162,15 @@ class WorkerHalf:
         budget = (self._config.dram_bytes or (self._config.queue_bytes if self._tiers else 0)) // self.ranks
         self._slots = tuple(share_out(budget, sizes))
         provider, memory = host_provider(self._config.pin_memory)
-        ahead = _AHEAD_BYTES // len(sizes) if provider is anonymous else 0  # pinned memory is present anyway
+        ahead = _AHEAD_BYTES // len(sizes) if provider is anonymous else 0  # pinned memory is taken now
         self._spec, self._kv = spec, kv.bind(spec)
         self._transfer = Transfer(
             spec,
             self._chunk,
-            [Arena(n, size, provider, ahead_bytes=ahead) for n, size in zip(self._slots, sizes, strict=True)],
+            [
+                Arena(n, size, provider, ahead_bytes=ahead, reserve=provider is pinned)
+                for n, size in zip(self._slots, sizes, strict=True)
+            ],
             self._tiers,
             io=ObjectIO(spec, self._chunk, order=self._config.disk_order, reslice=self._config.share == "semantic"),
             metrics=self.metrics,
@@ -202,6 +206,9 @@ class WorkerHalf:
         """What this step is to do."""
         self._step = step
         self._reported = None
+        # Before this step's forward pass, which computes other requests' blocks: a load need not wait for it.
+        there = self._transfer is not None and self._kv is not None and step.plan.jobs
+        self._point = self._transfer.point(self._kv) if there else None
 
     def start_loads(self) -> None:
         """Everything but stores."""
@@ -225,7 +232,8 @@ class WorkerHalf:
                 if job.kind == "load":  # vLLM waits for it from here on, whatever happens
                     self._loads[job.id] = block_view
                 views[job.id] = self._view(job, block_view)
-        self._transfer.execute(Plan(step.plan.epoch, jobs, step.plan.acked), views)
+        after = None if stores else self._point
+        self._transfer.execute(Plan(step.plan.epoch, jobs, step.plan.acked), views, after)
 
     def _view(self, job: Job, view: BlockView) -> EngineView:
         assert self._kv is not None
