@@ -1,9 +1,9 @@
 """Copies of long pieces by the copy engine: many in one driver call where there is such a call, else one by one.
 
 `cuMemcpyBatchAsync` is found in the driver library itself, through ctypes: nothing is compiled. It exists from CUDA 12.8 on,
-and lost its argument `failIdx` in 13.0; `cuGetProcAddress` is asked for 12.8's by number, which newer drivers keep, so what is called
-always has
-the signature that is meant. Anything that goes wrong with it is said once, and from then on PyTorch's `copy_` does the work.
+and lost its argument `failIdx` in 13.0; `cuGetProcAddress` is asked for 12.8's by number, which newer drivers keep, so what
+is called always has the signature that is meant. Anything that goes wrong with it is said once, and from then on PyTorch's
+`copy_` does the work.
 ROCm and XPU always use `copy_`.
 """
 

@@ -164,13 +164,14 @@ class WorkerHalf:
         provider, memory = host_provider(self._config.pin_memory)
         ahead = _AHEAD_BYTES // len(sizes) if provider is anonymous else 0  # pinned memory is taken now
         self._spec, self._kv = spec, kv.bind(spec)
+        arenas = [
+            Arena(n, size, provider, ahead_bytes=ahead, reserve=provider is pinned)
+            for n, size in zip(self._slots, sizes, strict=True)
+        ]
         self._transfer = Transfer(
             spec,
             self._chunk,
-            [
-                Arena(n, size, provider, ahead_bytes=ahead, reserve=provider is pinned)
-                for n, size in zip(self._slots, sizes, strict=True)
-            ],
+            arenas,
             self._tiers,
             io=ObjectIO(spec, self._chunk, order=self._config.disk_order, reslice=self._config.share == "semantic"),
             metrics=self.metrics,
@@ -207,8 +208,9 @@ class WorkerHalf:
         self._step = step
         self._reported = None
         # Before this step's forward pass, which computes other requests' blocks: a load need not wait for it.
-        there = self._transfer is not None and self._kv is not None and step.plan.jobs
-        self._point = self._transfer.point(self._kv) if there else None
+        self._point = None
+        if self._transfer is not None and self._kv is not None and step.plan.jobs:
+            self._point = self._transfer.point(self._kv)
 
     def start_loads(self) -> None:
         """Everything but stores."""
