@@ -150,6 +150,7 @@ def test_a_source_may_be_read_twice() -> None:
     [
         ((64, 1, 1),),
         ((2, 1 << 31, 64), (64, 1, 1)),
+        ((2, (1 << 31) + 1, 64), (64, 1, 1)),  # in elements of one byte, beyond what an int32 counts
         ((3, 1 << 30, 2048), (2048, 1, 1)),  # a loop around tiles, the one before is inside one
         ((8, 2, 16), (8, (1 << 28) + 16, 2), (2, 1, 1)),
     ],
