@@ -29,5 +29,6 @@ NOTICED = [
 
 @pytest.mark.parametrize("mutant", NOTICED)
 def test_random_histories_alone_notice_a_broken_index(mutant: type) -> None:
-    with pytest.raises(AssertionError):
+    # An index that is broken may also trip over itself before a check of the machine sees it: red all the same.
+    with pytest.raises((AssertionError, AttributeError, LookupError, TypeError)):
         run_machine(lambda: IndexMachine(mutant().open_index), examples=400, steps=50, shrink=False)
