@@ -16,7 +16,7 @@ from lmcache_kernels import DMA_BYTES, RowCopy
 from lmcache_kernels import pipeline as arrivals
 from lmcache_kernels.dispatch import copy_one, give_up, served_by_torch
 from lmcache_kernels.dma import Dma, Memory, find_driver
-from lmcache_kernels.pipeline import ObjectShape, Pipeline
+from lmcache_kernels.pipeline import CopyEngine, ObjectShape, Pipeline
 from lmcache_kernels.rowcopy import Ints
 from lmcache_kernels.streams import TorchStreams
 
@@ -117,8 +117,8 @@ class DeviceMover:
     ) -> Arrival | None:
         """See `Mover`."""
         self._here()
-        copies = self._copies(kv, group, slots, len(outs), layout, missing=False)
         if not served_by_torch(self._device):
+            copies = self._copies(kv, group, slots, len(outs), layout, missing=False)
             try:
                 arrival = self._pipeline.store(copies, shape_of(layout), outs)
             except torch.OutOfMemoryError as error:
@@ -145,8 +145,8 @@ class DeviceMover:
     ) -> Arrival | None:
         """See `Mover`."""
         self._here()
-        copies = self._copies(kv, group, slots, len(srcs), layout, missing=True)
         if not served_by_torch(self._device):
+            copies = self._copies(kv, group, slots, len(srcs), layout, missing=True)
             wanted = None if layers is None else range(*layers.indices(layout.layers))
             try:
                 arrival = self._pipeline.load(
@@ -203,6 +203,25 @@ def shape_of(layout: ObjectLayout) -> ObjectShape:
     return ObjectShape(layout.nbytes, layout.layers, tuple((s.offset, s.nbytes) for s in first))
 
 
+def copy_engine(copies: Dma, device: torch.device) -> CopyEngine:
+    """`copies` between `device` and the host, as a pipeline calls for them."""
+
+    def engine(
+        dst: Ints,
+        src: Ints,
+        nbytes: Ints,
+        *,
+        into: Sequence[torch.Tensor],
+        out_of: Sequence[torch.Tensor],
+        stream: object,
+    ) -> None:
+        host = into if out_of[0].device == device else out_of
+        pinned = host[0].is_pinned()
+        copies.copy(dst, src, nbytes, into=Memory(into), out_of=Memory(out_of), stream=stream, pinned=pinned)
+
+    return engine
+
+
 def open_mover(device: torch.device, *, staging_bytes: int = 256 << 20, copy_engine_bytes: int = DMA_BYTES) -> Mover:
     """What moves bytes in and out of this device's memory.
 
@@ -218,24 +237,11 @@ def open_mover(device: torch.device, *, staging_bytes: int = 256 << 20, copy_eng
 
     copies = Dma(find_driver(device, say), say=say)
 
-    def engine(
-        dst: Ints,
-        src: Ints,
-        nbytes: Ints,
-        *,
-        into: Sequence[torch.Tensor],
-        out_of: Sequence[torch.Tensor],
-        stream: object,
-    ) -> None:
-        host = into if out_of[0].device == device else out_of
-        pinned = host[0].is_pinned()
-        copies.copy(dst, src, nbytes, into=Memory(into), out_of=Memory(out_of), stream=stream, pinned=pinned)
-
     pipeline = Pipeline(
         TorchStreams(device),
         device,
         copy_one,
-        engine,
+        copy_engine(copies, device),
         staging=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device),
         staging_bytes=staging_bytes,
         # The limit is that of batched copies; one by one, every piece costs a call.

@@ -204,11 +204,18 @@ def parts(copy: RowCopy) -> list[RowCopy]:
             f"an object of {copy.layers} layers × {copy.units} rows has {each} pieces; {MOST} can be counted"
         )
     step = MOST // max(1, each)
-    starts = range(0, copy.objects, step) if copy.objects > step else (0,)
+    if copy.objects <= step:
+        return [copy]
+    starts = range(0, copy.objects, step)
     return [replace(copy, a_units=copy.a_units[i : i + step], b_base=copy.b_base[i : i + step]) for i in starts]
 
 
-def launch_of(copy: RowCopy) -> Launch:
-    """Everything a launch needs. `tables`: a_base, b_layers, b_base, b_units, a_units, one after another."""
+def tables_of(copy: RowCopy) -> Ints:
+    """A copy's lists as kernels read them: a_base, b_layers, b_base, b_units, a_units, one after another."""
     lists = (copy.a_base, copy.b_layers, copy.b_base, copy.b_units, copy.a_units.reshape(-1))
-    return Launch(specialise(copy), np.concatenate(lists), copy.layers, copy.objects, copy.units)
+    return np.concatenate(lists)
+
+
+def launch_of(copy: RowCopy) -> Launch:
+    """Everything a launch needs."""
+    return Launch(specialise(copy), tables_of(copy), copy.layers, copy.objects, copy.units)

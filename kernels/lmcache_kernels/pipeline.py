@@ -76,23 +76,13 @@ class Piece:
 
 def pieces(shape: ObjectShape, objects: int, most: int, layers: range) -> Iterator[Piece]:
     """The objects in pieces of at most `most` bytes, or one layer of one object; layer by layer, then object by object."""
-    for offset, layer_bytes in shape.regions if len(shape.regions) == 1 else ():
-        yield from _of_region(offset, layer_bytes, objects, most, layers)
-    if len(shape.regions) > 1:  # a layer is there when it is there in all regions
-        at_once = max(1, most // (objects * max(size for _, size in shape.regions)))
-        for start in range(layers.start, layers.stop, at_once):
-            some = range(start, min(start + at_once, layers.stop))
-            for offset, layer_bytes in shape.regions:
-                yield from _of_region(offset, layer_bytes, objects, most, some)
-
-
-def _of_region(offset: int, layer_bytes: int, objects: int, most: int, layers: range) -> Iterator[Piece]:
-    at_once = max(1, most // (objects * layer_bytes))
+    at_once = max(1, most // (objects * max(size for _, size in shape.regions)))
     for start in range(layers.start, layers.stop, at_once):
         some = range(start, min(start + at_once, layers.stop))
-        step = max(1, most // (len(some) * layer_bytes))
-        for first in range(0, objects, step):
-            yield Piece(range(first, min(first + step, objects)), offset, layer_bytes, some)
+        for offset, layer_bytes in shape.regions:  # a layer is there when it is there in all of them
+            step = max(1, most // (len(some) * layer_bytes))
+            for first in range(0, objects, step):
+                yield Piece(range(first, min(first + step, objects)), offset, layer_bytes, some)
 
 
 def of_piece(copies: Sequence[RowCopy], shape: ObjectShape, piece: Piece, starts: Ints) -> list[RowCopy]:

@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 
 from lmcache_kernels.checks import CopyError, check_buffers, check_copy
-from lmcache_kernels.launch import launch_of
+from lmcache_kernels.launch import MOST, tables_of
 from lmcache_kernels.quantise import FLOATS, LARGEST, Conversion, conversion
 from lmcache_kernels.rowcopy import RowCopy
 
 _PROGRAMS = 1 << 12
-MOST = 1 << 30
 COUNTS = ("layers", "objects", "units", "items")
 
 
@@ -186,7 +185,7 @@ def convert_rows(
 
 
 def _launch(copy: RowCopy, chosen: Conversion, factors: torch.Tensor, limit: int) -> None:
-    tables = torch.from_numpy(launch_of(copy).tables)
+    tables = torch.from_numpy(tables_of(copy))
     if factors.device.type != "cpu":
         tables = tables.pin_memory().to(factors.device, non_blocking=True)
     items = copy.layers * copy.objects * copy.units * chosen.places

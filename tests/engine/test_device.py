@@ -16,30 +16,17 @@ from lmcache.config import Config
 from lmcache.engine import CacheEngine, Slots
 from lmcache.keys import Chain
 from lmcache.layout import PagedKV
-from lmcache.mover import DeviceMover
+from lmcache.mover import DeviceMover, copy_engine
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
 from lmcache_conformance.cache import CacheTests
 from lmcache_conformance.cachemachine import CacheMachineTests
 from lmcache_conformance.kvlab import CHUNK, KINDS, Pool, tiny_config, tiny_spec
-from lmcache_kernels.dma import Dma, Memory
+from lmcache_kernels.dma import Dma
 from lmcache_kernels.pipeline import Kernel, Pipeline
-from lmcache_kernels.rowcopy import Ints, RowCopy
+from lmcache_kernels.rowcopy import RowCopy
 
 CPU = torch.device("cpu")
-
-
-def engine(
-    dst: Ints,
-    src: Ints,
-    nbytes: Ints,
-    *,
-    into: Sequence[torch.Tensor],
-    out_of: Sequence[torch.Tensor],
-    stream: object,
-) -> None:
-    """The copy engine without a driver: one `copy_` for each descriptor."""
-    Dma().copy(dst, src, nbytes, into=Memory(into), out_of=Memory(out_of), stream=stream)
 
 
 class Opened:
@@ -57,7 +44,7 @@ class Opened:
             streams,
             CPU,
             self.kernel,
-            engine,
+            copy_engine(Dma(), CPU),
             staging=lambda nbytes: torch.full((nbytes,), 0xAA, dtype=torch.uint8),
             staging_bytes=20_000,  # so that its parts are used again and again
             dma_bytes=64,
