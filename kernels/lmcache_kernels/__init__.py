@@ -6,6 +6,7 @@
 from lmcache_kernels.address import Digits, Dim, Piece, PlaneAddress, Strip, coalesce, merge_strips, refine, table
 from lmcache_kernels.checks import CopyError
 from lmcache_kernels.dispatch import copy_by_kernel, fallbacks
+from lmcache_kernels.hostrows import copy_rows_on_host, worth_it
 from lmcache_kernels.planner import DMA_BYTES, CopyPlan, plan, some_layers, some_objects
 from lmcache_kernels.reference import (
     ELEMENTS,
@@ -21,13 +22,11 @@ from lmcache_kernels.reference import (
     width_of,
 )
 from lmcache_kernels.rowcopy import SKIP, RowCopy
-from lmcache_kernels.tiles import Block, copy_blocks
 
 __all__ = [
     "DMA_BYTES",
     "ELEMENTS",
     "SKIP",
-    "Block",
     "CopyError",
     "CopyPlan",
     "Digits",
@@ -40,8 +39,8 @@ __all__ = [
     "all_rows",
     "coalesce",
     "copy_block",
-    "copy_blocks",
     "copy_by_kernel",
+    "copy_rows_on_host",
     "fallbacks",
     "merge_strips",
     "on_host",
@@ -56,4 +55,5 @@ __all__ = [
     "take_rows",
     "view",
     "width_of",
+    "worth_it",
 ]

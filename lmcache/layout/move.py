@@ -6,22 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from lmcache.errors import LayoutError
 from lmcache.layout.bound import BoundGroup, BoundKV
 from lmcache.layout.host import apart, by_neighbours
 from lmcache.layout.objects import ObjectLayout, same_planes
-from lmcache.layout.plan import Copy, Ints, Job, jobs
-from lmcache.layout.rows import row_copies
+from lmcache.layout.plan import Copy, Ints, Job, job_of, units_of
+from lmcache.layout.rows import rows_of
 from lmcache.layout.slots import check_slots
 from lmcache_kernels import (
-    Block,
+    Dim,
+    RowCopy,
     Strip,
     all_rows,
     copy_block,
-    copy_blocks,
     copy_by_kernel,
+    copy_rows_on_host,
     merge_strips,
     on_host,
     prepared_put,
@@ -29,6 +31,7 @@ from lmcache_kernels import (
     take_rows,
     view,
     width_of,
+    worth_it,
 )
 
 
@@ -107,12 +110,25 @@ def _copy(
     *,
     into_paged: bool,
 ) -> None:
-    """Between pages and buffers of one device: by kernel where there is one, else by tensor operations."""
-    if buffers and not on_host(buffers[0]):
-        rows = row_copies(bound, layout, ids, [buffer.data_ptr() for buffer in buffers], layers)
+    """Between pages and buffers of one device: by kernel where there is one, else by numpy and tensor operations."""
+    if not buffers:
+        return
+    wanted = range(*(layers or slice(None)).indices(layout.layers))
+    starts = [buffer.data_ptr() for buffer in buffers]
+    works = units_of(bound, layout, ids, len(buffers))
+    if not on_host(buffers[0]):
+        rows = [row for work in works for row in rows_of(work, bound, starts, wanted)]
         if copy_by_kernel(rows, into_a=into_paged, device=buffers[0].device):
             return
-    for move in _moves(bound, jobs(bound, layout, ids, len(buffers), layers), buffers, into_paged=into_paged):
+    by_index = []
+    for work in works:
+        if work.plan.by_page and on_host(buffers[0]):
+            rows = rows_of(work, bound, starts, wanted)
+            if all(worth_it(row, into_a=into_paged) for row in rows):
+                copy_rows_on_host(rows, into_a=into_paged)
+                continue
+        by_index.append(job_of(work, wanted))
+    for move in _moves(bound, by_index, buffers, into_paged=into_paged):
         move()
 
 
@@ -192,7 +208,10 @@ def translate(src: torch.Tensor, src_layout: ObjectLayout, dst: torch.Tensor, ds
     if strips is None:
         strips = src_layout.translations.setdefault(dst_layout, _translation(src_layout, dst_layout))
     if on_host(src) and on_host(dst):
-        copy_blocks(src, dst, [Block(strip.sources[0][1], strip.offset, strip.dims) for strip in strips])
+        rows = [
+            _row(src.data_ptr() + strip.sources[0][1], dst.data_ptr() + strip.offset, strip.dims) for strip in strips
+        ]
+        copy_rows_on_host(rows, into_a=False)
         return
     alignment = _alignment([src, dst])
     for strip in strips:
@@ -201,6 +220,12 @@ def translate(src: torch.Tensor, src_layout: ObjectLayout, dst: torch.Tensor, ds
         copy_block(
             src, start, dst, strip.offset, strip.dims, width_of(start, strip.offset, strip.run, alignment, *strides)
         )
+
+
+def _row(source: int, target: int, dims: tuple[Dim, ...]) -> RowCopy:
+    """A single row between two addresses."""
+    zero = np.zeros(1, dtype=np.int64)
+    return RowCopy(zero + source, zero[None], zero + target, zero, zero, dims)
 
 
 def _check_buffers(buffers: Sequence[torch.Tensor], layout: ObjectLayout) -> None:

@@ -95,13 +95,6 @@ class Plan:
     parts: dict[object, tuple[Part, ...]] = field(default_factory=dict, repr=False)
 
 
-def jobs(bound: BoundGroup, layout: ObjectLayout, ids: Ints, objects: int, layers: slice | None) -> list[Job]:
-    """What to copy for `objects` objects whose tokens' slots are `ids`, checked, −1 = leave out."""
-    which = range(*(layers or slice(None)).indices(layout.layers))
-    partial = bool(len(ids) and ids.min() < 0)
-    return [_job(work, which, partial) for work in units_of(bound, layout, ids, objects)]
-
-
 class Units(NamedTuple):
     """Objects that move by the same plan: `ids` are page numbers (`block` = 1) or slots, int64 `(objects, units)`."""
 
@@ -153,8 +146,10 @@ def _whole_pages(ids: Ints, block: int, objects: int, partial: bool) -> tuple[In
     return numbers.reshape(objects, -1), whole.reshape(objects, -1).all(axis=1)
 
 
-def _job(work: Units, layers: range, partial: bool) -> Job:
+def job_of(work: Units, layers: range) -> Job:
+    """What to copy, rows named by an index."""
     plan, ids = work.plan, work.ids
+    partial = bool(ids.size and ids.min() < 0)
     addresses, joins = [], []
     for tag, (page, slot) in enumerate(plan.kinds):
         step, address = slot[-1][1] if slot else page, work.addresses(tag)

@@ -8,7 +8,7 @@ import numpy as np
 
 from lmcache.layout.bound import BoundGroup
 from lmcache.layout.objects import ObjectLayout
-from lmcache.layout.plan import Ints, units_of
+from lmcache.layout.plan import Ints, Units, units_of
 from lmcache_kernels import SKIP, RowCopy, table
 
 
@@ -16,9 +16,6 @@ def row_copies(
     bound: BoundGroup, layout: ObjectLayout, ids: Ints, starts: Sequence[int], layers: slice | None = None
 ) -> list[RowCopy]:
     """Every byte of the objects that begin at addresses `starts`, side B, and of the slots `ids`, side A.
-
-    Units are not joined into longer runs, however the block table lies: what a kernel is compiled for then depends on
-    the layouts alone, and a planner that wants longer pieces finds them itself.
 
     Args:
         bound: the engine's memory.
@@ -28,25 +25,35 @@ def row_copies(
         layers: range of local layers, default all.
     """
     wanted = range(*(layers or slice(None)).indices(layout.layers))
+    return [
+        copy for units in units_of(bound, layout, ids, len(starts)) for copy in rows_of(units, bound, starts, wanted)
+    ]
+
+
+def rows_of(units: Units, bound: BoundGroup, starts: Sequence[int], layers: range) -> list[RowCopy]:
+    """What `units` are, as rows.
+
+    Units are not joined into longer runs, however the block table lies: what a kernel is compiled for then depends on
+    the layouts alone, and a planner that wants longer pieces finds them itself.
+    """
     pointers = [storage.data_ptr() for storage in bound.storages]
     every = np.asarray(starts, dtype=np.int64)
     out = []
-    for units in units_of(bound, layout, ids, len(every)):
-        offsets = [np.where(units.ids < 0, SKIP, units.addresses(tag)) for tag in range(len(units.plan.kinds))]
-        objects = every if len(units.objects) == len(every) else every[units.objects]
-        for strip in units.plan.strips:
-            own = range(max(wanted.start, strip.first), min(wanted.stop, strip.first + len(strip.sources)))
-            if not own:
-                continue
-            sources = (strip.sources[layer - strip.first] for layer in own)
-            out.append(
-                RowCopy(
-                    np.array([pointers[storage] + base for storage, base in sources], dtype=np.int64),
-                    offsets[strip.tag],
-                    objects,
-                    strip.offset + (np.asarray(own, dtype=np.int64) - strip.first) * strip.layer,
-                    table(strip.units),
-                    strip.dims,
-                )
+    offsets = [np.where(units.ids < 0, SKIP, units.addresses(tag)) for tag in range(len(units.plan.kinds))]
+    objects = every if len(units.objects) == len(every) else every[units.objects]
+    for strip in units.plan.strips:
+        own = range(max(layers.start, strip.first), min(layers.stop, strip.first + len(strip.sources)))
+        if not own:
+            continue
+        sources = (strip.sources[layer - strip.first] for layer in own)
+        out.append(
+            RowCopy(
+                np.array([pointers[storage] + base for storage, base in sources], dtype=np.int64),
+                offsets[strip.tag],
+                objects,
+                strip.offset + (np.asarray(own, dtype=np.int64) - strip.first) * strip.layer,
+                table(strip.units),
+                strip.dims,
             )
+        )
     return out

@@ -17,11 +17,15 @@ from lmcache_conformance.layoutlab import LABS, Lab
 from lmcache_kernels import RowCopy
 
 
-@pytest.fixture(params=["host", "device", "rows", "triton"])
+@pytest.fixture(params=["host", "pages", "device", "rows", "triton"])
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Host memory as it is; as if it were a device's, moved by torch operations; by what kernels are told; by kernels."""
-    if request.param == "host":
-        return "host"
+    """Host memory as it is; page by page wherever there are pages; as if it were a device's, moved by torch operations;
+    by what kernels are told; by kernels.
+    """
+    if request.param == "pages":
+        monkeypatch.setattr(lmcache.layout.move, "worth_it", lambda copy, into_a: True)
+    if request.param in ("host", "pages"):
+        return str(request.param)
     for module in (lmcache_kernels.reference, lmcache.layout.move, lmcache.layout.paged):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)
 
