@@ -148,21 +148,26 @@ def _table(results: list[Result]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     disk = any("disk" in result.capacities for result in results)
-    for title in ("capacity", "hit %", "tokens %", "requests %", "saved s", "loaded", "p50 TTFT", "p99 TTFT"):
-        table.add_column(title, justify="right")
+    for title in ("capacity", "hit %", "tokens %", "saved s", "loaded", "p50 s", "p99 s"):
+        table.add_column(title, justify="right", no_wrap=True)
     if disk:
-        table.add_column("disk writes", justify="right")
+        table.add_column("disk writes", justify="right", no_wrap=True)
     for r in results:
         row = [r.policy, human_bytes(r.capacity_bytes)]
-        row += [f"{100 * rate:.2f}" for rate in (r.hit_rate, r.hit_rate_tokens, r.hit_rate_requests)]
+        row += [f"{100 * rate:.2f}" for rate in (r.hit_rate, r.hit_rate_tokens)]
         row += [f"{r.prefill_saved_s:.0f}", human_bytes(sum(r.bytes_loaded.values()))]
-        row += [f"{r.ttft_p50_s:.3f} s", f"{r.ttft_p99_s:.3f} s"]
+        row += [f"{r.ttft_p50_s:.3f}", f"{r.ttft_p99_s:.3f}"]
         table.add_row(*row, *([human_bytes(r.disk_written_bytes)] if disk else []))
     console().print(table)
-    console().print(f"Prefill without a cache: {results[0].prefill_s + results[0].prefill_saved_s:.0f} s; ", end="")
-    console().print(f"waiting times are of {results[0].servers} engines, first come, first served, one prompt at a time.")
+    console().print(
+        f"p50, p99: time to first token. Prefill without a cache: {results[0].prefill_s + results[0].prefill_saved_s:.0f} s; ",
+        end="",
+    )
+    console().print(
+        f"waiting times are of {results[0].servers} engines, first come, first served, one prompt at a time."
+    )
 
 
 def _note(text: str) -> None:

@@ -23,7 +23,17 @@ td:first-child, th:first-child { text-align: left }
 def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
     """HTML."""
     facts = ", ".join(f"{escape(str(key)).replace('_', ' ')} {escape(str(value))}" for key, value in about.items())
-    head = ("policy", "capacity GiB", "hit %", "tokens %", "requests %", "prefill saved s", "p50 s", "p99 s", "disk GiB written")
+    head = (
+        "policy",
+        "capacity GiB",
+        "hit %",
+        "tokens %",
+        "requests %",
+        "prefill saved s",
+        "p50 s",
+        "p99 s",
+        "disk GiB written",
+    )
     rows = "".join(
         f"<tr><td>{escape(r.policy)}</td>"
         + "".join(

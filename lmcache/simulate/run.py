@@ -43,8 +43,6 @@ _NAMESPACE = b"trace".ljust(32, b".")
 Progress = Callable[[int], None]
 
 
-
-
 class Result(NamedTuple):
     """What one simulation found. Rates are of 1; seconds, chunks and bytes are of the whole trace."""
 
@@ -108,7 +106,9 @@ def simulate(
     for place, chunks in capacities.items():
         named(place, dict.fromkeys(PLACES), "tier")
         if chunks < 1:
-            raise ConfigError(f"{place}: room for {chunks} chunks of {trace.chunk_tokens} tokens; give at least one chunk")
+            raise ConfigError(
+                f"{place}: room for {chunks} chunks of {trace.chunk_tokens} tokens; give at least one chunk"
+            )
     if not capacities:
         raise ConfigError("no capacity is given")
     started = time.perf_counter()

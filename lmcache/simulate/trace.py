@@ -104,9 +104,7 @@ def read_traces(paths: Iterable[str | Path], *, skip_bad: bool = False) -> Trace
     numbers = _Numbers()
     chunk: list[int] = []
     skipped = [0]
-    parts = [
-        list(_requests(Path(path), file, numbers, chunk, skip_bad, skipped)) for file, path in enumerate(paths)
-    ]
+    parts = [list(_requests(Path(path), file, numbers, chunk, skip_bad, skipped)) for file, path in enumerate(paths)]
     requests = parts[0] if len(parts) == 1 else sorted((r for part in parts for r in part), key=lambda r: r.time)
     if not requests:
         raise TraceError("no request in the trace" + (f"; {skipped[0]} bad lines were skipped" if skipped[0] else ""))
