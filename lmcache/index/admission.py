@@ -58,9 +58,13 @@ class BreakEven:
     def __call__(self, tier: int, name: Name) -> bool:
         """See `Admit`."""
         load = self._load.get(tier)
-        if load is not None and self._compute is not None:
-            if load * self._bytes(name.group) >= self._compute * name.tokens:
-                return False
+        slower = (
+            load is not None
+            and self._compute is not None
+            and load * self._bytes(name.group) >= self._compute * name.tokens
+        )
+        if slower:
+            return False
         return self._inner is None or self._inner(tier, name)
 
     def _blend(self, old: float | None, new: float) -> float:

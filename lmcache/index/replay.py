@@ -59,12 +59,15 @@ class Replay:
         pool.pin(near)
         pool.touch(near)
         tiers: dict[int, int] = {}
+        present = near
         if len(near) < found.chunks:
             for i, source in enumerate(found.sources[0][: found.chunks]):  # type: ignore[index]
                 if type(source) is int:
                     tiers[source] = tiers.get(source, 0) + 1
                     self._promote(chain, i, source)
-        stored = self._keep(chain, found.chunks)
+            held = (pool.find(chain.namespace, digest) for digest in digests[: found.chunks])
+            present = [entry for entry in held if entry is not None]
+        stored = self._keep(chain, found.chunks, present)
         pool.unpin(near)
         return Served(len(near), tiers, stored)
 
@@ -81,8 +84,10 @@ class Replay:
         if entry is not None:
             self._publish(chain.namespace, [entry], tier)
 
-    def _keep(self, chain: Chain, first: int) -> int:
-        """Take in the chunks from `first` on that are not there; stops where no slot can be freed."""
+    def _keep(self, chain: Chain, first: int, present: list[Entry]) -> int:
+        """Take in the chunks from `first` on that are not there; stops where no slot can be freed. As a store does, it counts
+        as a use of those that are there.
+        """
         pool, digests, namespace = self._pool, chain.digests, chain.namespace
         space = pool.spaces.get(namespace)
         if space is None or not any(map(space.ready.get, digests[first:])):  # mostly: one stretch of news
@@ -91,12 +96,17 @@ class Replay:
             )
         else:
             run = []
+            present = list(present)
             for i in range(first, len(digests)):
-                if pool.find(namespace, digests[i]) is None:
-                    entry = pool.insert(namespace, digests[i], chain.parent(i), chain.depth(i))
-                    if entry is None:
-                        break
-                    run.append(entry)
+                entry = pool.find(namespace, digests[i])
+                if entry is not None:
+                    present.append(entry)
+                    continue
+                entry = pool.insert(namespace, digests[i], chain.parent(i), chain.depth(i))
+                if entry is None:
+                    break
+                run.append(entry)
+        pool.touch(present)
         if run:
             self._publish(namespace, run, len(self._state.tiers))
         return len(run)

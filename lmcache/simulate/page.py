@@ -82,8 +82,7 @@ def _chart(results: Sequence[Result]) -> str:
     for rate in range(0, int(top) + 1, step):
         out.append(f'<path d="M{_LEFT} {y(rate):.1f}H{right}" stroke="#ddd"/>')
         out.append(f'<text x="{_LEFT - 8}" y="{y(rate) + 4:.1f}" text-anchor="end">{rate} %</text>')
-    for size in sizes:
-        out.append(f'<text x="{x(size):.1f}" y="{_HEIGHT - 28}" text-anchor="middle">{size / 2**30:.4g}</text>')
+    out += [f'<text x="{x(s):.1f}" y="{_HEIGHT - 28}" text-anchor="middle">{s / 2**30:.4g}</text>' for s in sizes]
     out.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">capacity, GiB (log)</text>')
     if limit is not None:
         out.append(f'<path d="M{_LEFT} {y(limit):.1f}H{right}" stroke="#888" stroke-dasharray="4 4"/>')

@@ -113,7 +113,7 @@ def by_messages(index: Index, chain: Chain, owner: int, seq: list[int]) -> int:
     return found.tokens // 512
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_replay_finds_and_keeps_what_the_index_does_with_all_its_messages(policy) -> None:
     full, quick = (Index([("kv", ALL)], 512, [40], policy=policy) for _ in range(2))
     replay, seq = Replay(quick), [0]
@@ -142,9 +142,8 @@ def test_what_is_on_disk_is_found_and_a_full_disk_forgets(tmp_path) -> None:
 def test_a_second_sight_writes_less_and_finds_no_less_where_the_disk_is_small(tmp_path) -> None:
     rng = random.Random(1)
     popular = [[10_000 + 4 * i + k for k in range(4)] for i in range(12)]
-    prompts = []
-    for i in range(2000):  # few prompts that come back, among many that do not
-        prompts.append(rng.choice(popular) if i % 4 == 0 else [20_000 + 4 * i + k for k in range(4)])
+    # few prompts that come back, among many that do not
+    prompts = [rng.choice(popular) if i % 4 == 0 else [20_000 + 4 * i + k for k in range(4)] for i in range(2000)]
     trace = read_traces([written(tmp_path / "t", prompts)])
     everything, second = (
         simulate(trace, "lru", {"dram": 16, "disk": 60}, PROFILE, admit=admit) for admit in ("all", "second")
