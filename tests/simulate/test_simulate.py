@@ -128,7 +128,7 @@ def test_a_replay_finds_and_keeps_what_the_index_does_with_all_its_messages(poli
 def test_what_is_on_disk_is_found_and_a_full_disk_forgets(tmp_path) -> None:
     prompts = requests_of(3)
     trace = read_traces([written(tmp_path / "t", prompts)])
-    room = {"dram": 12, "disk": 10**6}
+    room = {"dram": 2 * max(map(len, prompts)), "disk": 10**6}
     assert sum(simulate(trace, "lru", room, PROFILE).hits.values()) == sum(
         simulate(trace, "infinite", room, PROFILE).hits.values()
     )
