@@ -61,7 +61,8 @@ class Replay:
         tiers: dict[int, int] = {}
         present = near
         if len(near) < found.chunks:
-            for i, source in enumerate(found.sources[0][: found.chunks]):  # type: ignore[index]
+            for i in range(found.chunks):
+                source = found.sources[0][i]
                 if type(source) is int:
                     tiers[source] = tiers.get(source, 0) + 1
                     self._promote(chain, i, source)

@@ -251,9 +251,9 @@ def test_a_recording_that_fails_is_one_log_line(tmp_path, caplog) -> None:
     assert caplog.text.count("trace-not-recorded") == 1 + (full is not None)
 
 
-@pytest.mark.skipif("LMCACHE_TEST_TRACE" not in os.environ, reason="LMCACHE_TEST_TRACE names no conversation trace")
+@pytest.mark.skipif("CONVERSATION_TRACE" not in os.environ, reason="CONVERSATION_TRACE names no conversation trace")
 def test_the_published_figures_of_the_conversation_trace() -> None:
-    trace = read_traces([os.environ["LMCACHE_TEST_TRACE"]])
+    trace = read_traces([os.environ["CONVERSATION_TRACE"]])
     shares = (1, 2, 5, 10, 20)
     for policy, expected in (
         ("lru-textbook", (4.34, 5.28, 11.05, 20.75, 28.00)),
