@@ -10,8 +10,6 @@ hung writer. In groups of rule `all` an object with a resident child stays: chil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
-
 from lmcache.eviction import Policy, Recent, Tracked
 
 WRITING, READY, EVICTING = 1, 2, 3
@@ -135,8 +133,9 @@ class Pool:
         fresh = [entry for entry in run if entry.state == WRITING]
         for entry in fresh:
             entry.state = READY
-            del entry.space.writing[entry.digest]
-            entry.space.ready[entry.digest] = entry
+            space, digest = entry.space, entry.digest
+            del space.writing[digest]
+            space.ready[digest] = entry
         if fresh:
             self.policy.add(fresh)
         if self.notice is not None:
@@ -218,14 +217,36 @@ class Pool:
         fresh = min(count - len(slots), self.slots - self._fresh)
         slots.extend(range(self._fresh, self._fresh + fresh))
         self._fresh += fresh
-        pop = self.policy.pop
-        while len(slots) < count and (item := pop()) is not None:
-            entry = cast(Entry, item)
-            if entry.refs == 0 and entry.children == 0:
-                self.evictions += 1
-                self.drop(entry, "evicted")
-                slots.append(free.pop())
-            # Else it stays aside (stamp 0) until `_settle` finds that nothing holds it any more.
+        if len(slots) < count:
+            slots.extend(self._evict(count - len(slots)))
+        return slots
+
+    def _evict(self, count: int) -> list[int]:
+        """The slots of up to `count` of the coldest ready objects that nothing holds. This is what a full arena does all day:
+        `drop`, for what the policy has given up already.
+        """
+        pop: Callable[[], Entry | None] = self.policy.pop  # type: ignore[assignment]  # it holds what it was given
+        remember, notice = self.gone.put, self.notice
+        slots: list[int] = []
+        while len(slots) < count and (entry := pop()) is not None:
+            if entry.refs or entry.children:
+                continue  # it stays aside (stamp 0) until `_settle` finds that nothing holds it any more
+            if notice is not None:
+                notice(False, entry)
+            slots.append(entry.slot)
+            entry.state = EVICTING
+            space, digest, parent = entry.space, entry.digest, entry.parent
+            del space.ready[digest]
+            remember(digest, "evicted")
+            if parent is not None:
+                above = space.ready.get(parent)
+                if above is not None and above.stamp:  # in the policy's queues: nothing to settle
+                    above.children -= 1
+                else:
+                    self._abandon(space, parent)
+            if not space.ready and not space.writing:
+                del self.spaces[space.namespace]
+        self.evictions += len(slots)
         return slots
 
     def _settle(self, entry: Entry) -> None:
