@@ -13,6 +13,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
@@ -39,7 +40,7 @@ class Recorder:
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             self._start = time.monotonic() - _last_time(self._fd)
-            self._end = weakref.finalize(self, os.close, self._fd)
+            self._end = weakref.finalize(self, _end, self._fd, self._lines)  # also when the process ends
         except (OSError, ValueError) as error:
             self._give_up(error)
 
@@ -68,10 +69,9 @@ class Recorder:
 
     def _flush(self, now: float) -> None:
         assert self._fd is not None
-        data, self._lines, self._bytes, self._flushed = b"".join(self._lines), [], 0, now
+        self._bytes, self._flushed = 0, now
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
+            _write(self._fd, self._lines)
         except OSError as error:
             self._fd = None
             self._end()
@@ -79,6 +79,20 @@ class Recorder:
 
     def _give_up(self, error: Exception) -> None:
         warning("trace-not-recorded", path=self._path, error=f"{type(error).__name__}: {error}")
+
+
+def _write(fd: int, lines: list[bytes]) -> None:
+    data = b"".join(lines)
+    lines.clear()
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _end(fd: int, lines: list[bytes]) -> None:
+    with suppress(OSError):
+        _write(fd, lines)
+    with suppress(OSError):
+        os.close(fd)
 
 
 def _last_time(fd: int) -> float:

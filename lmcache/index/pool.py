@@ -10,6 +10,7 @@ hung writer. In groups of rule `all` an object with a resident child stays: chil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+
 from lmcache.eviction import Policy, Recent, Tracked
 
 WRITING, READY, EVICTING = 1, 2, 3

@@ -240,6 +240,16 @@ def test_a_recording_holds_equal_keys_for_equal_chunks_and_goes_on_where_it_ende
     assert len(read_traces([path])) == 4
 
 
+def test_a_recording_that_nobody_closes_is_whole(tmp_path) -> None:
+    path = tmp_path / "trace.jsonl"
+    recorder = Recorder(path, 256)
+    for _ in range(3):
+        recorder.record(300, [b"a" * 32])
+    assert len(path.read_text().splitlines()) < 3, "a burst is buffered"
+    del recorder
+    assert len(read_traces([path])) == 3
+
+
 def test_a_recording_that_fails_is_one_log_line(tmp_path, caplog) -> None:
     recorder = Recorder(tmp_path / "no" / "such", 256)
     recorder.record(300, [b"a" * 32])
