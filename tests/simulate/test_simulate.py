@@ -226,18 +226,26 @@ def test_the_command_prints_one_json_document_and_draws_a_page(tmp_path) -> None
 
 def test_a_recording_holds_equal_keys_for_equal_chunks_and_goes_on_where_it_ended(tmp_path) -> None:
     path = tmp_path / "trace.jsonl"
+    path.touch(0o600)
+    path.write_text('{"t":99.5,"tokens":0,"chunk_tokens":256,"keys":[]}\n')
     for _ in range(2):
         recorder = Recorder(path, 256)
         recorder.record(600, [b"a" * 32, b"b" * 32])
         recorder.record(300, [b"a" * 32])
         recorder.close()
         recorder.record(300, [b"a" * 32])
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    before, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(before["t"] <= line["t"] < before["t"] + 60 for line in lines)
     assert lines[0]["keys"][0] == lines[1]["keys"][0] != lines[0]["keys"][1]
     assert lines[0]["keys"][0] != lines[2]["keys"][0], "another process has another secret"
     assert (b"a" * 32).hex()[:16] not in path.read_text()
-    assert len(read_traces([path])) == 4
+    assert len(read_traces([path])) == 5
+    assert stat.S_IMODE(fresh_mode(tmp_path / "new")) == 0o600
+
+
+def fresh_mode(path: Path) -> int:
+    Recorder(path, 256).close()
+    return path.stat().st_mode
 
 
 def test_a_recording_that_nobody_closes_is_whole(tmp_path) -> None:
