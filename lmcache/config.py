@@ -143,6 +143,12 @@ class Config:
         unit="seconds",
         doc="How long what a lookup found is kept from eviction if nobody retrieves or releases it.",
     )
+    record_trace: Setting[str | None, str | None] = Setting(
+        Text(),
+        None,
+        doc="File to which every lookup appends one line for `lmcache simulate`: time, prompt tokens, and hashed keys of its "
+        "chunks, no text and no token ids. Readable by its owner only. Nothing: nothing is recorded.",
+    )
     strict: Setting[bool, bool] = Setting(
         Flag(),
         False,

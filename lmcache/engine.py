@@ -34,6 +34,7 @@ from lmcache.metrics import Metrics
 from lmcache.mover import open_mover
 from lmcache.objectio import ObjectIO
 from lmcache.plan import JobKind
+from lmcache.recorder import Recorder
 from lmcache.spec import KVSpec
 from lmcache.tenants import Tenants
 from lmcache.tiers.base import Tier
@@ -120,6 +121,7 @@ class CacheEngine:
         self._namespaces: dict[tuple[str, str, str], bytes] = {}
         self._outdated: list[tuple[str, bytes]] = []  # (salt, namespace) of earlier weights versions
         self._tenants = Tenants(chunk)
+        self._recorder = Recorder(self.config.record_trace, chunk) if self.config.record_trace else None
         self._closed = False
         for position, tier in enumerate(self._tiers):
             if not tier.shared:  # nobody else adds to it: what it holds now is all there is to know
@@ -255,6 +257,8 @@ class CacheEngine:
         with self.metrics.timed("lookup"):
             ids = as_tokens(tokens)
             chain = self._chain(ids, salt, lora, extras)
+            if self._recorder is not None:
+                self._recorder.record(len(ids), chain.digests)
             hit = self._find(chain, len(ids) if max_tokens is None else max_tokens)
             if hit.stop == ABSENT and not hit.tokens and self._tenants.others(chain.namespace, ids):
                 hit.stop = "salt"
@@ -265,6 +269,8 @@ class CacheEngine:
         """`lookup` for an engine that brings its own names, see `lmcache.objects`."""
         total = len(chain.digests) * self.config.chunk_tokens
         with self.metrics.timed("lookup"):
+            if self._recorder is not None:
+                self._recorder.record(total, chain.digests)
             hit = self._find(chain, total)
         self._count(hit, total)
         return hit
@@ -404,6 +410,8 @@ class CacheEngine:
         if self._closed:
             return
         self._closed = True
+        if self._recorder is not None:
+            self._recorder.close()
         self._loop.settle(_CLOSE_S, *_CHANGING)
         if self._transfer.close(_CLOSE_S):
             for tier in self._tiers:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lmcache.cli import bench, clear, conformance, demo, doctor, ls, verify
+from lmcache.cli import bench, clear, conformance, demo, doctor, ls, simulate, verify
 from lmcache.errors import LMCacheError
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def _root(
     pass
 
 
-for command in (demo, doctor, bench, conformance, ls, verify, clear):
+for command in (demo, doctor, bench, conformance, simulate, ls, verify, clear):
     command.register(app)
 
 

@@ -9,8 +9,7 @@ hung writer. In groups of rule `all` an object with a resident child stays: chil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lmcache.eviction import Policy, Recent, Tracked
 
@@ -27,14 +26,15 @@ class Entry(Tracked):
     def __init__(
         self, space: Space, digest: bytes, parent: bytes | None, depth: int, slot: int, generation: int
     ) -> None:
-        super().__init__(digest)
+        self.digest = digest
+        self.stamp = self.freq = 0
         self.space = space
         self.parent = parent
         self.depth = depth
         self.slot = slot
         self.generation = generation
         self.state = WRITING
-        self.refs = 0
+        self.refs = 1  # whoever writes it
         self.children = 0
 
     @property
@@ -84,36 +84,59 @@ class Pool:
 
     def insert(self, namespace: bytes, digest: bytes, parent: bytes | None, depth: int) -> Entry | None:
         """Assign a slot to an object that is not resident (state WRITING, one reference), or None if no slot can be freed."""
+        run = self.insert_run(namespace, (digest,), parent, depth)
+        return run[0] if run else None
+
+    def insert_run(
+        self, namespace: bytes, digests: Sequence[bytes], parent: bytes | None, depth: int, *, linked: bool = True
+    ) -> list[Entry]:
+        """`insert` for a stretch of a chain of which nothing is resident: as much of its beginning as slots can be freed.
+
+        `parent` and `depth` are those of the first; of all of them if they are not `linked`.
+        """
         above = self.find(namespace, parent) if self.chained and parent is not None else None
         if above:
             above.refs += 1  # its slot must not be the one that is freed for its child
-        slot = self._take_slot()
-        if slot < 0:
+        slots = self._take_slots(len(digests))
+        run: list[Entry] = []
+        if slots:
+            space = self.spaces.get(namespace)
+            if space is None:
+                space = self.spaces[namespace] = Space(namespace)
+            generation = self._generation
+            link = self.chained and linked
+            before = parent if self.chained else None
+            add = run.append
+            for digest, slot in zip(digests, slots, strict=False):
+                generation += 1
+                add(Entry(space, digest, before, depth, slot, generation))
+                if link:
+                    before = digest
+                depth += linked
+            self._generation = generation
+            space.writing.update(zip(digests, run, strict=False))
             if above:
-                self.unpin((above,))
-            return None
-        space = self.spaces.get(namespace)
-        if space is None:
-            space = self.spaces[namespace] = Space(namespace)
-        self._generation += 1
-        entry = Entry(space, digest, parent if self.chained else None, depth, slot, self._generation)
-        entry.refs = 1
-        space.writing[digest] = entry
+                above.children += 1
+            elif run[0].parent is not None:
+                space.orphans[run[0].parent] = space.orphans.get(run[0].parent, 0) + 1
+            if link:
+                for entry in run[:-1]:
+                    entry.children = 1
+            if space.orphans:
+                for entry in run:
+                    entry.children += space.orphans.pop(entry.digest, 0)
         if above:
-            above.children += 1
             self.unpin((above,))
-        elif entry.parent is not None:
-            space.orphans[entry.parent] = space.orphans.get(entry.parent, 0) + 1
-        entry.children = space.orphans.pop(digest, 0)
-        return entry
+        return run
 
     def publish(self, run: Iterable[Entry]) -> list[Entry]:
         """Make those objects ready that are still being written; returns them. Parents first."""
         fresh = [entry for entry in run if entry.state == WRITING]
         for entry in fresh:
             entry.state = READY
-            del entry.space.writing[entry.digest]
-            entry.space.ready[entry.digest] = entry
+            space, digest = entry.space, entry.digest
+            del space.writing[digest]
+            space.ready[digest] = entry
         if fresh:
             self.policy.add(fresh)
         if self.notice is not None:
@@ -188,20 +211,44 @@ class Pool:
         """Slots that hold nothing."""
         return len(self.free) + self.slots - self._fresh
 
-    def _take_slot(self) -> int:
-        if self.free:
-            return self.free.pop()
-        if self._fresh < self.slots:
-            self._fresh += 1
-            return self._fresh - 1
-        while (item := self.policy.pop()) is not None:
-            entry = cast(Entry, item)
-            if entry.refs == 0 and entry.children == 0:
-                self.evictions += 1
-                self.drop(entry, "evicted")
-                return self.free.pop()
-            # It stays aside (stamp 0) until `_settle` finds that nothing holds it any more.
-        return -1
+    def _take_slots(self, count: int) -> list[int]:
+        """Up to `count` slots: free ones, ones that were never used, those of the coldest objects that may go."""
+        free = self.free
+        slots = [free.pop() for _ in range(min(count, len(free)))]
+        fresh = min(count - len(slots), self.slots - self._fresh)
+        slots.extend(range(self._fresh, self._fresh + fresh))
+        self._fresh += fresh
+        if len(slots) < count:
+            slots.extend(self._evict(count - len(slots)))
+        return slots
+
+    def _evict(self, count: int) -> list[int]:
+        """The slots of up to `count` of the coldest ready objects that nothing holds. This is what a full arena does all day:
+        `drop`, for what the policy has given up already.
+        """
+        pop: Callable[[], Entry | None] = self.policy.pop  # type: ignore[assignment]  # it holds what it was given
+        remember, notice = self.gone.put, self.notice
+        slots: list[int] = []
+        while len(slots) < count and (entry := pop()) is not None:
+            if entry.refs or entry.children:
+                continue  # it stays aside (stamp 0) until `_settle` finds that nothing holds it any more
+            if notice is not None:
+                notice(False, entry)
+            slots.append(entry.slot)
+            entry.state = EVICTING
+            space, digest, parent = entry.space, entry.digest, entry.parent
+            del space.ready[digest]
+            remember(digest, "evicted")
+            if parent is not None:
+                above = space.ready.get(parent)
+                if above is not None and above.stamp:  # in the policy's queues: nothing to settle
+                    above.children -= 1
+                else:
+                    self._abandon(space, parent)
+            if not space.ready and not space.writing:
+                del self.spaces[space.namespace]
+        self.evictions += len(slots)
+        return slots
 
     def _settle(self, entry: Entry) -> None:
         """An object outside of the policy's queues lost a reference or a child: it may be evictable, or its slot free."""

@@ -77,14 +77,7 @@ class State:
         An object whose damaged copy is being removed waits for that: see `deleted`.
         """
         for t in tiers:
-            names = [
-                (entry, name)
-                for entry in run
-                if not self.known[t].has(namespace, group, entry.digest)
-                and (name := self.name_of(group, entry))
-                and (not self.deleting or not self.deleting[t, name])
-                and (self._admit is None or self._admit(t, name))
-            ]
+            names = self.spillable(namespace, group, run, t)
             for at in range(0, len(names), SPILL_BATCH):
                 batch = names[at : at + SPILL_BATCH]
                 work = Work("spill", None, namespace)
@@ -93,6 +86,17 @@ class State:
                 self.pools[group].pin(entries)
                 work.pins.append((self.pools[group], entries))
                 self.jobs.start(work)
+
+    def spillable(self, namespace: bytes, group: int, run: Sequence[Entry], t: int) -> list[tuple[Entry, Name]]:
+        """Those of `run` that tier `t` should hold and does not."""
+        return [
+            (entry, name)
+            for entry in run
+            if not self.known[t].has(namespace, group, entry.digest)
+            and (name := self.name_of(group, entry))
+            and (not self.deleting or not self.deleting[t, name])
+            and (self._admit is None or self._admit(t, name))
+        ]
 
     def load_ended(self, owner: Owner, job: int, failed: bool) -> None:
         """A failed load bars its owner from further hits, unless the owner was forgotten in the meantime."""

@@ -12,6 +12,7 @@ import torch
 from lmcache import CacheEngine, Layout, PagedKV
 from lmcache.errors import LayoutError, LMCacheError, SlotError, SpecError, TierError, TokenError
 from lmcache.keys import ObjectId
+from lmcache.simulate.trace import read_traces
 from lmcache.tiers.base import Result
 from lmcache.tiers.memory import MemoryTier
 from lmcache_conformance.kvlab import CHUNK, DIM, HEADS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
@@ -174,3 +175,14 @@ def test_a_good_copy_is_written_after_the_damaged_one_is_removed() -> None:
         target = Pool("packed", 40, seed=2)
         assert engine.retrieve(hit, target.kv, slots) == 4 * CHUNK
         assert target.sequence(slots) == pool.sequence(slots)
+
+
+def test_lookups_are_recorded_for_the_simulator(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    tokens = tokens_of(2 * CHUNK + 1)
+    with CacheEngine(tiny_config(record_trace=str(path)), tiny_spec()) as engine:
+        for length in (2 * CHUNK + 1, CHUNK):
+            engine.lookup(tokens[:length]).release()
+    trace = read_traces([path])
+    assert trace.chunk_tokens == CHUNK
+    assert [(request.tokens, list(request.blocks)) for request in trace] == [(2 * CHUNK + 1, [0, 1]), (CHUNK, [0])]

@@ -21,6 +21,7 @@ from lmcache.keys import Chain, Extra, as_tokens, chain_of, namespace_of
 from lmcache.log import Throttle, event, info
 from lmcache.metrics import Metrics
 from lmcache.plan import Status
+from lmcache.recorder import Recorder
 from lmcache.spec import KVSpec
 from lmcache_vllm import names, quirks
 from lmcache_vllm.events import Events
@@ -91,6 +92,7 @@ class SchedulerHalf:
         hashed = getattr(kv_config, "hash_block_size", None) or min(self._sizes)
         self.events = Events(self._chunk, hashed) if events else None
         self._log = Throttle()
+        self._recorder = Recorder(config.record_trace, self._chunk) if config.record_trace else None
         self.metrics = Metrics()
         self.disabled = "the workers have not said what they hold"
         self._index: Index | None = None
@@ -367,6 +369,8 @@ class SchedulerHalf:
                 self._log.warning("uncached", key="tokens", request=request.request_id, reason=error)
                 return None
             self._requests[request.request_id] = tracked
+            if self._recorder is not None:
+                self._recorder.record(request.num_tokens, tracked.chain.digests)
         return tracked
 
     def _named(self, tracked: Tracked) -> Chain:

@@ -1,0 +1,175 @@
+"""Request traces: which chunks each prompt consisted of, when it came. Two formats of JSON lines, told apart by their fields.
+
+    Mooncake   {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [int, …]}   512-token blocks
+    recorded   {"t": seconds, "tokens": tokens, "chunk_tokens": tokens, "keys": ["hex", …]}               `record_trace`
+
+Files are read line by line and kept as columns: 4 bytes per chunk of a request, about 100 per distinct chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from lmcache.errors import LMCacheError
+
+MOONCAKE_BLOCK = 512
+"""Tokens per block of the published Mooncake traces (FAST '25 release: "each hash id stands for 512 tokens")."""
+
+
+class TraceError(LMCacheError):
+    """A trace that cannot be used; names file, line and reason."""
+
+
+class Request(NamedTuple):
+    """One request. `blocks`: numbers of its chunks, equal for equal prefixes, in order; the last may be partial."""
+
+    time: float
+    tokens: int
+    output: int
+    blocks: Sequence[int]
+
+
+class Trace:
+    """Requests in order of time. `chunk_tokens`: tokens per chunk; `blocks`: number of distinct chunks."""
+
+    def __init__(self, chunk_tokens: int = MOONCAKE_BLOCK) -> None:
+        self.chunk_tokens = chunk_tokens
+        self.blocks = 0
+        self.skipped = 0
+        self._times = array("d")
+        self._tokens = array("q")
+        self._outputs = array("q")
+        self._ends = array("q", [0])
+        self._ids = array("I")
+
+    def add(self, request: Request) -> None:
+        """Append a request; `blocks` of the trace grows to cover its chunks."""
+        self._times.append(request.time)
+        self._tokens.append(request.tokens)
+        self._outputs.append(request.output)
+        self._ids.extend(request.blocks)
+        self._ends.append(len(self._ids))
+        self.blocks = max(self.blocks, 1 + max(request.blocks, default=-1))
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    @property
+    def accesses(self) -> int:
+        """Chunks of all requests together."""
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[Request]:
+        ids, ends = self._ids, self._ends
+        for i, time in enumerate(self._times):
+            yield Request(time, self._tokens[i], self._outputs[i], ids[ends[i] : ends[i + 1]])
+
+
+class _Line(msgspec.Struct):
+    """Either format; what is missing is None."""
+
+    timestamp: float | None = None
+    input_length: int | None = None
+    output_length: int = 0
+    hash_ids: list[int] | None = None
+    t: float | None = None
+    tokens: int | None = None
+    chunk_tokens: int | None = None
+    keys: list[str] | None = None
+
+
+class _Numbers(dict[tuple[int, int] | str, int]):
+    """Numbers distinct chunks in the order in which they appear."""
+
+    def __missing__(self, key: tuple[int, int] | str) -> int:
+        self[key] = number = len(self)
+        return number
+
+
+def read_traces(paths: Iterable[str | Path], *, skip_bad: bool = False) -> Trace:
+    """Traces as one stream. Several files are several replicas' traffic on one cache: merged by time.
+
+    Ids of Mooncake files count within their file; keys of recorded ones are equal wherever they are equal.
+
+    Raises:
+        TraceError: a line that is no request, or earlier than the one before; nothing in it. With `skip_bad` such lines are
+            counted in `Trace.skipped` instead.
+    """
+    numbers = _Numbers()
+    chunk: list[int] = []
+    skipped = [0]
+    parts = [list(_requests(Path(path), file, numbers, chunk, skip_bad, skipped)) for file, path in enumerate(paths)]
+    requests = parts[0] if len(parts) == 1 else sorted((r for part in parts for r in part), key=lambda r: r.time)
+    if not requests:
+        raise TraceError("no request in the trace" + (f"; {skipped[0]} bad lines were skipped" if skipped[0] else ""))
+    trace = Trace(chunk[0])
+    for request in requests:
+        trace.add(request)
+    trace.skipped = skipped[0]
+    return trace
+
+
+def _requests(
+    path: Path, file: int, numbers: _Numbers, chunk: list[int], skip_bad: bool, skipped: list[int]
+) -> Iterator[Request]:
+    decoder = msgspec.json.Decoder(_Line)
+    before = -math.inf
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read ({error.strerror})") from None
+    with stream:
+        for number, text in enumerate(stream, start=1):
+            if not text.strip():
+                continue
+            try:
+                time, tokens, output, size, keys = _parse(decoder.decode(text))
+                if time < before:
+                    raise TraceError(f"time {time:g} s is before the line above ({before:g} s); sort the file by time")
+                if chunk and size != chunk[0]:
+                    raise TraceError(f"{size} tokens per chunk, where the lines above have {chunk[0]}")
+            except (msgspec.DecodeError, TraceError, UnicodeDecodeError) as error:
+                if not skip_bad:
+                    raise TraceError(f"{path}, line {number}: {error} (--skip-bad leaves such lines out)") from None
+                skipped[0] += 1
+                continue
+            before = time
+            if not chunk:
+                chunk.append(size)
+            blocks = [numbers[k if isinstance(k, str) else (file, k)] for k in keys]
+            yield Request(time, tokens, output, array("I", blocks))
+
+
+def _parse(line: _Line) -> tuple[float, int, int, int, Sequence[int | str]]:
+    """(seconds, tokens, output tokens, chunk tokens, chunks), or `TraceError` saying what is wrong."""
+    keys: Sequence[int | str] | None
+    if line.keys is not None or line.t is not None:
+        names, keys = ("t", "tokens", "chunk_tokens", "keys"), line.keys
+        time, tokens, size = line.t, line.tokens, line.chunk_tokens
+    else:
+        names, keys = ("timestamp", "input_length", "", "hash_ids"), line.hash_ids
+        time = None if line.timestamp is None else line.timestamp / 1000
+        tokens, size = line.input_length, MOONCAKE_BLOCK
+    values = (time, tokens, size, keys)
+    missing = [name for name, value in zip(names, values, strict=True) if value is None]
+    if missing:
+        raise TraceError(f"field {', '.join(map(repr, missing))} is missing")
+    assert time is not None
+    assert tokens is not None
+    assert size is not None
+    assert keys is not None
+    if not math.isfinite(time) or time < 0:
+        raise TraceError(f"time {time!r} is not a number of seconds from 0 up")
+    if tokens < 0 or line.output_length < 0 or size < 1:
+        raise TraceError(f"impossible: {tokens} tokens, {line.output_length} output tokens, {size} tokens per chunk")
+    if len(keys) > -(-tokens // size):
+        raise TraceError(f"{len(keys)} chunks of {size} tokens, but only {tokens} tokens")
+    if len(set(keys)) != len(keys):
+        raise TraceError("a chunk appears twice in one request; ids must cover everything before them")
+    return time, tokens, line.output_length, size, keys

@@ -1,0 +1,281 @@
+"""Simulations against brute force, against the index with all its messages, and against bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import stat
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lmcache.cli.app import app
+from lmcache.errors import ConfigError
+from lmcache.eviction import POLICIES
+from lmcache.index import Index
+from lmcache.index.admission import BreakEven, SecondSight
+from lmcache.index.replay import Replay
+from lmcache.plan import Chain, JobReport, Name, Report
+from lmcache.recorder import Recorder
+from lmcache.simulate.hardware import profile
+from lmcache.simulate.queueing import servers_for, ttft
+from lmcache.simulate.run import ControlPlane, simulate
+from lmcache.simulate.trace import TraceError, read_traces
+from lmcache.spec import ALL
+
+PROFILE = profile("smollm2-135m", "h100")
+
+
+def requests_of(seed: int, count: int = 300) -> list[list[int]]:
+    """Prompts that go on from earlier ones, as conversations do."""
+    rng = random.Random(seed)
+    said: list[list[int]] = [[0]]
+    fresh = 1
+    for _ in range(count):
+        base = rng.choice(said[-30:] if rng.random() < 0.7 else [[0]])
+        grown = rng.randrange(1, 6)
+        said.append([*base[: rng.randrange(1, len(base) + 1)], *range(fresh, fresh + grown)])
+        fresh += grown
+    return said[1:]
+
+
+def written(path: Path, prompts: list[list[int]]) -> Path:
+    lines = [
+        {"timestamp": 10 * i, "input_length": 512 * len(p), "output_length": 1, "hash_ids": p}
+        for i, p in enumerate(prompts)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def leading(prompt: list[int], held: set[int] | dict[int, int] | list[int]) -> int:
+    return next((i for i, block in enumerate(prompt) if block not in held), len(prompt))
+
+
+def naive_lru(prompts: list[list[int]], capacity: int) -> int:
+    held: list[int] = []
+    hits = 0
+    for prompt in prompts:
+        hits += leading(prompt, held)
+        held = ([b for b in held if b not in prompt] + prompt)[-capacity:]
+    return hits
+
+
+def naive_optimum(prompts: list[list[int]], capacity: int) -> int:
+    held: set[int] = set()
+    hits = 0
+    for now, prompt in enumerate(prompts):
+        hits += leading(prompt, held)
+
+        def again(block: int, now: int = now) -> int:
+            return next((i for i in range(now + 1, len(prompts)) if block in prompts[i]), 10**9)
+
+        held = {b for b in held | set(prompt) if again(b) < 10**9}
+        while len(held) > capacity:
+            held.remove(max(held, key=lambda b: (again(b), -b)))  # block numbers grow along a prompt
+    return hits
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("capacity", [8, 30])
+def test_bounds_are_what_brute_force_finds(tmp_path, seed, capacity) -> None:
+    prompts = requests_of(seed)
+    trace = read_traces([written(tmp_path / "t", prompts)])
+
+    def found(policy: str) -> int:
+        return sum(simulate(trace, policy, {"dram": capacity}, PROFILE).hits.values())
+
+    assert found("lru-textbook") == naive_lru(prompts, capacity)
+    assert found("optimum") == naive_optimum(prompts, capacity)
+    assert found("optimum-chained") >= found("optimum")
+    assert found("infinite") == sum(leading(p, set().union(*prompts[:i])) for i, p in enumerate(prompts))
+    assert all(found(policy) <= found("infinite") for policy in POLICIES)
+
+
+def by_messages(index: Index, chain: Chain, owner: int, seq: list[int]) -> int:
+    """Serve a prompt through plans and reports; leading chunks found."""
+
+    def obey() -> None:
+        plan = index.take_plan()
+        if plan.jobs:
+            seq[0] += 1
+            done = tuple(JobReport(job.id, (1,) * len(job.ops), True) for job in plan.jobs)
+            index.report(Report(plan.epoch, 0, seq[0], done), 0.0)
+
+    found = index.lookup(owner, chain, 10**9, 0.0)
+    index.begin_load(owner, 0.0)
+    stored = index.begin_store(owner, chain, first=0, last=len(chain.digests), now=0.0)
+    obey()
+    assert stored is not None
+    index.forget(owner)
+    return found.tokens // 512
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_replay_finds_and_keeps_what_the_index_does_with_all_its_messages(policy) -> None:
+    full, quick = (Index([("kv", ALL)], 512, [40], policy=policy) for _ in range(2))
+    replay, seq = Replay(quick), [0]
+    for number, prompt in enumerate(requests_of(7)):
+        chain = Chain(b"n" * 32, [block.to_bytes(32, "little") for block in prompt])
+        assert replay.request(chain).chunks == by_messages(full, chain, number, seq)
+        quick.check()
+        full.check()
+    assert {e.digest for e in full.state.pools[0].residents()} == {e.digest for e in quick.state.pools[0].residents()}
+
+
+def test_what_is_on_disk_is_found_and_a_full_disk_forgets(tmp_path) -> None:
+    prompts = requests_of(3)
+    trace = read_traces([written(tmp_path / "t", prompts)])
+    room = {"dram": 2 * max(map(len, prompts)), "disk": 10**6}
+    assert sum(simulate(trace, "lru", room, PROFILE).hits.values()) == sum(
+        simulate(trace, "infinite", room, PROFILE).hits.values()
+    )
+    plane = ControlPlane(trace, "lru", {"dram": 12, "disk": 20}, PROFILE)
+    for request in trace:
+        plane.request(request)
+        plane.index.check()
+        assert len(plane.index.state.known[0]) <= 20
+
+
+def test_a_second_sight_writes_less_and_finds_no_less_where_the_disk_is_small(tmp_path) -> None:
+    rng = random.Random(1)
+    popular = [[10_000 + 4 * i + k for k in range(4)] for i in range(12)]
+    # few prompts that come back, among many that do not
+    prompts = [rng.choice(popular) if i % 4 == 0 else [20_000 + 4 * i + k for k in range(4)] for i in range(2000)]
+    trace = read_traces([written(tmp_path / "t", prompts)])
+    everything, second = (
+        simulate(trace, "lru", {"dram": 16, "disk": 60}, PROFILE, admit=admit) for admit in ("all", "second")
+    )
+    assert second.disk_written_chunks <= 0.6 * everything.disk_written_chunks
+    assert second.hit_rate >= everything.hit_rate
+
+
+def test_nothing_is_written_that_recomputes_faster_than_it_loads() -> None:
+    name = Name(b"n", b"c", 0, 256, 0)
+    rule = BreakEven(lambda group: 1000)
+    assert rule(0, name), "nothing was measured yet"
+    rule.computed(256, 0.001)
+    rule.loaded(0, 1000, 0.002)
+    assert not rule(0, name)
+    assert rule(1, name), "nothing was measured of this tier"
+    for _ in range(50):
+        rule.loaded(0, 1000, 0.0001)
+    assert rule(0, name)
+    assert not SecondSight(lambda tier: False, 10)(0, name)
+
+
+def test_requests_wait_for_the_first_free_server() -> None:
+    assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 1) == [2, 4, 5, 2]
+    assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 2) == [2, 2, 3, 2]
+    assert servers_for([0.0, 10.0], [8.0, 8.0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"timestamp": 5', "truncated"),
+        ('{"timestamp": 5, "input_length": 3}', "'hash_ids' is missing"),
+        ('{"timestamp": -5, "input_length": 3, "hash_ids": []}', "-0.005"),
+        ('{"timestamp": 5, "input_length": 3, "hash_ids": []}', "before the line above"),
+        ('{"timestamp": 50, "input_length": 3, "hash_ids": [1, 2]}', "2 chunks"),
+        ('{"timestamp": 50, "input_length": 1024, "hash_ids": [1, 1]}', "twice"),
+        ('{"timestamp": 50, "input_length": 1024, "hash_ids": ["a"]}', "hash_ids"),
+        ('{"t": 50, "tokens": 3, "keys": []}', "'chunk_tokens' is missing"),
+        ('{"t": 50, "tokens": 256, "chunk_tokens": 256, "keys": ["ab"]}', "tokens per chunk"),
+        ("[]", "array"),
+    ],
+)
+def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, line, reason) -> None:
+    path = tmp_path / "t"
+    good = '{"timestamp": 20, "input_length": 512, "hash_ids": [1]}\n'
+    path.write_text(good + line + "\n" + good)
+    with pytest.raises(TraceError, match=f"line 2: .*{reason}"):
+        read_traces([path])
+    trace = read_traces([path], skip_bad=True)
+    assert (len(trace), trace.skipped) == (2, 1)
+
+
+def test_what_cannot_be_simulated_is_refused_with_a_hint(tmp_path) -> None:
+    trace = read_traces([written(tmp_path / "t", requests_of(0, 5))])
+    with pytest.raises(ConfigError, match="did you mean 'lfu'"):
+        simulate(trace, "lfuu", {"dram": 5}, PROFILE)
+    with pytest.raises(ConfigError, match="at least one chunk"):
+        simulate(trace, "lru", {"dram": 0}, PROFILE)
+    with pytest.raises(ConfigError, match="did you mean 'llama-3-8b'"):
+        profile("llama3-8b", "h100")
+    (tmp_path / "empty").touch()
+    with pytest.raises(TraceError, match="no request"):
+        read_traces([tmp_path / "empty"])
+
+
+def test_the_command_prints_one_json_document_and_draws_a_page(tmp_path) -> None:
+    path = written(tmp_path / "t", requests_of(0))
+    page = tmp_path / "page.html"
+    options = ["--policy", "lru", "--policy", "optimum", "--capacity", "5%,0.2,1GiB", "--plot", str(page), "--json"]
+    out = CliRunner().invoke(app, ["simulate", str(path), *options], catch_exceptions=False)
+    assert out.exit_code == 0
+    results = json.loads(out.stdout)["results"]
+    assert [r["policy"] for r in results] == ["lru", "optimum"] * 3
+    assert results[4]["capacity_chunks"] == (1 << 30) // (512 * 131072)
+    assert all(0 <= r["hit_rate"] <= 1 for r in results)
+    assert "<svg" in page.read_text()
+    assert "http" not in page.read_text()
+
+
+def test_a_recording_holds_equal_keys_for_equal_chunks_and_goes_on_where_it_ended(tmp_path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.touch(0o600)
+    path.write_text('{"t":99.5,"tokens":0,"chunk_tokens":256,"keys":[]}\n')
+    for _ in range(2):
+        recorder = Recorder(path, 256)
+        recorder.record(600, [b"a" * 32, b"b" * 32])
+        recorder.record(300, [b"a" * 32])
+        recorder.close()
+        recorder.record(300, [b"a" * 32])
+    before, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(before["t"] <= line["t"] < before["t"] + 60 for line in lines)
+    assert lines[0]["keys"][0] == lines[1]["keys"][0] != lines[0]["keys"][1]
+    assert lines[0]["keys"][0] != lines[2]["keys"][0], "another process has another secret"
+    assert (b"a" * 32).hex()[:16] not in path.read_text()
+    assert len(read_traces([path])) == 5
+    assert stat.S_IMODE(fresh_mode(tmp_path / "new")) == 0o600
+
+
+def fresh_mode(path: Path) -> int:
+    Recorder(path, 256).close()
+    return path.stat().st_mode
+
+
+def test_a_recording_that_nobody_closes_is_whole(tmp_path) -> None:
+    path = tmp_path / "trace.jsonl"
+    recorder = Recorder(path, 256)
+    for _ in range(3):
+        recorder.record(300, [b"a" * 32])
+    assert len(path.read_text().splitlines()) < 3, "a burst is buffered"
+    del recorder
+    assert len(read_traces([path])) == 3
+
+
+def test_a_recording_that_fails_is_one_log_line(tmp_path, caplog) -> None:
+    recorder = Recorder(tmp_path / "no" / "such", 256)
+    recorder.record(300, [b"a" * 32])
+    recorder.close()
+    full = Recorder("/dev/full", 256) if Path("/dev/full").exists() else None
+    if full is not None:
+        full.record(300, [b"a" * 32])
+        full.record(300, [b"a" * 32])
+    assert caplog.text.count("trace-not-recorded") == 1 + (full is not None)
+
+
+@pytest.mark.skipif("CONVERSATION_TRACE" not in os.environ, reason="CONVERSATION_TRACE names no conversation trace")
+def test_the_published_figures_of_the_conversation_trace() -> None:
+    trace = read_traces([os.environ["CONVERSATION_TRACE"]])
+    shares = (1, 2, 5, 10, 20)
+    for policy, expected in (
+        ("lru-textbook", (4.34, 5.28, 11.05, 20.75, 28.00)),
+        ("optimum", (17.83, 24.61, 32.62, 34.63, 34.63)),
+    ):
+        rates = [simulate(trace, policy, {"dram": trace.blocks * s // 100}, PROFILE).hit_rate for s in shares]
+        assert [round(100 * rate, 2) for rate in rates] == list(expected)
