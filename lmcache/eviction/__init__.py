@@ -1,0 +1,1 @@
+from lmcache.eviction.classic import *
