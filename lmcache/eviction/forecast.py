@@ -45,12 +45,13 @@ class Kinds(NamedTuple):
 class Node:
     """A name in the sample: the run it was used in last, and its place in the shadow that follows worth."""
 
-    __slots__ = ("children", "held", "key", "parent", "run", "uses")
+    __slots__ = ("aside", "children", "held", "key", "parent", "run", "uses")
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.run: Run[Node] | None = None
         self.parent: Node | None = None
+        self.aside = False
         self.children = 0
         self.uses = 0
         self.held = False
@@ -164,6 +165,7 @@ class Forecast:
             self._runs.append(run)
             for node in members:
                 node.run = run
+                node.aside = False
             self._live.put(Run(now, kind, list(members), turn, end))
         parent = None
         for node in nodes:
@@ -194,7 +196,7 @@ class Forecast:
         while self._held > self._capacity:
             while self._freed and self._held > self._capacity:
                 node = self._freed.pop()
-                if node.held and not node.children:
+                if node.held and node.aside and not node.children:
                     self._drop(node)
             if self._held <= self._capacity:
                 return
@@ -203,8 +205,11 @@ class Forecast:
             members = run.members
             while members and self._held > self._capacity:
                 node = members.pop()
-                if node.held and node.run is not None and node.run.time == run.time and not node.children:
-                    self._drop(node)
+                if node.held and node.run is not None and node.run.time == run.time:
+                    if node.children:
+                        node.aside = True
+                    else:
+                        self._drop(node)
 
     def _drop(self, node: Node) -> None:
         node.held = False
@@ -216,7 +221,7 @@ class Forecast:
         node.parent = None
         if parent is not None:
             parent.children -= 1
-            if not parent.children:
+            if parent.aside and not parent.children:
                 self._freed.append(parent)
 
     def _fit(self) -> None:
@@ -245,23 +250,53 @@ class Forecast:
 
 
 class Judge:
-    """Whether the order of worth has more hits than LRU, beyond what chance explains."""
+    """Whether one shadow cache has more hits than LRU's, beyond what chance explains; quick to doubt, slower to trust.
+
+    Hits of one request come together, so it is requests whose hits differ that are counted, each with the square of its
+    difference as its variance. Trust begins when the sum of the differences, forgetting its past slowly and never counted
+    below `FLOOR`, exceeds `TRUST` deviations. It ends at the first of: the sum no longer exceeds `DOUBT` deviations; that
+    of the last ten or so such requests is `ALARM` deviations below zero; what was lost since the best moment exceeds
+    `STAKE` of what LRU has hit so far plus `CREDIT` of what was gained.
+    """
+
+    TRUST, DOUBT, ALARM, FLOOR = 2.0, 0.5, 2.0, -0.5
+    GAIN = 0.03
+    STAKE, CREDIT = 0.003, 0.4
+    SLOW, FAST = 0.999, 0.9
+
+    __slots__ = ("_base", "_best", "_gain", "_lead", "_lru", "_recent", "_recent_variance", "_variance", "trusted")
 
     def __init__(self) -> None:
         self.trusted = False
-        self._lead = 0.0
-        self._spread = 0.0
-        self._hits = 0.0
+        self._lru = 0
+        self._lead = self._variance = self._base = 0.0
+        self._recent = self._recent_variance = 0.0
+        self._gain = self._best = 0
 
     def see(self, ours: int, lru: int) -> None:
-        self._hits += lru
-        d = ours - lru
-        if d:
-            keep = 0.999
-            self._lead = self._lead * keep + d
-            self._spread = self._spread * keep + d * d
-            sd = math.sqrt(self._spread)
-            if self.trusted:
-                self.trusted = self._lead > 0.5 * sd
-            else:
-                self.trusted = self._lead > 3 * sd
+        """The hits of one request in both."""
+        self._lru += lru
+        self._base += lru
+        difference = ours - lru
+        if not difference:
+            return
+        square = difference * difference
+        self._recent = self._recent * self.FAST + difference
+        self._recent_variance = self._recent_variance * self.FAST + square
+        self._variance = self._variance * self.SLOW + square
+        deviation = math.sqrt(self._variance)
+        self._base *= self.SLOW
+        self._lead = max(self._lead * self.SLOW + difference, self.FLOOR * deviation)
+        if not self.trusted:
+            self.trusted = self._lead > max(self.TRUST * deviation, self.GAIN * self._base) and self._recent > 0
+            return
+        self._gain += difference
+        self._best = max(self._best, self._gain)
+        if (
+            self._lead < self.DOUBT * deviation
+            or self._recent < -self.ALARM * math.sqrt(self._recent_variance)
+            or self._best - self._gain > self.STAKE * self._lru + self.CREDIT * max(0, self._best)
+        ):
+            self.trusted = False
+            self._lead, self._variance, self._base = 0.0, self._recent_variance, 0.0
+            self._best = self._gain
