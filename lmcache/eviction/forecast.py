@@ -76,6 +76,8 @@ class Forecast:
         self._live: Shelves[Node] = Shelves(KINDS, self.ages)
         self._held = 0
         self._freed: list[Node] = []
+        self._entries = 0  # of `_live`, at most: what was used again is still in its old run
+        self._limit = 4 * capacity + 1024
         self._lru: OrderedDict[Hashable, None] = OrderedDict()
         self._interval = max(256.0, capacity / 4)
         self._since = 0.0
@@ -167,6 +169,10 @@ class Forecast:
                 node.run = run
                 node.aside = False
             self._live.put(Run(now, kind, list(members), turn, end))
+            self._entries += len(members)
+        if self._entries > self._limit:
+            self._live.compact(_is_live)
+            self._entries = sum(len(run.members) for run in self._live)
         parent = None
         for node in nodes:
             if not node.held:
@@ -205,7 +211,7 @@ class Forecast:
             members = run.members
             while members and self._held > self._capacity:
                 node = members.pop()
-                if node.held and node.run is not None and node.run.time == run.time:
+                if _is_live(run, node):
                     if node.children:
                         node.aside = True
                     else:
@@ -249,6 +255,10 @@ class Forecast:
         self.version += 1
 
 
+def _is_live(run: Run[Node], node: Node) -> bool:
+    return node.held and not node.aside and node.run is not None and node.run.time == run.time
+
+
 class Judge:
     """Whether one shadow cache has more hits than LRU's, beyond what chance explains; quick to doubt, slower to trust.
 
@@ -260,35 +270,32 @@ class Judge:
     """
 
     TRUST, DOUBT, ALARM, FLOOR = 2.0, 0.5, 2.0, -0.5
-    GAIN = 0.03
     STAKE, CREDIT = 0.003, 0.4
     SLOW, FAST = 0.999, 0.9
 
-    __slots__ = ("_base", "_best", "_gain", "_lead", "_lru", "_recent", "_recent_variance", "_variance", "trusted")
+    __slots__ = ("_best", "_gain", "_lead", "_lru", "_recent", "_recent_variance", "_variance", "trusted")
 
     def __init__(self) -> None:
         self.trusted = False
         self._lru = 0
-        self._lead = self._variance = self._base = 0.0
+        self._lead = self._variance = 0.0
         self._recent = self._recent_variance = 0.0
         self._gain = self._best = 0
 
     def see(self, ours: int, lru: int) -> None:
         """The hits of one request in both."""
         self._lru += lru
-        self._base += lru
         difference = ours - lru
         if not difference:
             return
         square = difference * difference
-        self._recent = self._recent * self.FAST + difference
-        self._recent_variance = self._recent_variance * self.FAST + square
+        self._recent = self._recent * self.FAST + math.copysign(math.sqrt(abs(difference)), difference)
+        self._recent_variance = self._recent_variance * self.FAST**2 + abs(difference)
         self._variance = self._variance * self.SLOW + square
         deviation = math.sqrt(self._variance)
-        self._base *= self.SLOW
         self._lead = max(self._lead * self.SLOW + difference, self.FLOOR * deviation)
         if not self.trusted:
-            self.trusted = self._lead > max(self.TRUST * deviation, self.GAIN * self._base) and self._recent > 0
+            self.trusted = self._lead > self.TRUST * deviation and self._recent > 0
             return
         self._gain += difference
         self._best = max(self._best, self._gain)
@@ -298,5 +305,5 @@ class Judge:
             or self._best - self._gain > self.STAKE * self._lru + self.CREDIT * max(0, self._best)
         ):
             self.trusted = False
-            self._lead, self._variance, self._base = 0.0, self._recent_variance, 0.0
+            self._lead, self._variance = 0.0, float(square)
             self._best = self._gain

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -34,7 +34,8 @@ class Ages:
 
 
 class Run(Generic[T]):
-    """Objects, parents first, that were last used at `time`. `size`: how many of them were not used since, if counted."""
+    """Objects, parents first, last used at `time`. `size`: how many of them were not used since, where that is counted;
+    `turn`: of the conversation (or the number of the run), `end`: length of the request."""
 
     __slots__ = ("bucket", "end", "kind", "members", "size", "time", "turn")
 
@@ -115,14 +116,19 @@ class Shelves(Generic[T]):
             last = number % BUCKETS == BUCKETS - 1
             self._youngest[number] = not last and worth[number + 1] > worth[number]
 
-    def prune(self) -> int:
-        """Drop runs without members; returns how many are left."""
-        left = 0
+    def compact(self, live: Callable[[Run[T], T], bool]) -> None:
+        """Drop members of which `live(run, member)` is false, and runs that have none left."""
+        self._due = []
         for number, queue in enumerate(self.queues):
-            if queue:
-                kept = self.queues[number] = deque(run for run in queue if run.members)
-                left += len(kept)
-        return left
+            if not queue:
+                continue
+            for run in queue:
+                run.members[:] = [member for member in run.members if live(run, member)]
+            kept = self.queues[number] = deque(run for run in queue if run.members)
+            bucket = number % BUCKETS
+            if kept and bucket < BUCKETS - 1:
+                self._due.append((kept[0].time + self.ages.edges[bucket + 1], number))
+        heapq.heapify(self._due)
 
     def __iter__(self) -> Iterator[Run[T]]:
         for queue in self.queues:
