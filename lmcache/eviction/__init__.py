@@ -1,7 +1,7 @@
 """Which object leaves an arena next. Policies only *order* what is resident; the arena decides what may really go.
 
-    density  most hits per unit of time where that is measured to beat LRU, otherwise LRU (`lmcache.eviction.density`)
-    lru, lfu, s3fifo   see `lmcache.eviction.classic`
+density  most hits per unit of time where that is measured to beat LRU, otherwise LRU (`lmcache.eviction.density`)
+lru, lfu, s3fifo   see `lmcache.eviction.classic`
 """
 
 from __future__ import annotations
@@ -30,4 +30,15 @@ def policy_factory(name: str) -> PolicyFactory:
     return factory
 
 
-__all__ = ["POLICIES", "Density", "Lfu", "Lru", "Policy", "PolicyFactory", "Recent", "S3Fifo", "Tracked", "policy_factory"]
+__all__ = [
+    "POLICIES",
+    "Density",
+    "Lfu",
+    "Lru",
+    "Policy",
+    "PolicyFactory",
+    "Recent",
+    "S3Fifo",
+    "Tracked",
+    "policy_factory",
+]

@@ -1,8 +1,8 @@
 """Policies from the literature.
 
-    lru     exact least-recently-used order, kept as a log of touches (one record per run, not per object)
-    lfu     least frequently used with dynamic aging (Arlitt et al. 1999, "LFUDA"), ties by age
-    s3fifo  small, main and ghost queue (Yang et al., SOSP 2023)
+lru     exact least-recently-used order, kept as a log of touches (one record per run, not per object)
+lfu     least frequently used with dynamic aging (Arlitt et al. 1999, "LFUDA"), ties by age
+s3fifo  small, main and ghost queue (Yang et al., SOSP 2023)
 """
 
 from __future__ import annotations

@@ -170,9 +170,6 @@ class Forecast:
                 node.aside = False
             self._live.put(Run(now, kind, list(members), turn, end))
             self._entries += len(members)
-        if self._entries > self._limit:
-            self._live.compact(_is_live)
-            self._entries = sum(len(run.members) for run in self._live)
         parent = None
         for node in nodes:
             if not node.held:
@@ -199,6 +196,9 @@ class Forecast:
             run.size = 0
 
     def _evict(self) -> None:
+        if self._entries > self._limit:
+            self._live.compact(_is_live)
+            self._entries = sum(len(run.members) for run in self._live)
         while self._held > self._capacity:
             while self._freed and self._held > self._capacity:
                 node = self._freed.pop()
@@ -232,7 +232,10 @@ class Forecast:
 
     def _fit(self) -> None:
         used, reached, edges = self._used, self._reached, self.ages.edges
-        overall = [(sum(u) + 1.0) / (sum(r) + PRIOR) for u, r in zip(zip(*used), zip(*reached), strict=True)]
+        overall = [
+            (sum(u) + 1.0) / (sum(r) + PRIOR)
+            for u, r in zip(zip(*used, strict=True), zip(*reached, strict=True), strict=True)
+        ]
         width = [edges[b + 1] - edges[b] for b in range(BUCKETS)]
         for kind in range(KINDS):
             p = [

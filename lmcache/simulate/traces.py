@@ -52,7 +52,14 @@ def _draw(random: Random, cumulative: Sequence[float]) -> int:
 
 
 def documents(
-    requests: int, seed: int, *, documents: int = 400, blocks: int = 20, question: int = 1, skew: float = 1.0, rate: float = 3.0
+    requests: int,
+    seed: int,
+    *,
+    documents: int = 400,
+    blocks: int = 20,
+    question: int = 1,
+    skew: float = 1.0,
+    rate: float = 3.0,
 ) -> Trace:
     """Questions about documents: a document of about `blocks` blocks (half to twice), drawn by Zipf's law with exponent
     `skew`, then `question` blocks that never come again. `rate` requests a second, Poisson.
@@ -144,7 +151,9 @@ def unique(requests: int, seed: int, *, blocks: int = 10, rate: float = 3.0) -> 
     return [_request(i / rate, _take(fresh, random.randint(1, 2 * blocks - 1))) for i in range(requests)]
 
 
-def stack(requests: int, seed: int, *, depth: float = 20.0, blocks: int = 6, novel: float = 0.1, rate: float = 3.0) -> Trace:
+def stack(
+    requests: int, seed: int, *, depth: float = 20.0, blocks: int = 6, novel: float = 0.1, rate: float = 3.0
+) -> Trace:
     """LRU's own pattern: with probability `novel` a new prompt, otherwise the k-th most recently used one, k geometric
     with mean `depth`.
     """
