@@ -86,7 +86,7 @@ def agents(
     contexts = [list(shared) for _ in range(agents)]
     due = [(random.expovariate(1 / pause), i) for i in range(agents)]
     heapq.heapify(due)
-    trace = []
+    trace: Trace = []
     while len(trace) < requests:
         time, i = heapq.heappop(due)
         contexts[i] = contexts[i] + _take(fresh, random.randint(1, 2 * step))
