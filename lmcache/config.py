@@ -21,7 +21,7 @@ from lmcache.machine import memory_limit
 from lmcache.settings import Choice, Flag, Folder, Seconds, Setting, Size, Text, Whole, format_size, parse_size
 
 Order = Literal["canonical", "native"]
-Policy = Literal["lru", "lfu", "s3fifo"]
+Policy = Literal["lru", "lfu", "s3fifo", "density"]
 Share = Literal["exact", "semantic"]
 Fingerprint = Literal["fast", "full"]
 Pinning = Literal["auto", "always", "never"]
@@ -76,7 +76,7 @@ class Config:
         "writer; `native` keeps the writer's pages (faster), and readers with another layout translate.",
     )
     policy: Setting[Policy, Policy] = Setting(
-        Choice(("lru", "lfu", "s3fifo")), "lru", doc="Which objects leave memory first when room is needed."
+        Choice(("lru", "lfu", "s3fifo", "density")), "lru", doc="Which objects leave memory first when room is needed."
     )
     share: Setting[Share, Share] = Setting(
         Choice(("exact", "semantic")),

@@ -1,58 +1,17 @@
-"""Which object leaves an arena next. Policies only *order* what is resident; the arena decides what may really go.
+"""Policies from the literature.
 
-An arena hands a policy *runs*: objects of one chain, parents first. A policy must treat the last of a run as its coldest,
-so that children leave before their parents. `pop` gives up the coldest object; if the arena finds that it may not go now
-(it is being read, or a child of it is resident) it keeps it aside and calls `restore` as soon as it may. Every call costs
-O(1) amortised per object, whatever is pinned.
-
-    lru     exact least-recently-used order, kept as a log of touches (one record per run, not per object)
-    lfu     least frequently used with dynamic aging (Arlitt et al. 1999, "LFUDA"), ties by age
-    s3fifo  small, main and ghost queue (Yang et al., SOSP 2023)
+lru     exact least-recently-used order, kept as a log of touches (one record per run, not per object)
+lfu     least frequently used with dynamic aging (Arlitt et al. 1999, "LFUDA"), ties by age
+s3fifo  small, main and ghost queue (Yang et al., SOSP 2023)
 """
 
 from __future__ import annotations
 
-import difflib
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
-from lmcache.errors import ConfigError
-
-
-class Tracked:
-    """What a policy may see and set of an object. `stamp` is 0 exactly while the object is in none of its queues."""
-
-    __slots__ = ("digest", "freq", "stamp")
-
-    def __init__(self, digest: bytes) -> None:
-        self.digest = digest
-        self.stamp = 0
-        self.freq = 0
-
-
-class Policy(Protocol):
-    """An order of eviction. The arena guarantees that an object is added once, and discarded or popped before it dies."""
-
-    def add(self, run: Sequence[Tracked]) -> None:
-        """Objects that became resident, parents first."""
-
-    def touch(self, run: Sequence[Tracked]) -> None:
-        """Resident objects that were used, parents first; some may be aside (popped, not restored)."""
-
-    def pop(self) -> Tracked | None:
-        """Take the coldest object out of the queues (its stamp becomes 0), or None if they are empty."""
-
-    def restore(self, item: Tracked) -> None:
-        """Put an object that `pop` gave up back as one of the coldest."""
-
-    def discard(self, item: Tracked) -> None:
-        """The object is no longer resident; its stamp becomes 0. Also fine for one that is aside."""
-
-    def members(self) -> Iterator[Tracked]:
-        """The objects in the queues, in no particular order (for integrity checks)."""
+from lmcache.eviction.base import Policy, Recent, Tracked
 
 
 class Lru(Policy):
@@ -269,40 +228,3 @@ class S3Fifo(Policy):
     def _push(self, item: Tracked, queue: int) -> None:
         item.stamp = queue
         self._queues[queue].append(item)
-
-
-class Recent:
-    """A bounded memory of short notes about digests: keeps at least the last `size` of them, at most twice as many."""
-
-    __slots__ = ("_new", "_old", "_size")
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._new: dict[bytes, str] = {}
-        self._old: dict[bytes, str] = {}
-
-    def put(self, digest: bytes, note: str) -> None:
-        """Remember `note`, replacing an older one."""
-        self._new[digest] = note
-        if len(self._new) >= self._size:
-            self._old, self._new = self._new, {}
-
-    def get(self, digest: bytes) -> str | None:
-        """The latest note, or None."""
-        note = self._new.get(digest)
-        return self._old.get(digest) if note is None else note
-
-
-PolicyFactory = Callable[[int], Policy]
-"""Makes the policy of an arena of that many objects."""
-
-POLICIES: Mapping[str, PolicyFactory] = MappingProxyType({"lru": Lru, "lfu": Lfu, "s3fifo": S3Fifo})
-
-
-def policy_factory(name: str) -> PolicyFactory:
-    """The policy called `name`; `ConfigError` names the nearest one if there is none."""
-    factory = POLICIES.get(name)
-    if factory is None:
-        near = difflib.get_close_matches(name, POLICIES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown eviction policy {name!r}: did you mean {near!r}? Known: {', '.join(POLICIES)}")
-    return factory

@@ -1,0 +1,44 @@
+"""Which object leaves an arena next. Policies only *order* what is resident; the arena decides what may really go.
+
+density  most hits per unit of time where that is measured to beat LRU, otherwise LRU (`lmcache.eviction.density`)
+lru, lfu, s3fifo   see `lmcache.eviction.classic`
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from lmcache.errors import ConfigError
+from lmcache.eviction.base import Policy, Recent, Tracked
+from lmcache.eviction.classic import Lfu, Lru, S3Fifo
+from lmcache.eviction.density import Density
+
+PolicyFactory = Callable[[int], Policy]
+"""Makes the policy of an arena of that many objects."""
+
+POLICIES: Mapping[str, PolicyFactory] = MappingProxyType({"lru": Lru, "lfu": Lfu, "s3fifo": S3Fifo, "density": Density})
+
+
+def policy_factory(name: str) -> PolicyFactory:
+    """The policy called `name`; `ConfigError` names the nearest one if there is none."""
+    factory = POLICIES.get(name)
+    if factory is None:
+        near = difflib.get_close_matches(name, POLICIES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown eviction policy {name!r}: did you mean {near!r}? Known: {', '.join(POLICIES)}")
+    return factory
+
+
+__all__ = [
+    "POLICIES",
+    "Density",
+    "Lfu",
+    "Lru",
+    "Policy",
+    "PolicyFactory",
+    "Recent",
+    "S3Fifo",
+    "Tracked",
+    "policy_factory",
+]
