@@ -76,7 +76,9 @@ class Config:
         "writer; `native` keeps the writer's pages (faster), and readers with another layout translate.",
     )
     policy: Setting[Policy, Policy] = Setting(
-        Choice(("lru", "lfu", "s3fifo", "density")), "lru", doc="Which objects leave memory first when room is needed."
+        Choice(("lru", "lfu", "s3fifo", "density")),
+        "lru",
+        doc="Which objects leave memory first when room is needed. `density` learns what promises most hits; it is new.",
     )
     share: Setting[Share, Share] = Setting(
         Choice(("exact", "semantic")),

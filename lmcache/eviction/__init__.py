@@ -30,6 +30,11 @@ def policy_factory(name: str) -> PolicyFactory:
     return factory
 
 
+def hears(policy: Policy) -> bool:
+    """Whether this policy learns from what is asked for, so that it has to be told."""
+    return getattr(type(policy), "asked", Policy.asked) is not Policy.asked
+
+
 __all__ = [
     "POLICIES",
     "Density",
@@ -40,5 +45,6 @@ __all__ = [
     "Recent",
     "S3Fifo",
     "Tracked",
+    "hears",
     "policy_factory",
 ]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from lmcache.errors import ConfigError
-from lmcache.eviction import PolicyFactory, policy_factory
+from lmcache.eviction import PolicyFactory, hears, policy_factory
 from lmcache.index import audit, messages, results, transfers
 from lmcache.index.finder import Found, by_tier, find, stop_of
 from lmcache.index.jobs import Work
@@ -24,6 +24,9 @@ from lmcache.spec import HitRule
 
 _GRACE = 1.0
 """Seconds past a load's deadline after which a rank that has said nothing counts as late."""
+
+_REMEMBERED_OWNERS = 16_384
+"""Owners that are never forgotten by their engine cost no more than this many entries."""
 
 
 Notice = Callable[[bool, str, bytes, int, bytes], None]
@@ -96,6 +99,8 @@ class Index:
         self._expiring: deque[tuple[Owner, Lease]] = deque()  # by expiry when queued
         self._overdue: deque[tuple[float, int]] = deque()
         self._questions: OrderedDict[Owner, _Question] = OrderedDict()
+        self._curious = [g for g, pool in enumerate(self.state.pools) if hears(pool.policy)]
+        self._heard: OrderedDict[Owner, tuple[bytes, int]] = OrderedDict()  # what policies were told on behalf of whom
         self._shared = [t for t, tier in enumerate(tiers) if tier.shared]
         self._lease_ttl = lease_ttl
         self._load_deadline = load_deadline
@@ -127,6 +132,8 @@ class Index:
                 self.release(owner)
                 return Lookup("pending", 0, {}, messages.PROBING)
         stop = stop_of(state, chain, found, limit, max_tokens, late)
+        if self._curious and chain.digests:
+            self._tell(owner, chain, found)
         if not found.chunks:
             self.release(owner)
             return Lookup("miss", 0, {}, stop)
@@ -145,6 +152,7 @@ class Index:
         """The request is over: end its lease, and the memory of its probes and its failed load."""
         self.release(owner)
         self._questions.pop(owner, None)
+        self._heard.pop(owner, None)
         self.state.failed.discard(owner)
         self.state.loading.pop(owner, None)
 
@@ -362,6 +370,17 @@ class Index:
         audit.check(self.state, self.leases)
 
     # ---------------------------------------------------------------- internals
+
+    def _tell(self, owner: Owner, chain: Chain, found: Found) -> None:
+        """Tell the policies that want to know what a request consists of, once for each request."""
+        about = chain.digests[-1], len(chain.digests)
+        if self._heard.get(owner) == about:  # an engine may ask every step while a request waits
+            return
+        self._heard[owner] = about
+        if len(self._heard) > _REMEMBERED_OWNERS:
+            self._heard.popitem(last=False)
+        for group in self._curious:
+            self.state.pools[group].policy.asked(chain.digests, found.resident(group))
 
     def _lease(self, owner: Owner, chain: Chain, found: Found, now: float) -> bool:
         """Lease a hit; returns whether all of it is in DRAM."""

@@ -33,6 +33,13 @@ class Found:
         held, need = self.sources[group], self.needs[group]
         return [source for i in need if type(source := held[i]) is Entry]
 
+    def resident(self, group: int) -> int:
+        """How many objects from the first one of the chain on are in DRAM, in a row; 0 if the first is not needed."""
+        held = self.sources[group]
+        return next(
+            (i for i in range(self.chunks) if i not in self.needs[group] or type(held[i]) is not Entry), self.chunks
+        )
+
 
 def find(state: State, chain: Chain, limit: int, *, near: int | None = None) -> Found:
     """The longest hit of at most `limit` chunks that is legal for every group. Changes nothing.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from lmcache.eviction import hears
 from lmcache.index.core import Index
 from lmcache.index.finder import find
 from lmcache.index.messages import EVICTED
@@ -47,6 +48,7 @@ class Replay:
             raise ValueError("a replay needs an index of one group, of rule `all`, on one rank")
         self._state = state
         self._pool = state.pools[0]
+        self._curious = hears(self._pool.policy)
         self._written = written
         self._used = used
 
@@ -56,6 +58,8 @@ class Replay:
         digests = chain.digests
         found = find(state, chain, len(digests))
         near = found.entries(0)
+        if self._curious:
+            pool.policy.asked(digests, found.resident(0))
         pool.pin(near)
         pool.touch(near)
         tiers: dict[int, int] = {}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from indexdriver import ABCD, DISK, FAILED, LATE, OK, Lab, places
 
 from lmcache.errors import ConfigError
-from lmcache.eviction import POLICIES
+from lmcache.eviction import POLICIES, Lru, hears
 from lmcache.index import Index, TierInfo
 from lmcache.plan import Copy, Slot
 from lmcache.spec import ALL, HitRule, trailing
@@ -210,6 +212,27 @@ def test_asking_again_and_again_counts_as_one_use() -> None:
     lab.index.release("me")
     lab.have(chain("one", "c"))
     assert lab.look(chain("one", "a"))[2] == "evicted"
+
+
+def test_a_policy_hears_once_of_each_request_also_of_one_that_misses() -> None:
+    heard: list[tuple[int, int]] = []
+
+    class Curious(Lru):
+        def asked(self, chain: Sequence[bytes], hits: int) -> None:
+            heard.append((len(chain), hits))
+
+    lab = Lab(policy=Curious)
+    for _ in range(3):
+        lab.look(owner="a")
+    lab.have(chain("one", "ab"))
+    for _ in range(2):
+        lab.look(owner="b")
+    assert heard == [(4, 0), (4, 2)]
+    lab.look(chain("one", "abcde"), owner="b")
+    lab.index.forget("b")
+    lab.look(chain("one", "abcde"), owner="b")
+    assert heard[2:] == [(5, 2), (5, 2)]
+    assert not hears(Lru(8))
 
 
 def test_tokens_are_attributed_to_the_place_they_come_from() -> None:
