@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from lmcache_sglang.storage import LMCacheStorage
@@ -22,6 +23,8 @@ ADDRESS = "TEST_LMCACHE_CONTROL"
 """Environment variable: where to listen, a name that is no file; `-` and the rank follow."""
 
 _REST_S = 0.002
+_EVERYTHING = 1 << 30
+"""Tokens, more than any pool has."""
 
 
 class ObservedStorage(LMCacheStorage):
@@ -91,20 +94,39 @@ def _rest_when_idle() -> None:
 
 
 class _Tree:
-    """A look at SGLang's own cache. With a `cap`, it finds at most so many tokens of a prompt."""
+    """A look at SGLang's own cache. With a `cap`, the next request finds at most so many tokens of its prompt, and what
+    SGLang holds beyond them leaves the device: else a request that computes these pages again is given the old ones to
+    decode from, as soon as it inserts its own.
+    """
 
     def __init__(self) -> None:
-        self.cap: int | None = None
+        self._cap: int | None = None
+        self._fresh = False
         self._cache: Any = None
         plain = UnifiedRadixCache.match_prefix
 
         def match_prefix(cache: Any, params: Any) -> Any:
             self._cache = cache
-            if self.cap is not None and len(params.key) > self.cap:
-                params.key = params.key[: self.cap]
-            return plain(cache, params)
+            if self._cap is not None and len(params.key) > self._cap:
+                params.key = params.key[: self._cap]
+            found = plain(cache, params)
+            if self._fresh:
+                self._fresh = False
+                lock = cache.lock(found.last_device_node)
+                cache.evict(EvictParams(num_tokens=_EVERYTHING))
+                cache.unlock(lock)
+            return found
 
         UnifiedRadixCache.match_prefix = match_prefix
+
+    @property
+    def cap(self) -> int | None:
+        """See the class."""
+        return self._cap
+
+    @cap.setter
+    def cap(self, tokens: int | None) -> None:
+        self._cap, self._fresh = tokens, tokens is not None
 
     def settled(self) -> bool:
         """Nothing is on its way from the device to the host, nor to or from the storage."""

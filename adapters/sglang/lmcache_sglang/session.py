@@ -251,6 +251,7 @@ class SGLangSession:
         self._pass(request, source.start.columns)
 
     def _pass(self, request: Request, columns: int) -> Response:
+        self._settle()  # what is being backed up cannot leave the device
         self._ask("cap", columns)
         [answer] = self._run([request])
         if answer.error:
