@@ -17,7 +17,6 @@ from lmcache.layout.plan import Copy, Ints, Job, job_of, units_of
 from lmcache.layout.rows import rows_of
 from lmcache.layout.slots import check_slots
 from lmcache_kernels import (
-    Dim,
     RowCopy,
     Strip,
     all_rows,
@@ -208,9 +207,7 @@ def translate(src: torch.Tensor, src_layout: ObjectLayout, dst: torch.Tensor, ds
     if strips is None:
         strips = src_layout.translations.setdefault(dst_layout, _translation(src_layout, dst_layout))
     if on_host(src) and on_host(dst):
-        rows = [
-            _row(src.data_ptr() + strip.sources[0][1], dst.data_ptr() + strip.offset, strip.dims) for strip in strips
-        ]
+        rows = [_row(src.data_ptr(), dst.data_ptr(), strip) for strip in strips]
         copy_rows_on_host(rows, into_a=False)
         return
     alignment = _alignment([src, dst])
@@ -222,10 +219,12 @@ def translate(src: torch.Tensor, src_layout: ObjectLayout, dst: torch.Tensor, ds
         )
 
 
-def _row(source: int, target: int, dims: tuple[Dim, ...]) -> RowCopy:
-    """A single row between two addresses."""
+def _row(source: int, target: int, strip: Strip) -> RowCopy:
+    """A whole strip as a single row between two objects."""
     zero = np.zeros(1, dtype=np.int64)
-    return RowCopy(zero + source, zero[None], zero + target, zero, zero, dims)
+    return RowCopy(
+        zero + source + strip.sources[0][1], zero[None], zero + target, zero + strip.offset, zero, strip.dims
+    )
 
 
 def _check_buffers(buffers: Sequence[torch.Tensor], layout: ObjectLayout) -> None:
