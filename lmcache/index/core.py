@@ -100,7 +100,7 @@ class Index:
         self._overdue: deque[tuple[float, int]] = deque()
         self._questions: OrderedDict[Owner, _Question] = OrderedDict()
         self._curious = [g for g, pool in enumerate(self.state.pools) if hears(pool.policy)]
-        self._heard: OrderedDict[Owner, tuple[bytes, int]] = OrderedDict()  # what policies were told on behalf of whom
+        self._told: OrderedDict[Owner, tuple[bytes, int]] = OrderedDict()  # what policies were told on behalf of whom
         self._shared = [t for t, tier in enumerate(tiers) if tier.shared]
         self._lease_ttl = lease_ttl
         self._load_deadline = load_deadline
@@ -152,7 +152,7 @@ class Index:
         """The request is over: end its lease, and the memory of its probes and its failed load."""
         self.release(owner)
         self._questions.pop(owner, None)
-        self._heard.pop(owner, None)
+        self._told.pop(owner, None)
         self.state.failed.discard(owner)
         self.state.loading.pop(owner, None)
 
@@ -374,11 +374,11 @@ class Index:
     def _tell(self, owner: Owner, chain: Chain, found: Found) -> None:
         """Tell the policies that want to know what a request consists of, once for each request."""
         about = chain.digests[-1], len(chain.digests)
-        if self._heard.get(owner) == about:  # an engine may ask every step while a request waits
+        if self._told.get(owner) == about:  # an engine may ask every step while a request waits
             return
-        self._heard[owner] = about
-        if len(self._heard) > _REMEMBERED_OWNERS:
-            self._heard.popitem(last=False)
+        self._told[owner] = about
+        if len(self._told) > _REMEMBERED_OWNERS:
+            self._told.popitem(last=False)
         for group in self._curious:
             self.state.pools[group].policy.asked(chain.digests, found.resident(group))
 
