@@ -95,15 +95,16 @@ def looped(copies: Sequence[RowCopy]) -> Iterator[Loops]:
             yield Loops(first, layers, (*loop, *planes, *first.dims))
 
 
-def worth_it(copy: RowCopy, *, into_a: bool) -> bool:
-    """Whether this is faster than rows named by an index, by measurement: not where rows are single runs, nor into pages
-    whose runs are long or whose 2-byte elements change places one by one.
+def worth_it(dims: Sequence[Dim], *, into_a: bool) -> bool:
+    """Whether this is faster than rows named by an index, for rows with these loops inside, by measurement: not where rows
+    are single runs, nor into pages whose runs are long or whose 2-byte elements change places one by one.
     """
-    if len(copy.dims) == 1:
+    if len(dims) == 1:
         return False
+    run = dims[-1][0]
     if not into_a:
         return True
-    return 2 < copy.run < _LONG_RUN or (copy.run == 2 and pair_of([(n, b, a) for n, a, b in copy.dims]) is not None)
+    return 2 < run < _LONG_RUN or (run == 2 and pair_of([(n, b, a) for n, a, b in dims]) is not None)
 
 
 def pair_of(dims: Sequence[Dim]) -> Dim | None:

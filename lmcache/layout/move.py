@@ -121,12 +121,11 @@ def _copy(
             return
     by_index = []
     for work in works:
-        if work.plan.by_page and on_host(buffers[0]):
-            rows = rows_of(work, bound, starts, wanted)
-            if all(worth_it(row, into_a=into_paged) for row in rows):
-                copy_rows_on_host(rows, into_a=into_paged)
-                continue
-        by_index.append(job_of(work, wanted))
+        plan = work.plan
+        if plan.by_page and on_host(buffers[0]) and all(worth_it(s.dims, into_a=into_paged) for s in plan.strips):
+            copy_rows_on_host(rows_of(work, bound, starts, wanted), into_a=into_paged)
+        else:
+            by_index.append(job_of(work, wanted))
     for move in _moves(bound, by_index, buffers, into_paged=into_paged):
         move()
 

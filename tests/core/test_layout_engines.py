@@ -23,7 +23,7 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     by what kernels are told; by kernels.
     """
     if request.param == "pages":
-        monkeypatch.setattr(lmcache.layout.move, "worth_it", lambda copy, into_a: True)
+        monkeypatch.setattr(lmcache.layout.move, "worth_it", lambda dims, into_a: True)
     if request.param in ("host", "pages"):
         return str(request.param)
     for module in (lmcache_kernels.reference, lmcache.layout.move, lmcache.layout.paged):
