@@ -307,16 +307,18 @@ class CacheEngine:
 
     # ---------------------------------------------------------------- retrieve
 
-    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots) -> int:
+    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots, *, skip: int = 0) -> int:
         """Copy what `hit` found into the engine's KV, and wait for it.
 
         Args:
             hit: from `lookup` of this engine, not released yet.
             kv: the engine's live tensors.
             slots: where each of the first `hit.tokens` tokens goes; −1 = leave this token out.
+            skip: leading tokens that the engine has already: chunks that lie wholly within them are not read.
 
         Returns:
-            Tokens really loaded, 0..hit.tokens. The slots beyond are undefined: compute from there.
+            Leading tokens that are in place, those of `skip` among them: 0..hit.tokens. The slots beyond are undefined:
+            compute from there.
 
         Raises:
             SlotError, LayoutError, SpecError: a wrong call; nothing was moved.
@@ -325,7 +327,7 @@ class CacheEngine:
             bound = kv.bind(self.spec)
             by_group = self._slots(bound, slots, hit.tokens, unique=True)
             view = EngineView(bound, by_group)
-            return self._safely("retrieve", 0, lambda: self._loop.result(self._begin_load(hit, view)))
+            return self._safely("retrieve", 0, lambda: self._loop.result(self._begin_load(hit, view, skip)))
 
     def retrieve_layers(self, hit: Hit, kv: PagedKV, slots: Slots) -> LayerLoad:
         """Like `retrieve`, but returns at once: layer *i + 1* loads while the caller computes layer *i*."""
@@ -337,21 +339,21 @@ class CacheEngine:
         load._job = self._safely("retrieve", None, lambda: self._begin_load(hit, view))
         return load
 
-    def prefetch(self, hit: Hit) -> None:
-        """Start to bring what `hit` found on lower tiers into DRAM; returns at once."""
+    def prefetch(self, hit: Hit, *, skip: int = 0) -> None:
+        """Start to bring what `hit` found on lower tiers into DRAM; returns at once. `skip` as in `retrieve`."""
 
         def begin() -> None:
             self._loop.turn()
-            _, plan = self._loop.ask(lambda index, now: index.begin_prefetch(hit.owner, now))
+            _, plan = self._loop.ask(lambda index, now: index.begin_prefetch(hit.owner, now, skip=skip))
             self._loop.execute(plan)
 
         self._safely("prefetch", None, begin)
 
-    def _begin_load(self, hit: Hit, view: EngineView) -> int | None:
+    def _begin_load(self, hit: Hit, view: EngineView, skip: int = 0) -> int | None:
         if hit.tokens == 0:
             return None
         self._loop.turn()
-        job, plan = self._loop.ask_for_job(lambda index, now: index.begin_load(hit.owner, now))
+        job, plan = self._loop.ask_for_job(lambda index, now: index.begin_load(hit.owner, now, skip=skip))
         self._loop.execute(plan, {} if job is None else {job: view})
         return job
 

@@ -72,6 +72,29 @@ def test_prefetch_brings_a_disk_hit_into_dram(tmp_path: Path) -> None:
             assert hit.by_tier == {"dram": 4 * CHUNK}
 
 
+@pytest.mark.parametrize("skip", [0, 1, CHUNK, 2 * CHUNK + 3, 3 * CHUNK])
+def test_what_the_engine_has_already_is_neither_fetched_nor_loaded(tmp_path: Path, skip: int) -> None:
+    tokens = tokens_of(4 * CHUNK)
+    pool = Pool("nhd", 40)
+    config = tiny_config(disk_path=tmp_path)
+    with CacheEngine(config, tiny_spec()) as engine:
+        engine.store(tokens, pool.kv, scattered(4 * CHUNK, pool))
+        engine.flush()
+    rest = 4 - skip // CHUNK
+    with CacheEngine(config, tiny_spec()) as engine:
+        with engine.lookup(tokens) as hit:
+            engine.prefetch(hit, skip=skip)
+            assert engine._loop.settle(30, "prefetch")
+            [arena] = engine._loop.tell(lambda index, now: index.arenas())
+            assert arena["ready"] == rest
+        with engine.lookup(tokens) as hit:
+            slots = scattered(4 * CHUNK, pool)
+            slots[:skip] = -1
+            assert engine.retrieve(hit, pool.kv, slots, skip=skip) == 4 * CHUNK
+        moved = engine.stats()['lmcache_moved_bytes_total{src="dram",dst="engine"}']
+        assert moved == rest * tiny_spec().object_bytes(0, CHUNK)
+
+
 class TestWrongCalls:
     """Each raises a typed error that names the value, before anything moved."""
 

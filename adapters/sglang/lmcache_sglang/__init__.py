@@ -1,9 +1,9 @@
-"""The SGLang adapter: a HiCache storage backend that keeps pages of KV on disk, verified before use.
+"""The SGLang adapter: KV that leaves SGLang's memory is kept and comes back verified, by a HiCache storage or a linker.
 
     python -m lmcache_sglang --disk-path /var/cache/lmcache -- --model-path MODEL …
     Engine(model_path=…, **lmcache_sglang.server_args(disk_path="/var/cache/lmcache"))
 
-Importing this package imports nothing of SGLang; `LMCacheStorage` does.
+Importing this package imports nothing of SGLang; `LMCacheStorage` and `LMCacheLinker` do.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 from lmcache_sglang.launch import server_args
 
 if TYPE_CHECKING:
+    from lmcache_sglang.linker import LMCacheLinker
     from lmcache_sglang.storage import LMCacheStorage
 
-__all__ = ["LMCacheStorage", "server_args"]
+__all__ = ["LMCacheLinker", "LMCacheStorage", "server_args"]
 
 
 def __getattr__(name: str) -> Any:
-    """SGLang looks the backend up here: `module_path` is this package."""
+    """SGLang looks both up here: `module_path` is this package."""
+    if name == "LMCacheLinker":
+        from lmcache_sglang.linker import LMCacheLinker
+
+        return LMCacheLinker
     if name == "LMCacheStorage":
         from lmcache_sglang.storage import LMCacheStorage
 

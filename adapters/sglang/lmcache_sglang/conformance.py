@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from lmcache_conformance.contract import Capabilities, SessionConfig
 
 if TYPE_CHECKING:
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SGLangAdapter:
-    """The `EngineAdapter` of SGLang."""
+    """The `EngineAdapter` of SGLang with HiCache."""
 
     name = "sglang"
     preload = "lmcache_sglang.preload"
@@ -60,4 +62,23 @@ class SGLangAdapter:
         return SGLangSession(config)
 
 
+class LinkerAdapter(SGLangAdapter):
+    """The `EngineAdapter` of SGLang with the linker: KV has every engine's names."""
+
+    name = "sglang-linker"
+    capabilities = msgspec.structs.replace(
+        SGLangAdapter.capabilities, tenant_clear=True, semantic=True, logprob_bound=1e-3
+    )
+
+    def open(self, config: SessionConfig) -> SGLangSession:
+        """Start the engine."""
+        from lmcache_sglang.environment import enter
+
+        enter()
+        from lmcache_sglang.session import LinkerSession
+
+        return LinkerSession(config)
+
+
 adapter = SGLangAdapter()
+linker = LinkerAdapter()

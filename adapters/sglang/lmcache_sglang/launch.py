@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from lmcache.config import Config
 from lmcache.errors import ConfigError
@@ -25,6 +25,14 @@ OWN = (
 """Keys of the same JSON that are SGLang's own; it takes them out itself."""
 
 
+LINKER = {"linker": "LMCacheLinker", "linker_module_path": "lmcache_sglang"}
+"""What makes SGLang load `LMCacheLinker`."""
+
+Interface = Literal["hicache", "linker"]
+"""`hicache`: a storage beneath SGLang's own host memory. `linker`: device memory to our tiers directly; KV has the names that
+other engines give it, so that `share="semantic"` works across engines."""
+
+
 def extra_config(**settings: Any) -> str:
     """The JSON for `--hicache-storage-backend-extra-config`: settings of `lmcache.Config`, and SGLang's own keys.
 
@@ -36,19 +44,36 @@ def extra_config(**settings: Any) -> str:
     return json.dumps({**BACKEND, **{name: _plain(value) for name, value in settings.items()}})
 
 
-def server_args(*, prefetch_threshold: int | None = None, **settings: Any) -> dict[str, Any]:
-    """Keyword arguments for `sglang.Engine`: HiCache, with this backend beneath it.
+def server_args(
+    *, interface: Interface = "hicache", prefetch_threshold: int | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Keyword arguments for `sglang.Engine`: HiCache with this backend beneath it, or the linker.
 
     `Engine(model_path=…, **server_args(disk_path="/var/cache/lmcache"))`. Put SGLang's own HiCache options beside it
     (`hicache_ratio`, `hicache_write_policy`, …); whatever is given there again has to be left out here.
 
     Args:
-        prefetch_threshold: hits of fewer tokens are computed instead; SGLang's default is 256.
-        **settings: of `lmcache.Config`; without `disk_path` nothing is kept.
+        interface: which of SGLang's two interfaces to use, see `Interface`.
+        prefetch_threshold: for HiCache: hits of fewer tokens are computed instead; SGLang's default is 256.
+        **settings: of `lmcache.Config`; HiCache keeps nothing without `disk_path`.
 
     Raises:
         ConfigError: an unknown or impossible setting.
     """
+    if interface == "linker":
+        if given := sorted({*OWN} & {*settings, *(["prefetch_threshold"] if prefetch_threshold is not None else [])}):
+            raise ConfigError(f"{given[0]}: a setting of HiCache, which the linker does not use; leave it out")
+        Config.load(settings)
+        return {
+            "enable_unified_cache_external_linker": True,
+            "unified_cache_external_linker_backend": "dynamic",
+            "unified_cache_external_linker_config": {
+                **LINKER,
+                "linker_extra_config": {name: _plain(value) for name, value in settings.items()},
+            },
+        }
+    if interface != "hicache":
+        raise ConfigError(f"interface: {interface!r} is none of 'hicache', 'linker'")
     if prefetch_threshold is not None:
         settings["prefetch_threshold"] = prefetch_threshold
     return {
@@ -79,7 +104,9 @@ def split_command(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
             if not rest:
                 raise ConfigError(f"command line: {option} needs a value")
             text = rest.pop(0)
-        if name in OWN:
+        if name == "interface":
+            settings[name] = text
+        elif name in OWN:
             settings[name] = json.loads(text)
         elif name in known:
             settings[name] = known[name].from_text(text)
@@ -90,13 +117,12 @@ def split_command(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def flags(**settings: Any) -> list[str]:
     """The same as command line flags of `sglang serve` and `python -m sglang.launch_server`."""
-    return [
-        "--enable-hierarchical-cache",
-        "--hicache-storage-backend",
-        "dynamic",
-        "--hicache-storage-backend-extra-config",
-        extra_config(**settings),
-    ]
+    found: list[str] = []
+    for name, value in server_args(**settings).items():
+        found.append("--" + name.replace("_", "-"))
+        if value is not True:
+            found.append(value if isinstance(value, str) else json.dumps(value))
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The storage that conformance sessions run: `LMCacheStorage`, with a line to it from the session's process.
+"""What conformance sessions run: `LMCacheStorage` and `LMCacheLinker`, with a line to them from the session's process.
 
-SGLang's scheduler lives in a process of its own and tells nobody what its storage does, so the storage listens at a socket.
+SGLang's scheduler lives in a process of its own and tells nobody what its cache does, so each listens at a socket.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from lmcache_sglang import quirks
+from lmcache_sglang.guard import Guarded
+from lmcache_sglang.linker import LMCacheLinker
 from lmcache_sglang.storage import LMCacheStorage
 
 ADDRESS = "TEST_LMCACHE_CONTROL"
@@ -27,27 +30,18 @@ _EVERYTHING = 1 << 30
 """Tokens, more than any pool has."""
 
 
-class ObservedStorage(LMCacheStorage):
+class Observed(Guarded):
     """Changes nothing, except while `bypassed`: then the cache is neither read nor written."""
 
     bypassed = False
 
-    def __init__(self, storage_config: Any, kwargs: Any = None) -> None:
-        super().__init__(storage_config, kwargs)
-        self._tree = _Tree()
+    def _observe(self, rank: int) -> None:
+        self._tree_seen = _Tree()
         _rest_when_idle()
         address = os.environ.get(ADDRESS)
         if address:
-            listener = Listener(f"\0{address}-{storage_config.tp_rank}", "AF_UNIX")
+            listener = Listener(f"\0{address}-{rank}", "AF_UNIX")
             threading.Thread(target=self._listen, args=(listener,), daemon=True, name="lmcache-control").start()
-
-    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
-        """As the backend does."""
-        return 0 if self.bypassed else super().batch_exists(keys, extra_info)
-
-    def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
-        """As the backend does."""
-        return [True] * len(keys) if self.bypassed else super().batch_set_v1(keys, host_indices, extra_info)
 
     def _listen(self, listener: Listener) -> None:
         connection: Connection[Any, Any] = listener.accept()
@@ -63,15 +57,15 @@ class ObservedStorage(LMCacheStorage):
 
     def _obey(self, command: str, value: Any) -> Any:
         if command == "settled":
-            return self._tree.settled()
+            return self._tree_seen.settled()
         if command == "bypass":
             self.bypassed = value
         elif command == "cap":
-            self._tree.cap = value
+            self._tree_seen.cap = value
         elif command == "flush":
             return self.flush()
         elif command == "clear":
-            return self.clear()
+            return self.clear(value)
         elif command == "stats":
             found: Mapping[str, float] = self.stats()
             return dict(found)
@@ -80,6 +74,40 @@ class ObservedStorage(LMCacheStorage):
         else:
             raise ValueError(f"unknown command {command!r}")
         return None
+
+
+class ObservedStorage(Observed, LMCacheStorage):
+    """The HiCache backend, observed."""
+
+    def __init__(self, storage_config: Any, kwargs: Any = None) -> None:
+        LMCacheStorage.__init__(self, storage_config, kwargs)
+        self._observe(int(storage_config.tp_rank))
+
+    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
+        """As the backend does."""
+        return 0 if self.bypassed else super().batch_exists(keys, extra_info)
+
+    def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
+        """As the backend does."""
+        return [True] * len(keys) if self.bypassed else super().batch_set_v1(keys, host_indices, extra_info)
+
+
+class ObservedLinker(Observed, LMCacheLinker):
+    """The linker, observed."""
+
+    def __init__(self, server_args: Any, params: Any, **named: Any) -> None:
+        LMCacheLinker.__init__(self, server_args, params, **named)
+        self._observe(quirks.rank_of(params)[0])
+
+    def asking(self, text: quirks.Text, device_tokens: int, tree: Any) -> None:
+        """As the linker does."""
+        if not self.bypassed:
+            super().asking(text, device_tokens, tree)
+
+    def offering(self, text: quirks.Text, slots: torch.Tensor) -> None:
+        """As the linker does."""
+        if not self.bypassed:
+            super().offering(text, slots)
 
 
 def _rest_when_idle() -> None:
@@ -133,6 +161,8 @@ class _Tree:
         cache = self._cache
         if cache is None:
             return True
+        if cache.linker is not None:
+            return not cache.linker.pending_offloads and not cache.linker.inflight_load_rids
         control = cache.cache_controller
         waiting = (cache.ongoing_write_through, cache.ongoing_backup, cache.ongoing_prefetch, cache.ongoing_load_back)
         return not any(waiting) and control.backup_queue.empty() and control.ack_backup_queue.empty()

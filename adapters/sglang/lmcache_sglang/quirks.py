@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from blake3 import blake3
 
@@ -21,6 +23,11 @@ TESTED = ("0.5.23",)
 OLDEST = (0, 5, 23)
 """Before it, host pools and the storage interface were other ones."""
 
+PICTURE = 1_000_000
+"""Token ids from here on are SGLang's stand-ins for pictures and sounds (its `MM_PAD_SHIFT_VALUE`), made from their digests."""
+
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_LINK = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 
@@ -103,7 +110,7 @@ def identity_of(config: Config) -> str:
     return identity
 
 
-def numerics_of(config: Any) -> Numerics:
+def numerics_of(tp: int, pp: int) -> Numerics:
     """Everything beside weights and tokens that decides the bits of KV in this rank."""
     arguments = _arguments()
     device = str(getattr(arguments, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -129,8 +136,8 @@ def numerics_of(config: Any) -> Numerics:
         isa=isa,
         dtype=_dtype(arguments),
         quantization=str(getattr(arguments, "quantization", None) or ""),
-        tp=int(config.tp_size),
-        pp=int(config.pp_size),
+        tp=tp,
+        pp=pp,
         extra=tuple(extra),
     )
 
@@ -186,3 +193,110 @@ def watch_weights(changed: Callable[[], None]) -> None:
     for name in ("disk", "distributed", "tensor", "ipc"):
         HookRegistry.register(f"{_UPDATER}.update_weights_from_{name}", around, HookType.AROUND)
     HookRegistry.apply_hooks()
+
+
+class Text(NamedTuple):
+    """What a request or a node of SGLang's tree is about.
+
+    Attributes:
+        tokens: from the first one on, uint32, up to the first that is no token but stands for a picture.
+        salt: the request's `cache_salt`.
+        extra: its `extra_key`, which is also where SGLang puts the LoRA adapter.
+    """
+
+    tokens: npt.NDArray[np.uint32]
+    salt: str
+    extra: str
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """A linker that is told what SGLang's own interface does not say: it passes page hashes, and no tokens."""
+
+    def asking(self, text: Text, device_tokens: int, tree: Any) -> None:
+        """The next `lookup` is about this text, of which the device has the first `device_tokens`."""
+
+    def offering(self, text: Text, slots: torch.Tensor) -> None:
+        """The next `offload` is about the end of this text, which lies in `slots`, one per token from the first one on."""
+
+
+_watching = False
+"""Of this process. Hooks stay."""
+
+
+def watch_tokens() -> None:
+    """Have every linker of this process that is a `Listener` told what it is asked and offered. By SGLang's hooks."""
+    global _watching
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if _watching:
+        return
+    _watching = True
+    inserting: list[Any] = []
+
+    def match(plain: Any, link: Any, key: Any, req: Any, result: Any) -> Any:
+        if isinstance(link.cache_linker, Listener):
+            link.cache_linker.asking(_text(key), int(result.device_prefix_len), link.cache)
+        return plain(link, key, req, result)
+
+    def insert(plain: Any, tree: Any, params: Any) -> Any:
+        inserting.append(params.key)
+        try:
+            return plain(tree, params)
+        finally:
+            inserting.pop()
+
+    def offload(plain: Any, link: Any, node: Any, transfers: Any) -> Any:
+        if inserting and isinstance(link.cache_linker, Listener):
+            key, core = inserting[-1], link.cache.tree_core
+            slots = core.collect_full_device_indices(node, link.cache.root_node_handle(key.extra_key))
+            link.cache_linker.offering(_text(key, len(slots)), slots)
+        return plain(link, node, transfers)
+
+    HookRegistry.register(f"{_LINK}.match", match, HookType.AROUND)
+    HookRegistry.register(f"{_TREE}.insert", insert, HookType.AROUND)
+    HookRegistry.register(f"{_LINK}._offload_node", offload, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+def _text(key: Any, length: int | None = None) -> Text:
+    """The text of a `RadixKey`, or its first `length` tokens."""
+    tokens = np.asarray(key.raw_token_ids()[:length], dtype=np.int64)
+    pictures = np.flatnonzero(tokens >= PICTURE)
+    if len(pictures):
+        tokens = tokens[: pictures[0]]
+    return Text(tokens.astype(np.uint32), key.cache_salt or "", key.extra_key or "")
+
+
+def check_linking(params: Any, components: Any) -> None:
+    """Refuse ways of running in which attention's KV is not all there is to restore, or not whole on each rank.
+
+    Args:
+        params: SGLang's `CacheInitParams`.
+        components: what its tree keeps per node.
+
+    Raises:
+        UnsupportedError: naming what it is.
+    """
+    others = sorted(str(getattr(part, "name", part)) for part in components if getattr(part, "name", "") != "FULL")
+    if others:
+        raise UnsupportedError(f"the model keeps {', '.join(others)} beside full attention's KV; use HiCache for it")
+    if params.attn_cp_size > 1:
+        raise UnsupportedError("context parallelism (attn_cp_size) gives each rank a part of every page: not supported")
+    if params.is_eagle or params.mtp_draft_device_pools or params.sidecar_draft_device_pools:
+        raise UnsupportedError("speculative decoding keeps a draft's KV beside the model's; use HiCache for it")
+
+
+def rank_of(params: Any) -> tuple[int, int]:
+    """This process's place among those that hold a request's heads, and their number."""
+    group = params.attn_tp_cache_group or params.tp_cache_group
+    if group is None or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(group=group), torch.distributed.get_world_size(group=group)
+
+
+def agreed(tree: Any, fine: bool) -> bool:
+    """Whether it is fine on every rank; all of them ask at the same point."""
+    verdict = torch.tensor([int(fine)], dtype=torch.int32)
+    tree._all_reduce_attn_groups(verdict, torch.distributed.ReduceOp.MIN)
+    return bool(verdict.item())

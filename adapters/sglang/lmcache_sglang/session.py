@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import struct
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Client, Connection
@@ -38,15 +39,16 @@ ON_CPU: Mapping[str, Any] = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
     "disable_cuda_graph": True,
-    "hicache_io_backend": "direct",
-    "hicache_mem_layout": "page_first_direct",
 }
+HICACHE_ON_CPU: Mapping[str, Any] = {"hicache_io_backend": "direct", "hicache_mem_layout": "page_first_direct"}
 
 
 class SGLangSession:
-    """One engine. `storage` is what deliberately broken adapters replace."""
+    """One engine with HiCache. `storage` is what deliberately broken adapters replace."""
 
     storage = "lmcache_sglang.observed:ObservedStorage"
+    salt = "extra_key"
+    """Which of SGLang's two ways to set tenants apart is used."""
 
     def __init__(self, config: SessionConfig) -> None:
         options = config.options
@@ -55,7 +57,7 @@ class SGLangSession:
         step = int(options.get("prefill_tokens", 0))
         steps = {"chunked_prefill_size": -(-step // page) * page} if step else {}  # SGLang's least is a page
         module, _, name = str(options.get("storage", self.storage)).partition(":")
-        own = {"module_path": module, "class_name": name, "prefetch_threshold": page}
+        sys.path[:0] = [path for path in [options.get("path")] if path]  # where to find it
         if ranks > 1 and on_cpu():
             os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
         os.environ[ADDRESS] = f"lmcache-sglang-{os.getpid()}"
@@ -76,13 +78,8 @@ class SGLangSession:
             "enable_cache_report": True,
             "random_seed": 0,
             "log_level": "warning",
-            "hicache_ratio": 2.0,
-            "hicache_write_policy": "write_through",
-            "hicache_storage_prefetch_policy": "wait_complete",
-            "enable_hierarchical_cache": True,
-            "hicache_storage_backend": "dynamic",
-            "hicache_storage_backend_extra_config": json.dumps({**BACKEND, **own, **config.cache}),
             **(ON_CPU if on_cpu() else {}),
+            **self._cache(module, name, page, config.cache),
             **_overrides(config.model),
             **dict(options.get("engine", {})),
         }
@@ -90,9 +87,29 @@ class SGLangSession:
         address = "\0" + os.environ[ADDRESS]
         self._control: list[Connection[Any, Any]] = [Client(f"{address}-{n}", "AF_UNIX") for n in range(ranks)]
         self._page = page
+        self._salt = str(options.get("salt", self.salt))
         self._splits = Splits(page)
         self._one_shot = False
         self._number = 0
+
+    def _cache(self, module: str, name: str, page: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"module_path": module, "class_name": name, "prefetch_threshold": page}
+        return {
+            "hicache_ratio": 2.0,
+            "hicache_write_policy": "write_through",
+            "hicache_storage_prefetch_policy": "wait_complete",
+            "enable_hierarchical_cache": True,
+            "hicache_storage_backend": "dynamic",
+            "hicache_storage_backend_extra_config": json.dumps({**BACKEND, **own, **settings}),
+            **(HICACHE_ON_CPU if on_cpu() else {}),
+        }
+
+    def _sources(self, details: Mapping[str, Any]) -> dict[str, int]:
+        """SGLang's words for where tokens came from, in ours."""
+        return {
+            "device": int(details.get("device", 0)) + int(details.get("host", 0)),
+            "disk": int(details.get("storage", 0)),
+        }
 
     # ---------------------------------------------------------------- the suite's calls
 
@@ -123,9 +140,9 @@ class SGLangSession:
         assert all(self._ask("flush"))
 
     def clear(self, salt: str | None = None) -> None:
-        """Empty our cache. SGLang's page keys do not say whose they are, so of all tenants."""
+        """Empty our cache. HiCache's page keys do not say whose they are, so there it is all tenants'."""
         self._settle()
-        assert all(self._ask("clear"))
+        assert all(self._ask("clear", salt if self._salt == "cache_salt" else None))
         self._splits.forget(None)
 
     def stats(self) -> Mapping[str, float]:
@@ -181,7 +198,7 @@ class SGLangSession:
             return_logprob=True,
             logprob_start_len=-1,
             top_logprobs_num=_TOP,
-            extra_key=request.salt or None,
+            **{self._salt: request.salt or None},
             stream=bool(request.cancel_after),
         )
         manager = self._engine.tokenizer_manager
@@ -198,11 +215,7 @@ class SGLangSession:
         if meta["finish_reason"]["type"] not in ("length", "stop"):
             return Response(error=f"finished with {meta['finish_reason']}")
         tokens = tuple(found["output_ids"])
-        details = meta.get("cached_tokens_details") or {}
-        cached = {
-            "device": int(details.get("device", 0)) + int(details.get("host", 0)),
-            "disk": int(details.get("storage", 0)),
-        }
+        cached = self._sources(meta.get("cached_tokens_details") or {})
         return Response(
             tokens=tokens,
             logprobs=tuple(_bits(row) for row in meta["output_top_logprobs"]),
@@ -260,6 +273,27 @@ class SGLangSession:
         if own != columns:
             return Response(error=f"played back from token {own}, the pass began at {columns}")
         return Response(tokens=answer.tokens, logprobs=answer.logprobs, logprob=answer.logprob)
+
+
+class LinkerSession(SGLangSession):
+    """One engine with the linker: what it restores is `host` in SGLang's words."""
+
+    storage = "lmcache_sglang.observed:ObservedLinker"
+    salt = "cache_salt"
+
+    def _cache(self, module: str, name: str, page: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "enable_unified_cache_external_linker": True,
+            "unified_cache_external_linker_backend": "dynamic",
+            "unified_cache_external_linker_config": {
+                "linker": name,
+                "linker_module_path": module,
+                "linker_extra_config": dict(settings),
+            },
+        }
+
+    def _sources(self, details: Mapping[str, Any]) -> dict[str, int]:
+        return {"device": int(details.get("device", 0)), "disk": int(details.get("host", 0))}
 
 
 def _fork_instead_of_spawning() -> None:

@@ -9,9 +9,9 @@ raises into it: what goes wrong is a miss, a counter and one log line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import (
@@ -25,15 +25,14 @@ from sglang.srt.mem_cache.hicache_storage import (
 
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
-from lmcache.errors import ConfigError, LMCacheError
-from lmcache.log import Throttle, info
+from lmcache.errors import ConfigError
+from lmcache.log import info
 from lmcache.objects import Objects
 from lmcache.spec import Numerics
 from lmcache_sglang import quirks
+from lmcache_sglang.guard import Guarded
 from lmcache_sglang.launch import BACKEND, OWN
 from lmcache_sglang.pools import Pages, Rank, pages_of
-
-T = TypeVar("T")
 
 KV = "kv"
 _STATE = "mamba"
@@ -107,7 +106,7 @@ class Store:
         return [(keys[i : i + _BATCH], slots[i * page : (i + _BATCH) * page]) for i in range(0, len(keys), _BATCH)]
 
 
-class LMCacheStorage(HiCacheStorage):
+class LMCacheStorage(Guarded, HiCacheStorage):
     """HiCache's storage, by `--hicache-storage-backend dynamic`.
 
     Args:
@@ -119,15 +118,14 @@ class LMCacheStorage(HiCacheStorage):
     """What deliberately broken backends replace."""
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: Mapping[str, Any] | None = None) -> None:
-        self._log = Throttle()
-        self._off = ""
+        Guarded.__init__(self, Config(dram_bytes=0))
         self._stores: dict[str, Store] = {}
         self._refused: dict[str, str] = {}
         self._shared = storage_config
         self._rank = Rank(
             storage_config.tp_rank, storage_config.tp_size, storage_config.pp_rank, storage_config.pp_size
         )
-        self._model, self._numerics, self._config = "", Numerics(), Config(dram_bytes=0)
+        self._model, self._numerics = "", Numerics()
         quirks.join_log()
         try:
             self._config = settings_of(storage_config.extra_config)
@@ -135,7 +133,7 @@ class LMCacheStorage(HiCacheStorage):
                 self._log.warning("untested-version", reason=warning)
             quirks.check_config(storage_config)
             self._model = quirks.identity_of(self._config)
-            self._numerics = quirks.numerics_of(storage_config)
+            self._numerics = quirks.numerics_of(int(storage_config.tp_size), int(storage_config.pp_size))
         except Exception as error:
             self._switch_off(error)
 
@@ -151,7 +149,6 @@ class LMCacheStorage(HiCacheStorage):
             self._open(KV, mem_pool_host)
             quirks.watch_weights(self._weights_changed)
             store = self._stores[KV]
-            said = {n: e["value"] for n, e in self._config.describe().items() if e["source"] != "default"}
             spec = store.pages.spec
             info(
                 "cache-ready",
@@ -159,7 +156,7 @@ class LMCacheStorage(HiCacheStorage):
                 page_tokens=store.pages.page_tokens,
                 page_bytes=spec.object_bytes(0, store.pages.object_tokens),
                 rank=f"{self._rank.tp_rank}/{self._rank.tp_size}",
-                **said,
+                **self._said(),
             )
         except Exception as error:
             self._switch_off(error)
@@ -184,48 +181,8 @@ class LMCacheStorage(HiCacheStorage):
         pages = pages_of(pool, name, self._model, self._numerics, rank)
         self._stores[name] = self.store_of(pages, self._config, f"sglang {name}")
 
-    def _weights_changed(self) -> None:
-        """Nothing stored before is found from here on, and nothing stored from here on is found by others."""
-        epoch = torch.randint(0, 2**62, (2,)).tolist()
-        for engine in self._engines():
-            engine.set_weights_version(f"{epoch[0]:x}{epoch[1]:x}")
-
-    def _switch_off(self, error: Exception) -> None:
-        foreseen = isinstance(error, (LMCacheError, quirks.UnsupportedError))
-        self._off = str(error) if foreseen else f"{type(error).__name__}: {error}"
-        self._log.warning("cache-disabled", reason=self._off)
-        if self._config.strict:
-            raise error
-
-    def close(self) -> None:
-        """Write out what waits. Idempotent."""
-        for engine in self._engines():
-            self._safely("close", None, engine.close)
-
-    def flush(self) -> bool:
-        """All that was stored is on disk, safe from kill −9."""
-        return min((engine.flush() for engine in self._engines()), default=True)
-
-    def clear(self) -> bool:
-        """Empty the folder, whoever wrote what is in it."""
-
-        def empty() -> bool:
-            for engine in self._engines():
-                engine.clear()
-            return True
-
-        return self._safely("clear", False, empty)
-
     def get_stats(self) -> None:
         """Nothing in SGLang's own terms; see `stats`."""
-
-    def stats(self) -> dict[str, float]:
-        """The cache's metrics, of all pools together."""
-        found: dict[str, float] = {}
-        for engine in self._engines():
-            for name, value in engine.stats().items():
-                found[name] = found.get(name, 0.0) + value
-        return found
 
     def _engines(self) -> list[CacheEngine]:
         return [store.engine for store in self._stores.values()]
@@ -352,17 +309,6 @@ class LMCacheStorage(HiCacheStorage):
     def exists(self, key: str) -> bool:
         """The page is there."""
         return self.batch_exists([key]) == 1
-
-    # ---------------------------------------------------------------- guard
-
-    def _safely(self, op: str, default: T, call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except Exception as error:
-            for engine in self._engines()[:1]:
-                engine.metrics.failed("connector", "internal")
-            self._log.warning("storage-failed", key=op, op=op, reason=f"{type(error).__name__}: {error}")
-            return default
 
 
 def settings_of(extra: Mapping[str, Any] | None) -> Config:

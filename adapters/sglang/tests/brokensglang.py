@@ -1,4 +1,4 @@
-"""SGLang storages, each broken in one way that has happened to somebody. `inside_mutants.py` runs the suite on them."""
+"""SGLang storages and linkers, each broken in one way that has happened to somebody. `inside_mutants.py` tests them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from lmcache import objectio
 from lmcache_sglang import quirks
-from lmcache_sglang.observed import ObservedStorage
+from lmcache_sglang.observed import ObservedLinker, ObservedStorage
 from lmcache_sglang.storage import Store
 
 
@@ -109,3 +109,50 @@ class SkipsVerification(ObservedStorage):
     def __init__(self, *args: Any) -> None:
         objectio.verify = lambda *_: None  # type: ignore[assignment]
         super().__init__(*args)
+
+
+# ---------------------------------------------------------------- linkers
+
+
+class OneRankFails(ObservedLinker):
+    """Not broken, but unlucky: what others have loaded is computed on all ranks."""
+
+    def _load(self, *arguments: Any) -> bool:
+        super()._load(*arguments)
+        return int(self._pool.spec.rects[0].heads[0]) == 0
+
+
+class LinkerIgnoresFailedLoads(ObservedLinker):
+    """What was not there, or was damaged, is reported as loaded."""
+
+    def load(self, rid: str, transfers: list[Any]) -> bool:
+        super().load(rid, transfers)
+        return True
+
+
+class LinkerStoresFromTheWrongEnd(ObservedLinker):
+    """The last page under the first one's name."""
+
+    def offering(self, text: quirks.Text, slots: torch.Tensor) -> None:
+        super().offering(text, slots.view(-1, self._page).flip(0).flatten())
+
+
+class LinkerPutsANodeBeforeItsParents(ObservedLinker):
+    """What a node of SGLang's tree holds is taken for the beginning of the prompt."""
+
+    def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
+        if self._offered is not None:
+            text, slots = self._offered
+            own = transfers[0].device_indices
+            self._offered = text, torch.cat([own, slots[: len(slots) - len(own)]])
+        return super().offload(transfers, session_id)
+
+
+class LinkerForgetsWhoAsked(ObservedLinker):
+    """Tenants are one."""
+
+    def asking(self, text: quirks.Text, device_tokens: int, tree: Any) -> None:
+        super().asking(text._replace(salt="", extra=""), device_tokens, tree)
+
+    def offering(self, text: quirks.Text, slots: torch.Tensor) -> None:
+        super().offering(text._replace(salt="", extra=""), slots)

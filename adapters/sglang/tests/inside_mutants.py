@@ -38,12 +38,10 @@ class Broken:
         from lmcache_sglang.environment import enter
 
         enter()
-        from lmcache_sglang.session import SGLangSession
+        from lmcache_sglang.session import LinkerSession, SGLangSession
 
-        class Session(SGLangSession):
-            storage = self._storage
-
-        return Session(config)
+        plain = LinkerSession if ":Linker" in self._storage else SGLangSession
+        return type("Session", (plain,), {"storage": self._storage})(config)
 
 
 ignores_failed_loads = Broken("IgnoresFailedLoads")
@@ -55,6 +53,10 @@ loads_tokens_shifted = Broken("LoadsTokensShifted")
 swaps_keys_and_values = Broken("SwapsKeysAndValues")
 skips_verification = Broken("SkipsVerification")
 cuts_keys_short = Broken("CutsKeysShort")
+linker_ignores_failed_loads = Broken("LinkerIgnoresFailedLoads")
+linker_stores_from_the_wrong_end = Broken("LinkerStoresFromTheWrongEnd")
+linker_puts_a_node_before_its_parents = Broken("LinkerPutsANodeBeforeItsParents")
+linker_forgets_who_asked = Broken("LinkerForgetsWhoAsked")
 
 
 class Values(EngineBase):
@@ -106,3 +108,24 @@ class MutantCutsKeysShort(EngineBase):
 class MutantFindsEverything(EngineBase):
     adapter = "inside_mutants:finds_everything"
     test_miss = ValueTests.test_what_was_never_stored_is_never_a_hit
+
+
+class MutantLinkerIgnoresFailedLoads(EngineBase):
+    adapter = "inside_mutants:linker_ignores_failed_loads"
+    test_damage = FaultTests.test_files_damaged_between_two_processes_are_misses
+
+
+class MutantLinkerStoresFromTheWrongEnd(Values):
+    adapter = "inside_mutants:linker_stores_from_the_wrong_end"
+
+
+class MutantLinkerPutsANodeBeforeItsParents(EngineBase):
+    """Where a prompt goes on from a node that is stored already."""
+
+    adapter = "inside_mutants:linker_puts_a_node_before_its_parents"
+    test_dialogue = ValueTests.test_logits_after_a_hit_are_those_of_recomputation_in_the_same_split
+
+
+class MutantLinkerForgetsWhoAsked(EngineBase):
+    adapter = "inside_mutants:linker_forgets_who_asked"
+    test_tenants = NameTests.test_tenants_never_share_a_hit

@@ -279,7 +279,7 @@ def test_transposed_accessors_are_found_out() -> None:
     )
     spec_pages = pools.DirectPages
     with pytest.raises(quirks.UnsupportedError, match="contradict"):
-        spec_pages(pool, "m", quirks.numerics_of(storage_config()), pools.Rank())
+        spec_pages(pool, "m", quirks.numerics_of(1, 1), pools.Rank())
 
 
 def test_an_unknown_layout_goes_as_opaque_pages(make: Maker) -> None:

@@ -1,4 +1,4 @@
-"""Every host layout of SGLang, into tiers and back. In a process of its own: importing SGLang patches transformers."""
+"""Every host layout and device pool of SGLang, into tiers and back. In own processes: importing SGLang patches transformers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.timeout(600)
-def test_pages_of_real_host_pools() -> None:
+@pytest.mark.parametrize("inside", ["inside_pools.py", "inside_linker.py"])
+def test_pages_of_real_pools(inside: str) -> None:
     command = f"""
 import sys
 sys.path[:0] = {[str(HERE), *sys.path]!r}
 from lmcache_sglang.environment import enter
 enter()
 import pytest
-sys.exit(pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", {str(HERE / "inside_pools.py")!r}]))
+sys.exit(pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", {str(HERE / inside)!r}]))
 """
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, f"{done.stdout[-8000:]}{done.stderr[-2000:]}"
