@@ -17,10 +17,10 @@ from lmcache_conformance.mutants.brokencache import BrokenCacheTests
 
 
 class _FromTheEnd(CacheEngine):
-    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots) -> int:
+    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots, *, skip: int = 0) -> int:
         if isinstance(slots, torch.Tensor) and hit.tokens:
             slots = slots[: hit.tokens].view(-1, CHUNK).flip(0).reshape(-1)
-        return super().retrieve(hit, kv, slots)
+        return super().retrieve(hit, kv, slots, skip=skip)
 
 
 @mutant(row="blocks taken from the wrong end (suffix for prefix)", project="dynamo #8419")
@@ -45,11 +45,11 @@ class MutantStoresThePlaceholder(BrokenCacheTests):
 
 
 class _LoadsBlockZero(CacheEngine):
-    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots) -> int:
+    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots, *, skip: int = 0) -> int:
         if isinstance(slots, torch.Tensor) and bool((slots == -1).any()) and not bool((slots == 0).any()):
             slots = slots.clone()
             slots[int((slots == -1).nonzero()[0])] = 0
-        return super().retrieve(hit, kv, slots)
+        return super().retrieve(hit, kv, slots, skip=skip)
 
 
 @mutant(row="garbage stored for, or loaded into, block 0", project="vLLM null block")
@@ -60,10 +60,10 @@ class MutantLoadsIntoThePlaceholder(BrokenCacheTests):
 
 
 class _FirstGroupOnly(CacheEngine):
-    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots) -> int:
+    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots, *, skip: int = 0) -> int:
         if not isinstance(slots, torch.Tensor):
             slots = {group: s if group == 0 else torch.full_like(s, -1) for group, s in slots.items()}
-        return super().retrieve(hit, kv, slots)
+        return super().retrieve(hit, kv, slots, skip=skip)
 
 
 @mutant(

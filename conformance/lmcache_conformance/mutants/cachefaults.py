@@ -16,8 +16,8 @@ from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, Broke
 
 
 class _AllIsWell(CacheEngine):
-    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots) -> int:
-        super().retrieve(hit, kv, slots)
+    def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots, *, skip: int = 0) -> int:
+        super().retrieve(hit, kv, slots, skip=skip)
         return hit.tokens
 
 
