@@ -1,8 +1,9 @@
 """SGLang: conversations that take turns in memory too small for them. Rounds served from storage, beside recomputation.
 
-Three engines run side by side, alike but for what HiCache has beneath: nothing (what was evicted is computed again), SGLang's own
-`file` backend, and LMCache. Every round asks each of them in turn, in changing order, so that whatever else the machine does
-hits all three. TTFT is the time to the first token of one request with nothing else running.
+Four engines run side by side, alike but for what they have beneath: HiCache with nothing (what was evicted is computed again),
+with SGLang's own `file` backend, with LMCache; and LMCache's linker, where evicted pages wait in DRAM. Every round asks each of
+them in turn, in changing order, so that whatever else the machine does hits all of them. TTFT is the time to the first token of
+one request with nothing else running.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from multiprocessing.connection import Connection
 from statistics import median, quantiles
 from typing import Any
 
-KINDS = ("recompute", "file", "lmcache")
+KINDS = ("recompute", "file", "lmcache", "linker")
 PAGE = 16
+HICACHE: dict[str, Any] = {
+    "hicache_ratio": 1.1,
+    "hicache_write_policy": "write_through",
+    "hicache_storage_prefetch_policy": "wait_complete",
+}
 
 EXAMPLES = """\
 examples:
-  sglang_multi_round.py                                 real model, about 6 minutes on two cores
+  sglang_multi_round.py                                 real model, about 8 minutes on two cores
   sglang_multi_round.py --json > rounds.json            one JSON object, progress on standard error
   sglang_multi_round.py --model llama --first 512       tiny random model, a quick look
 """
@@ -62,11 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         ratio = out["ttft_ratio"]
         print(f"TTFT of lmcache: {ratio['file']:.2f} × that of file, {ratio['recompute']:.2f} × that of computing")
+        print(f"TTFT of linker: {out['linker_ttft_ratio']:.2f} × that of computing")
         print(f"answers equal: {out['answers_equal']}")
 
 
 def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """All rounds of all three."""
+    """All rounds of all of them."""
     random.seed(0)
     longest = options.first + options.rounds * (options.more + options.new)
     room = -(-longest * 3 // 2 // PAGE) * PAGE  # one conversation and a half
@@ -124,6 +131,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         "room_tokens": room,
         "ttft_s": {kind: _spread(values) for kind, values in times.items()},
         "ttft_ratio": {kind: median(values) for kind, values in ratios.items() if kind != "lmcache"},
+        "linker_ttft_ratio": median(a / b for a, b in zip(times["linker"], times["recompute"], strict=True)),
         "tokens_per_s": {kind: tokens / totals[kind] for kind in KINDS},
         "from_storage": {kind: stored[kind] / possible for kind in KINDS},
         "answers_equal": f"{equal} of {asked}",
@@ -140,11 +148,13 @@ def serve(pipe: Connection[Any, Any], kind: str, options: dict[str, Any], room: 
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     from lmcache_conformance.models import MODELS, model_folder
-    from lmcache_sglang.session import ON_CPU
+    from lmcache_sglang.session import HICACHE_ON_CPU, ON_CPU
 
     name = options["model"]
     storage: dict[str, Any] = {"enable_hierarchical_cache": True}
-    if kind == "lmcache":
+    if kind == "linker":
+        storage = server_args(interface="linker", chunk_tokens=PAGE)
+    elif kind == "lmcache":
         storage = server_args(disk_path=folder, prefetch_threshold=PAGE)
     elif kind == "file":
         storage |= {
@@ -162,14 +172,14 @@ def serve(pipe: Connection[Any, Any], kind: str, options: dict[str, Any], room: 
         grammar_backend="none",
         disable_overlap_schedule=True,
         sleep_on_idle=True,
-        hicache_ratio=1.1,
-        hicache_write_policy="write_through",
-        hicache_storage_prefetch_policy="wait_complete",
         log_level="error",
         random_seed=0,
         **storage,
         **(ON_CPU if environment.on_cpu() else {}),
+        **({} if kind == "linker" else HICACHE | (HICACHE_ON_CPU if environment.on_cpu() else {})),
     )
+
+    found_in = "host" if kind == "linker" else "storage"  # SGLang's words for where pages came from
 
     async def ask(prompt: list[int], new: int) -> dict[str, Any]:
         request = GenerateReqInput(
@@ -184,7 +194,7 @@ def serve(pipe: Connection[Any, Any], kind: str, options: dict[str, Any], room: 
             tokens = got if len(got) >= len(tokens) and got[: len(tokens)] == tokens else tokens + got
         details = last["meta_info"].get("cached_tokens_details") or {}
         total = time.perf_counter() - began
-        return {"ttft": first, "total": total, "tokens": tokens, "storage": int(details.get("storage", 0))}
+        return {"ttft": first, "total": total, "tokens": tokens, "storage": int(details.get(found_in, 0))}
 
     for _ in range(2):  # the first calls are slow
         engine.loop.run_until_complete(ask(list(range(3, 200)), 2))
