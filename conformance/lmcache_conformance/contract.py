@@ -40,7 +40,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine adapter claims. What is not claimed is skipped, with that as the reason; what is claimed must pass.
 
     Attributes:
-        models: architectures it can serve, of those in `lmcache_conformance.models`: `llama`, `gemma3`, `deepseek`, `smollm2`.
+        models: architectures it can serve, of those in `lmcache_conformance.models`: `llama`, `gemma3`, `deepseek`,
+            `mellum`, `smollm2`.
         dtypes: torch dtype names in which it computes.
         logprobs: it reports log-probs (or logits) exactly; needed by level `logits`.
         same_split: `Session.generate(..., reuse=False)` recomputes in the split in which a hit was computed.

@@ -15,8 +15,9 @@ from typing import Any
 
 import platformdirs
 
-TINY = ("llama", "gemma3", "deepseek")
-"""Grouped-query attention with 2 kv heads (the shape that two layouts share), sliding windows, and latent attention."""
+TINY = ("llama", "gemma3", "deepseek", "mellum")
+"""Grouped-query attention with 2 kv heads (the shape that two layouts share), sliding windows, latent attention, and sliding
+windows of which SGLang keeps a pool beside the one of full attention."""
 
 REAL = ("smollm2",)
 MODELS = TINY + REAL
@@ -25,7 +26,7 @@ VOCABULARY = 1024
 """Of the tiny models; token ids from 3 on are ordinary (0 pads, 1 ends, 2 begins)."""
 
 WINDOW = 64
-"""`sliding_window` of the tiny gemma3: its next token attends to 63 previous ones."""
+"""`sliding_window` of the tiny gemma3 and mellum: its next token attends to 63 previous ones."""
 
 _STD = 0.08
 _VERSION = 2  # grows whenever anything here changes what is made
@@ -156,4 +157,19 @@ def _deepseek(changes: Mapping[str, Any]) -> Any:
     return make(DeepseekV2Config(**{**COMMON, **sizes, **changes}))
 
 
-_BUILD: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {"llama": _llama, "gemma3": _gemma3, "deepseek": _deepseek}
+def _mellum(changes: Mapping[str, Any]) -> Any:
+    from transformers import MellumConfig, MellumForCausalLM
+
+    config = {**COMMON, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": WINDOW}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "mlp_layer_types": ["dense"] * 4}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}  # of which no layer has any
+    make: Any = MellumForCausalLM  # untyped
+    return make(MellumConfig(**{**config, **kinds, **experts, **changes}))
+
+
+_BUILD: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "llama": _llama,
+    "gemma3": _gemma3,
+    "deepseek": _deepseek,
+    "mellum": _mellum,
+}

@@ -26,7 +26,7 @@ class SGLangAdapter:
     """SGLang builds its page hash in C++ once, and leaves the names of its sockets."""
 
     capabilities = Capabilities(
-        models=("llama", "deepseek"),
+        models=("llama", "gemma3", "mellum", "deepseek"),
         dtypes=("float32", "bfloat16"),
         logprobs=True,
         same_split=True,
@@ -67,7 +67,11 @@ class LinkerAdapter(SGLangAdapter):
 
     name = "sglang-linker"
     capabilities = msgspec.structs.replace(
-        SGLangAdapter.capabilities, tenant_clear=True, semantic=True, logprob_bound=1e-3
+        SGLangAdapter.capabilities,
+        models=("llama", "gemma3", "deepseek"),
+        tenant_clear=True,
+        semantic=True,
+        logprob_bound=1e-3,
     )
 
     def open(self, config: SessionConfig) -> SGLangSession:

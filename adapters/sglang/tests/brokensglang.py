@@ -10,6 +10,7 @@ import torch
 from lmcache import objectio
 from lmcache_sglang import quirks
 from lmcache_sglang.observed import ObservedLinker, ObservedStorage
+from lmcache_sglang.pools import OpaquePages
 from lmcache_sglang.storage import Store
 
 
@@ -57,6 +58,19 @@ class StoresFromTheWrongEnd(ObservedStorage):
     """The last page under the first one's name."""
 
     store_of = _Backwards
+
+
+class _BackwardsWindows(Store):
+    def set(self, keys: Sequence[str], slots: torch.Tensor) -> list[bool]:
+        if isinstance(self.pages, OpaquePages):
+            slots = slots.view(-1, self.pages.page_tokens).flip(0).flatten()
+        return super().set(keys, slots)
+
+
+class StoresWindowsFromTheWrongEnd(ObservedStorage):
+    """Full attention's pages are right, those of the sliding layers' pool change places."""
+
+    store_of = _BackwardsWindows
 
 
 class _Shifted(Store):

@@ -17,11 +17,11 @@ class Broken:
 
     preload = "lmcache_sglang.preload"
 
-    def __init__(self, storage: str) -> None:
+    def __init__(self, storage: str, model: str = "llama") -> None:
         self.name = f"sglang, broken: {storage}"
         self._storage = f"brokensglang:{storage}"
         self.capabilities = Capabilities(
-            models=("llama",),
+            models=(model,),
             dtypes=("float32",),
             logprobs=True,
             same_split=True,
@@ -49,6 +49,7 @@ finds_everything = Broken("FindsEverything")
 loads_nothing = Broken("LoadsNothing")
 knows_no_weights = Broken("KnowsNoWeights")
 stores_from_the_wrong_end = Broken("StoresFromTheWrongEnd")
+stores_windows_from_the_wrong_end = Broken("StoresWindowsFromTheWrongEnd", "mellum")
 loads_tokens_shifted = Broken("LoadsTokensShifted")
 swaps_keys_and_values = Broken("SwapsKeysAndValues")
 skips_verification = Broken("SkipsVerification")
@@ -67,6 +68,10 @@ class Values(EngineBase):
 
 class MutantStoresFromTheWrongEnd(Values):
     adapter = "inside_mutants:stores_from_the_wrong_end"
+
+
+class MutantStoresWindowsFromTheWrongEnd(Values):
+    adapter = "inside_mutants:stores_windows_from_the_wrong_end"
 
 
 class MutantLoadsTokensShifted(Values):

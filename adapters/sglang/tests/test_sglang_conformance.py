@@ -1,4 +1,4 @@
-"""The SGLang adapter passes the engine suite: all of it with a Llama, what differs with latent attention."""
+"""The SGLang adapter passes the engine suite: all of it with a Llama, what differs with latent attention and with windows."""
 
 import msgspec
 import pytest
@@ -7,6 +7,7 @@ from lmcache_conformance.contract import Level
 from lmcache_conformance.engines import EngineTests
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, same_answer
+from lmcache_conformance.engines.faults import FaultTests
 from lmcache_conformance.engines.values import ValueTests
 from lmcache_conformance.marks import level
 from lmcache_sglang.conformance import adapter
@@ -41,3 +42,16 @@ class TestSGLangLatent(EngineBase):
             response = engine.ask(prompt, max_new_tokens=8)
             assert response.hit == len(prompt) - bench.chunk_tokens
             same_answer(response, engine.recompute(prompt, max_new_tokens=8), f"{chunks} whole pages")
+
+
+@pytest.mark.slow
+class TestSGLangSliding(EngineBase):
+    """Mellum: the sliding layers' KV is a pool of its own, of which only a prompt's last pages are needed."""
+
+    adapter = "lmcache_sglang.conformance:adapter"
+    capabilities = msgspec.structs.replace(CLAIMS, models=("mellum",), dtypes=("float32",))
+    test_dialogue = ValueTests.test_logits_after_a_hit_are_those_of_recomputation_in_the_same_split
+    test_restart = ValueTests.test_a_new_process_goes_on_from_disk_alone
+    _goes_on = ValueTests._goes_on
+    test_again = ValueTests.test_asking_again_and_again_changes_nothing
+    test_damage = FaultTests.test_files_damaged_between_two_processes_are_misses

@@ -1,4 +1,5 @@
-"""SGLang's HiCache without a GPU: what its host pools get from CUDA, in torch. A plugin of SGLang's own kind; test-only.
+"""SGLang's caches without a GPU: what its host pools get from CUDA, in torch, and attention that reads what it has written.
+A plugin of SGLang's own kind; test-only.
 
 SGLang calls `install` at start-up in each of its processes (entry point group `sglang.srt.plugins`, found through the
 `.dist-info` folder beside this file when this folder is on PYTHONPATH). Indices are token slots, whole pages in order.
@@ -7,6 +8,7 @@ SGLang calls `install` at start-up in each of its processes (entry point group `
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,6 +71,7 @@ def install() -> None:
 
         host.__init__ = unpinned
     _serve_latent_attention()
+    _serve_sliding_windows()
 
 
 def _serve_latent_attention() -> None:
@@ -87,3 +90,26 @@ def _serve_latent_attention() -> None:
     for module in list(sys.modules.values()):
         if module is not None and vars(module).get("set_mla_kv_buffer_triton") is not None:
             module.set_mla_kv_buffer_triton = set_mla_kv_buffer  # type: ignore[attr-defined]
+
+
+def _serve_sliding_windows() -> None:
+    """Where sliding layers have a pool of their own, `torch_native` writes to it at its own slots and reads at those of full
+    attention's pool: right only while both pools hand out the same numbers, so never after anything was evicted."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    for name in ("forward_extend", "forward_decode"):
+        plain = getattr(TorchNativeAttnBackend, name)
+
+        def forward(
+            self: Any, q: Any, k: Any, v: Any, layer: Any, *args: Any, _plain: Any = plain, **named: Any
+        ) -> Any:
+            requests, pool = self.req_to_token_pool, self.token_to_kv_pool
+            if self.use_sliding_window_kv_pool and pool.layers_mapping[layer.layer_id][1]:
+                slots = pool.translate_loc_from_full_to_swa(requests.req_to_token.to(torch.int64))
+                self.req_to_token_pool = SimpleNamespace(req_to_token=slots)
+            try:
+                return _plain(self, q, k, v, layer, *args, **named)
+            finally:
+                self.req_to_token_pool = requests
+
+        setattr(TorchNativeAttnBackend, name, forward)
