@@ -93,7 +93,7 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         self._asked: tuple[Text, int] | None = None
         self._offered: tuple[Text, torch.Tensor] | None = None
         self._tree: Any = None
-        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
+        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()  # as they expire
         self._storing = ThreadPoolExecutor(1, "lmcache-offload")
         self._offers: deque[Future[bool]] = deque()
         quirks.join_log()
@@ -155,16 +155,15 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         if engine is None:
             return []
         self._forget_before(now)
-        known = self._waiting.pop(rid, None)
+        known = self._waiting.get(rid)
         if known is None or not known.answers(text, device_tokens):
             if known is not None:
-                known.hit.release()
+                self._waiting.pop(rid).hit.release()
             hit = engine.lookup(text.tokens, salt=text.salt, lora=text.extra)
-            known = _Waiting(text, device_tokens, hit, now + self._config.lease_s / 2)
+            known = self._waiting[rid] = _Waiting(text, device_tokens, hit, now + self._config.lease_s / 2)
         elif not known.fetching and known.hit.by_tier.keys() - {"dram"}:
             known.fetching = True
             engine.prefetch(known.hit, skip=device_tokens)
-        self._waiting[rid] = known
         return list(range(1, max(0, known.hit.tokens - device_tokens) // self._page + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
@@ -214,7 +213,7 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         """Take in what a node of SGLang's tree holds; SGLang keeps it in place until we are done with it. Always True: every
         rank has to say the same, and what could not be stored is reported as such when its turn comes."""
         offered, self._offered = self._offered, None
-        ready = self.record_offload_ready() if offered is not None and offered[1].is_cuda else []
+        ready = self.record_offload_ready() if offered is not None and offered[1].device.type != "cpu" else []
         self._offers.append(self._storing.submit(self._safely, "store", False, lambda: self._store(offered, ready)))
         return True
 

@@ -283,6 +283,8 @@ def check_linking(params: Any, components: Any) -> None:
         raise UnsupportedError(f"the model keeps {', '.join(others)} beside full attention's KV; use HiCache for it")
     if params.attn_cp_size > 1:
         raise UnsupportedError("context parallelism (attn_cp_size) gives each rank a part of every page: not supported")
+    if params.pp_size > 1:
+        raise UnsupportedError("pipeline stages do not agree about what a linker has loaded; use HiCache for them")
     if params.is_eagle or params.mtp_draft_device_pools or params.sidecar_draft_device_pools:
         raise UnsupportedError("speculative decoding keeps a draft's KV beside the model's; use HiCache for it")
 

@@ -315,6 +315,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nowhere": ({"disk_path": None, "dram_bytes": 0}, "nowhere to keep KV"),
     "sliding windows": ({"components": (ComponentType.FULL, ComponentType.SWA)}, "SWA beside full attention"),
     "context parallelism": ({"params": {"attn_cp_size": 2}}, "context parallelism"),
+    "pipelines": ({"params": {"pp_size": 2}}, "pipeline"),
     "drafts": ({"params": {"is_eagle": True}}, "draft"),
 }
 

@@ -108,10 +108,12 @@ def test_failures_that_sglang_injects_cost_hits_and_nothing_else(tmp_path: Path,
         assert hits >= {0, WHOLE}, f"of twelve requests all had hits of {hits}"
 
 
-def test_what_device_and_host_have_evicted_comes_back(tmp_path: Path, truth: Response) -> None:
-    """Memory for a few prompts: no flush, only others' pages in the way."""
+@pytest.mark.parametrize("policy", ["write_through", "write_back"])
+def test_what_device_and_host_have_evicted_comes_back(tmp_path: Path, truth: Response, policy: str) -> None:
+    """Memory for a few prompts: no flush, only others' pages in the way. `write_back` writes what leaves the device."""
     rng = random.Random(2)
-    with session(tmp_path, {"hicache_ratio": 1.2}, options={"device_tokens": 256}) as engine:
+    options = {"hicache_ratio": 1.2, "hicache_write_policy": policy}
+    with session(tmp_path, options, options={"device_tokens": 256}) as engine:
         assert ask(engine).tokens == truth.tokens
         for _ in range(8):
             ask(engine, tuple(rng.choices(range(3, 1000), k=100)))
