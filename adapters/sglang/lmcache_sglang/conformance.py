@@ -26,7 +26,7 @@ class SGLangAdapter:
     """SGLang builds its page hash in C++ once, and leaves the names of its sockets."""
 
     capabilities = Capabilities(
-        models=("llama", "gemma3", "mellum", "deepseek"),
+        models=("llama", "deepseek"),
         dtypes=("float32", "bfloat16"),
         logprobs=True,
         same_split=True,

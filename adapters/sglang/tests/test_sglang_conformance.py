@@ -46,7 +46,9 @@ class TestSGLangLatent(EngineBase):
 
 @pytest.mark.slow
 class TestSGLangSliding(EngineBase):
-    """Mellum: the sliding layers' KV is a pool of its own, of which only a prompt's last pages are needed."""
+    """Mellum: the sliding layers' KV is a pool of its own, of which a prompt's last pages are kept, and so are needed. What
+    two prompts share short of where one of them ended is a miss with SGLang, so the suite as a whole is not claimed.
+    """
 
     adapter = "lmcache_sglang.conformance:adapter"
     capabilities = msgspec.structs.replace(CLAIMS, models=("mellum",), dtypes=("float32",))
