@@ -26,7 +26,7 @@ SAMPLE = 4096
 WARM_UP = 1.5
 """Turnovers of a write-through tier before there is a verdict: once it is full, and what follows has had time to matter."""
 
-_ASKS = 256
+_ASKS = 4
 """Requests remembered as told: an engine that asks whether a prompt is there and then loads it has one request."""
 
 
@@ -70,13 +70,22 @@ class Adaptive:
     turned over by half, it is everything.
 
     Args:
-        has_room, capacities: as for `SecondSight`.
-        group: the layer group whose objects the shadows follow.
+        has_room: see there.
+        capacities: chunks, that is, objects of one group.
+        group: the layer group whose objects the shadows follow; all `groups` have the same verdict.
+        sample: names a shadow holds, at most.
     """
 
-    def __init__(self, has_room: HasRoom, capacities: Mapping[int, int], group: int = 0, sample: int = SAMPLE) -> None:
-        self._second = SecondSight(has_room, capacities)
-        self._has_room = has_room
+    def __init__(
+        self,
+        has_room: HasRoom,
+        capacities: Mapping[int, int],
+        *,
+        group: int = 0,
+        groups: int = 1,
+        sample: int = SAMPLE,
+    ) -> None:
+        self._second = SecondSight(has_room, {tier: chunks * groups for tier, chunks in capacities.items()})
         self._group = group
         self._trials = {tier: _Trial(max(1, objects), sample) for tier, objects in capacities.items()}
         self._told: dict[tuple[bytes, int], None] = {}

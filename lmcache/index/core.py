@@ -358,6 +358,11 @@ class Index:
         """Objects that left an arena to make room, since the start."""
         return sum(pool.evictions for pool in self.state.pools)
 
+    @property
+    def refused(self) -> int:
+        """Objects that were not written to a tier because `admit` said so, since the start."""
+        return self.state.counts["refused"]
+
     def arenas(self) -> list[dict[str, int]]:
         """Per group, how many slots are `free`, `writing`, `ready` and `evicting`."""
         found = []

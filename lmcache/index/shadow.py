@@ -103,7 +103,7 @@ class Verdict:
     counted, each with its difference as the variance); then what it had gained is forgotten too.
     """
 
-    FADE, RECENT, MARGIN, ALARM = 0.999, 0.95, 0.005, 3.0
+    FADE, RECENT, MARGIN, ALARM = 0.998, 0.95, 0.005, 2.0
 
     __slots__ = ("_all", "_recent", "_some", "_variance", "choosy")
 
