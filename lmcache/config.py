@@ -83,7 +83,7 @@ class Config:
     )
     admission: Setting[Admission, Admission] = Setting(
         Choice(("all", "second", "adaptive")),
-        "all",
+        "adaptive",
         doc="What is written to a disk that is full, at the cost of what is there: `all`: everything, as it is stored; `second`: "
         "only what was stored before and has to be stored again; `adaptive`: whichever of the two is measured to find "
         "more, and at equal hits the one that writes less. What is not written is gone once it leaves memory.",

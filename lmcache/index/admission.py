@@ -5,6 +5,7 @@ A rule that has a method `asked` is also told of every request, once: see `Learn
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -132,19 +133,18 @@ class _Trial:
         return self._verdict.choosy and self._everything.written >= self._warm
 
     def asked(self, digests: Sequence[bytes], near: int, found: int) -> None:
+        rest, loaded = digests[near:], max(0, found - near)
         if self._share < 65536:
-            picked = [i for i, digest in enumerate(digests) if sampled(digest, self._share)]
-            digests = [digests[i] for i in picked]
-            near = sum(i < near for i in picked)
-            found = sum(i < found for i in picked)
-        if not digests:
-            return
+            picked = [i for i, digest in enumerate(rest) if sampled(digest, self._share)]
+            rest, loaded = [rest[i] for i in picked], bisect_left(picked, loaded)
         both = self._everything, self._some
-        hits = [shadow.request(digests, near) for shadow in both]
+        hits = [shadow.request(rest) for shadow in both]
         for shadow, first in zip(both, hits, strict=True):  # what is loaded now, a tier without it would see computed
-            for digest in digests[first:found]:
+            for digest in rest[first:loaded]:
                 shadow.ready(digest)
-        self._verdict.see(*hits)
+        common = near * self._share / 65536
+        if rest or common:
+            self._verdict.see(common + hits[0], common + hits[1])
 
     def ready(self, digest: bytes) -> None:
         if self._share == 65536 or sampled(digest, self._share):

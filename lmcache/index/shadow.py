@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 _BITS = 16
 _PROBES = 4
-_MIX = 0x9E3779B97F4A7C15_F39CC0605CEDC834_1082276BF3A27251_F86C6A11D0C18E95  # odd: a bijection, whatever digests are
-_ALL = (1 << 256) - 1
+_PRIME = (1 << 61) - 1
+_MIX = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio, odd (Knuth's multiplicative hashing)
+_WORD = (1 << 64) - 1
 
 
 def sampled(digest: bytes, share: int) -> bool:
     """Whether it is part of the sample; `share` of 65536 are."""
-    return int.from_bytes(digest[:32], "little") * _MIX & _ALL < share << 240
+    return int.from_bytes(digest, "little") % _PRIME * _MIX & _WORD < share << 48
 
 
 class Marks:
@@ -39,11 +40,12 @@ class Marks:
 
     def add(self, digest: bytes, salt: int = 0) -> bool:
         """Mark it; returns whether it was marked. Other `salt`, other thing."""
-        word = (int.from_bytes(digest, "little") + (salt << 192)) * _MIX & _ALL
+        word = (int.from_bytes(digest, "little") % _PRIME + salt) * _MIX & _WORD
+        at, step = word >> 32, word & 0xFFFF_FFFF | 1
         new, old = self._new, self._old
         fresh, in_old = False, True
-        for i in range(_PROBES):
-            at = (word >> (208 - 48 * i) & 0xFFFF_FFFF_FFFF) % self._bits
+        for _ in range(_PROBES):
+            at = (at + step) % self._bits
             byte, bit = at >> 3, 1 << (at & 7)
             in_old = in_old and old[byte] & bit != 0
             if not new[byte] & bit:
@@ -73,11 +75,11 @@ class Shadow:
     def __len__(self) -> int:
         return len(self._names)
 
-    def request(self, digests: Sequence[bytes], near: int) -> int:
-        """A request for `digests`, of which a nearer place has the first `near`: how many leading ones are found. A use."""
+    def request(self, digests: Sequence[bytes]) -> int:
+        """A request for `digests`: how many leading ones are found. A use."""
         names = self._names
-        found = near
-        for digest in digests[near:]:
+        found = 0
+        for digest in digests:
             if digest not in names:
                 break
             names.move_to_end(digest)
@@ -112,7 +114,7 @@ class Verdict:
         self._all = self._some = 0.0
         self._recent = self._variance = 0.0
 
-    def see(self, everything: int, some: int) -> None:
+    def see(self, everything: float, some: float) -> None:
         """The hits of one request in either shadow."""
         self._all = self._all * self.FADE + everything
         self._some = self._some * self.FADE + some

@@ -152,20 +152,6 @@ def test_a_second_sight_writes_less_and_finds_no_less_where_the_disk_is_small(tm
     assert second.hit_rate >= everything.hit_rate
 
 
-def test_nothing_is_written_that_recomputes_faster_than_it_loads() -> None:
-    name = Name(b"n", b"c", 0, 256, 0)
-    rule = BreakEven(lambda group: 1000)
-    assert rule(0, name), "nothing was measured yet"
-    rule.computed(256, 0.001)
-    rule.loaded(0, 1000, 0.002)
-    assert not rule(0, name)
-    assert rule(1, name), "nothing was measured of this tier"
-    for _ in range(50):
-        rule.loaded(0, 1000, 0.0001)
-    assert rule(0, name)
-    assert not SecondSight(lambda tier: False, 10)(0, name)
-
-
 def test_requests_wait_for_the_first_free_server() -> None:
     assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 1) == [2, 4, 5, 2]
     assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 2) == [2, 2, 3, 2]
