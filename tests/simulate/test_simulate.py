@@ -15,9 +15,8 @@ from lmcache.cli.app import app
 from lmcache.errors import ConfigError
 from lmcache.eviction import POLICIES
 from lmcache.index import Index
-from lmcache.index.admission import BreakEven, SecondSight
 from lmcache.index.replay import Replay
-from lmcache.plan import Chain, JobReport, Name, Report
+from lmcache.plan import Chain, JobReport, Report
 from lmcache.recorder import Recorder
 from lmcache.simulate.hardware import profile
 from lmcache.simulate.queueing import servers_for, ttft
