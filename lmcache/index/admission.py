@@ -21,6 +21,9 @@ HasRoom = Callable[[int], bool]
 MEMORY = 8
 """How many objects a rule remembers to have seen, in multiples of what the tier holds."""
 
+MOST = 1 << 21
+"""Objects remembered at most: 8 MiB, and enough for a disk of 250 thousand."""
+
 SAMPLE = 4096
 """Names a shadow holds, at most."""
 
@@ -52,7 +55,7 @@ class SecondSight:
 
     def __init__(self, has_room: HasRoom, capacities: Mapping[int, int]) -> None:
         self._has_room = has_room
-        self._seen = {tier: Marks(MEMORY * objects) for tier, objects in capacities.items()}
+        self._seen = {tier: Marks(min(MOST, MEMORY * objects)) for tier, objects in capacities.items()}
 
     def __call__(self, tier: int, name: Name) -> bool:
         """See `Admit`."""
@@ -124,7 +127,7 @@ class _Trial:
         self._share = 65536 if capacity <= sample else max(1, 65536 * sample // capacity)
         size = max(1, capacity * self._share // 65536)
         self._everything = Shadow(size)
-        self._some = Shadow(size, MEMORY * size)
+        self._some = Shadow(size, max(1, min(MEMORY * size, MOST * size // capacity)))
         self._warm = WARM_UP * size
         self._verdict = Verdict()
 

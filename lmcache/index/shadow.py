@@ -24,7 +24,7 @@ def sampled(digest: bytes, share: int) -> bool:
 
 
 class Marks:
-    """Which digests were marked lately: at least the last `size`, at most twice as many. 4 bytes each, taken when first used.
+    """Which digests were marked lately: at least the last `size`, at most twice as many. 4 bytes each, once there is one.
 
     A Bloom filter (Bloom 1970) in two generations. It never forgets one of them, and takes one stranger in 400 for one.
     """
@@ -34,14 +34,16 @@ class Marks:
     def __init__(self, size: int) -> None:
         self._size = max(64, size)
         self._bits = _BITS * self._size
-        self._new = bytearray(-(-self._bits // 8))
-        self._old = bytearray(len(self._new))
+        self._new = bytearray()
+        self._old = bytearray()
         self._count = 0
 
     def add(self, digest: bytes, salt: int = 0) -> bool:
         """Mark it; returns whether it was marked. Other `salt`, other thing."""
         word = (int.from_bytes(digest, "little") % _PRIME + salt) * _MIX & _WORD
         at, step = word >> 32, word & 0xFFFF_FFFF | 1
+        if not self._new:
+            self._new, self._old = bytearray(-(-self._bits // 8)), bytearray(-(-self._bits // 8))
         new, old = self._new, self._old
         fresh, in_old = False, True
         for _ in range(_PROBES):

@@ -49,9 +49,8 @@ def test_the_last_marks_are_never_forgotten(order: list[int]) -> None:
 
 def test_marks_know_few_strangers_take_no_more_room_and_forget() -> None:
     marks = Marks(1000)
-    size = len(marks._new)
     assert sum(marks.add(digest(i)) for i in range(20_000)) < 200
-    assert len(marks._new) == len(marks._old) == size == 2000
+    assert len(marks._new) == len(marks._old) == 2000
     assert sum(marks.add(digest(i)) for i in range(1000)) < 20  # long gone
     assert sum(marks.add(digest(i)) for i in range(1000)) == 1000
 
@@ -235,6 +234,21 @@ def hybrid() -> KVSpec:
     planes = (Plane("k", "bfloat16", 64), Plane("v", "bfloat16", 64))
     groups = [LayerGroup("sliding", (0, 1, 2), planes, 2, trailing(64)), LayerGroup("full", (3,), planes, 2, ALL)]
     return KVSpec.of_groups("m", groups)
+
+
+def test_what_is_remembered_is_bounded_however_many_objects_a_tier_holds() -> None:
+    planes = (Plane("k", "bfloat16", 8),)
+    tiny = KVSpec.of_groups("m", [LayerGroup("full", (0,), planes, 1)])
+    admission = Admission(Config(admission="adaptive", chunk_tokens=1), [tiny], 1, [1 << 40])  # 250 million objects
+    admission.measured(0, [TierFacts(1 << 40, 0, 0.0)])
+    admission.asked([digest(1)], 0, 0)
+    admission(0, name(1))
+    rule = admission._rule
+    assert isinstance(rule, Adaptive)
+    assert len(rule._second._seen[0]._new) <= 4 << 20
+    seen = rule._trials[0]._some._seen
+    assert seen is not None
+    assert seen._bits <= 8 * (4 << 20)
 
 
 def test_room_is_what_the_tier_says_and_what_was_let_through_since() -> None:
