@@ -47,6 +47,13 @@ def test_the_last_marks_are_never_forgotten(order: list[int]) -> None:
             assert known
 
 
+def test_marks_outlive_a_change_of_generations() -> None:
+    marks = Marks(64)
+    for i in range(100):
+        marks.add(digest(i))
+    assert all(marks.add(digest(i)) for i in range(36, 100))
+
+
 def test_marks_know_few_strangers_take_no_more_room_and_forget() -> None:
     marks = Marks(1000)
     assert sum(marks.add(digest(i)) for i in range(20_000)) < 200
@@ -283,10 +290,10 @@ def test_a_tiers_speed_counts_in_portions_that_mean_something() -> None:
     assert admits(config)
     admission = Admission(config, [spec], 256, [None])
     loaded, busy = 0, 0.0
-    for _ in range(400):  # ten times as long as computing takes
-        assert admission.active
+    for i in range(400):  # ten times as long as computing takes
         loaded, busy = loaded + chunk, busy + 0.01
         admission.measured(0, [TierFacts(0, loaded, busy)])
+        assert i >= 39 or admission(0, name(1)), "five portions of eight objects each"
     assert not admission(0, name(1))
     admission.measured(0, [TierFacts(0, 0, 0.0)])  # an old message
     assert not admission(0, name(2))
