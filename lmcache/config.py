@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 from lmcache.errors import ConfigError
 from lmcache.machine import memory_limit
-from lmcache.settings import Choice, Flag, Folder, Seconds, Setting, Size, Text, Whole, format_size, parse_size
+from lmcache.settings import Choice, Flag, Folder, Rate, Seconds, Setting, Size, Text, Whole, format_size, parse_size
 
 Order = Literal["canonical", "native"]
 Policy = Literal["lru", "lfu", "s3fifo", "density"]
+Admission = Literal["all", "second", "adaptive"]
 Share = Literal["exact", "semantic"]
 Fingerprint = Literal["fast", "full"]
 Pinning = Literal["auto", "always", "never"]
@@ -79,6 +80,20 @@ class Config:
         Choice(("lru", "lfu", "s3fifo", "density")),
         "lru",
         doc="Which objects leave memory first when room is needed. `density` learns what promises most hits; it is new.",
+    )
+    admission: Setting[Admission, Admission] = Setting(
+        Choice(("all", "second", "adaptive")),
+        "adaptive",
+        doc="What is written to a disk that is full, at the cost of what is there: `all`: everything, as it is stored; `second`: "
+        "only what was stored before and has to be stored again; `adaptive`: whichever of the two is measured to find "
+        "more, and at equal hits the one that writes less. What is not written is gone once it leaves memory.",
+    )
+    prefill_tokens_per_s: Setting[float | None, float | None] = Setting(
+        Rate(),
+        None,
+        unit="tokens per second",
+        doc="How fast the engine computes a prompt, measured by you. With it, nothing is written to a tier from which it would "
+        "load slower than that, by the tier's own measured speed. Nothing: that is not considered.",
     )
     share: Setting[Share, Share] = Setting(
         Choice(("exact", "semantic")),

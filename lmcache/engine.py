@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmcache.admission import Admission, capacity_of
 from lmcache.arena import Arena, host_provider, pinned, share_out
 from lmcache.config import Config
 from lmcache.errors import LMCacheError, SlotError, TierError
@@ -87,6 +88,7 @@ class CacheEngine:
         self._arenas = [
             Arena(n, size, provider, reserve=provider is pinned) for n, size in zip(counts, sizes, strict=True)
         ]
+        self._admission = Admission(self.config, [spec], chunk, [capacity_of(tier) for tier in self._tiers])
         self._index = Index(
             [(group.name, group.rule) for group in spec.groups],
             chunk,
@@ -96,6 +98,7 @@ class CacheEngine:
             lease_ttl=self.config.lease_s,
             load_deadline=self.config.load_timeout_s,
             probe_deadline=self.config.probe_timeout_s,
+            admit=self._admission if self._admission.active else None,
         )
         self._transfer = Transfer(
             spec,
@@ -116,7 +119,13 @@ class CacheEngine:
         )
         self._lock = threading.RLock()
         self._owners = itertools.count(1)
-        self._loop = ControlLoop(self._index, self._transfer, self.metrics)
+        self._loop = ControlLoop(
+            self._index, self._transfer, self.metrics, self._admission if self._admission.active else None
+        )
+        if self._admission.active:
+            for position in self._admission.bounded:
+                self._transfer.look(position)
+            self._admission.measured(0, self._transfer.facts())
         self._weights_version = ""
         self._namespaces: dict[tuple[str, str, str], bytes] = {}
         self._outdated: list[tuple[str, bytes]] = []  # (salt, namespace) of earlier weights versions
@@ -386,7 +395,7 @@ class CacheEngine:
                 names += [found for owner, found in self._outdated if owner == salt]
         gone = self._loop.tell(lambda index, now: sum(index.clear(name, now) for name in names))
         self._loop.settle(30.0, *_CHANGING)  # what is being written now would come back
-        for tier in self._tiers:
+        for position, tier in enumerate(self._tiers):
             gone += sum(tier.clear(name) for name in names)
             kept = sum(1 for found in tier.scan() if salt is None or found.id.namespace in names)
             if kept:
@@ -394,6 +403,8 @@ class CacheEngine:
                     f"{kept} objects are still on tier {tier.name!r} and may be served: "
                     "stop whoever is writing to it, or make it writable, and clear again"
                 )
+            if position in self._admission.bounded:
+                self._transfer.look(position)
         return gone
 
     def stats(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from lmcache.admission import Admission
 from lmcache.index import Finished, Index
 from lmcache.ledger import EngineView
 from lmcache.metrics import Metrics
@@ -23,13 +24,14 @@ class ControlLoop:
     whose engine memory only the asker knows.
     """
 
-    def __init__(self, index: Index, transfer: Transfer, metrics: Metrics) -> None:
+    def __init__(self, index: Index, transfer: Transfer, metrics: Metrics, admission: Admission | None = None) -> None:
+        self._admission = admission
         self._index = index
         self._transfer = transfer
         self._metrics = metrics
         self._lock = threading.RLock()
         self._seen = -1
-        self._evictions = 0
+        self._evictions = self._refused = 0
         self._awaited: set[int] = set()
         self._finished: dict[int, Finished] = {}
 
@@ -65,6 +67,8 @@ class ControlLoop:
                 finished = self._index.tick(now)
                 if news != self._seen:
                     self._seen = news
+                    if self._admission is not None:
+                        self._admission.measured(0, self._transfer.facts())
                     finished = [*finished, *self._index.report(self._transfer.poll(), now)]
                 for job in finished:
                     if job.job in self._awaited:
@@ -73,6 +77,10 @@ class ControlLoop:
                 if evicted != self._evictions:
                     self._metrics.evicted("dram", evicted - self._evictions)
                     self._evictions = evicted
+                refused = self._index.refused
+                if refused != self._refused:
+                    self._metrics.skipped_store("admission", refused - self._refused)
+                    self._refused = refused
                 plan = self._index.take_plan()
             self.execute(plan)
             if not plan.jobs and self._transfer.news == self._seen:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,6 +122,31 @@ class Seconds:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """A finite number per second above 0, or None."""
+
+    @property
+    def label(self) -> str:
+        """See `Kind`."""
+        return "number, or nothing"
+
+    def check(self, value: Any) -> float | None:
+        """See `Kind`."""
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ConfigError(f"{value!r} is not a number per second above 0, such as 8000")
+        return float(value)
+
+    def from_text(self, text: str) -> Any:
+        """See `Kind`."""
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
+@dataclass(frozen=True)
 class Size:
     """Bytes. `auto` computes the value that the word `auto` stands for."""
 
@@ -162,7 +188,9 @@ class Choice(Generic[Out]):
         for option in self.options:
             if type(value) is type(option) and value == option:
                 return option
-        raise ConfigError(f"{value!r} is not one of {', '.join(map(repr, self.options))}")
+        near = difflib.get_close_matches(str(value).lower(), map(str, self.options), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{value!r} is not one of {', '.join(map(repr, self.options))}{hint}")
 
     def from_text(self, text: str) -> Any:
         """See `Kind`."""

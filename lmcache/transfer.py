@@ -7,6 +7,7 @@ jobs no longer touch engine memory.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,9 +24,10 @@ from lmcache.ledger import EngineView, Ledger, Run, SlotKey
 from lmcache.log import Throttle
 from lmcache.metrics import Metrics
 from lmcache.mover import Arrival, Mover, StagingFullError, open_mover
-from lmcache.objectio import ObjectIO
+from lmcache.objectio import Loaded, ObjectIO
 from lmcache.plan import Copy, Delete, Engine, Plan, Probe, Report, Slot, Status
 from lmcache.plan import Tier as TierPlace
+from lmcache.rates import Meter, TierFacts
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Result, Tier
 from lmcache.workers import Workers
@@ -35,6 +37,9 @@ __all__ = ["EngineView", "Transfer"]
 
 _ALARMS = frozenset({Status.CORRUPT, Status.FAILED, Status.FULL, Status.LATE})
 """Statuses worth a warning; a vanished object or a cancelled op is everyday business."""
+
+_LOOK_S = 0.25
+"""Seconds between two looks at how full a tier is, on its own threads."""
 
 
 class Transfer:
@@ -81,6 +86,10 @@ class Transfer:
         self._open_mover = open_mover
         self._movers: dict[torch.device, Mover] = {}
         self._ledger = Ledger(rank)
+        self._meters = [Meter() for _ in tiers]
+        self._used = [0] * len(tiers)
+        self._owed = [0] * len(tiers)  # bytes waiting to be written
+        self._look_at = [math.inf] * len(tiers)
         self._readers = [Workers(f"lmcache-{t.name}-read", read_threads) for t in tiers]
         self._writers = [Workers(f"lmcache-{t.name}-write", write_threads) for t in tiers]
         self._copiers = Workers("lmcache-copy", 1)
@@ -137,6 +146,19 @@ class Transfer:
     def queue(self) -> tuple[int, int]:
         """Tier calls waiting for a thread, and bytes waiting to be written."""
         return sum(w.queued for w in (*self._readers, *self._writers)), self._write_bytes
+
+    def facts(self) -> list[TierFacts]:
+        """What is known of each tier, for the rule of admission. Asks nobody."""
+        with self._lock:
+            used = [a + b for a, b in zip(self._used, self._owed, strict=True)]
+        return [TierFacts(n, *meter.read()) for n, meter in zip(used, self._meters, strict=True)]
+
+    def look(self, tier: int) -> None:
+        """Find out how full a tier is, now and from then on: `facts` counts on from there. Takes as long as the tier takes."""
+        self._look_at[tier] = time.monotonic() + _LOOK_S
+        used = self._tiers[tier].used_bytes()
+        with self._lock:
+            self._used[tier] = used
 
     def close(self, timeout: float = 5.0) -> bool:
         """Finish queued work and end the threads; False if some tier call still hangs."""
@@ -351,7 +373,7 @@ class Transfer:
             self._finish(run, [index], Status.FULL, detail=str(error))
             return False
         tier = self._tiers[op.src.index]
-        loaded = self._io.load(tier, self._object_id(op.name), out, self._native.get(group), run.deadline)
+        loaded = self._load(op.src.index, op.name, out, self._native.get(group), run.deadline)
         if loaded.layout is None:
             self._lost(run, index, tier, loaded.result)
             return False
@@ -371,7 +393,7 @@ class Transfer:
             return
         tier = self._tiers[op.src.index]
         out = self._io.bounce(group)
-        loaded = self._io.load(tier, self._object_id(op.name), out, None, run.deadline)
+        loaded = self._load(op.src.index, op.name, out, None, run.deadline)
         if loaded.layout is None:
             self._lost(run, index, tier, loaded.result)
             return
@@ -388,6 +410,17 @@ class Transfer:
         self._metrics.moved(tier.name, "engine", loaded.result.nbytes)
         self._finish(run, [index], Status.OK, loaded.result.nbytes)
 
+    def _load(
+        self, tier: int, name: Name, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
+    ) -> Loaded:
+        with self._meters[tier].load() as count:
+            loaded = self._io.load(self._tiers[tier], self._object_id(name), out, want, deadline)
+            if loaded.layout is not None:
+                count(loaded.result.nbytes)
+        if time.monotonic() >= self._look_at[tier]:
+            self.look(tier)
+        return loaded
+
     def _lost(self, run: Run, index: int, tier: Tier, result: Result) -> None:
         if result.status is Status.CORRUPT:
             self._metrics.corrupted(tier.name)
@@ -402,6 +435,7 @@ class Transfer:
             fits = self._write_bytes + nbytes <= max(self._queue_bytes, nbytes)
             if fits:
                 self._write_bytes += nbytes
+                self._owed[op.dst.index] += nbytes
         if not fits:
             self._metrics.skipped_store("queue")
             self._finish(run, [index], Status.SKIPPED, detail="write-behind queue is full")
@@ -422,12 +456,20 @@ class Transfer:
             result = self._io.save(tier, self._object_id(op.name), payload, held)
             if result.status is Status.OK:
                 self._metrics.moved("dram", tier.name, result.nbytes)
+                self._wrote(op.dst.index, result.nbytes)
             else:
                 self._metrics.skipped_store(result.status.name.lower())
             self._finish(run, [index], result.status, result.nbytes, f"{tier.name}: {result.detail}")
         finally:
             with self._lock:
                 self._write_bytes -= queued
+                self._owed[op.dst.index] -= queued
+
+    def _wrote(self, tier: int, nbytes: int) -> None:
+        with self._lock:
+            self._used[tier] += nbytes
+        if time.monotonic() >= self._look_at[tier]:  # others write too, and somebody evicts
+            self.look(tier)
 
     def _probe(self, run: Run, tier: int, indices: Sequence[int]) -> None:
         ids = [self._object_id(run.job.ops[i].name) for i in indices]

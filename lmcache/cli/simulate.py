@@ -40,7 +40,7 @@ def simulate(
         typer.Option("--tiers", metavar="LIST", help="Capacities of device, dram and disk: dram=5%,disk=200GiB."),
     ] = None,
     admit: Annotated[
-        str, typer.Option("--admit", help="What goes to disk: all (write-through), second, break-even.")
+        str, typer.Option("--admit", help="What goes to disk: all (write-through), second, adaptive, break-even.")
     ] = "all",
     model: Annotated[str, typer.Option("--model", help="Shape, for bytes and prefill time.")] = "llama-3-8b",
     device: Annotated[str, typer.Option("--device", help="Hardware, for times.")] = "h100",
@@ -102,6 +102,7 @@ def simulate(
             if sys.stderr.isatty():
                 print("\r\033[K", end="", file=sys.stderr)
     about = {
+        "trace": ", ".join(path.name for path in traces),
         "requests": len(trace),
         "accesses": trace.accesses,
         "distinct_chunks": trace.blocks,

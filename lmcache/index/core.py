@@ -68,7 +68,8 @@ class Index:
         probe_deadline: seconds a shared tier may take to say whether it holds an object.
         patience: seconds more that a lookup waits for that answer to arrive, for engines whose plans and reports travel with
             steps that may take long.
-        admit: decides whether an object that became ready is written to a tier; all of them by default.
+        admit: decides whether an object that became ready is written to a tier; all of them by default. See
+            `lmcache.index.admission`.
 
     Raises:
         ConfigError: unknown policy, or impossible numbers.
@@ -100,6 +101,7 @@ class Index:
         self._overdue: deque[tuple[float, int]] = deque()
         self._questions: OrderedDict[Owner, _Question] = OrderedDict()
         self._curious = [g for g, pool in enumerate(self.state.pools) if hears(pool.policy)]
+        self.learner = getattr(admit, "asked", None)  # see `lmcache.index.admission.Learns`
         self._told: OrderedDict[Owner, tuple[bytes, int]] = OrderedDict()  # what policies were told on behalf of whom
         self._shared = [t for t, tier in enumerate(tiers) if tier.shared]
         self._lease_ttl = lease_ttl
@@ -132,7 +134,7 @@ class Index:
                 self.release(owner)
                 return Lookup("pending", 0, {}, messages.PROBING)
         stop = stop_of(state, chain, found, limit, max_tokens, late)
-        if self._curious and chain.digests:
+        if (self._curious or self.learner is not None) and chain.digests:
             self._tell(owner, chain, found)
         if not found.chunks:
             self.release(owner)
@@ -356,6 +358,11 @@ class Index:
         """Objects that left an arena to make room, since the start."""
         return sum(pool.evictions for pool in self.state.pools)
 
+    @property
+    def refused(self) -> int:
+        """Objects that were not written to a tier because `admit` said so, since the start."""
+        return self.state.counts["refused"]
+
     def arenas(self) -> list[dict[str, int]]:
         """Per group, how many slots are `free`, `writing`, `ready` and `evicting`."""
         found = []
@@ -372,7 +379,7 @@ class Index:
     # ---------------------------------------------------------------- internals
 
     def _tell(self, owner: Owner, chain: Chain, found: Found) -> None:
-        """Tell the policies that want to know what a request consists of, once for each request."""
+        """Tell the policies and the rule of admission that want to know what a request consists of, once for each request."""
         about = chain.digests[-1], len(chain.digests)
         if self._told.get(owner) == about:  # an engine may ask every step while a request waits
             return
@@ -381,6 +388,9 @@ class Index:
             self._told.popitem(last=False)
         for group in self._curious:
             self.state.pools[group].policy.asked(chain.digests, found.resident(group))
+        if self.learner is not None:
+            lead = next((g for g, pool in enumerate(self.state.pools) if pool.chained), 0)
+            self.learner(chain.digests, found.resident(lead), found.chunks)
 
     def _lease(self, owner: Owner, chain: Chain, found: Found, now: float) -> bool:
         """Lease a hit; returns whether all of it is in DRAM."""

@@ -49,6 +49,7 @@ class Replay:
         self._state = state
         self._pool = state.pools[0]
         self._curious = hears(self._pool.policy)
+        self._learner = index.learner
         self._written = written
         self._used = used
 
@@ -60,6 +61,8 @@ class Replay:
         near = found.entries(0)
         if self._curious:
             pool.policy.asked(digests, found.resident(0))
+        if self._learner is not None:
+            self._learner(digests, len(near), found.chunks)
         pool.pin(near)
         pool.touch(near)
         tiers: dict[int, int] = {}

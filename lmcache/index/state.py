@@ -89,14 +89,18 @@ class State:
 
     def spillable(self, namespace: bytes, group: int, run: Sequence[Entry], t: int) -> list[tuple[Entry, Name]]:
         """Those of `run` that tier `t` should hold and does not."""
-        return [
+        wanted = [
             (entry, name)
             for entry in run
             if not self.known[t].has(namespace, group, entry.digest)
             and (name := self.name_of(group, entry))
             and (not self.deleting or not self.deleting[t, name])
-            and (self._admit is None or self._admit(t, name))
         ]
+        if self._admit is None:
+            return wanted
+        admitted = [(entry, name) for entry, name in wanted if self._admit(t, name)]
+        self.counts["refused"] += len(wanted) - len(admitted)
+        return admitted
 
     def load_ended(self, owner: Owner, job: int, failed: bool) -> None:
         """A failed load bars its owner from further hits, unless the owner was forgotten in the meantime."""

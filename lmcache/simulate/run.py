@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lmcache.errors import ConfigError
 from lmcache.eviction import POLICIES
 from lmcache.index import Index, TierInfo
-from lmcache.index.admission import BreakEven, SecondSight
+from lmcache.index.admission import Adaptive, BreakEven, SecondSight
 from lmcache.index.replay import Replay
 from lmcache.index.state import Admit
 from lmcache.plan import Chain, Name
@@ -32,12 +32,10 @@ PLACES = ("device", "dram", "disk")
 ADMISSIONS = {
     "all": "everything, as it is stored (write-through)",
     "second": "when full, only what is computed a second time",
-    "break-even": "as `second`, and nothing that recomputes faster than it loads",
+    "adaptive": "when full, `all` or `second`: what is measured to find more",
+    "break-even": "as `adaptive`, and nothing that recomputes faster than it loads",
 }
 """What is written to disk."""
-
-_REMEMBERED = 8
-"""Refused objects remembered, in multiples of what the disk holds."""
 
 _NAMESPACE = b"trace".ljust(32, b".")
 Progress = Callable[[int], None]
@@ -209,12 +207,15 @@ class Disk:
 def _admission(admit: str, disk: Disk, profile: Profile, chunk_tokens: int) -> Admit | None:
     if admit == "all":
         return None
-    second = SecondSight(disk.has_room, _REMEMBERED * disk.capacity)
     if admit == "second":
-        return second
-    rule = BreakEven(lambda group: profile.kv_bytes * chunk_tokens, second)
-    rule.computed(chunk_tokens, profile.prefill_s(0, chunk_tokens))
-    rule.loaded(0, profile.kv_bytes * chunk_tokens, profile.load_s("disk", chunk_tokens))
+        return SecondSight(disk.has_room, {0: disk.capacity})
+    adaptive = Adaptive(disk.has_room, {0: disk.capacity})
+    if admit == "adaptive":
+        return adaptive
+    rule = BreakEven(lambda group: profile.kv_bytes * chunk_tokens, adaptive)
+    for _ in range(BreakEven.FEW):
+        rule.computed(chunk_tokens, profile.prefill_s(0, chunk_tokens))
+        rule.loaded(0, profile.kv_bytes * chunk_tokens, profile.load_s("disk", chunk_tokens))
     return rule
 
 

@@ -93,6 +93,11 @@ class DiskTier:
         self._finalizer = weakref.finalize(self, _shut, self._janitor, self._usage)
         os.register_at_fork(after_in_child=functools.partial(_after_fork, weakref.ref(self)))
 
+    @property
+    def capacity_bytes(self) -> int | None:
+        """Bytes that the folder holds at most; None: no limit."""
+        return self._capacity
+
     def contains(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
         """See `Tier.contains`."""
         return [self._refusal(deadline) or self._contains(id) for id in ids]

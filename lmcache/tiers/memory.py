@@ -24,6 +24,11 @@ class MemoryTier:
         self._closed = False
         self._lock = threading.Lock()
 
+    @property
+    def capacity_bytes(self) -> int | None:
+        """Bytes that it holds at most; None: no limit."""
+        return self._capacity
+
     def contains(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
         """See `Tier.contains`."""
         with self._lock:

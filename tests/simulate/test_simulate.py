@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import stat
+from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
@@ -15,11 +19,11 @@ from lmcache.cli.app import app
 from lmcache.errors import ConfigError
 from lmcache.eviction import POLICIES
 from lmcache.index import Index
-from lmcache.index.admission import BreakEven, SecondSight
 from lmcache.index.replay import Replay
-from lmcache.plan import Chain, JobReport, Name, Report
+from lmcache.plan import Chain, JobReport, Report
 from lmcache.recorder import Recorder
 from lmcache.simulate.hardware import profile
+from lmcache.simulate.page import _apart, page, size
 from lmcache.simulate.queueing import servers_for, ttft
 from lmcache.simulate.run import ControlPlane, simulate
 from lmcache.simulate.trace import TraceError, read_traces
@@ -152,20 +156,6 @@ def test_a_second_sight_writes_less_and_finds_no_less_where_the_disk_is_small(tm
     assert second.hit_rate >= everything.hit_rate
 
 
-def test_nothing_is_written_that_recomputes_faster_than_it_loads() -> None:
-    name = Name(b"n", b"c", 0, 256, 0)
-    rule = BreakEven(lambda group: 1000)
-    assert rule(0, name), "nothing was measured yet"
-    rule.computed(256, 0.001)
-    rule.loaded(0, 1000, 0.002)
-    assert not rule(0, name)
-    assert rule(1, name), "nothing was measured of this tier"
-    for _ in range(50):
-        rule.loaded(0, 1000, 0.0001)
-    assert rule(0, name)
-    assert not SecondSight(lambda tier: False, 10)(0, name)
-
-
 def test_requests_wait_for_the_first_free_server() -> None:
     assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 1) == [2, 4, 5, 2]
     assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 2) == [2, 2, 3, 2]
@@ -279,3 +269,74 @@ def test_the_published_figures_of_the_conversation_trace() -> None:
     ):
         rates = [simulate(trace, policy, {"dram": trace.blocks * s // 100}, PROFILE).hit_rate for s in shares]
         assert [round(100 * rate, 2) for rate in rates] == list(expected)
+
+
+class Balanced(HTMLParser):
+    """Fails where a tag is closed that is not open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in ("meta",):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def test_the_page_says_per_tier_how_large_it_was_and_only_what_there_is(tmp_path) -> None:
+    trace = read_traces([written(tmp_path / "t", requests_of(1))])
+    about = {
+        "trace": "a<b.jsonl",
+        "chunk_bytes": PROFILE.kv_bytes * 512,
+        "distinct_chunks": trace.blocks,
+        "admit": "adaptive",
+    }
+    grid = [{"dram": dram, "disk": 60} for dram in (8, 16, 17, 18, 40)]
+    policies = ("lru", "lfu", "optimum", "infinite")
+    results = [simulate(trace, p, room, PROFILE, admit="adaptive") for room in grid for p in policies]
+    text = page(about, results)
+    parsed = Balanced()
+    parsed.feed(text)
+    assert parsed.open == []
+    assert "a&lt;b.jsonl" in text
+    head, *rows = parsed.rows
+    assert head[:3] == ["policy", "dram", "disk"]
+    assert head[-1] == "disk written"
+    assert rows[0][:3] == ["lru", "90.0 MiB", "675 MiB"]
+    assert rows[2][:3] == ["optimum", "765 MiB", ""]
+    assert {len(row) for row in rows} == {len(head)}
+    assert text.count("<td class=best>") >= len(grid)
+    drawing = ElementTree.fromstring(re.search(r"<svg.*?</svg>", text)[0])
+    labels = [(float(t.get("x")), float(t.get("y")), t.text) for t in drawing.iter("text")]
+    ticks = [(x, label) for x, y, label in labels if "iB" in label]
+    assert all(b - a >= 60 for (a, _), (b, _) in pairwise(ticks))
+    ends = sorted(y for x, y, label in labels if label.endswith("%") and x > 400)
+    assert len(ends) == 4
+    assert all(b - a >= 14 for a, b in pairwise(ends))
+    plain = page({}, [simulate(trace, "lru", {"dram": 8}, PROFILE)])
+    assert "disk" not in plain
+    assert "italics" not in plain
+
+
+def test_labels_stay_in_the_drawing_and_sizes_have_three_digits() -> None:
+    assert _apart([10.0, 12.0, 300.0, 315.0, 316.0]) == [10.0, 25.0, 286.0, 301.0, 316.0]
+    assert [size(n) for n in (0, 1023, 1536, 20 << 20, 200 << 30, 5000 << 30)] == [
+        "0 B",
+        "1,023 B",
+        "1.50 KiB",
+        "20.0 MiB",
+        "200 GiB",
+        "4.88 TiB",
+    ]

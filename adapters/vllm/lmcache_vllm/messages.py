@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from lmcache.plan import Plan, Report
+from lmcache.rates import TierFacts
 from lmcache.spec import KVSpec
 
 
@@ -65,15 +66,21 @@ class StepMeta(KVConnectorMetadata):
 
 @dataclass
 class RankMeta(KVConnectorWorkerMetadata):
-    """What one rank, or after aggregation several, report. `cleared[rank]`: the newest wish that is done."""
+    """What one rank, or after aggregation several, report.
+
+    Attributes:
+        cleared: rank → the newest wish that is done.
+        facts: rank → what it knows of each tier, where somebody wants to know.
+    """
 
     reports: list[Report]
     cleared: dict[int, int] = field(default_factory=dict)
+    facts: dict[int, list[TierFacts]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> RankMeta:
         """All of both. Reports are cumulative and carry their rank, so nothing has to be merged."""
         assert isinstance(other, RankMeta)
-        return RankMeta([*self.reports, *other.reports], self.cleared | other.cleared)
+        return RankMeta([*self.reports, *other.reports], self.cleared | other.cleared, self.facts | other.facts)
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -83,6 +90,8 @@ class Offer(msgspec.Struct, frozen=True):
         spec: what its KV is; ranks must agree on all but the rects.
         slots: arena slots per group.
         tiers: name, and whether other processes may add to it, nearest first.
+        capacities: bytes that each tier holds at most; None: no limit.
+        facts: what the rank knows of each tier now, where somebody wants to know.
         disabled: why this worker caches nothing, or empty.
     """
 
@@ -90,6 +99,8 @@ class Offer(msgspec.Struct, frozen=True):
     spec: KVSpec | None
     slots: tuple[int, ...] = ()
     tiers: tuple[tuple[str, bool], ...] = ()
+    capacities: tuple[int | None, ...] = ()
+    facts: tuple[TierFacts, ...] = ()
     disabled: str = ""
 
 

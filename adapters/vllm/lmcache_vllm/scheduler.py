@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lmcache.admission import Admission
 from lmcache.config import Config
 from lmcache.errors import TokenError
 from lmcache.index import Finished, Index, TierInfo
@@ -21,6 +22,7 @@ from lmcache.keys import Chain, Extra, as_tokens, chain_of, namespace_of
 from lmcache.log import Throttle, event, info
 from lmcache.metrics import Metrics
 from lmcache.plan import Status
+from lmcache.rates import TierFacts
 from lmcache.recorder import Recorder
 from lmcache.spec import KVSpec
 from lmcache_vllm import names, quirks
@@ -107,7 +109,8 @@ class SchedulerHalf:
         self._wished = 0
         self._cleared: dict[int, int] = {}
         self._ranks = 1
-        self._evictions = 0
+        self._evictions = self._not_written = 0
+        self._admission: Admission | None = None
         self._news = 0.0
 
     # ---------------------------------------------------------------- start-up
@@ -123,6 +126,11 @@ class SchedulerHalf:
         assert spec is not None
         self._spec = spec
         self._ranks = len(found)
+        admission = Admission(
+            self._config, [offer.spec for offer in found if offer.spec is not None], self._chunk, found[0].capacities
+        )
+        self._admission = admission if admission.active else None
+        self._measured({offer.rank: offer.facts for offer in found})
         self._index = Index(
             [(group.name, group.rule) for group in spec.groups],
             self._chunk,
@@ -134,6 +142,7 @@ class SchedulerHalf:
             load_deadline=self._config.load_timeout_s,
             probe_deadline=self._config.probe_timeout_s,
             patience=_PATIENCE_S,
+            admit=self._admission,
         )
         if self.events is not None:
             self._index.on_change(self.events.notice)
@@ -251,6 +260,9 @@ class SchedulerHalf:
         if index.evictions != self._evictions:
             self.metrics.evicted("dram", index.evictions - self._evictions)
             self._evictions = index.evictions
+        if index.refused != self._not_written:
+            self.metrics.skipped_store("admission", index.refused - self._not_written)
+            self._not_written = index.refused
         plan = index.take_plan()
         if plan.jobs:
             self._news = now
@@ -289,10 +301,16 @@ class SchedulerHalf:
         self._wishes = [wish for wish in self._wishes if wish.number > done]
         if index is None:
             return
+        self._measured(meta.facts)
         if meta.reports:
             self._news = now
         for report in meta.reports:
             self._ended(index.report(report, now))
+
+    def _measured(self, facts: Mapping[int, Sequence[TierFacts]]) -> None:
+        if self._admission is not None:
+            for rank, known in facts.items():
+                self._admission.measured(rank, known)
 
     def _ended(self, jobs: Iterable[Finished]) -> None:
         for job in jobs:

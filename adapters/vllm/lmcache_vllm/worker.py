@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import torch
 
+from lmcache.admission import admits, capacity_of
 from lmcache.arena import Arena, anonymous, host_provider, pinned, share_out
 from lmcache.config import Config
 from lmcache.errors import LMCacheError
@@ -24,6 +25,7 @@ from lmcache.metrics import Metrics
 from lmcache.mover import open_mover
 from lmcache.objectio import ObjectIO
 from lmcache.plan import Job, JobReport, Plan, Report, Status
+from lmcache.rates import TierFacts
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
 from lmcache.tiers.configured import open_tiers
@@ -186,6 +188,10 @@ class WorkerHalf:
                 copy_engine_bytes=self._config.copy_engine_bytes,
             ),
         )
+        if admits(self._config):
+            for position, tier in enumerate(self._tiers):
+                if capacity_of(tier) is not None:
+                    self._transfer.look(position)
         info(
             "cache-open",
             rank=f"{self.rank}/{self.ranks}",
@@ -199,7 +205,11 @@ class WorkerHalf:
     def offer(self) -> Offer:
         """For the scheduler half."""
         tiers = tuple((tier.name, tier.shared) for tier in self._tiers)
-        return Offer(self.rank, self._spec, self._slots, tiers, self.disabled)
+        capacities = tuple(capacity_of(tier) for tier in self._tiers)
+        return Offer(self.rank, self._spec, self._slots, tiers, capacities, tuple(self._facts()), self.disabled)
+
+    def _facts(self) -> list[TierFacts]:
+        return self._transfer.facts() if self._transfer is not None and admits(self._config) else []
 
     # ---------------------------------------------------------------- a step
 
@@ -284,7 +294,8 @@ class WorkerHalf:
         """For the scheduler half; None where there is nothing to say."""
         reports = [self._reported] if self._reported is not None and self._reported.jobs else []
         cleared = {self.rank: self._cleared} if self._cleared else {}
-        return RankMeta(reports, cleared) if reports or cleared else None
+        facts = {self.rank: known} if reports and (known := self._facts()) else {}
+        return RankMeta(reports, cleared, facts) if reports or cleared else None
 
     # ---------------------------------------------------------------- the rest
 
@@ -298,14 +309,16 @@ class WorkerHalf:
 
     def _clear_tiers(self, wishes: Sequence[Wish]) -> None:
         for wish in wishes:
-            for tier in self._tiers:
-                self._clear_tier(tier, wish)
+            for position, tier in enumerate(self._tiers):
+                self._clear_tier(position, tier, wish)
             self._cleared = wish.number
 
-    def _clear_tier(self, tier: Tier, wish: Wish) -> None:
+    def _clear_tier(self, position: int, tier: Tier, wish: Wish) -> None:
         try:
             for namespace in (None,) if wish.namespaces is None else wish.namespaces:
                 tier.clear(namespace)
+            if self._transfer is not None and admits(self._config) and capacity_of(tier) is not None:
+                self._transfer.look(position)
         except Exception as error:
             self.metrics.failed("clear", tier.name)
             self._log.warning("clear-failed", tier=tier.name, error=f"{type(error).__name__}: {error}")
