@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from types import MappingProxyType
 
 from lmcache.index import messages
 from lmcache.index.hits import Longest, fixpoint, longest, needed
-from lmcache.index.pool import Entry
-from lmcache.index.state import Source, State
+from lmcache.index.runs import Part
+from lmcache.index.state import DRAM, State
 from lmcache.plan import Chain
-
-_NO_ENTRIES: Mapping[bytes, Entry] = MappingProxyType({})
 
 
 class Found:
-    """A hit of `chunks` chunks. `sources[group][position]` is set for every object in `needs[group]`."""
+    """A hit of `chunks` chunks. `below[group]`: position → tier, for those objects in `needs[group]` that are not in DRAM."""
 
-    __slots__ = ("chunks", "limiter", "needs", "sources")
+    __slots__ = ("_parts", "below", "chunks", "limiter", "needs")
 
     def __init__(
-        self, chunks: int, limiter: int, needs: list[range], sources: list[list[Source] | dict[int, Source]]
+        self,
+        chunks: int,
+        limiter: int,
+        needs: list[range],
+        below: list[dict[int, int]],
+        parts: list[Callable[[range], Iterable[Part]]],
     ) -> None:
         self.chunks = chunks
         self.limiter = limiter
         self.needs = needs
-        self.sources = sources
+        self.below = below
+        self._parts = parts
 
-    def entries(self, group: int) -> list[Entry]:
-        """The needed objects of a group that are in DRAM, parents first."""
-        held, need = self.sources[group], self.needs[group]
-        return [source for i in need if type(source := held[i]) is Entry]
+    def parts(self, group: int) -> Iterable[Part]:
+        """Where the needed objects of a group that are in DRAM lie, parents first; to be used before the arena changes."""
+        return self._parts[group](self.needs[group])
 
     def resident(self, group: int) -> int:
         """How many objects from the first one of the chain on are in DRAM, in a row; 0 if the first is not needed."""
-        held = self.sources[group]
-        return next(
-            (i for i in range(self.chunks) if i not in self.needs[group] or type(held[i]) is not Entry), self.chunks
-        )
+        need = self.needs[group]
+        return min(self.below[group], default=need.stop) if 0 in need else 0
 
 
 def find(state: State, chain: Chain, limit: int, *, near: int | None = None) -> Found:
@@ -47,52 +47,75 @@ def find(state: State, chain: Chain, limit: int, *, near: int | None = None) -> 
     With `near`, chunks from this position on count only if they are in DRAM.
     """
     distant = limit if near is None else near
+    digests = chain.digests if isinstance(chain.digests, list) else list(chain.digests)
     longests: list[Longest] = []
-    sources: list[list[Source] | dict[int, Source]] = []
+    sources: list[dict[int, int]] = []  # per group: position → place, DRAM left out where all of a prefix was looked up
+    parts: list[Callable[[range], Iterable[Part]]] = []
     for group, rule in enumerate(state.rules):
+        below: dict[int, int] = {}
+        sources.append(below)
+        present = partial(_present, state, chain.namespace, digests, group)
         if rule.kind == "all":
-            prefix = _prefix(state, chain, limit, group, distant)
-            sources.append(prefix)
-            longests.append(partial(min, len(prefix)))
+            walked, count = _prefix(state, chain.namespace, digests, limit, group, distant, below)
+            longests.append(partial(min, count))
+            # Names that mean something each on their own may repeat or come in any order: they are looked up anew.
+            parts.append(partial(_leading, walked) if chain.linked else present)
         else:
-            seen: dict[int, Source] = {}
-            sources.append(seen)
-            longests.append(_seeker(state, chain, group, seen, distant))
+            longests.append(_seeker(state, chain, group, below, distant))
+            parts.append(present)
     chunks, limiter = fixpoint(longests, limit)
     needs = [needed(rule, chunks, state.chunk_tokens) for rule in state.rules]
-    return Found(chunks, limiter, needs, sources)
+    below_needed = [
+        {i: place for i, place in places.items() if place != DRAM and i in need}
+        for places, need in zip(sources, needs, strict=True)
+    ]
+    return Found(chunks, limiter, needs, below_needed, parts)
 
 
-def _prefix(state: State, chain: Chain, limit: int, group: int, distant: int) -> list[Source]:
-    """Sources of the first objects of a chain, up to the first that cannot be had. One dict walk where all is in DRAM."""
-    space = state.pools[group].spaces.get(chain.namespace)
-    ready = space.ready if space else _NO_ENTRIES
-    digests = chain.digests if limit == len(chain.digests) else chain.digests[:limit]
-    found: list[Entry | None] = list(map(ready.get, digests))
-    if all(found):
-        return found  # type: ignore[return-value]
-    first = found.index(None)
-    prefix: list[Source] = found[:first]  # type: ignore[assignment]
-    full = state.jobs.everyone
-    tiers = [known.masks(chain.namespace, group) for known in state.known]
-    for i in range(first, limit):
-        source: Source | None = found[i]
-        if source is None and i < distant:
-            source = next((t for t, masks in enumerate(tiers) if masks.get(digests[i]) == full), None)
-        if source is None:
-            break
-        prefix.append(source)
-    return prefix
+def _prefix(
+    state: State, namespace: bytes, digests: list[bytes], limit: int, group: int, distant: int, below: dict[int, int]
+) -> tuple[list[Part], int]:
+    """Where the first objects of a chain lie in DRAM, and how many there are up to the first that cannot be had. Notes in
+    `below` which come from a tier. A few steps per run where all is in DRAM.
+    """
+    pool, full = state.pools[group], state.jobs.everyone
+    parts = list(pool.walk(namespace, digests, 0, limit))
+    count = parts[-1].start + parts[-1].count if parts else 0
+    if count < min(limit, distant):
+        tiers = [known.masks(namespace, group) for known in state.known]
+        while count < limit:
+            source = None
+            if count < distant:
+                source = next((t for t, masks in enumerate(tiers) if masks.get(digests[count]) == full), None)
+            if source is None:
+                break
+            below[count] = source
+            count += 1
+            for part in pool.walk(namespace, digests, count, limit):
+                parts.append(part)
+                count += part.count
+    return parts, count
 
 
-def _seeker(state: State, chain: Chain, group: int, seen: dict[int, Source], distant: int) -> Longest:
+def _leading(parts: list[Part], need: range) -> list[Part]:
+    """Those before the end of `need`."""
+    if not parts or parts[-1].start + parts[-1].count <= need.stop:
+        return parts
+    return [part._replace(count=min(part.count, need.stop - part.start)) for part in parts if part.start < need.stop]
+
+
+def _present(state: State, namespace: bytes, digests: list[bytes], group: int, need: range) -> Iterable[Part]:
+    return state.pools[group].present(namespace, digests, need.start, need.stop)
+
+
+def _seeker(state: State, chain: Chain, group: int, seen: dict[int, int], distant: int) -> Longest:
     rule = state.rules[group]
 
     def present(i: int) -> bool:
         if i in seen:
             return True
-        source = state.source(chain.namespace, chain.digests[i], group)
-        if source is None or (type(source) is int and i >= distant):
+        source = state.source(chain.namespace, chain.digests[i], group, chain.depth(i))
+        if source is None or (source != DRAM and i >= distant):
             return False
         seen[i] = source
         return True
@@ -105,11 +128,10 @@ def by_tier(state: State, found: Found) -> dict[str, int]:
     which nothing is needed (before the window of sliding layers) count for the farthest place of the whole hit.
     """
     farthest = [-2] * found.chunks
-    for need, held in zip(found.needs, found.sources, strict=True):
+    for need, below in zip(found.needs, found.below, strict=True):
         for i in need:
-            source = held[i]
-            farthest[i] = max(farthest[i], source if type(source) is int else -1)
-    rest = max(farthest, default=-1)
+            farthest[i] = max(farthest[i], below.get(i, DRAM))
+    rest = max(farthest, default=DRAM)
     tokens: dict[str, int] = {}
     for place in farthest:
         t = rest if place == -2 else place
@@ -129,7 +151,7 @@ def stop_of(state: State, chain: Chain, found: Found, limit: int, max_tokens: in
         return messages.GROUP + state.names[group]
     digest = chain.digests[found.chunks]
     pool = state.pools[group]
-    if pool.find(chain.namespace, digest) is not None:
+    if pool.find(chain.namespace, digest, chain.depth(found.chunks)) is not None:
         return messages.WRITING
     reason = pool.gone.get(digest)
     return reason or (messages.LATE if late else messages.ABSENT)
