@@ -198,7 +198,7 @@ class Index:
         if not work.ops:
             results.release(work)
             return None
-        for group, spans in work.fills:
+        for group, spans in work.fills.items():
             pool = self.state.pools[group]
             lease.pins.append((pool, pool.pin([span.run for span in spans])))
         return self.state.jobs.start(work, self._load_deadline)

@@ -123,6 +123,17 @@ def _seeker(state: State, chain: Chain, group: int, seen: dict[int, int], distan
     return lambda n: longest(rule, n, state.chunk_tokens, present)
 
 
+def stretches(positions: Iterable[int]) -> list[tuple[int, int]]:
+    """[first, last) of each stretch of neighbours among rising positions."""
+    found: list[tuple[int, int]] = []
+    for i in positions:
+        if found and found[-1][1] == i:
+            found[-1] = found[-1][0], i + 1
+        else:
+            found.append((i, i + 1))
+    return found
+
+
 def by_tier(state: State, found: Found) -> dict[str, int]:
     """Tokens of a hit per source. A chunk counts for the farthest place that one of its objects comes from; chunks of
     which nothing is needed (before the window of sliding layers) count for the farthest place of the whole hit.

@@ -59,7 +59,7 @@ class Work:
         self.final = 0  # bit mask of ranks
         self.until = math.inf  # when a rank that has said nothing counts as late
         self.pins: list[tuple[Pool, list[Span]]] = []
-        self.fills: list[tuple[int, list[Span]]] = []  # (group, what it copies into slots); all of it is in `pins` too
+        self.fills: dict[int, list[Span]] = {}  # group → what it copies into slots, parents first; `pins` has it too
         self.wanted: Wanted | None = None
         self.ok_tokens = 0
         self.cleared = False  # its namespace was cleared meanwhile: nothing it did may become known

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from lmcache.eviction import Policy, Recent
 from lmcache.index.runs import EVICTING, LONGEST, READY, WRITING, Object, Part, Run, Space, Span, pieces, spans_of
@@ -59,6 +60,13 @@ class Pool:
                 start += part.count
             start += 1
 
+    def absent(self, namespace: bytes, digests: Sequence[bytes], start: int, stop: int) -> int:
+        """Where the stretch from `start` on ends of which nothing is resident, ready or not; at `stop` at the latest."""
+        space = self.spaces.get(namespace)
+        if space is None or space.held.keys().isdisjoint(islice(digests, start, stop)):
+            return stop
+        return next(i for i in range(start, stop) if digests[i] in space.held)
+
     def residents(self) -> Iterator[Object]:
         """All objects that can be found, ready or being written."""
         for space in self.spaces.values():
@@ -68,19 +76,11 @@ class Pool:
     # ---------------------------------------------------------------- arriving
 
     def insert(
-        self,
-        namespace: bytes,
-        digests: Sequence[bytes],
-        parent: bytes | None,
-        depth: int,
-        *,
-        linked: bool = True,
-        onto: Run | None = None,
+        self, namespace: bytes, digests: Sequence[bytes], parent: bytes | None, depth: int, *, linked: bool = True
     ) -> list[Run]:
         """Assign slots to a stretch of a chain of which nothing is resident: as much of its beginning as slots can be freed.
 
         Returns runs (state WRITING, one reference). `parent` and `depth` are those of the first; of all if not `linked`.
-        `onto`: the run which the caller inserted just before, and holds alone; it grows, where it can, if this is one object.
         """
         if not digests:
             return []
@@ -93,20 +93,13 @@ class Pool:
             space = self.spaces.get(namespace)
             if space is None:
                 space = self.spaces[namespace] = Space(namespace, chained=self.chained)
-            self.writing += len(slots)
-            if onto is not None and len(digests) == 1 and len(onto.digests) < LONGEST and not onto.children:
-                runs = [onto]
-                onto.digests.append(digests[0])
-                onto.slots.append(slots[0])
-                space.held[digests[0]] = onto
-                onto.children = space.orphans.pop(digests[0], 0)
-            else:
-                runs = self._runs(space, digests, slots, parent if self.chained else None, depth, linked)
-                if above:
-                    above.children += 1
-                elif runs[0].parent is not None:
-                    space.orphans[runs[0].parent] = space.orphans.get(runs[0].parent, 0) + 1
+            runs = self._runs(space, digests, slots, parent if self.chained else None, depth, linked)
             self._generation += len(slots)
+            self.writing += len(slots)
+            if above:
+                above.children += 1
+            elif runs[0].parent is not None:
+                space.orphans[runs[0].parent] = space.orphans.get(runs[0].parent, 0) + 1
         if above:
             above.refs -= 1
             self._settle(above)

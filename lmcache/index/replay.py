@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
+from itertools import groupby
 from typing import NamedTuple
 
 from lmcache.eviction import hears
 from lmcache.index.core import Index
-from lmcache.index.finder import find
+from lmcache.index.finder import find, stretches
 from lmcache.index.messages import EVICTED
 from lmcache.index.runs import Run, spans_of
 from lmcache.plan import Chain, Name
@@ -64,8 +64,9 @@ class Replay:
         near = pool.carve(found.parts(0))
         pins = pool.pin(near)
         pool.touch(near)
-        for tier, first, last in _stretches(below):
-            self._promote(chain, first, last, tier)
+        for first, last in stretches(below):
+            for tier, positions in groupby(range(first, last), below.__getitem__):
+                self._promote(chain, list(positions), tier)
         fresh, there = self._take(chain, chunks)
         if below or there:
             names = [*digests[:chunks], *there]
@@ -80,12 +81,12 @@ class Replay:
         if self._state.known[tier].remove(name, 0):
             self._pool.gone.put(name.chain, EVICTED)
 
-    def _promote(self, chain: Chain, first: int, last: int, tier: int) -> None:
-        """Bring chunks [first, last) from a tier, as far as slots can be freed."""
+    def _promote(self, chain: Chain, positions: list[int], tier: int) -> None:
+        """Bring neighbouring chunks from a tier, as far as slots can be freed."""
         if self._used is not None:
-            for i in range(first, last):
+            for i in positions:
                 self._used(tier, self._state.name(chain.namespace, chain.digests[i], 0, chain.depth(i)))
-        self._publish(chain.namespace, self._insert(chain, first, last), tier)
+        self._publish(chain.namespace, self._insert(chain, positions[0], positions[-1] + 1), tier)
 
     def _take(self, chain: Chain, first: int) -> tuple[list[Run], list[bytes]]:
         """Take in the chunks from `first` on that are not there; stops where no slot can be freed. (Runs, what was there.)"""
@@ -93,12 +94,9 @@ class Replay:
         there: list[bytes] = []
         digests = chain.digests
         while first < len(digests):
-            space = self._pool.spaces.get(chain.namespace)
-            last = len(digests)
-            if space is not None and not space.held.keys().isdisjoint(islice(digests, first, None)):
-                last = next(i for i in range(first, last) if digests[i] in space.held)
-                there.append(digests[last])
-            news = self._insert(chain, first, last)  # mostly all that is left
+            last = self._pool.absent(chain.namespace, digests, first, len(digests))  # mostly all that is left
+            there += digests[last : last + 1]
+            news = self._insert(chain, first, last)
             runs += news
             if sum(run.size for run in news) < last - first:
                 break
@@ -121,14 +119,3 @@ class Replay:
                     self._written(tier, name)
         pool.unpin(spans)
         return sum(span.count for span in spans)
-
-
-def _stretches(below: dict[int, int]) -> list[tuple[int, int, int]]:
-    """(tier, first, last) of neighbouring chunks that come from the same tier, last not included."""
-    found: list[tuple[int, int, int]] = []
-    for i, tier in sorted(below.items()):
-        if found and found[-1][0] == tier and found[-1][2] == i:
-            found[-1] = tier, found[-1][1], i + 1
-        else:
-            found.append((tier, i, i + 1))
-    return found

@@ -125,7 +125,7 @@ def _conclude(state: State, work: Work) -> None:
         # What came from a tier is promoted to the nearer ones only.
         if status is Status.OK and isinstance(op, Copy) and isinstance(op.dst, Slot) and isinstance(op.src, Tier):
             below = min(below, op.src.index)
-    for group, spans in work.fills:  # what failed has left
+    for group, spans in work.fills.items():  # what failed has left
         state.spill(work.namespace, group, state.pools[group].publish(spans), range(below))
     if work.wanted is not None:
         work.ok_tokens = _loaded(state, work)

@@ -30,7 +30,19 @@ class Run(Tracked):
         rest: what was split off this run while somebody held it.
     """
 
-    __slots__ = ("children", "depth", "digests", "generation", "parent", "refs", "rest", "slots", "space", "state", "step")
+    __slots__ = (
+        "children",
+        "depth",
+        "digests",
+        "generation",
+        "parent",
+        "refs",
+        "rest",
+        "slots",
+        "space",
+        "state",
+        "step",
+    )
 
     def __init__(
         self,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 
-from lmcache.index.finder import Found, find
+from lmcache.index.finder import Found, find, stretches
 from lmcache.index.jobs import Wanted, Work
 from lmcache.index.messages import Owner
 from lmcache.index.runs import Run, spans_of
 from lmcache.index.state import State
-from lmcache.plan import Chain, Copy, Engine, Slot, Tier
+from lmcache.plan import Chain, Copy, Engine, Place, Slot, Tier
 
 ENGINE = Engine()
 
@@ -22,23 +23,22 @@ def load(state: State, owner: Owner, chain: Chain, limit: int, skip: int) -> Wor
     if found.chunks * chunk <= skip:
         return None
     work = Work("load", owner, chain.namespace)
-    slots = _pin(state, work, found)
+    near = _pin(state, work, found)
+    hops = _hops(state, work, chain, found, skip // chunk)
     targets: list[tuple[int, int, int]] = []
-    filling = Filling(state, work, chain)
     for i in range(skip // chunk, found.chunks):
-        for group in range(len(state.pools)):
-            if i not in found.needs[group]:
+        for group, need in enumerate(found.needs):
+            if i not in need:
                 continue
             name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
-            slot, tier = slots[group].get(i), found.below[group].get(i)
-            if slot is None and tier is not None:
-                slot = filling.hop(group, i, tier)
-            # Straight into the engine if no slot can be freed, or another job is filling one.
-            source = Tier(tier) if slot is None and tier is not None else slot
-            assert source is not None
+            source: Place | None = near[group].get(i)
+            if source is None:  # straight into the engine if no slot can be freed, or another job is filling one
+                source = Tier(found.below[group][i])
+                if i in hops[group]:
+                    work.ops.append(Copy(name, source, hops[group][i]))
+                    source = hops[group][i]
             work.ops.append(Copy(name, source, ENGINE, i * chunk))
             targets.append((len(work.ops) - 1, group, i))
-    filling.end()
     work.wanted = Wanted(found.chunks, skip, targets)
     return work
 
@@ -48,13 +48,12 @@ def prefetch(state: State, owner: Owner, chain: Chain, limit: int, skip: int = 0
     found = find(state, chain, limit)
     work = Work("prefetch", owner, chain.namespace)
     _pin(state, work, found)
-    filling = Filling(state, work, chain)
+    hops = _hops(state, work, chain, found, skip // state.chunk_tokens)
     for i in range(skip // state.chunk_tokens, found.chunks):
-        for group in range(len(state.pools)):
-            tier = found.below[group].get(i)
-            if tier is not None:
-                filling.hop(group, i, tier)
-    filling.end()
+        for group, slots in enumerate(hops):
+            if i in slots:
+                name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
+                work.ops.append(Copy(name, Tier(found.below[group][i]), slots[i]))
     return work
 
 
@@ -69,41 +68,48 @@ def store(
     """A job that copies chunks [first, last) into DRAM; the positions it copies something of; skipped objects by reason."""
     work = Work("store", owner, chain.namespace)
     skipped: Counter[str] = Counter()
-    taken: set[int] = set()
-    touched: list[list[bytes]] = [[] for _ in state.pools]
-    filling = Filling(state, work, chain)
-    # Groups of rule `all` first: where they have a gap, nobody can reach what lies behind it.
-    order = sorted(range(len(state.pools)), key=lambda g: not state.pools[g].chained)
-    for i in range(first, last):
-        digest = chain.digests[i]
-        gap = False
-        for group in order:
-            pool = state.pools[group]
-            if state.rules[group].kind == "whole" and i:
+    ops: list[tuple[int, Copy]] = []
+    gaps: set[int] = set()  # positions of which a group of rule `all` has nothing: nobody can reach what lies behind it
+    digests = list(chain.digests[:last])
+    for group in sorted(range(len(state.pools)), key=lambda g: not state.pools[g].chained):
+        pool = state.pools[group]
+        end = min(last, 1) if state.rules[group].kind == "whole" else last
+        touched: list[bytes] = []
+        i = first
+        while i < end:
+            ready = next(pool.walk(chain.namespace, digests, i, end), None)
+            if ready is not None or pool.find(chain.namespace, digests[i], chain.depth(i)) is not None:
+                there = ready.count if ready else 1
+                skipped["present"] += there
+                touched += digests[i : i + there]
+                i += there
                 continue
-            if pool.find(chain.namespace, digest, chain.depth(i)) is not None:
-                skipped["present"] += 1
-                touched[group].append(digest)
-                continue
-            slot = None
-            if gap or (pool.chained and chain.parent(i) and not _reachable(state, chain, group, i - 1)):
+            if i in gaps or (pool.chained and chain.parent(i) and not _reachable(state, chain, group, i - 1)):
                 skipped["parent"] += 1
             elif resident is not None and not resident[group][i]:
                 skipped["resident"] += 1
             else:
-                slot = filling.slot(group, i)
-                if slot is None:
-                    skipped["full"] += 1
-            if slot is None:
-                gap = gap or (pool.chained and chain.linked and state.tier_with(chain.namespace, digest, group) is None)
-                continue
-            name = state.name(chain.namespace, digest, group, chain.depth(i))
-            work.ops.append(Copy(name, ENGINE, slot, i * state.chunk_tokens))
-            taken.add(i)
-    filling.end()
-    for pool, digests in zip(state.pools, touched, strict=True):
-        pool.touch(pool.carve(pool.present(chain.namespace, digests, 0, len(digests))))
-    return work, taken, skipped
+                stop = pool.absent(chain.namespace, digests, i, end)
+                if gaps or resident is not None:
+                    barred = (
+                        j for j in range(i, stop) if j in gaps or (resident is not None and not resident[group][j])
+                    )
+                    stop = next(barred, stop)
+                slots = _take(state, work, chain, group, i, stop)
+                for i, slot in enumerate(slots, i):
+                    name = state.name(chain.namespace, digests[i], group, chain.depth(i))
+                    ops.append((i, Copy(name, ENGINE, slot, i * state.chunk_tokens)))
+                if slots:
+                    i += 1
+                    continue
+                skipped["full"] += 1
+            if pool.chained and chain.linked and state.tier_with(chain.namespace, digests[i], group) is None:
+                gaps.add(i)
+            i += 1
+        pool.touch(pool.carve(pool.present(chain.namespace, touched, 0, len(touched))))
+    ops.sort(key=itemgetter(0))
+    work.ops.extend(op for _, op in ops)
+    return work, {i for i, _ in ops}, skipped
 
 
 def _reachable(state: State, chain: Chain, group: int, i: int) -> bool:
@@ -115,57 +121,38 @@ def _reachable(state: State, chain: Chain, group: int, i: int) -> bool:
 
 def _pin(state: State, work: Work, found: Found) -> list[dict[int, Slot]]:
     """Hold what is in DRAM, before a slot for anything else is taken from there; per group, where each position of it lies."""
-    slots: list[dict[int, Slot]] = []
+    near: list[dict[int, Slot]] = []
     for group, pool in enumerate(state.pools):
         runs = pool.carve(found.parts(group))
         work.pins.append((pool, pool.pin(runs)))
         positions = (i for i in found.needs[group] if i not in found.below[group])
-        objects = (Slot(slot, generation) for run in runs for _, slot, generation, _ in run.objects())
-        slots.append(dict(zip(positions, objects, strict=True)))
-    return slots
+        near.append(dict(zip(positions, _slots(runs), strict=True)))
+    return near
 
 
-class Filling:
-    """Takes slots for the objects that a job copies into DRAM. Neighbours in the chain become one run."""
+def _hops(state: State, work: Work, chain: Chain, found: Found, first: int) -> list[dict[int, Slot]]:
+    """Per group, slots for what lies in tiers from chunk `first` on, as far as there are any and no other job fills one."""
+    hops: list[dict[int, Slot]] = []
+    for group, pool in enumerate(state.pools):
+        slots: dict[int, Slot] = {}
+        for start, stop in stretches(sorted(i for i in found.below[group] if i >= first)):
+            while start < stop:
+                end = pool.absent(chain.namespace, chain.digests, start, stop)
+                slots.update(enumerate(_take(state, work, chain, group, start, end), start))
+                start = end + 1
+        hops.append(slots)
+    return hops
 
-    def __init__(self, state: State, work: Work, chain: Chain) -> None:
-        self._state = state
-        self._work = work
-        self._chain = chain
-        self._runs: list[list[Run]] = [[] for _ in state.pools]
-        self._next = [-1] * len(state.pools)  # the position that the last run of each group may grow by
 
-    def slot(self, group: int, i: int) -> Slot | None:
-        """A slot for chunk `i`, which is not resident, or None if none can be freed."""
-        chain, runs = self._chain, self._runs[group]
-        last = runs[-1] if self._next[group] == i else None
-        names = chain.digests[i : i + 1]
-        inserted = self._state.pools[group].insert(
-            chain.namespace, names, chain.parent(i), chain.depth(i), linked=chain.linked, onto=last
-        )
-        if not inserted:
-            return None
-        [run] = inserted
-        if run is not last:
-            runs.append(run)
-        self._next[group] = i + 1
-        return Slot(run.slots[-1], run.generation + len(run.slots) - 1)
+def _take(state: State, work: Work, chain: Chain, group: int, first: int, last: int) -> list[Slot]:
+    """Slots that the job fills with as much of the beginning of chunks [first, last), which are absent, as can be freed."""
+    pool = state.pools[group]
+    names, parent, depth = chain.digests[first:last], chain.parent(first), chain.depth(first)
+    runs = pool.insert(chain.namespace, names, parent, depth, linked=chain.linked)
+    work.fills.setdefault(group, []).extend(spans_of(runs))
+    work.pins.append((pool, spans_of(runs)))
+    return list(_slots(runs))
 
-    def hop(self, group: int, i: int, tier: int) -> Slot | None:
-        """A slot for chunk `i` that the job fills from a tier, if there is one and no other job is filling one."""
-        chain, state = self._chain, self._state
-        if state.pools[group].find(chain.namespace, chain.digests[i], chain.depth(i)) is not None:
-            return None
-        slot = self.slot(group, i)
-        if slot is not None:
-            name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
-            self._work.ops.append(Copy(name, Tier(tier), slot))
-        return slot
 
-    def end(self) -> None:
-        """The job holds what it has taken."""
-        for group, runs in enumerate(self._runs):
-            if runs:
-                spans = spans_of(runs)
-                self._work.fills.append((group, spans))
-                self._work.pins.append((self._state.pools[group], spans))
+def _slots(runs: Iterable[Run]) -> Iterator[Slot]:
+    return (Slot(slot, generation) for run in runs for _, slot, generation, _ in run.objects())

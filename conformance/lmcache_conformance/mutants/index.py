@@ -90,7 +90,7 @@ class _ReadyAtOnce(Index):
     def begin_store(self, owner: Owner, chain: Chain, **settings: Any) -> Store:
         store = super().begin_store(owner, chain, **settings)
         if store.job is not None:
-            for group, spans in self.state.jobs.live[store.job].fills:
+            for group, spans in self.state.jobs.live[store.job].fills.items():
                 self.state.pools[group].publish(spans)
         return store
 
@@ -164,7 +164,7 @@ class _AnyEpoch(Index):
         return super().report(report, now)
 
     def reset(self, now: float) -> list[Finished]:
-        fills = [spans for work in self.state.jobs.live.values() for _, spans in work.fills]
+        fills = [spans for work in self.state.jobs.live.values() for spans in work.fills.values()]
         lost = [run for spans in fills for run in pieces(spans)]
         ended = super().reset(now)
         self.__dict__["_lost"] = lost
