@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Protocol
 
 from lmcache.index.jobs import Work
@@ -38,8 +39,8 @@ def _held(holder: HasPins) -> Iterator[Run]:
         for span in spans:
             runs = list(pieces([span]))
             held = sum(len(run.digests) for run in runs)
-            assert held == span.count, f"{span.count} objects were taken hold of, {held} are held"
-            for run, rest in zip(runs, runs[1:], strict=False):
+            assert held == span.size, f"{span.size} objects were taken hold of, {held} are held"
+            for run, rest in pairwise(runs):
                 assert run.generation + len(run.digests) == rest.generation, "held parts of a run do not join"
             yield from runs
 

@@ -80,7 +80,7 @@ def _prefix(
     """
     pool, full = state.pools[group], state.jobs.everyone
     parts = list(pool.walk(namespace, digests, 0, limit))
-    count = parts[-1].start + parts[-1].count if parts else 0
+    count = parts[-1].start + parts[-1].size if parts else 0
     if count < min(limit, distant):
         tiers = [known.masks(namespace, group) for known in state.known]
         while count < limit:
@@ -93,15 +93,15 @@ def _prefix(
             count += 1
             for part in pool.walk(namespace, digests, count, limit):
                 parts.append(part)
-                count += part.count
+                count += part.size
     return parts, count
 
 
 def _leading(parts: list[Part], need: range) -> list[Part]:
     """Those before the end of `need`."""
-    if not parts or parts[-1].start + parts[-1].count <= need.stop:
+    if not parts or parts[-1].start + parts[-1].size <= need.stop:
         return parts
-    return [part._replace(count=min(part.count, need.stop - part.start)) for part in parts if part.start < need.stop]
+    return [part._replace(size=min(part.size, need.stop - part.start)) for part in parts if part.start < need.stop]
 
 
 def _present(state: State, namespace: bytes, digests: list[bytes], group: int, need: range) -> Iterable[Part]:

@@ -57,7 +57,7 @@ class Pool:
         while start < stop:
             for part in self.walk(namespace, digests, start, stop):
                 yield part
-                start += part.count
+                start += part.size
             start += 1
 
     def absent(self, namespace: bytes, digests: Sequence[bytes], start: int, stop: int) -> int:
@@ -127,10 +127,10 @@ class Pool:
     def carve(self, parts: Iterable[Part]) -> list[Run]:
         """Runs of exactly these objects, each part one; splits where it has to."""
         runs = []
-        for _, run, at, count in parts:
-            assert at + count <= len(run.digests), "a part that is no longer good"
-            if at + count < len(run.digests):
-                self._split(run, at + count)
+        for _, run, at, size in parts:
+            assert at + size <= len(run.digests), "a part that is no longer good"
+            if at + size < len(run.digests):
+                self._split(run, at + size)
             runs.append(self._split(run, at) if at else run)
         return runs
 

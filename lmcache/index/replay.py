@@ -118,4 +118,4 @@ class Replay:
                 if self._written is not None:
                     self._written(tier, name)
         pool.unpin(spans)
-        return sum(span.count for span in spans)
+        return sum(span.size for span in spans)

@@ -137,12 +137,12 @@ class Space:
 
 
 class Part(NamedTuple):
-    """Objects [at, at + count) of a run, found at `start` in a chain. Good until the run is split."""
+    """Objects [at, at + size) of a run, found at `start` in a chain. Good until the run is split."""
 
     start: int
     run: Run
     at: int
-    count: int
+    size: int
 
 
 class Object(NamedTuple):
@@ -188,10 +188,10 @@ class Object(NamedTuple):
 
 
 class Span(NamedTuple):
-    """What a lease or a job holds: `count` objects, those of `run` as it was and of what was split off it since."""
+    """What a lease or a job holds: `size` objects, those of `run` as it was and of what was split off it since."""
 
     run: Run
-    count: int
+    size: int
 
 
 def spans_of(runs: Iterable[Run]) -> list[Span]:

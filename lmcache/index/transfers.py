@@ -79,7 +79,7 @@ def store(
         while i < end:
             ready = next(pool.walk(chain.namespace, digests, i, end), None)
             if ready is not None or pool.find(chain.namespace, digests[i], chain.depth(i)) is not None:
-                there = ready.count if ready else 1
+                there = ready.size if ready else 1
                 skipped["present"] += there
                 touched += digests[i : i + there]
                 i += there
@@ -96,11 +96,11 @@ def store(
                     )
                     stop = next(barred, stop)
                 slots = _take(state, work, chain, group, i, stop)
-                for i, slot in enumerate(slots, i):
+                for slot in slots:
                     name = state.name(chain.namespace, digests[i], group, chain.depth(i))
                     ops.append((i, Copy(name, ENGINE, slot, i * state.chunk_tokens)))
-                if slots:
                     i += 1
+                if slots:
                     continue
                 skipped["full"] += 1
             if pool.chained and chain.linked and state.tier_with(chain.namespace, digests[i], group) is None:
