@@ -9,7 +9,7 @@ costs O(1) amortised per item, whatever is pinned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 
@@ -121,27 +121,46 @@ def remove(item: Tracked) -> None:
 
 class Recent:
     """A bounded memory of short notes about digests: keeps at least the last `size` of them, at most twice as many (and what
-    came in one go beyond that).
+    came in one go beyond that). Far more is noted than asked for, so notes are sorted in only when somebody asks.
     """
 
     __slots__ = ("_new", "_old", "_size")
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._new: dict[bytes, str] = {}
-        self._old: dict[bytes, str] = {}
+        self._new = _Notes()
+        self._old = _Notes()
 
     def put(self, digest: bytes, note: str) -> None:
         """Remember `note`, replacing an older one."""
         self.put_all((digest,), note)
 
-    def put_all(self, digests: Iterable[bytes], note: str) -> None:
-        """Remember `note` for each."""
-        self._new.update(dict.fromkeys(digests, note))
-        if len(self._new) >= self._size:
-            self._old, self._new = self._new, {}
+    def put_all(self, digests: Sequence[bytes], note: str) -> None:
+        """Remember `note` for each of what is not changed any more."""
+        new = self._new
+        new.count += len(digests)
+        new.unsorted.append((digests, note))
+        if new.count >= self._size:
+            self._old, self._new = new, _Notes()
 
     def get(self, digest: bytes) -> str | None:
         """The latest note, or None."""
         note = self._new.get(digest)
         return self._old.get(digest) if note is None else note
+
+
+class _Notes:
+    """One generation of a `Recent`. `count`: notes that were put, an upper bound of those there are."""
+
+    __slots__ = ("count", "known", "unsorted")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.known: dict[bytes, str] = {}
+        self.unsorted: list[tuple[Sequence[bytes], str]] = []
+
+    def get(self, digest: bytes) -> str | None:
+        for digests, note in self.unsorted:
+            self.known.update(dict.fromkeys(digests, note))
+        self.unsorted.clear()
+        return self.known.get(digest)

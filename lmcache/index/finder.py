@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 from lmcache.index import messages
@@ -15,25 +15,34 @@ from lmcache.plan import Chain
 class Found:
     """A hit of `chunks` chunks. `below[group]`: position → tier, for those objects in `needs[group]` that are not in DRAM."""
 
-    __slots__ = ("_parts", "below", "chunks", "limiter", "needs")
+    __slots__ = ("_chain", "_state", "_walked", "below", "chunks", "limiter", "needs")
 
     def __init__(
         self,
+        state: State,
+        chain: Chain,
         chunks: int,
         limiter: int,
-        needs: list[range],
         below: list[dict[int, int]],
-        parts: list[Callable[[range], Iterable[Part]]],
+        walked: list[list[Part] | None],
     ) -> None:
         self.chunks = chunks
         self.limiter = limiter
-        self.needs = needs
+        self.needs = [needed(rule, chunks, state.chunk_tokens) for rule in state.rules]
         self.below = below
-        self._parts = parts
+        self._state = state
+        self._chain = chain
+        self._walked = walked
 
     def parts(self, group: int) -> Iterable[Part]:
         """Where the needed objects of a group that are in DRAM lie, parents first; to be used before the arena changes."""
-        return self._parts[group](self.needs[group])
+        walked, stop = self._walked[group], self.chunks
+        if walked is None:
+            need, chain = self.needs[group], self._chain
+            return self._state.pools[group].present(chain.namespace, listed(chain), need.start, need.stop)
+        if walked and walked[-1].start + walked[-1].size > stop:
+            walked = [part._replace(size=min(part.size, stop - part.start)) for part in walked if part.start < stop]
+        return walked
 
     def resident(self, group: int) -> int:
         """How many objects from the first one of the chain on are in DRAM, in a row; 0 if the first is not needed."""
@@ -47,65 +56,56 @@ def find(state: State, chain: Chain, limit: int, *, near: int | None = None) -> 
     With `near`, chunks from this position on count only if they are in DRAM.
     """
     distant = limit if near is None else near
-    digests = chain.digests if isinstance(chain.digests, list) else list(chain.digests)
     longests: list[Longest] = []
-    sources: list[dict[int, int]] = []  # per group: position → place, DRAM left out where all of a prefix was looked up
-    parts: list[Callable[[range], Iterable[Part]]] = []
+    below: list[dict[int, int]] = []
+    walked: list[list[Part] | None] = []
     for group, rule in enumerate(state.rules):
-        below: dict[int, int] = {}
-        sources.append(below)
-        present = partial(_present, state, chain.namespace, digests, group)
+        places: dict[int, int] = {}
+        below.append(places)
         if rule.kind == "all":
-            walked, count = _prefix(state, chain.namespace, digests, limit, group, distant, below)
+            parts, count = _prefix(state, chain, limit, group, distant, places)
             longests.append(partial(min, count))
             # Names that mean something each on their own may repeat or come in any order: they are looked up anew.
-            parts.append(partial(_leading, walked) if chain.linked else present)
+            walked.append(parts if chain.linked else None)
         else:
-            longests.append(_seeker(state, chain, group, below, distant))
-            parts.append(present)
+            longests.append(_seeker(state, chain, group, places, distant))
+            walked.append(None)
     chunks, limiter = fixpoint(longests, limit)
-    needs = [needed(rule, chunks, state.chunk_tokens) for rule in state.rules]
-    below_needed = [
-        {i: place for i, place in places.items() if place != DRAM and i in need}
-        for places, need in zip(sources, needs, strict=True)
-    ]
-    return Found(chunks, limiter, needs, below_needed, parts)
+    found = Found(state, chain, chunks, limiter, below, walked)
+    for group, places in enumerate(below):
+        if places:
+            need = found.needs[group]
+            below[group] = {i: place for i, place in places.items() if place != DRAM and i in need}
+    return found
+
+
+def listed(chain: Chain) -> list[bytes]:
+    """Its digests as a list, which slices of lists compare with."""
+    return chain.digests if isinstance(chain.digests, list) else list(chain.digests)
 
 
 def _prefix(
-    state: State, namespace: bytes, digests: list[bytes], limit: int, group: int, distant: int, below: dict[int, int]
+    state: State, chain: Chain, limit: int, group: int, distant: int, below: dict[int, int]
 ) -> tuple[list[Part], int]:
     """Where the first objects of a chain lie in DRAM, and how many there are up to the first that cannot be had. Notes in
     `below` which come from a tier. A few steps per run where all is in DRAM.
     """
-    pool, full = state.pools[group], state.jobs.everyone
-    parts = list(pool.walk(namespace, digests, 0, limit))
+    pool, digests = state.pools[group], listed(chain)
+    parts = list(pool.walk(chain.namespace, digests, 0, limit))
     count = parts[-1].start + parts[-1].size if parts else 0
-    if count < min(limit, distant):
-        tiers = [known.masks(namespace, group) for known in state.known]
-        while count < limit:
-            source = None
-            if count < distant:
-                source = next((t for t, masks in enumerate(tiers) if masks.get(digests[count]) == full), None)
+    if count < min(limit, distant) and state.known:
+        full = state.jobs.everyone
+        tiers = [known.masks(chain.namespace, group) for known in state.known]
+        while count < min(limit, distant):
+            source = next((t for t, masks in enumerate(tiers) if masks.get(digests[count]) == full), None)
             if source is None:
                 break
             below[count] = source
             count += 1
-            for part in pool.walk(namespace, digests, count, limit):
+            for part in pool.walk(chain.namespace, digests, count, limit):
                 parts.append(part)
                 count += part.size
     return parts, count
-
-
-def _leading(parts: list[Part], need: range) -> list[Part]:
-    """Those before the end of `need`."""
-    if not parts or parts[-1].start + parts[-1].size <= need.stop:
-        return parts
-    return [part._replace(size=min(part.size, need.stop - part.start)) for part in parts if part.start < need.stop]
-
-
-def _present(state: State, namespace: bytes, digests: list[bytes], group: int, need: range) -> Iterable[Part]:
-    return state.pools[group].present(namespace, digests, need.start, need.stop)
 
 
 def _seeker(state: State, chain: Chain, group: int, seen: dict[int, int], distant: int) -> Longest:

@@ -282,7 +282,7 @@ class Pool:
         self, space: Space, digests: Sequence[bytes], slots: array[int], parent: bytes | None, depth: int, linked: bool
     ) -> list[Run]:
         """New runs for as many of `digests` as there are slots, cut where one has children already."""
-        count, orphans = len(slots), space.orphans
+        count, held, orphans = len(slots), space.held, space.orphans
         ends = [*range(LONGEST, count, LONGEST), count]
         if orphans:
             ends = sorted({*ends, *(i for i in range(1, count) if digests[i - 1] in orphans)})
@@ -291,7 +291,8 @@ class Pool:
         for end in ends:
             names, generation = list(digests[start:end]), self._generation + 1 + start
             run = Run(space, names, slots[start:end], generation, parent, depth + linked * start, int(linked))
-            space.held.update(dict.fromkeys(names, run))
+            for digest in names:
+                held[digest] = run
             runs.append(run)
             if run.tied:
                 run.children = int(end < count)
