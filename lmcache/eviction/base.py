@@ -98,6 +98,14 @@ class Queue:
         item = self._end.hotter
         return None if item is self._end else item
 
+    def pop(self) -> Tracked | None:
+        """Take out the first to go."""
+        item = self._end.hotter
+        if item is self._end:
+            return None
+        remove(item)
+        return item
+
     def __iter__(self) -> Iterator[Tracked]:
         item = self._end.hotter
         while item is not self._end:

@@ -39,9 +39,9 @@ class Lru(Policy):
 
     def pop(self) -> Tracked | None:
         """See `Policy.pop`."""
-        item = self._queue.coldest()
+        item = self._queue.pop()
         if item is not None:
-            self.discard(item)
+            item.stamp = 0
         return item
 
     def restore(self, item: Tracked) -> None:
@@ -93,9 +93,9 @@ class Lfu(Policy):
         """See `Policy.pop`."""
         while self._keys:
             key = self._keys[0]
-            item = self._buckets[key].coldest()
+            item = self._buckets[key].pop()
             if item is not None:
-                self.discard(item)
+                item.stamp = 0
                 self._age = key
                 return item
             heapq.heappop(self._keys)

@@ -39,7 +39,7 @@ def _held(holder: HasPins) -> Iterator[Run]:
         for span in spans:
             runs = list(pieces([span]))
             held = sum(len(run.digests) for run in runs)
-            assert held == span.size, f"{span.size} objects were taken hold of, {held} are held"
+            assert held == span[1], f"{span[1]} objects were taken hold of, {held} are held"
             for run, rest in pairwise(runs):
                 assert run.generation + len(run.digests) == rest.generation, "held parts of a run do not join"
             yield from runs

@@ -200,7 +200,7 @@ class Index:
             return None
         for group, spans in work.fills.items():
             pool = self.state.pools[group]
-            lease.pins.append((pool, pool.pin([span.run for span in spans])))
+            lease.pins.append((pool, pool.pin([run for run, _ in spans])))
         return self.state.jobs.start(work, self._load_deadline)
 
     def begin_store(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from lmcache.eviction import Policy, Recent
-from lmcache.index.runs import EVICTING, LONGEST, READY, WRITING, Object, Part, Run, Space, Span, pieces, spans_of
+from lmcache.index.runs import EVICTING, LONGEST, READY, WRITING, Object, Part, Run, Space, Span, pieces
 
 REMEMBERED = 16_384
 """How many vanished objects are remembered with the reason, at least."""
@@ -77,10 +77,17 @@ class Pool:
 
     def insert(
         self, namespace: bytes, digests: Sequence[bytes], parent: bytes | None, depth: int, *, linked: bool = True
-    ) -> list[Run]:
+    ) -> list[Span]:
         """Assign slots to a stretch of a chain of which nothing is resident: as much of its beginning as slots can be freed.
 
-        Returns runs (state WRITING, one reference). `parent` and `depth` are those of the first; of all if not `linked`.
+        The objects are in state WRITING, and held once: what this returns is to be given to `unpin`.
+
+        Args:
+            namespace: of which.
+            digests: of consecutive objects.
+            parent: of the first; the others have the one before, if they are `linked`.
+            depth: of the first; of all if they are not `linked`.
+            linked: see `Chain`.
         """
         if not digests:
             return []
@@ -88,22 +95,22 @@ class Pool:
         if above:
             above.refs += 1  # its slot must not be the one that is freed for its child
         slots = self._take_slots(len(digests))
-        runs: list[Run] = []
+        spans: list[Span] = []
         if slots:
             space = self.spaces.get(namespace)
             if space is None:
                 space = self.spaces[namespace] = Space(namespace, chained=self.chained)
-            runs = self._runs(space, digests, slots, parent if self.chained else None, depth, linked)
+            spans = self._runs(space, digests, slots, parent if self.chained else None, depth, linked)
             self._generation += len(slots)
             self.writing += len(slots)
             if above:
                 above.children += 1
-            elif runs[0].parent is not None:
-                space.orphans[runs[0].parent] = space.orphans.get(runs[0].parent, 0) + 1
+            elif self.chained and parent is not None:
+                space.orphans[parent] = space.orphans.get(parent, 0) + 1
         if above:
             above.refs -= 1
             self._settle(above)
-        return runs
+        return spans
 
     def publish(self, spans: Iterable[Span]) -> list[Run]:
         """Make ready what of it is still being written, parents first; returns that."""
@@ -112,9 +119,10 @@ class Pool:
             if run.state == WRITING:
                 run.state = READY
                 self.writing -= len(run.digests)
-                rest = [run.split(at) for at in reversed(self.policy.cuts(run.digests))]
                 fresh.append(run)
-                fresh.extend(reversed(rest))
+                cuts = self.policy.cuts(run.digests)
+                if cuts:
+                    fresh += reversed([run.split(at) for at in reversed(cuts)])
         if fresh:
             self.policy.add(fresh)
             if self.notice is not None:
@@ -138,7 +146,7 @@ class Pool:
         """One more reference each; to be given to `unpin`."""
         for run in runs:
             run.refs += 1
-        return spans_of(runs)
+        return [(run, len(run.digests)) for run in runs]
 
     def unpin(self, spans: Iterable[Span]) -> None:
         """One reference less each, to whatever parts they are in by now."""
@@ -280,27 +288,27 @@ class Pool:
 
     def _runs(
         self, space: Space, digests: Sequence[bytes], slots: array[int], parent: bytes | None, depth: int, linked: bool
-    ) -> list[Run]:
+    ) -> list[Span]:
         """New runs for as many of `digests` as there are slots, cut where one has children already."""
         count, held, orphans = len(slots), space.held, space.orphans
         ends = [*range(LONGEST, count, LONGEST), count]
         if orphans:
             ends = sorted({*ends, *(i for i in range(1, count) if digests[i - 1] in orphans)})
-        runs: list[Run] = []
+        spans: list[Span] = []
         start = 0
         for end in ends:
             names, generation = list(digests[start:end]), self._generation + 1 + start
             run = Run(space, names, slots[start:end], generation, parent, depth + linked * start, int(linked))
             for digest in names:
                 held[digest] = run
-            runs.append(run)
+            spans.append((run, end - start))
             if run.tied:
                 run.children = int(end < count)
                 parent = names[-1]
             if orphans:
                 run.children += orphans.pop(names[-1], 0)
             start = end
-        return runs
+        return spans
 
     def _split(self, run: Run, at: int) -> Run:
         rest = run.split(at)
@@ -310,10 +318,11 @@ class Pool:
 
     def _ending_with(self, namespace: bytes, digest: bytes, depth: int) -> Run | None:
         """The run whose last object this is, split if need be, so that something can hang off it."""
-        found = self.find(namespace, digest, depth)
-        if found is not None and found.at + 1 < len(found.run.digests):
-            self._split(found.run, found.at + 1)
-        return found.run if found else None
+        space = self.spaces.get(namespace)
+        run = space.held.get(digest) if space else None
+        if run is not None and run.digests[-1] != digest:
+            self._split(run, run.find(digest, depth) + 1)
+        return run
 
     def _tell(self, there: bool, namespace: bytes, digests: Iterable[bytes]) -> None:
         assert self.notice is not None

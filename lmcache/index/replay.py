@@ -15,7 +15,7 @@ from lmcache.eviction import hears
 from lmcache.index.core import Index
 from lmcache.index.finder import find, stretches
 from lmcache.index.messages import EVICTED
-from lmcache.index.runs import Run, spans_of
+from lmcache.index.runs import Span
 from lmcache.plan import Chain, Name
 
 Written = Callable[[int, Name], None]
@@ -88,29 +88,28 @@ class Replay:
                 self._used(tier, self._state.name(chain.namespace, chain.digests[i], 0, chain.depth(i)))
         self._publish(chain.namespace, self._insert(chain, positions[0], positions[-1] + 1), tier)
 
-    def _take(self, chain: Chain, first: int) -> tuple[list[Run], list[bytes]]:
-        """Take in the chunks from `first` on that are not there; stops where no slot can be freed. (Runs, what was there.)"""
-        runs: list[Run] = []
+    def _take(self, chain: Chain, first: int) -> tuple[list[Span], list[bytes]]:
+        """Take in the chunks from `first` on that are not there, until no slot can be freed. (Those, what was there.)"""
+        spans: list[Span] = []
         there: list[bytes] = []
         digests = chain.digests
         while first < len(digests):
             last = self._pool.absent(chain.namespace, digests, first, len(digests))  # mostly all that is left
             there += digests[last : last + 1]
             news = self._insert(chain, first, last)
-            runs += news
-            if sum(run.size for run in news) < last - first:
+            spans += news
+            if last == len(digests) or sum(size for _, size in news) < last - first:
                 break
             first = last + 1
-        return runs, there
+        return spans, there
 
-    def _insert(self, chain: Chain, first: int, last: int) -> list[Run]:
+    def _insert(self, chain: Chain, first: int, last: int) -> list[Span]:
         names, parent, depth = chain.digests[first:last], chain.parent(first), chain.depth(first)
         return self._pool.insert(chain.namespace, names, parent, depth, linked=chain.linked)
 
-    def _publish(self, namespace: bytes, runs: list[Run], below: int) -> int:
+    def _publish(self, namespace: bytes, spans: list[Span], below: int) -> int:
         """They are ready, and what the index wants written to the first `below` tiers is written. Returns how many objects."""
         state, pool = self._state, self._pool
-        spans = spans_of(runs)
         ready = pool.publish(spans)
         for tier in range(below):
             for _, name, _ in state.spillable(namespace, 0, ready, tier):
@@ -118,4 +117,4 @@ class Replay:
                 if self._written is not None:
                     self._written(tier, name)
         pool.unpin(spans)
-        return sum(span.size for span in spans)
+        return sum(size for _, size in spans)

@@ -187,20 +187,12 @@ class Object(NamedTuple):
         return self.run.state == READY
 
 
-class Span(NamedTuple):
-    """What a lease or a job holds: `size` objects, those of `run` as it was and of what was split off it since."""
-
-    run: Run
-    size: int
-
-
-def spans_of(runs: Iterable[Run]) -> list[Span]:
-    """All of them, for someone whose reference is counted."""
-    return [Span(run, len(run.digests)) for run in runs]
+Span = tuple[Run, int]
+"""What a lease or a job holds: so many objects, those of the run as it was and of what was split off it since."""
 
 
 def pieces(spans: Iterable[Span]) -> Iterator[Run]:
-    """The runs that the objects of spans are in now. A run may be let go of before the next is asked for."""
+    """The runs that the objects of spans are in now. A run may be split or let go of before the next is asked for."""
     for first, left in spans:
         run: Run | None = first
         while run is not None and left > 0:

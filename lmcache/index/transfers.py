@@ -9,7 +9,7 @@ from operator import itemgetter
 from lmcache.index.finder import Found, find, stretches
 from lmcache.index.jobs import Wanted, Work
 from lmcache.index.messages import Owner
-from lmcache.index.runs import Run, spans_of
+from lmcache.index.runs import Run, pieces
 from lmcache.index.state import State
 from lmcache.plan import Chain, Copy, Engine, Place, Slot, Tier
 
@@ -148,10 +148,10 @@ def _take(state: State, work: Work, chain: Chain, group: int, first: int, last: 
     """Slots that the job fills with as much of the beginning of chunks [first, last), which are absent, as can be freed."""
     pool = state.pools[group]
     names, parent, depth = chain.digests[first:last], chain.parent(first), chain.depth(first)
-    runs = pool.insert(chain.namespace, names, parent, depth, linked=chain.linked)
-    work.fills.setdefault(group, []).extend(spans_of(runs))
-    work.pins.append((pool, spans_of(runs)))
-    return list(_slots(runs))
+    spans = pool.insert(chain.namespace, names, parent, depth, linked=chain.linked)
+    work.fills.setdefault(group, []).extend(spans)
+    work.pins.append((pool, spans))
+    return list(_slots(pieces(spans)))
 
 
 def _slots(runs: Iterable[Run]) -> Iterator[Slot]:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from lmcache.index import Finished, Index, Lookup, Owner, Store
-from lmcache.index.runs import Run, Span, pieces, spans_of
+from lmcache.index.runs import Run, Span, pieces
 from lmcache.plan import Chain, JobReport, Plan, Report, Status
 from lmcache.spec import HitRule
 from lmcache_conformance.index import IndexTests
@@ -158,7 +158,7 @@ class _AnyEpoch(Index):
     def report(self, report: Report, now: float) -> list[Finished]:
         for run in self.__dict__.pop("_lost", []):
             pool = self.state.pools[0]
-            fresh = spans_of(pool.insert(run.space.namespace, run.digests, None, run.depth))
+            fresh = pool.insert(run.space.namespace, run.digests, None, run.depth)
             pool.publish(fresh)
             pool.unpin(fresh)
         return super().report(report, now)
@@ -215,10 +215,10 @@ class _PinsNothing(Index):
             unpin = pool.unpin
 
             def pin(runs: Sequence[Run]) -> list[Span]:
-                return spans_of(runs)
+                return [(run, len(run.digests)) for run in runs]
 
             def release(spans: Iterable[Span], unpin: Any = unpin) -> None:
-                unpin(spans_of([run for run in pieces(spans) if run.refs > 0]))
+                unpin([(run, len(run.digests)) for run in pieces(spans) if run.refs > 0])
 
             pool.pin = pin  # type: ignore[method-assign]
             pool.unpin = release  # type: ignore[method-assign]
