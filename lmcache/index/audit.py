@@ -27,7 +27,7 @@ def check(state: State, leases: Mapping[Owner, HasPins]) -> None:
     for holder in (*leases.values(), *state.jobs.live.values()):
         refs.update(_held(holder))
     for group, pool in enumerate(state.pools):
-        _check_pool(f"group {state.names[group]!r}", pool, refs)
+        check_pool(f"group {state.names[group]!r}", pool, refs)
     for owner in leases:
         assert owner not in state.failed, f"owner {owner!r} holds a lease after its load failed"
     for work in state.jobs.live.values():
@@ -64,7 +64,8 @@ def _is_ready(state: State, name: Name, slot: Slot) -> bool:
     return found is not None and found.ready and found.generation == slot.generation
 
 
-def _check_pool(label: str, pool: Pool, refs: Counter[Run]) -> None:
+def check_pool(label: str, pool: Pool, refs: Counter[Run]) -> None:
+    """The same for one arena, of whose runs `refs` counts who holds them."""
     slots: Counter[int] = Counter(pool.free)
     runs = [run for space in pool.spaces.values() for run in dict.fromkeys(space.held.values())]
     queued = Counter(map(id, pool.policy.members()))
@@ -74,6 +75,7 @@ def _check_pool(label: str, pool: Pool, refs: Counter[Run]) -> None:
         assert len(run.digests) == len(run.slots), f"{where}: {len(run.digests)} objects, {len(run.slots)} slots"
         assert 0 < len(run.digests) <= LONGEST, f"{where}: a run of {len(run.digests)} objects"
         assert run.digest == run.digests[0], f"{where}: shown to the policy under another name"
+        assert run.refs or run.rest is None, f"{where}: remembers what was split off though nothing holds it"
         assert run.refs == refs[run], f"{where}: {run.refs} references counted, {refs[run]} held"
     for slot, times in slots.items():
         assert times == 1, f"{label}: slot {slot} is in use {times} times"

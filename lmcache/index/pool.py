@@ -16,6 +16,7 @@ from itertools import islice
 
 from lmcache.eviction import Policy, Recent
 from lmcache.index.runs import EVICTING, LONGEST, READY, WRITING, Object, Part, Run, Space, Span, pieces
+from lmcache.plan import Chain
 
 REMEMBERED = 16_384
 """How many vanished objects are remembered with the reason, at least."""
@@ -60,9 +61,15 @@ class Pool:
                 start += part.size
             start += 1
 
-    def absent(self, namespace: bytes, digests: Sequence[bytes], start: int, stop: int) -> int:
-        """Where the stretch from `start` on ends of which nothing is resident, ready or not; at `stop` at the latest."""
-        space = self.spaces.get(namespace)
+    def absent(self, chain: Chain, start: int, stop: int) -> int:
+        """Where the stretch of a chain ends that begins at `start` and is not resident, neither ready nor being written; at
+        `stop` at the latest. No name is in it twice.
+        """
+        digests = chain.digests
+        if not chain.linked:
+            names: dict[bytes, int] = {}
+            stop = next((i for i in range(start, stop) if names.setdefault(digests[i], i) != i), stop)
+        space = self.spaces.get(chain.namespace)
         if space is None or space.held.keys().isdisjoint(islice(digests, start, stop)):
             return stop
         return next(i for i in range(start, stop) if digests[i] in space.held)
@@ -75,37 +82,29 @@ class Pool:
 
     # ---------------------------------------------------------------- arriving
 
-    def insert(
-        self, namespace: bytes, digests: Sequence[bytes], parent: bytes | None, depth: int, *, linked: bool = True
-    ) -> list[Span]:
-        """Assign slots to a stretch of a chain of which nothing is resident: as much of its beginning as slots can be freed.
+    def insert(self, chain: Chain, start: int, stop: int) -> list[Span]:
+        """Assign slots to a stretch of a chain, which is `absent`: to as much of its beginning as slots can be freed.
 
         The objects are in state WRITING, and held once: what this returns is to be given to `unpin`.
-
-        Args:
-            namespace: of which.
-            digests: of consecutive objects.
-            parent: of the first; the others have the one before, if they are `linked`.
-            depth: of the first; of all if they are not `linked`.
-            linked: see `Chain`.
         """
-        if not digests:
+        if start >= stop:
             return []
-        above = self._ending_with(namespace, parent, depth - 1) if self.chained and parent is not None else None
+        namespace, parent = chain.namespace, chain.parent(start) if self.chained else None
+        above = self._ending_with(namespace, parent, start - 1) if parent is not None else None
         if above:
             above.refs += 1  # its slot must not be the one that is freed for its child
-        slots = self._take_slots(len(digests))
+        slots = self._take_slots(stop - start)
         spans: list[Span] = []
         if slots:
             space = self.spaces.get(namespace)
             if space is None:
                 space = self.spaces[namespace] = Space(namespace, chained=self.chained)
-            spans = self._runs(space, digests, slots, parent if self.chained else None, depth, linked)
+            spans = self._runs(space, chain, start, slots)
             self._generation += len(slots)
             self.writing += len(slots)
             if above:
                 above.children += 1
-            elif self.chained and parent is not None:
+            elif parent is not None:
                 space.orphans[parent] = space.orphans.get(parent, 0) + 1
         if above:
             above.refs -= 1
@@ -286,27 +285,25 @@ class Pool:
 
     # ---------------------------------------------------------------- runs
 
-    def _runs(
-        self, space: Space, digests: Sequence[bytes], slots: array[int], parent: bytes | None, depth: int, linked: bool
-    ) -> list[Span]:
-        """New runs for as many of `digests` as there are slots, cut where one has children already."""
-        count, held, orphans = len(slots), space.held, space.orphans
-        ends = [*range(LONGEST, count, LONGEST), count]
+    def _runs(self, space: Space, chain: Chain, start: int, slots: array[int]) -> list[Span]:
+        """New runs for as many objects from `start` on as there are slots, cut where one has children already."""
+        digests, held, orphans = chain.digests, space.held, space.orphans
+        stop = start + len(slots)
+        ends = [*range(start + LONGEST, stop, LONGEST), stop]
         if orphans:
-            ends = sorted({*ends, *(i for i in range(1, count) if digests[i - 1] in orphans)})
+            ends = sorted({*ends, *(i for i in range(start + 1, stop) if digests[i - 1] in orphans)})
         spans: list[Span] = []
-        start = 0
+        first, generation = start, self._generation + 1
         for end in ends:
-            names, generation = list(digests[start:end]), self._generation + 1 + start
-            run = Run(space, names, slots[start:end], generation, parent, depth + linked * start, int(linked))
+            names, mine = list(digests[start:end]), slots[start - first : end - first]
+            parent = chain.parent(start) if self.chained else None
+            run = Run(space, names, mine, generation + start - first, parent, chain.depth(start), int(chain.linked))
             for digest in names:
                 held[digest] = run
-            spans.append((run, end - start))
-            if run.tied:
-                run.children = int(end < count)
-                parent = names[-1]
+            run.children = int(run.tied and end < stop)
             if orphans:
                 run.children += orphans.pop(names[-1], 0)
+            spans.append((run, end - start))
             start = end
         return spans
 

@@ -86,7 +86,7 @@ class Replay:
         if self._used is not None:
             for i in positions:
                 self._used(tier, self._state.name(chain.namespace, chain.digests[i], 0, chain.depth(i)))
-        self._publish(chain.namespace, self._insert(chain, positions[0], positions[-1] + 1), tier)
+        self._publish(chain.namespace, self._pool.insert(chain, positions[0], positions[-1] + 1), tier)
 
     def _take(self, chain: Chain, first: int) -> tuple[list[Span], list[bytes]]:
         """Take in the chunks from `first` on that are not there, until no slot can be freed. (Those, what was there.)"""
@@ -94,18 +94,14 @@ class Replay:
         there: list[bytes] = []
         digests = chain.digests
         while first < len(digests):
-            last = self._pool.absent(chain.namespace, digests, first, len(digests))  # mostly all that is left
+            last = self._pool.absent(chain, first, len(digests))  # mostly all that is left
             there += digests[last : last + 1]
-            news = self._insert(chain, first, last)
+            news = self._pool.insert(chain, first, last)
             spans += news
             if last == len(digests) or sum(size for _, size in news) < last - first:
                 break
             first = last + 1
         return spans, there
-
-    def _insert(self, chain: Chain, first: int, last: int) -> list[Span]:
-        names, parent, depth = chain.digests[first:last], chain.parent(first), chain.depth(first)
-        return self._pool.insert(chain.namespace, names, parent, depth, linked=chain.linked)
 
     def _publish(self, namespace: bytes, spans: list[Span], below: int) -> int:
         """They are ready, and what the index wants written to the first `below` tiers is written. Returns how many objects."""

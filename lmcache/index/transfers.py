@@ -89,7 +89,7 @@ def store(
             elif resident is not None and not resident[group][i]:
                 skipped["resident"] += 1
             else:
-                stop = pool.absent(chain.namespace, digests, i, end)
+                stop = pool.absent(chain, i, end)
                 if gaps or resident is not None:
                     barred = (
                         j for j in range(i, stop) if j in gaps or (resident is not None and not resident[group][j])
@@ -137,7 +137,7 @@ def _hops(state: State, work: Work, chain: Chain, found: Found, first: int) -> l
         slots: dict[int, Slot] = {}
         for start, stop in stretches(sorted(i for i in found.below[group] if i >= first)):
             while start < stop:
-                end = pool.absent(chain.namespace, chain.digests, start, stop)
+                end = pool.absent(chain, start, stop)
                 slots.update(enumerate(_take(state, work, chain, group, start, end), start))
                 start = end + 1
         hops.append(slots)
@@ -147,8 +147,7 @@ def _hops(state: State, work: Work, chain: Chain, found: Found, first: int) -> l
 def _take(state: State, work: Work, chain: Chain, group: int, first: int, last: int) -> list[Slot]:
     """Slots that the job fills with as much of the beginning of chunks [first, last), which are absent, as can be freed."""
     pool = state.pools[group]
-    names, parent, depth = chain.digests[first:last], chain.parent(first), chain.depth(first)
-    spans = pool.insert(chain.namespace, names, parent, depth, linked=chain.linked)
+    spans = pool.insert(chain, first, last)
     work.fills.setdefault(group, []).extend(spans)
     work.pins.append((pool, spans))
     return list(_slots(pieces(spans)))

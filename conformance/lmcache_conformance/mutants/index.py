@@ -158,7 +158,7 @@ class _AnyEpoch(Index):
     def report(self, report: Report, now: float) -> list[Finished]:
         for run in self.__dict__.pop("_lost", []):
             pool = self.state.pools[0]
-            fresh = pool.insert(run.space.namespace, run.digests, None, run.depth)
+            fresh = pool.insert(Chain(run.space.namespace, run.digests), 0, len(run.digests))
             pool.publish(fresh)
             pool.unpin(fresh)
         return super().report(report, now)
