@@ -191,6 +191,21 @@ def test_a_chain_that_branches_off_keeps_what_it_hangs_on() -> None:
     assert lab.look(chain("one", "abxy")) == ("hit", 8, "evicted")
 
 
+def test_a_parent_that_comes_back_amid_a_stretch_has_the_children_that_stayed() -> None:
+    lab = Lab(slots=7)
+    lab.have(chain("one", "abxy"))
+    pool, about = lab.index.state.pools[0], chain("one", "abcd")
+    for i in range(2):
+        found = pool.find(about.namespace, about.digests[i])
+        assert found is not None
+        pool.drop(about.namespace, about.digests[i], i, found.generation, "failed")
+    lab.index.check()
+    lab.have(about)
+    lab.index.check()
+    assert lab.look(chain("one", "abxy")) == ("hit", 16, "end")
+    assert lab.look(about) == ("hit", 16, "end")
+
+
 def test_one_object_that_fails_in_the_middle_of_a_run_leaves_alone() -> None:
     lab = Lab(slots=6)
     lab.answer(lab.store(chain("one", "abcdef")), OK, OK, FAILED, OK, OK, OK)
