@@ -33,6 +33,7 @@ class Density(Policy):
         self._log: deque[Run[Tracked]] = deque()
         self._shelves: Shelves[Tracked] = Shelves(KINDS, Ages(unit))
         self._restored: list[tuple[int, Tracked]] = []
+        self._partly: Tracked | None = None  # of which objects were evicted since the last `pop`
         self._version = -1
         self._entries = 0
         self._limit = 2 * capacity + 1024
@@ -93,6 +94,7 @@ class Density(Policy):
 
     def pop(self) -> Tracked | None:
         """See `Policy.pop`."""
+        self._partly = None
         while self._restored:
             stamp, item = self._restored.pop()
             if item.stamp == stamp:
@@ -100,8 +102,18 @@ class Density(Policy):
                 return item
         return self._pop_by_worth() if self.forecast.trusted else self._pop_by_age()
 
+    def evicted(self, item: Tracked, digests: Sequence[bytes]) -> None:
+        """See `Policy.evicted`."""
+        self._partly = item
+
     def restore(self, item: Tracked) -> None:
         """See `Policy.restore`."""
+        run = item.place
+        if item is self._partly and isinstance(run, Run):  # just popped: the run is still where it was
+            item.stamp = run.turn
+            run.members.append(item)
+            return
+        item.place = None
         self._stamp += 1
         item.stamp = -self._stamp
         self._restored.append((item.stamp, item))
