@@ -128,8 +128,8 @@ def remove(item: Tracked) -> None:
 
 
 class Recent:
-    """A bounded memory of short notes about digests: keeps at least the last `size` of them, at most twice as many (and what
-    came in one go beyond that). Far more is noted than asked for, so notes are sorted in only when somebody asks.
+    """A bounded memory of short notes about digests: keeps at least the last `size` of them, at most twice as many. Far more is
+    noted than asked for, so notes are sorted in only when somebody asks.
     """
 
     __slots__ = ("_new", "_old", "_size")
@@ -145,11 +145,14 @@ class Recent:
 
     def put_all(self, digests: Sequence[bytes], note: str) -> None:
         """Remember `note` for each of what is not changed any more."""
-        new = self._new
-        new.count += len(digests)
-        new.unsorted.append((digests, note))
-        if new.count >= self._size:
-            self._old, self._new = new, _Notes()
+        while digests:
+            new = self._new
+            room = self._size - new.count
+            part, digests = (digests, ()) if len(digests) < room else (digests[:room], digests[room:])
+            new.count += len(part)
+            new.unsorted.append((part, note))
+            if new.count >= self._size:
+                self._old, self._new = new, _Notes()
 
     def get(self, digest: bytes) -> str | None:
         """The latest note, or None."""
@@ -158,7 +161,7 @@ class Recent:
 
 
 class _Notes:
-    """One generation of a `Recent`. `count`: notes that were put, an upper bound of those there are."""
+    """One generation of a `Recent`. `count`: notes there are; until they are sorted in, those about the same count twice."""
 
     __slots__ = ("count", "known", "unsorted")
 
@@ -168,7 +171,9 @@ class _Notes:
         self.unsorted: list[tuple[Sequence[bytes], str]] = []
 
     def get(self, digest: bytes) -> str | None:
-        for digests, note in self.unsorted:
-            self.known.update(dict.fromkeys(digests, note))
-        self.unsorted.clear()
+        if self.unsorted:
+            for digests, note in self.unsorted:
+                self.known.update(dict.fromkeys(digests, note))
+            self.unsorted.clear()
+            self.count = len(self.known)
         return self.known.get(digest)

@@ -1,7 +1,7 @@
 """The index without its messages: what it decides for a request whose copies take no time.
 
 Finding, ordering, evicting and what goes to which tier are the index's own (`find`, `Pool`, `State`); left out are the plans
-and reports, and with them everything that is about copies under way. For simulations: some hundred thousand chunks a second.
+and reports, and with them everything that is about copies under way. For simulations: a million chunks a second.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache.errors import ConfigError
-from lmcache.eviction import POLICIES, Lfu, Lru, Policy, Recent, S3Fifo, Tracked, policy_factory
+from lmcache.eviction import POLICIES, Density, Lfu, Lru, Policy, Recent, S3Fifo, Tracked, policy_factory
 
 NAMES = sorted(POLICIES)
 WHAT = st.sampled_from(["add", "add", "touch", "touch", "pop", "park", "restore", "discard", "split"])
@@ -216,6 +216,23 @@ def test_what_is_left_of_an_item_goes_next(name: str) -> None:
     policy.evicted(item, [b"its last object"])
     policy.restore(item)
     assert order(policy) == [b"b", b"a", b"c"]
+
+
+def test_what_is_left_of_an_item_stays_in_its_queue() -> None:
+    s3fifo, density = S3Fifo(10), Density(10)
+    run_of(s3fifo, b"a")
+    order(s3fifo)
+    for policy in (s3fifo, density):
+        [item] = run_of(policy, b"a")  # s3fifo evicted it not long ago: it is in the main queue
+        stamp = item.stamp
+        for _ in range(2):
+            assert policy.pop() is item
+            policy.evicted(item, [b"its last object"])
+            policy.restore(item)
+            assert item.stamp == stamp
+        assert policy.pop() is item
+        policy.restore(item)  # it was aside for some time
+        assert order(policy) == [b"a"]
 
 
 def test_lru_keeps_what_was_used_last() -> None:
