@@ -298,3 +298,14 @@ def test_recent_keeps_the_last_notes_and_forgets_old_ones() -> None:
     assert recent.get(b"50") is None
     recent.put(b"99", "newer")
     assert recent.get(b"99") == "newer"
+
+
+def test_recent_keeps_to_its_bounds_when_much_comes_at_once() -> None:
+    recent = Recent(10)
+    names = [b"%d" % i for i in range(45)]
+    recent.put_all(names, "gone")
+    kept = [name for name in names if recent.get(name)]
+    assert kept == names[-15:]
+    recent.put_all(names[:3], "again")
+    recent.put(names[0], "later")
+    assert [recent.get(name) for name in names[:3]] == ["later", "again", "again"]
