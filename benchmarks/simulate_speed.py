@@ -1,7 +1,7 @@
 """How fast the control plane decides, and what it weighs, as it grows: a full arena of N chunks under endless new prompts.
 
 python benchmarks/simulate_speed.py            # 100 thousand, 1 million
-python benchmarks/simulate_speed.py 10000000   # needs about 4 GiB
+python benchmarks/simulate_speed.py 10000000   # needs about 2 GiB
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from lmcache.index import Finished, Index, TierInfo
-from lmcache.index.pool import READY
 from lmcache.plan import Chain, Name, Report, Status
 from lmcache.spec import HitRule
 from lmcache_conformance.indexlab import CHUNK, Rank, drain, name_at
@@ -100,9 +99,9 @@ class IndexModel(RuleBasedStateMachine):
         slots = {}
         for group, (_, r) in enumerate(self.groups):
             for i in needs(r, n):
-                entry = self.index.state.pools[group].find(about.namespace, about.digests[i])
-                if entry is not None and entry.state == READY:
-                    slots[group, entry.slot] = name_at(about, group, i)
+                found = self.index.state.pools[group].find(about.namespace, about.digests[i])
+                if found is not None and found.ready:
+                    slots[group, found.slot] = name_at(about, group, i)
         return slots
 
     def asked(self, owner: int, about: Chain, limit: int) -> float:
@@ -154,9 +153,9 @@ class IndexModel(RuleBasedStateMachine):
     def sound(self) -> None:
         self.index.check()
         held = {
-            (group, entry.slot): Name(entry.space.namespace, entry.digest, group, CHUNK, entry.depth)
+            (group, held.slot): Name(held.namespace, held.digest, group, CHUNK, held.depth)
             for group, pool in enumerate(self.index.state.pools)
-            for entry in pool.residents()
+            for held in pool.residents()
         }
         for owner, (until, slots) in self.leased.items():
             if owner in self.hits and self.now < until:
@@ -165,15 +164,15 @@ class IndexModel(RuleBasedStateMachine):
                         f"slot {slot}, leased to owner {owner}, was given to another object"
                     )
         for group, pool in enumerate(self.index.state.pools):
-            for entry in pool.residents():
-                if entry.state == READY:
+            for found in pool.residents():
+                if found.ready:
                     for rank in self.ranks:
-                        content = rank.arena.get((group, entry.slot))
+                        content = rank.arena.get((group, found.slot))
                         assert content is not None, (
-                            f"slot {entry.slot} is ready, but rank {rank.rank} has nothing there"
+                            f"slot {found.slot} is ready, but rank {rank.rank} has nothing there"
                         )
-                        assert content.name.chain == entry.digest
-                        assert content.name.namespace == entry.space.namespace
+                        assert content.name.chain == found.digest
+                        assert content.name.namespace == found.namespace
 
     def teardown(self) -> None:
         """With all requests over and all reports delivered, nothing is held."""
@@ -191,6 +190,6 @@ class IndexModel(RuleBasedStateMachine):
         stats = self.index.stats()
         assert stats["jobs"] == stats["leases"] == stats["slots_leaving"] == stats["failed_owners"] == 0
         for pool in self.index.state.pools:
-            assert all(entry.state == READY and entry.refs == 0 for entry in pool.residents())
+            assert all(found.ready and found.run.refs == 0 for found in pool.residents())
         unfinished = [job for job, load in self.loads.items() if load.ended is None or not load.ended.final]
         assert not unfinished, f"loads {unfinished} never ended"

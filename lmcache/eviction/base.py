@@ -1,9 +1,10 @@
 """What an arena and its policy know of each other.
 
-An arena hands a policy *runs*: objects of one chain, parents first. A policy must treat the last of a run as its coldest,
-so that children leave before their parents. `pop` gives up the coldest object; if the arena finds that it may not go now
-(it is being read, or a child of it is resident) it keeps it aside and calls `restore` as soon as it may. Every call costs
-O(1) amortised per object, whatever is pinned.
+A policy orders *items*: runs of objects of one chain that are used together. The arena hands it several at a time, parents
+first; it must treat the last as the coldest, so that children leave before their parents. `pop` gives up the coldest item.
+If the arena finds that it may not go now (it is being read, or a child of it is resident), the item stays aside until the
+arena calls `restore`; if only some objects off its end have to go, the rest is given back in the same way. Every call
+costs O(1) amortised per item, whatever is pinned.
 """
 
 from __future__ import annotations
@@ -13,18 +14,31 @@ from typing import Protocol
 
 
 class Tracked:
-    """What a policy may see and set of an object. `stamp` is 0 exactly while the object is in none of its queues."""
+    """What a policy may see and set of an item: the `digest` of its first object, and how many it has (`size`).
 
-    __slots__ = ("digest", "freq", "stamp")
+    `stamp` is 0 exactly while the item is in none of the policy's queues. `place` is for the policy alone, and `colder` and
+    `hotter` are for the `Queue` it stands in.
+    """
+
+    __slots__ = ("colder", "digest", "freq", "hotter", "place", "stamp")
+
+    colder: Tracked
+    hotter: Tracked
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
         self.stamp = 0
         self.freq = 0
+        self.place: object = None
+
+    @property
+    def size(self) -> int:
+        """Objects."""
+        return 1
 
 
 class Policy(Protocol):
-    """An order of eviction. The arena guarantees that an object is added once, and discarded or popped before it dies."""
+    """An order of eviction. The arena guarantees that an item is added once, and discarded or popped before it dies."""
 
     def asked(self, chain: Sequence[bytes], hits: int) -> None:
         """A request came for all of `chain` (digests, parents first); its first `hits` objects are resident.
@@ -33,42 +47,133 @@ class Policy(Protocol):
         must do without it.
         """
 
-    def add(self, run: Sequence[Tracked]) -> None:
-        """Objects that became resident, parents first."""
+    def cuts(self, digests: Sequence[bytes]) -> Sequence[int]:
+        """Positions, rising, at which a run of newcomers should be cut, because what follows has other prospects."""
+        return ()
 
-    def touch(self, run: Sequence[Tracked]) -> None:
-        """Resident objects that were used, parents first; some may be aside (popped, not restored)."""
+    def add(self, items: Sequence[Tracked]) -> None:
+        """Items that became resident, parents first."""
+
+    def touch(self, items: Sequence[Tracked]) -> None:
+        """Resident items that were used, parents first; some may be aside (popped, not restored)."""
+
+    def split(self, item: Tracked, rest: Tracked) -> None:
+        """`rest`, till now the end of `item`, is an item of its own. Both stay where they are; `rest` goes first."""
 
     def pop(self) -> Tracked | None:
-        """Take the coldest object out of the queues (its stamp becomes 0), or None if they are empty."""
+        """Take the coldest item out of the queues (its stamp becomes 0), or None if they are empty."""
+
+    def evicted(self, item: Tracked, digests: Sequence[bytes]) -> None:
+        """These objects, off the end of the item that was popped last, have gone."""
 
     def restore(self, item: Tracked) -> None:
-        """Put an object that `pop` gave up back as one of the coldest."""
+        """Put an item that `pop` gave up, or what is left of it, back as one of the coldest."""
 
     def discard(self, item: Tracked) -> None:
-        """The object is no longer resident; its stamp becomes 0. Also fine for one that is aside."""
+        """The item is no longer resident; its stamp becomes 0. Also fine for one that is aside."""
 
     def members(self) -> Iterator[Tracked]:
-        """The objects in the queues, in no particular order (for integrity checks)."""
+        """The items in the queues, in no particular order (for integrity checks)."""
+
+
+class Queue:
+    """Items in a row, each in one queue at most. Linked through the items themselves, so that leaving costs O(1)."""
+
+    __slots__ = ("_end",)
+
+    def __init__(self) -> None:
+        self._end = end = Tracked(b"")  # before the coldest and after the hottest
+        end.colder = end.hotter = end
+
+    def append(self, item: Tracked) -> None:
+        """As the hottest."""
+        insert(item, self._end)
+
+    def prepend(self, item: Tracked) -> None:
+        """As the coldest."""
+        insert(item, self._end.hotter)
+
+    def coldest(self) -> Tracked | None:
+        """The first to go."""
+        item = self._end.hotter
+        return None if item is self._end else item
+
+    def pop(self) -> Tracked | None:
+        """Take out the first to go."""
+        item = self._end.hotter
+        if item is self._end:
+            return None
+        remove(item)
+        return item
+
+    def __iter__(self) -> Iterator[Tracked]:
+        item = self._end.hotter
+        while item is not self._end:
+            yield item
+            item = item.hotter
+
+
+def insert(item: Tracked, hotter: Tracked) -> None:
+    """Put an item that is in no queue into one, just before `hotter`."""
+    colder = hotter.colder
+    item.colder, item.hotter = colder, hotter
+    colder.hotter = hotter.colder = item
+
+
+def remove(item: Tracked) -> None:
+    """Take an item out of its queue."""
+    colder, hotter = item.colder, item.hotter
+    colder.hotter, hotter.colder = hotter, colder
+    del item.colder, item.hotter
 
 
 class Recent:
-    """A bounded memory of short notes about digests: keeps at least the last `size` of them, at most twice as many."""
+    """A bounded memory of short notes about digests: keeps at least the last `size` of them, at most twice as many. Far more is
+    noted than asked for, so notes are sorted in only when somebody asks.
+    """
 
     __slots__ = ("_new", "_old", "_size")
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._new: dict[bytes, str] = {}
-        self._old: dict[bytes, str] = {}
+        self._new = _Notes()
+        self._old = _Notes()
 
     def put(self, digest: bytes, note: str) -> None:
         """Remember `note`, replacing an older one."""
-        self._new[digest] = note
-        if len(self._new) >= self._size:
-            self._old, self._new = self._new, {}
+        self.put_all((digest,), note)
+
+    def put_all(self, digests: Sequence[bytes], note: str) -> None:
+        """Remember `note` for each of what is not changed any more."""
+        while digests:
+            new = self._new
+            room = self._size - new.count
+            part, digests = (digests, ()) if len(digests) < room else (digests[:room], digests[room:])
+            new.count += len(part)
+            new.unsorted.append((part, note))
+            if new.count >= self._size:
+                self._old, self._new = new, _Notes()
 
     def get(self, digest: bytes) -> str | None:
         """The latest note, or None."""
         note = self._new.get(digest)
         return self._old.get(digest) if note is None else note
+
+
+class _Notes:
+    """One generation of a `Recent`. `count`: notes there are; until they are sorted in, those about the same count twice."""
+
+    __slots__ = ("count", "known", "unsorted")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.known: dict[bytes, str] = {}
+        self.unsorted: list[tuple[Sequence[bytes], str]] = []
+
+    def get(self, digest: bytes) -> str | None:
+        if self.unsorted:
+            for digests, note in self.unsorted:
+                self.known.update(dict.fromkeys(digests, note))
+            self.unsorted.clear()
+            self.count = len(self.known)
+        return self.known.get(digest)

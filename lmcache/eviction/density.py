@@ -19,8 +19,9 @@ Mooncake conversation trace at 5 % fall by a tenth, because it takes longer unti
 
 
 class Density(Policy):
-    """A run stands in a log (by last use) and on a shelf (by class and age), with one list of members for both. An object
-    belongs to the run whose number is its stamp; what was restored has a negative stamp and goes before all others.
+    """What was used together stands in a log (by last use) and on a shelf (by class and age), with one list of members for
+    both. An item belongs to the `Run` whose number is its stamp, which is its `place`; what was restored has a negative
+    stamp and goes before all others.
     """
 
     def __init__(self, capacity: int, sample: int = SAMPLE) -> None:
@@ -32,6 +33,7 @@ class Density(Policy):
         self._log: deque[Run[Tracked]] = deque()
         self._shelves: Shelves[Tracked] = Shelves(KINDS, Ages(unit))
         self._restored: list[tuple[int, Tracked]] = []
+        self._partly: Tracked | None = None  # of which objects were evicted since the last `pop`
         self._version = -1
         self._entries = 0
         self._limit = 2 * capacity + 1024
@@ -59,23 +61,40 @@ class Density(Policy):
         if len(self._kinds) > self._lately:
             self._older, self._kinds = self._kinds, {}
 
-    def add(self, run: Sequence[Tracked]) -> None:
-        """See `Policy.add`."""
-        self.touch(run)
+    def cuts(self, digests: Sequence[bytes]) -> Sequence[int]:
+        """See `Policy.cuts`."""
+        kinds = [self._kind(digest) for digest in digests]
+        return [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
 
-    def touch(self, run: Sequence[Tracked]) -> None:
+    def add(self, items: Sequence[Tracked]) -> None:
+        """See `Policy.add`."""
+        self.touch(items)
+
+    def touch(self, items: Sequence[Tracked]) -> None:
         """See `Policy.touch`."""
         first = 0
-        kinds = [self._kind(item.digest) for item in run]
-        for i in range(1, len(run) + 1):
-            if i == len(run) or kinds[i] != kinds[first]:
-                self._push(list(run[first:i]), kinds[first])
+        kinds = [self._kind(item.digest) for item in items]
+        for i in range(1, len(items) + 1):
+            if i == len(items) or kinds[i] != kinds[first]:
+                self._push(list(items[first:i]), kinds[first])
                 first = i
         if self._entries > self._limit:
             self._compact()
 
+    def split(self, item: Tracked, rest: Tracked) -> None:
+        """See `Policy.split`."""
+        if item.stamp < 0:
+            self.restore(rest)
+            return
+        run = item.place
+        assert isinstance(run, Run)
+        rest.stamp, rest.place = item.stamp, run
+        run.members.insert(run.members.index(item) + 1, rest)
+        self._entries += 1
+
     def pop(self) -> Tracked | None:
         """See `Policy.pop`."""
+        self._partly = None
         while self._restored:
             stamp, item = self._restored.pop()
             if item.stamp == stamp:
@@ -83,8 +102,18 @@ class Density(Policy):
                 return item
         return self._pop_by_worth() if self.forecast.trusted else self._pop_by_age()
 
+    def evicted(self, item: Tracked, digests: Sequence[bytes]) -> None:
+        """See `Policy.evicted`."""
+        self._partly = item
+
     def restore(self, item: Tracked) -> None:
         """See `Policy.restore`."""
+        run = item.place
+        if item is self._partly and isinstance(run, Run):  # just popped: the run is still where it was
+            item.stamp = run.turn
+            run.members.append(item)
+            return
+        item.place = None
         self._stamp += 1
         item.stamp = -self._stamp
         self._restored.append((item.stamp, item))
@@ -107,9 +136,9 @@ class Density(Policy):
 
     def _push(self, members: list[Tracked], kind: int) -> None:
         self._stamp = stamp = self._stamp + 1
-        for item in members:
-            item.stamp = stamp
         run = Run(self._clock, kind, members, stamp)
+        for item in members:
+            item.stamp, item.place = stamp, run
         self._log.append(run)
         self._shelves.put(run)
         self._entries += len(members)
@@ -145,7 +174,7 @@ class Density(Policy):
 
 
 def _last(run: Run[Tracked]) -> Tracked | None:
-    """Take the last live object out of a run."""
+    """Take the last live item out of a run."""
     members = run.members
     while members:
         item = members.pop()

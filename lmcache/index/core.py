@@ -17,7 +17,8 @@ from lmcache.index import audit, messages, results, transfers
 from lmcache.index.finder import Found, by_tier, find, stop_of
 from lmcache.index.jobs import Work
 from lmcache.index.messages import Finished, Lookup, Owner, Store, TierInfo
-from lmcache.index.pool import Entry, Pool
+from lmcache.index.pool import Pool
+from lmcache.index.runs import Span
 from lmcache.index.state import Admit, State
 from lmcache.plan import Chain, Delete, Name, Plan, Probe, Report, Status
 from lmcache.spec import HitRule
@@ -38,7 +39,7 @@ class Lease:
 
     __slots__ = ("chain", "chunks", "expires", "pins", "queued_until")
 
-    def __init__(self, chain: Chain, chunks: int, expires: float, pins: list[tuple[Pool, list[Entry]]]) -> None:
+    def __init__(self, chain: Chain, chunks: int, expires: float, pins: list[tuple[Pool, list[Span]]]) -> None:
         self.chain = chain
         self.chunks = chunks
         self.expires = self.queued_until = expires
@@ -199,9 +200,9 @@ class Index:
         if not work.ops:
             results.release(work)
             return None
-        for pool, entry in work.writes.values():
-            pool.pin((entry,))
-            lease.pins.append((pool, [entry]))
+        for group, spans in work.fills.items():
+            pool = self.state.pools[group]
+            lease.pins.append((pool, pool.pin([run for run, _ in spans])))
         return self.state.jobs.start(work, self._load_deadline)
 
     def begin_store(
@@ -333,8 +334,8 @@ class Index:
     def where(self, name: Name) -> tuple[str, ...]:
         """The places from which every rank could load this object: "dram", names of tiers."""
         state = self.state
-        entry = state.pools[name.group].find(name.namespace, name.chain)
-        places = ["dram"] if entry is not None and entry.ready else []
+        found = state.pools[name.group].find(name.namespace, name.chain, name.depth)
+        places = ["dram"] if found is not None and found.ready else []
         below = zip(state.tiers, state.known, strict=True)
         return (*places, *(t.name for t, known in below if known.has(name.namespace, name.group, name.chain)))
 
@@ -349,7 +350,7 @@ class Index:
             "evictions": self.evictions,
             "slots": sum(pool.slots for pool in state.pools),
             "slots_free": sum(pool.unused for pool in state.pools),
-            "slots_leaving": sum(len(pool.leaving) for pool in state.pools),
+            "slots_leaving": sum(arena["evicting"] for arena in self.arenas()),
         }
         return dict(state.counts) | now
 
@@ -367,9 +368,9 @@ class Index:
         """Per group, how many slots are `free`, `writing`, `ready` and `evicting`."""
         found = []
         for pool in self.state.pools:
-            writing = sum(len(space.writing) for space in pool.spaces.values())
-            ready = sum(len(space.ready) for space in pool.spaces.values())
-            found.append({"free": pool.unused, "writing": writing, "ready": ready, "evicting": len(pool.leaving)})
+            leaving = sum(run.size for run in pool.leaving)
+            ready = pool.slots - pool.unused - pool.writing - leaving
+            found.append({"free": pool.unused, "writing": pool.writing, "ready": ready, "evicting": leaving})
         return found
 
     def check(self) -> None:
@@ -396,15 +397,14 @@ class Index:
         """Lease a hit; returns whether all of it is in DRAM."""
         old = self.leases.get(owner)
         again = old is not None and old.chunks == found.chunks and old.chain == chain
-        pins: list[tuple[Pool, list[Entry]]] = []
+        pins: list[tuple[Pool, list[Span]]] = []
         in_dram = True
         for group, pool in enumerate(self.state.pools):
-            entries = found.entries(group)
-            in_dram = in_dram and len(entries) == len(found.needs[group])
-            pool.pin(entries)
-            pins.append((pool, entries))
+            runs = pool.carve(found.parts(group))
+            in_dram = in_dram and not found.below[group]
+            pins.append((pool, pool.pin(runs)))
             if not again:  # an engine may ask every step while a request waits: that is one use
-                pool.touch(entries)
+                pool.touch(runs)
         if old is not None:
             self._unpin(old)
         expires = now + self._lease_ttl
@@ -422,8 +422,8 @@ class Index:
         return finished
 
     def _unpin(self, lease: Lease) -> None:
-        for pool, entries in lease.pins:
-            pool.unpin(entries)
+        for pool, spans in lease.pins:
+            pool.unpin(spans)
         lease.pins = []
 
     def _valid(self, owner: Owner, now: float) -> Lease | None:
@@ -453,15 +453,15 @@ class Index:
         work = Work("probe", owner, chain.namespace)
         for group, rule in enumerate(state.rules):
             for i in range(1 if rule.kind == "whole" else limit):
-                digest = chain.digests[i]
-                if state.source(chain.namespace, digest, group) is None:
-                    name = state.name(chain.namespace, digest, group, chain.depth(i))
+                digest, depth = chain.digests[i], chain.depth(i)
+                if state.source(chain.namespace, digest, group, depth) is None:
+                    name = state.name(chain.namespace, digest, group, depth)
                     work.ops.extend(Probe(name, t) for t in self._shared)
         return work
 
 
-def _in_dram(notice: Notice, group: int, there: bool, entry: Entry) -> None:
-    notice(there, "dram", entry.space.namespace, group, entry.digest)
+def _in_dram(notice: Notice, group: int, there: bool, namespace: bytes, digest: bytes) -> None:
+    notice(there, "dram", namespace, group, digest)
 
 
 def _in_tier(notice: Notice, tier: str, there: bool, namespace: bytes, group: int, digest: bytes) -> None:

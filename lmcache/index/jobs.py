@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lmcache.index.messages import Owner
-from lmcache.index.pool import Entry, Pool
+from lmcache.index.pool import Pool
+from lmcache.index.runs import Span
 from lmcache.plan import Job, JobKind, JobReport, Op, Plan, Report, Status
 
 
@@ -30,6 +31,7 @@ class Work:
 
     __slots__ = (
         "cleared",
+        "fills",
         "final",
         "id",
         "kind",
@@ -38,14 +40,12 @@ class Work:
         "ops",
         "owner",
         "pins",
-        "reads",
         "reported",
         "results",
         "told",
         "told_final",
         "until",
         "wanted",
-        "writes",
     )
 
     def __init__(self, kind: JobKind, owner: Owner | None, namespace: bytes) -> None:
@@ -58,9 +58,8 @@ class Work:
         self.reported = 0  # bit mask of ranks
         self.final = 0  # bit mask of ranks
         self.until = math.inf  # when a rank that has said nothing counts as late
-        self.pins: list[tuple[Pool, list[Entry]]] = []
-        self.reads: dict[int, tuple[Pool, Entry]] = {}  # op → the object it copies out of a slot
-        self.writes: dict[int, tuple[Pool, Entry]] = {}  # op → the object it copies into a slot
+        self.pins: list[tuple[Pool, list[Span]]] = []
+        self.fills: dict[int, list[Span]] = {}  # group → what it copies into slots, parents first; `pins` has it too
         self.wanted: Wanted | None = None
         self.ok_tokens = 0
         self.cleared = False  # its namespace was cleared meanwhile: nothing it did may become known

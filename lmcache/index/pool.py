@@ -2,61 +2,24 @@
 
     absent → WRITING → READY → EVICTING → absent
 
-An object *leaves* (nobody finds it any more) at once; its slot follows when the last reference is gone. References are
-leases and jobs; a job lets go only when every rank called it final. So a slot is never handed out under a reader or a
-hung writer. In groups of rule `all` an object with a resident child stays: children leave before their parents.
+Objects come, are used and go in runs (`lmcache.index.runs`). One that *leaves* is found by nobody any more, at once; its slot
+follows when the last reference is gone. References are leases and jobs; a job lets go only when every rank called it
+final. So a slot is never handed out under a reader or a hung writer. In groups of rule `all` an object with a resident
+child stays: runs lose their objects from the end, and children leave before their parents.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
-from lmcache.eviction import Policy, Recent, Tracked
+from lmcache.eviction import Policy, Recent
+from lmcache.index.runs import EVICTING, LONGEST, READY, WRITING, Object, Part, Run, Space, Span, pieces
+from lmcache.plan import Chain
 
-WRITING, READY, EVICTING = 1, 2, 3
 REMEMBERED = 16_384
 """How many vanished objects are remembered with the reason, at least."""
-
-
-class Entry(Tracked):
-    """One object that occupies a slot. `refs` = leases + jobs; `children` = resident objects whose parent this is."""
-
-    __slots__ = ("children", "depth", "generation", "parent", "refs", "slot", "space", "state")
-
-    def __init__(
-        self, space: Space, digest: bytes, parent: bytes | None, depth: int, slot: int, generation: int
-    ) -> None:
-        self.digest = digest
-        self.stamp = self.freq = 0
-        self.space = space
-        self.parent = parent
-        self.depth = depth
-        self.slot = slot
-        self.generation = generation
-        self.state = WRITING
-        self.refs = 1  # whoever writes it
-        self.children = 0
-
-    @property
-    def ready(self) -> bool:
-        """Whether every rank has acknowledged it."""
-        return self.state == READY
-
-
-class Space:
-    """The objects of one namespace. `orphans`: parent digest → resident children, for parents that are not resident."""
-
-    __slots__ = ("namespace", "orphans", "ready", "writing")
-
-    def __init__(self, namespace: bytes) -> None:
-        self.namespace = namespace
-        self.ready: dict[bytes, Entry] = {}
-        self.writing: dict[bytes, Entry] = {}
-        self.orphans: dict[bytes, int] = {}
-
-    def get(self, digest: bytes) -> Entry | None:
-        """The object, ready or being written."""
-        return self.ready.get(digest) or self.writing.get(digest)
 
 
 class Pool:
@@ -69,203 +32,296 @@ class Pool:
         self.gone = Recent(REMEMBERED)
         self.policy = policy
         self.evictions = 0
-        self.leaving: set[Entry] = set()  # EVICTING, still referenced
-        self.notice: Callable[[bool, Entry], None] | None = (
-            None  # called with what becomes ready, and what was and leaves
-        )
-        self.free: list[int] = []
+        self.writing = 0  # objects in state WRITING
+        self.leaving: set[Run] = set()  # EVICTING, still referenced
+        # Called with (there, namespace, digest) for what becomes ready, and for what was and leaves.
+        self.notice: Callable[[bool, bytes, bytes], None] | None = None
+        self.free: array[int] = array("I")
         self._fresh = 0  # slots from here on were never used
         self._generation = 0
 
-    def find(self, namespace: bytes, digest: bytes) -> Entry | None:
-        """The object, ready or being written."""
+    # ---------------------------------------------------------------- finding
+
+    def find(self, namespace: bytes, digest: bytes, depth: int = 0) -> Object | None:
+        """The object, ready or being written. `depth` only makes it faster."""
         space = self.spaces.get(namespace)
-        return space.get(digest) if space else None
+        run = space.held.get(digest) if space else None
+        return Object(run, run.find(digest, depth)) if run else None
 
-    def insert(self, namespace: bytes, digest: bytes, parent: bytes | None, depth: int) -> Entry | None:
-        """Assign a slot to an object that is not resident (state WRITING, one reference), or None if no slot can be freed."""
-        run = self.insert_run(namespace, (digest,), parent, depth)
-        return run[0] if run else None
+    def walk(self, namespace: bytes, digests: list[bytes], start: int, stop: int) -> Iterator[Part]:
+        """Where `digests[start:stop]` lie, up to the first that is not ready."""
+        space = self.spaces.get(namespace)
+        return space.walk(digests, start, stop) if space else iter(())
 
-    def insert_run(
-        self, namespace: bytes, digests: Sequence[bytes], parent: bytes | None, depth: int, *, linked: bool = True
-    ) -> list[Entry]:
-        """`insert` for a stretch of a chain of which nothing is resident: as much of its beginning as slots can be freed.
+    def present(self, namespace: bytes, digests: list[bytes], start: int, stop: int) -> Iterator[Part]:
+        """Where those of `digests[start:stop]` lie that are ready."""
+        while start < stop:
+            for part in self.walk(namespace, digests, start, stop):
+                yield part
+                start += part.size
+            start += 1
 
-        `parent` and `depth` are those of the first; of all of them if they are not `linked`.
+    def absent(self, chain: Chain, start: int, stop: int) -> int:
+        """Where the stretch of a chain ends that begins at `start` and is not resident, neither ready nor being written; at
+        `stop` at the latest. No name is in it twice.
         """
-        above = self.find(namespace, parent) if self.chained and parent is not None else None
+        digests = chain.digests
+        if not chain.linked:
+            names: dict[bytes, int] = {}
+            stop = next((i for i in range(start, stop) if names.setdefault(digests[i], i) != i), stop)
+        space = self.spaces.get(chain.namespace)
+        if space is None or space.held.keys().isdisjoint(islice(digests, start, stop)):
+            return stop
+        return next(i for i in range(start, stop) if digests[i] in space.held)
+
+    def residents(self) -> Iterator[Object]:
+        """All objects that can be found, ready or being written."""
+        for space in self.spaces.values():
+            for digest, run in space.held.items():
+                yield Object(run, run.find(digest, 0))
+
+    # ---------------------------------------------------------------- arriving
+
+    def insert(self, chain: Chain, start: int, stop: int) -> list[Span]:
+        """Assign slots to a stretch of a chain, which is `absent`: to as much of its beginning as slots can be freed.
+
+        The objects are in state WRITING, and held once: what this returns is to be given to `unpin`.
+        """
+        if start >= stop:
+            return []
+        namespace, parent = chain.namespace, chain.parent(start) if self.chained else None
+        above = self._ending_with(namespace, parent, start - 1) if parent is not None else None
         if above:
             above.refs += 1  # its slot must not be the one that is freed for its child
-        slots = self._take_slots(len(digests))
-        run: list[Entry] = []
+        slots = self._take_slots(stop - start)
+        spans: list[Span] = []
         if slots:
             space = self.spaces.get(namespace)
             if space is None:
-                space = self.spaces[namespace] = Space(namespace)
-            generation = self._generation
-            link = self.chained and linked
-            before = parent if self.chained else None
-            add = run.append
-            for digest, slot in zip(digests, slots, strict=False):
-                generation += 1
-                add(Entry(space, digest, before, depth, slot, generation))
-                if link:
-                    before = digest
-                depth += linked
-            self._generation = generation
-            space.writing.update(zip(digests, run, strict=False))
+                space = self.spaces[namespace] = Space(namespace, chained=self.chained)
+            spans = self._runs(space, chain, start, slots)
+            self._generation += len(slots)
+            self.writing += len(slots)
             if above:
                 above.children += 1
-            elif run[0].parent is not None:
-                space.orphans[run[0].parent] = space.orphans.get(run[0].parent, 0) + 1
-            if link:
-                for entry in run[:-1]:
-                    entry.children = 1
-            if space.orphans:
-                for entry in run:
-                    entry.children += space.orphans.pop(entry.digest, 0)
+            elif parent is not None:
+                space.orphans[parent] = space.orphans.get(parent, 0) + 1
         if above:
-            self.unpin((above,))
-        return run
+            above.refs -= 1
+            self._settle(above)
+        return spans
 
-    def publish(self, run: Iterable[Entry]) -> list[Entry]:
-        """Make those objects ready that are still being written; returns them. Parents first."""
-        fresh = [entry for entry in run if entry.state == WRITING]
-        for entry in fresh:
-            entry.state = READY
-            space, digest = entry.space, entry.digest
-            del space.writing[digest]
-            space.ready[digest] = entry
+    def publish(self, spans: Iterable[Span]) -> list[Run]:
+        """Make ready what of it is still being written, parents first; returns that."""
+        fresh: list[Run] = []
+        for run in pieces(spans):
+            if run.state == WRITING:
+                run.state = READY
+                self.writing -= len(run.digests)
+                fresh.append(run)
+                cuts = self.policy.cuts(run.digests)
+                if cuts:
+                    fresh += reversed([run.split(at) for at in reversed(cuts)])
         if fresh:
             self.policy.add(fresh)
-        if self.notice is not None:
-            for entry in fresh:
-                self.notice(True, entry)
+            if self.notice is not None:
+                for run in fresh:
+                    self._tell(True, run.space.namespace, run.digests)
         return fresh
 
-    def pin(self, run: Iterable[Entry]) -> None:
-        """One more reference each."""
-        for entry in run:
-            entry.refs += 1
+    # ---------------------------------------------------------------- being used
 
-    def unpin(self, run: Iterable[Entry]) -> None:
-        """One reference less each."""
-        for entry in run:
-            entry.refs -= 1
-            if not entry.refs and not entry.stamp:
-                self._settle(entry)
+    def carve(self, parts: Iterable[Part]) -> list[Run]:
+        """Runs of exactly these objects, each part one; splits where it has to."""
+        runs = []
+        for _, run, at, size in parts:
+            assert at + size <= len(run.digests), "a part that is no longer good"
+            if at + size < len(run.digests):
+                self._split(run, at + size)
+            runs.append(self._split(run, at) if at else run)
+        return runs
 
-    def drop(self, entry: Entry, reason: str | None) -> None:
-        """Nobody finds the object from now on; its slot is free once nothing refers to it. Idempotent.
+    def pin(self, runs: Sequence[Run]) -> list[Span]:
+        """One more reference each; to be given to `unpin`."""
+        for run in runs:
+            run.refs += 1
+        return [(run, len(run.digests)) for run in runs]
 
-        `reason` is remembered as to why a later lookup misses it.
+    def unpin(self, spans: Iterable[Span]) -> None:
+        """One reference less each, to whatever parts they are in by now."""
+        for run in pieces(spans):
+            run.refs -= 1
+            if not run.refs:
+                run.rest = None
+                if not run.stamp:
+                    self._settle(run)
+
+    def touch(self, runs: Sequence[Run]) -> None:
+        """Those ready objects were used. Parents first."""
+        if runs:
+            self.policy.touch(runs)
+
+    # ---------------------------------------------------------------- leaving
+
+    def drop(self, namespace: bytes, digest: bytes, depth: int, generation: int, reason: str) -> None:
+        """Nobody finds this object from now on; its slot is free once nothing refers to it.
+
+        Nothing happens if that generation of it is not there (any more). `reason` is remembered as to why a later lookup
+        misses it.
         """
-        if entry.state == EVICTING:
-            return
-        if self.notice is not None and entry.state == READY:
-            self.notice(False, entry)
-        space = entry.space
-        del (space.ready if entry.state == READY else space.writing)[entry.digest]
-        self.policy.discard(entry)
-        entry.state = EVICTING
-        if reason:
-            self.gone.put(entry.digest, reason)
-        if entry.children:
-            space.orphans[entry.digest] = entry.children
-            entry.children = 0
-        if entry.parent is not None:
-            self._abandon(space, entry.parent)
-        if not space.ready and not space.writing:
-            del self.spaces[space.namespace]
-        if entry.refs:
-            self.leaving.add(entry)
-        else:
-            self.free.append(entry.slot)
-
-    def touch(self, run: list[Entry]) -> None:
-        """Those objects were used. Parents first; objects still being written are passed over."""
-        if run:
-            self.policy.touch([entry for entry in run if entry.state == READY])
+        found = self.find(namespace, digest, depth)
+        if found is not None and found.generation == generation:
+            [run] = self.carve([found.part])
+            self._leave(run)
+            self.gone.put(digest, reason)
 
     def clear(self, namespace: bytes | None) -> int:
         """Drop everything (of one namespace) without a trace; returns how many objects left."""
-        doomed = [entry for entry in self.residents() if namespace is None or entry.space.namespace == namespace]
-        for entry in reversed(doomed):
-            self.drop(entry, None)
-        return len(doomed)
+        spaces = [space for space in self.spaces.values() if namespace in (None, space.namespace)]
+        doomed = [run for space in spaces for run in dict.fromkeys(space.held.values())]
+        for run in reversed(doomed):
+            self._leave(run)
+        return sum(len(run.digests) for run in doomed)
 
     def reset(self) -> None:
         """Every slot is free at once, whoever used it. Generations go on."""
         self.clear(None)
         assert not self.leaving, "a reset releases all references first"
 
-    def residents(self) -> Iterator[Entry]:
-        """All objects that can be found, ready or being written."""
-        for space in self.spaces.values():
-            yield from space.ready.values()
-            yield from space.writing.values()
-
     @property
     def unused(self) -> int:
         """Slots that hold nothing."""
         return len(self.free) + self.slots - self._fresh
 
-    def _take_slots(self, count: int) -> list[int]:
+    def _leave(self, run: Run) -> None:
+        space = run.space
+        if run.state == READY:
+            if self.notice is not None:
+                self._tell(False, space.namespace, run.digests)
+            self.policy.discard(run)
+        else:
+            self.writing -= len(run.digests)
+        run.state = EVICTING
+        for digest in run.digests:
+            del space.held[digest]
+        if run.children:
+            space.orphans[run.digests[-1]] = run.children
+            run.children = 0
+        if run.refs:
+            self.leaving.add(run)
+        else:
+            self.free.extend(run.slots)
+        self._left(run)
+
+    def _left(self, run: Run) -> None:
+        """It is found no more: so much for its parent, and for a space that was all its own."""
+        space, parent = run.space, run.parent
+        if parent is not None:
+            above = space.held.get(parent)
+            if above is not None:
+                above.children -= 1
+                self._settle(above)
+            elif space.orphans[parent] == 1:
+                del space.orphans[parent]
+            else:
+                space.orphans[parent] -= 1
+        if not space.held:
+            del self.spaces[space.namespace]
+
+    def _settle(self, run: Run) -> None:
+        """It lost a reference or a child: if it is in none of the policy's queues, it may be evictable, or its slots free."""
+        if run.refs or run.stamp or run.children:
+            return
+        if run.state == READY:
+            self.policy.restore(run)
+        elif run.state == EVICTING:
+            self.leaving.discard(run)
+            self.free.extend(run.slots)
+
+    # ---------------------------------------------------------------- slots
+
+    def _take_slots(self, count: int) -> array[int]:
         """Up to `count` slots: free ones, ones that were never used, those of the coldest objects that may go."""
-        free = self.free
-        slots = [free.pop() for _ in range(min(count, len(free)))]
+        slots = self.free[-count:]
+        del self.free[-count:]
         fresh = min(count - len(slots), self.slots - self._fresh)
         slots.extend(range(self._fresh, self._fresh + fresh))
         self._fresh += fresh
         if len(slots) < count:
-            slots.extend(self._evict(count - len(slots)))
+            self._evict(slots, count)
         return slots
 
-    def _evict(self, count: int) -> list[int]:
-        """The slots of up to `count` of the coldest ready objects that nothing holds. This is what a full arena does all day:
-        `drop`, for what the policy has given up already.
+    def _evict(self, slots: array[int], count: int) -> None:
+        """Bring `slots` to `count` with those of the coldest ready objects that nothing holds, as far as there are any. This
+        is what a full arena does all day.
         """
-        pop: Callable[[], Entry | None] = self.policy.pop  # type: ignore[assignment]  # it holds what it was given
-        remember, notice = self.gone.put, self.notice
-        slots: list[int] = []
-        while len(slots) < count and (entry := pop()) is not None:
-            if entry.refs or entry.children:
+        pop: Callable[[], Run | None] = self.policy.pop  # type: ignore[assignment]  # it holds what it was given
+        before = len(slots)
+        while len(slots) < count and (run := pop()) is not None:
+            if run.refs or run.children:
                 continue  # it stays aside (stamp 0) until `_settle` finds that nothing holds it any more
-            if notice is not None:
-                notice(False, entry)
-            slots.append(entry.slot)
-            entry.state = EVICTING
-            space, digest, parent = entry.space, entry.digest, entry.parent
-            del space.ready[digest]
-            remember(digest, "evicted")
-            if parent is not None:
-                above = space.ready.get(parent)
-                if above is not None and above.stamp:  # in the policy's queues: nothing to settle
-                    above.children -= 1
-                else:
-                    self._abandon(space, parent)
-            if not space.ready and not space.writing:
-                del self.spaces[space.namespace]
-        self.evictions += len(slots)
-        return slots
+            want = count - len(slots)
+            digests = run.digests
+            if want < len(digests):
+                last = digests[-want:]
+                slots.extend(run.slots[-want:])
+                del digests[-want:], run.slots[-want:]
+            else:
+                last = digests
+                slots.extend(run.slots)
+                run.state = EVICTING
+            held = run.space.held
+            for digest in last:
+                del held[digest]
+            if self.notice is not None:
+                self._tell(False, run.space.namespace, last)
+            self.gone.put_all(last, "evicted")
+            self.policy.evicted(run, last)
+            if run.state == READY:
+                self.policy.restore(run)
+            else:
+                self._left(run)
+        self.evictions += len(slots) - before
 
-    def _settle(self, entry: Entry) -> None:
-        """An object outside of the policy's queues lost a reference or a child: it may be evictable, or its slot free."""
-        if entry.refs or entry.stamp or entry.children:
-            return
-        if entry.state == READY:
-            self.policy.restore(entry)
-        elif entry.state == EVICTING:
-            self.leaving.discard(entry)
-            self.free.append(entry.slot)
+    # ---------------------------------------------------------------- runs
 
-    def _abandon(self, space: Space, parent: bytes) -> None:
-        above = space.get(parent)
-        if above:
-            above.children -= 1
-            self._settle(above)
-        elif space.orphans[parent] == 1:
-            del space.orphans[parent]
-        else:
-            space.orphans[parent] -= 1
+    def _runs(self, space: Space, chain: Chain, start: int, slots: array[int]) -> list[Span]:
+        """New runs for as many objects from `start` on as there are slots, cut where one has children already."""
+        digests, held, orphans = chain.digests, space.held, space.orphans
+        stop = start + len(slots)
+        ends = [*range(start + LONGEST, stop, LONGEST), stop]
+        if orphans:
+            ends = sorted({*ends, *(i for i in range(start + 1, stop) if digests[i - 1] in orphans)})
+        spans: list[Span] = []
+        first, generation = start, self._generation + 1
+        for end in ends:
+            names, mine = list(digests[start:end]), slots[start - first : end - first]
+            parent = chain.parent(start) if self.chained else None
+            run = Run(space, names, mine, generation + start - first, parent, chain.depth(start), int(chain.linked))
+            for digest in names:
+                held[digest] = run
+            run.children = int(run.tied and end < stop)
+            if orphans:
+                run.children += orphans.pop(names[-1], 0)
+            spans.append((run, end - start))
+            start = end
+        return spans
+
+    def _split(self, run: Run, at: int) -> Run:
+        rest = run.split(at)
+        if run.stamp:
+            self.policy.split(run, rest)
+        return rest
+
+    def _ending_with(self, namespace: bytes, digest: bytes, depth: int) -> Run | None:
+        """The run whose last object this is, split if need be, so that something can hang off it."""
+        space = self.spaces.get(namespace)
+        run = space.held.get(digest) if space else None
+        if run is not None and run.digests[-1] != digest:
+            self._split(run, run.find(digest, depth) + 1)
+        return run
+
+    def _tell(self, there: bool, namespace: bytes, digests: Iterable[bytes]) -> None:
+        assert self.notice is not None
+        for digest in digests:
+            self.notice(there, namespace, digest)

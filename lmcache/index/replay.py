@@ -1,19 +1,21 @@
 """The index without its messages: what it decides for a request whose copies take no time.
 
 Finding, ordering, evicting and what goes to which tier are the index's own (`find`, `Pool`, `State`); left out are the plans
-and reports, and with them everything that is about copies under way. For simulations: some hundred thousand chunks a second.
+and reports, and with them everything that is about copies under way. For simulations: a million chunks a second.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import groupby
 from typing import NamedTuple
 
 from lmcache.eviction import hears
 from lmcache.index.core import Index
-from lmcache.index.finder import find
+from lmcache.index.finder import find, stretches
 from lmcache.index.messages import EVICTED
-from lmcache.index.pool import Entry
+from lmcache.index.runs import Span
 from lmcache.plan import Chain, Name
 
 Written = Callable[[int, Name], None]
@@ -55,77 +57,63 @@ class Replay:
 
     def request(self, chain: Chain) -> Served:
         """Look up a chain, load what is there, and keep all of it, as an engine does for a prompt."""
-        state, pool = self._state, self._pool
-        digests = chain.digests
-        found = find(state, chain, len(digests))
-        near = found.entries(0)
+        pool, digests = self._pool, chain.digests
+        found = find(self._state, chain, len(digests))
+        chunks, below = found.chunks, found.below[0]
         if self._curious:
             pool.policy.asked(digests, found.resident(0))
+        near = pool.carve(found.parts(0))
         if self._learner is not None:
-            self._learner(digests, len(near), found.chunks)
-        pool.pin(near)
+            self._learner(digests, found.resident(0), chunks)
+        pins = pool.pin(near)
         pool.touch(near)
-        tiers: dict[int, int] = {}
-        present = near
-        if len(near) < found.chunks:
-            for i in range(found.chunks):
-                source = found.sources[0][i]
-                if type(source) is int:
-                    tiers[source] = tiers.get(source, 0) + 1
-                    self._promote(chain, i, source)
-            held = (pool.find(chain.namespace, digest) for digest in digests[: found.chunks])
-            present = [entry for entry in held if entry is not None]
-        stored = self._keep(chain, found.chunks, present)
-        pool.unpin(near)
-        return Served(len(near), tiers, stored)
+        for first, last in stretches(below):
+            for tier, positions in groupby(range(first, last), below.__getitem__):
+                self._promote(chain, list(positions), tier)
+        fresh, there = self._take(chain, chunks)
+        if below or there:
+            names = [*digests[:chunks], *there]
+            near = pool.carve(pool.present(chain.namespace, names, 0, len(names)))
+        pool.touch(near)  # a store counts as a use of what is there
+        stored = self._publish(chain.namespace, fresh, len(self._state.tiers))
+        pool.unpin(pins)
+        return Served(chunks - len(below), dict(Counter(below.values())) if below else {}, stored)
 
     def lost(self, tier: int, name: Name) -> None:
         """A tier no longer holds an object, see `Index.announce`."""
         if self._state.known[tier].remove(name, 0):
             self._pool.gone.put(name.chain, EVICTED)
 
-    def _promote(self, chain: Chain, i: int, tier: int) -> None:
-        digest = chain.digests[i]
+    def _promote(self, chain: Chain, positions: list[int], tier: int) -> None:
+        """Bring neighbouring chunks from a tier, as far as slots can be freed."""
         if self._used is not None:
-            self._used(tier, self._state.name(chain.namespace, digest, 0, chain.depth(i)))
-        entry = self._pool.insert(chain.namespace, digest, chain.parent(i), chain.depth(i))
-        if entry is not None:
-            self._publish(chain.namespace, [entry], tier)
+            for i in positions:
+                self._used(tier, self._state.name(chain.namespace, chain.digests[i], 0, chain.depth(i)))
+        self._publish(chain.namespace, self._pool.insert(chain, positions[0], positions[-1] + 1), tier)
 
-    def _keep(self, chain: Chain, first: int, present: list[Entry]) -> int:
-        """Take in the chunks from `first` on that are not there; stops where no slot can be freed. As a store does, it counts
-        as a use of those that are there.
-        """
-        pool, digests, namespace = self._pool, chain.digests, chain.namespace
-        space = pool.spaces.get(namespace)
-        if space is None or not any(map(space.ready.get, digests[first:])):  # mostly: one stretch of news
-            run = pool.insert_run(
-                namespace, digests[first:], chain.parent(first), chain.depth(first), linked=chain.linked
-            )
-        else:
-            run = []
-            present = list(present)
-            for i in range(first, len(digests)):
-                entry = pool.find(namespace, digests[i])
-                if entry is not None:
-                    present.append(entry)
-                    continue
-                entry = pool.insert(namespace, digests[i], chain.parent(i), chain.depth(i))
-                if entry is None:
-                    break
-                run.append(entry)
-        pool.touch(present)
-        if run:
-            self._publish(namespace, run, len(self._state.tiers))
-        return len(run)
+    def _take(self, chain: Chain, first: int) -> tuple[list[Span], list[bytes]]:
+        """Take in the chunks from `first` on that are not there, until no slot can be freed. (Those, what was there.)"""
+        spans: list[Span] = []
+        there: list[bytes] = []
+        digests = chain.digests
+        while first < len(digests):
+            last = self._pool.absent(chain, first, len(digests))  # mostly all that is left
+            there += digests[last : last + 1]
+            news = self._pool.insert(chain, first, last)
+            spans += news
+            if last == len(digests) or sum(size for _, size in news) < last - first:
+                break
+            first = last + 1
+        return spans, there
 
-    def _publish(self, namespace: bytes, run: list[Entry], below: int) -> None:
-        """They are ready, and what the index wants written to the first `below` tiers is written."""
+    def _publish(self, namespace: bytes, spans: list[Span], below: int) -> int:
+        """They are ready, and what the index wants written to the first `below` tiers is written. Returns how many objects."""
         state, pool = self._state, self._pool
-        pool.publish(run)
+        ready = pool.publish(spans)
         for tier in range(below):
-            for _, name in state.spillable(namespace, 0, run, tier):
+            for _, name, _ in state.spillable(namespace, 0, ready, tier):
                 state.known[tier].add(name, 0)
                 if self._written is not None:
                     self._written(tier, name)
-        pool.unpin(run)
+        pool.unpin(spans)
+        return sum(size for _, size in spans)

@@ -11,7 +11,6 @@ from functools import partial
 from lmcache.index.hits import fixpoint, longest
 from lmcache.index.jobs import Work
 from lmcache.index.messages import CORRUPT, EVICTED, FAILED, Finished
-from lmcache.index.pool import Entry, Pool
 from lmcache.index.state import State
 from lmcache.plan import Copy, Delete, Engine, JobReport, Name, Probe, Report, Slot, Status, Tier
 
@@ -45,8 +44,8 @@ def overdue(state: State, work: Work) -> list[Finished]:
 
 def release(work: Work) -> None:
     """Let go of everything the job held."""
-    for pool, entries in work.pins:
-        pool.unpin(entries)
+    for pool, spans in work.pins:
+        pool.unpin(spans)
     work.pins = []
 
 
@@ -78,9 +77,8 @@ def _observe(state: State, work: Work, i: int, status: Status, rank: int) -> Non
             state.known[op.dst.index].add(op.name, rank)
         return
     reason = _REASONS.get(status, FAILED)
-    if i in work.writes:
-        pool, entry = work.writes[i]
-        pool.drop(entry, reason)
+    if isinstance(op.dst, Slot):
+        _drop(state, op.name, op.dst, reason)
         state.counts["dropped"] += 1
     if isinstance(op.src, Tier) and status in _GONE:
         known = state.known[op.src.index]
@@ -91,8 +89,11 @@ def _observe(state: State, work: Work, i: int, status: Status, rank: int) -> Non
                 state.delete(op.src.index, [op.name])
     elif isinstance(op.src, Slot) and isinstance(op.dst, Engine) and (status in _GONE or status is Status.SKIPPED):
         # A rank whose slot does not hold the object (any more) says SKIPPED.
-        pool, entry = work.reads[i]
-        pool.drop(entry, reason)
+        _drop(state, op.name, op.src, reason)
+
+
+def _drop(state: State, name: Name, slot: Slot, reason: str) -> None:
+    state.pools[name.group].drop(name.namespace, name.chain, name.depth, slot.generation, reason)
 
 
 def _advance(state: State, work: Work, finished: list[Finished]) -> None:
@@ -119,17 +120,13 @@ def _advance(state: State, work: Work, finished: list[Finished]) -> None:
 
 def _conclude(state: State, work: Work) -> None:
     """Every rank has spoken."""
-    ready: dict[int, list[Entry]] = {}
     below = len(state.tiers)
-    for i, (_, entry) in work.writes.items():
-        op = work.ops[i]
-        if work.results[i] is Status.OK and isinstance(op, Copy):
-            ready.setdefault(op.name.group, []).append(entry)
-            if isinstance(op.src, Tier):  # what came from a tier is promoted to the nearer ones only
-                below = min(below, op.src.index)
-    for group, run in ready.items():
-        pool: Pool = state.pools[group]
-        state.spill(work.namespace, group, pool.publish(run), range(below))
+    for op, status in zip(work.ops, work.results, strict=True):
+        # What came from a tier is promoted to the nearer ones only.
+        if status is Status.OK and isinstance(op, Copy) and isinstance(op.dst, Slot) and isinstance(op.src, Tier):
+            below = min(below, op.src.index)
+    for group, spans in work.fills.items():  # what failed has left
+        state.spill(work.namespace, group, state.pools[group].publish(spans), range(below))
     if work.wanted is not None:
         work.ok_tokens = _loaded(state, work)
         failed = any(status is not Status.OK for status in work.results)

@@ -9,12 +9,13 @@ from lmcache.eviction import PolicyFactory
 from lmcache.index.jobs import Jobs, Work
 from lmcache.index.known import Known
 from lmcache.index.messages import Owner, TierInfo
-from lmcache.index.pool import READY, Entry, Pool
+from lmcache.index.pool import Pool
+from lmcache.index.runs import Run
 from lmcache.plan import Copy, Delete, Name, Slot, Tier
 from lmcache.spec import HitRule
 
-Source = Entry | int
-"""Where an object can be had: a ready object in DRAM, or the index of a tier."""
+DRAM = -1
+"""The place nearer than the first tier, where places are numbered."""
 
 Admit = Callable[[int, Name], bool]
 """Whether an object that became ready in DRAM should be written to a tier."""
@@ -56,49 +57,45 @@ class State:
         """The full name of a full chunk's object."""
         return Name(namespace, digest, group, self.chunk_tokens, depth)
 
-    def name_of(self, group: int, entry: Entry) -> Name:
-        """The full name of an object in DRAM."""
-        return self.name(entry.space.namespace, entry.digest, group, entry.depth)
-
-    def source(self, namespace: bytes, digest: bytes, group: int) -> Source | None:
-        """The nearest place from which every rank can load the object."""
-        entry = self.pools[group].find(namespace, digest)
-        if entry is not None and entry.state == READY:
-            return entry
+    def source(self, namespace: bytes, digest: bytes, group: int, depth: int) -> int | None:
+        """The nearest place from which every rank can load the object: `DRAM` or the index of a tier."""
+        found = self.pools[group].find(namespace, digest, depth)
+        if found is not None and found.ready:
+            return DRAM
         return self.tier_with(namespace, digest, group)
 
     def tier_with(self, namespace: bytes, digest: bytes, group: int) -> int | None:
         """The nearest tier that is known to hold the object on every rank."""
         return next((t for t, known in enumerate(self.known) if known.has(namespace, group, digest)), None)
 
-    def spill(self, namespace: bytes, group: int, run: Sequence[Entry], tiers: Sequence[int]) -> None:
+    def spill(self, namespace: bytes, group: int, runs: Sequence[Run], tiers: Sequence[int]) -> None:
         """Queue write-behind of ready objects to those of `tiers` that are not known to hold them.
 
         An object whose damaged copy is being removed waits for that: see `deleted`.
         """
+        pool = self.pools[group]
         for t in tiers:
-            names = self.spillable(namespace, group, run, t)
-            for at in range(0, len(names), SPILL_BATCH):
-                batch = names[at : at + SPILL_BATCH]
+            objects = self.spillable(namespace, group, runs, t)
+            for first in range(0, len(objects), SPILL_BATCH):
+                batch = objects[first : first + SPILL_BATCH]
                 work = Work("spill", None, namespace)
-                work.ops.extend(Copy(name, Slot(entry.slot, entry.generation), Tier(t)) for entry, name in batch)
-                entries = [entry for entry, _ in batch]
-                self.pools[group].pin(entries)
-                work.pins.append((self.pools[group], entries))
+                work.ops.extend(Copy(name, slot, Tier(t)) for _, name, slot in batch)
+                work.pins.append((pool, pool.pin(list(dict.fromkeys(run for run, _, _ in batch)))))
                 self.jobs.start(work)
 
-    def spillable(self, namespace: bytes, group: int, run: Sequence[Entry], t: int) -> list[tuple[Entry, Name]]:
-        """Those of `run` that tier `t` should hold and does not."""
+    def spillable(self, namespace: bytes, group: int, runs: Sequence[Run], t: int) -> list[tuple[Run, Name, Slot]]:
+        """Those objects of `runs` that tier `t` should hold and does not."""
         wanted = [
-            (entry, name)
-            for entry in run
-            if not self.known[t].has(namespace, group, entry.digest)
-            and (name := self.name_of(group, entry))
+            (run, name, Slot(slot, generation))
+            for run in runs
+            for digest, slot, generation, depth in run.objects()
+            if not self.known[t].has(namespace, group, digest)
+            and (name := self.name(namespace, digest, group, depth))
             and (not self.deleting or not self.deleting[t, name])
         ]
         if self._admit is None:
             return wanted
-        admitted = [(entry, name) for entry, name in wanted if self._admit(t, name)]
+        admitted = [found for found in wanted if self._admit(t, found[1])]
         self.counts["refused"] += len(wanted) - len(admitted)
         return admitted
 
@@ -128,6 +125,7 @@ class State:
             return
         del self.deleting[tier, name]
         self.known[tier].remove(name, None)
-        entry = self.pools[name.group].find(name.namespace, name.chain)
-        if entry is not None and entry.state == READY:
-            self.spill(name.namespace, name.group, [entry], [tier])
+        pool = self.pools[name.group]
+        found = pool.find(name.namespace, name.chain, name.depth)
+        if found is not None and found.ready:
+            self.spill(name.namespace, name.group, pool.carve([found.part]), [tier])

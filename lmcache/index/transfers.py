@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 
-from lmcache.index.finder import Found, find
+from lmcache.index.finder import Found, find, stretches
 from lmcache.index.jobs import Wanted, Work
 from lmcache.index.messages import Owner
-from lmcache.index.pool import Entry
+from lmcache.index.runs import Run, pieces
 from lmcache.index.state import State
-from lmcache.plan import Chain, Copy, Engine, Slot, Tier
+from lmcache.plan import Chain, Copy, Engine, Place, Slot, Tier
 
 ENGINE = Engine()
 
@@ -22,21 +23,21 @@ def load(state: State, owner: Owner, chain: Chain, limit: int, skip: int) -> Wor
     if found.chunks * chunk <= skip:
         return None
     work = Work("load", owner, chain.namespace)
-    _pin(state, work, found)
+    near = _pin(state, work, found)
+    hops = _hops(state, work, chain, found, skip // chunk)
     targets: list[tuple[int, int, int]] = []
     for i in range(skip // chunk, found.chunks):
-        for group, pool in enumerate(state.pools):
-            if i not in found.needs[group]:
+        for group, need in enumerate(found.needs):
+            if i not in need:
                 continue
-            source = found.sources[group][i]
             name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
-            entry = source if isinstance(source, Entry) else _fill(state, work, chain, group, i, source)
-            if entry is None:  # straight into the engine: no slot can be freed, or another job is filling one
-                assert isinstance(source, int)
-                work.ops.append(Copy(name, Tier(source), ENGINE, i * chunk))
-            else:
-                work.reads[len(work.ops)] = pool, entry
-                work.ops.append(Copy(name, Slot(entry.slot, entry.generation), ENGINE, i * chunk))
+            source: Place | None = near[group].get(i)
+            if source is None:  # straight into the engine if no slot can be freed, or another job is filling one
+                source = Tier(found.below[group][i])
+                if i in hops[group]:
+                    work.ops.append(Copy(name, source, hops[group][i]))
+                    source = hops[group][i]
+            work.ops.append(Copy(name, source, ENGINE, i * chunk))
             targets.append((len(work.ops) - 1, group, i))
     work.wanted = Wanted(found.chunks, skip, targets)
     return work
@@ -47,10 +48,12 @@ def prefetch(state: State, owner: Owner, chain: Chain, limit: int, skip: int = 0
     found = find(state, chain, limit)
     work = Work("prefetch", owner, chain.namespace)
     _pin(state, work, found)
+    hops = _hops(state, work, chain, found, skip // state.chunk_tokens)
     for i in range(skip // state.chunk_tokens, found.chunks):
-        for group in range(len(state.pools)):
-            if i in found.needs[group] and isinstance(source := found.sources[group][i], int):
-                _fill(state, work, chain, group, i, source)
+        for group, slots in enumerate(hops):
+            if i in slots:
+                name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
+                work.ops.append(Copy(name, Tier(found.below[group][i]), slots[i]))
     return work
 
 
@@ -65,69 +68,90 @@ def store(
     """A job that copies chunks [first, last) into DRAM; the positions it copies something of; skipped objects by reason."""
     work = Work("store", owner, chain.namespace)
     skipped: Counter[str] = Counter()
-    taken: set[int] = set()
-    touched: list[list[Entry]] = [[] for _ in state.pools]
-    # Groups of rule `all` first: where they have a gap, nobody can reach what lies behind it.
-    order = sorted(range(len(state.pools)), key=lambda g: not state.pools[g].chained)
-    for i in range(first, last):
-        digest = chain.digests[i]
-        gap = False
-        for group in order:
-            pool = state.pools[group]
-            if state.rules[group].kind == "whole" and i:
+    ops: list[tuple[int, Copy]] = []
+    gaps: set[int] = set()  # positions of which a group of rule `all` has nothing: nobody can reach what lies behind it
+    digests = list(chain.digests[:last])
+    for group in sorted(range(len(state.pools)), key=lambda g: not state.pools[g].chained):
+        pool = state.pools[group]
+        end = min(last, 1) if state.rules[group].kind == "whole" else last
+        touched: list[bytes] = []
+        i = first
+        while i < end:
+            ready = next(pool.walk(chain.namespace, digests, i, end), None)
+            if ready is not None or pool.find(chain.namespace, digests[i], chain.depth(i)) is not None:
+                there = ready.size if ready else 1
+                skipped["present"] += there
+                touched += digests[i : i + there]
+                i += there
                 continue
-            entry = pool.find(chain.namespace, digest)
-            if entry is not None:
-                skipped["present"] += 1
-                touched[group].append(entry)
-                continue
-            if gap or (pool.chained and chain.parent(i) and not _reachable(state, chain, group, i - 1)):
+            if i in gaps or (pool.chained and chain.parent(i) and not _reachable(state, chain, group, i - 1)):
                 skipped["parent"] += 1
             elif resident is not None and not resident[group][i]:
                 skipped["resident"] += 1
             else:
-                entry = pool.insert(chain.namespace, digest, chain.parent(i), chain.depth(i))
-                if entry is None:
-                    skipped["full"] += 1
-            if entry is None:
-                gap = gap or (pool.chained and chain.linked and state.tier_with(chain.namespace, digest, group) is None)
-                continue
-            name = state.name(chain.namespace, digest, group, chain.depth(i))
-            work.writes[len(work.ops)] = pool, entry
-            work.ops.append(Copy(name, ENGINE, Slot(entry.slot, entry.generation), i * state.chunk_tokens))
-            work.pins.append((pool, [entry]))
-            taken.add(i)
-    for pool, run in zip(state.pools, touched, strict=True):
-        pool.touch(run)
-    return work, taken, skipped
+                stop = pool.absent(chain, i, end)
+                if gaps or resident is not None:
+                    barred = (
+                        j for j in range(i, stop) if j in gaps or (resident is not None and not resident[group][j])
+                    )
+                    stop = next(barred, stop)
+                slots = _take(state, work, chain, group, i, stop)
+                for slot in slots:
+                    name = state.name(chain.namespace, digests[i], group, chain.depth(i))
+                    ops.append((i, Copy(name, ENGINE, slot, i * state.chunk_tokens)))
+                    i += 1
+                if slots:
+                    continue
+                skipped["full"] += 1
+            if pool.chained and chain.linked and state.tier_with(chain.namespace, digests[i], group) is None:
+                gaps.add(i)
+            i += 1
+        pool.touch(pool.carve(pool.present(chain.namespace, touched, 0, len(touched))))
+    ops.sort(key=itemgetter(0))
+    work.ops.extend(op for _, op in ops)
+    return work, {i for i, _ in ops}, skipped
 
 
 def _reachable(state: State, chain: Chain, group: int, i: int) -> bool:
     digest = chain.digests[i]
-    if state.pools[group].find(chain.namespace, digest) is not None:
+    if state.pools[group].find(chain.namespace, digest, chain.depth(i)) is not None:
         return True
     return state.tier_with(chain.namespace, digest, group) is not None
 
 
-def _pin(state: State, work: Work, found: Found) -> None:
-    """Hold what is in DRAM, before a slot for anything else is taken from there."""
+def _pin(state: State, work: Work, found: Found) -> list[dict[int, Slot]]:
+    """Hold what is in DRAM, before a slot for anything else is taken from there; per group, where each position of it lies."""
+    near: list[dict[int, Slot]] = []
     for group, pool in enumerate(state.pools):
-        entries = found.entries(group)
-        pool.pin(entries)
-        work.pins.append((pool, entries))
+        runs = pool.carve(found.parts(group))
+        work.pins.append((pool, pool.pin(runs)))
+        positions = (i for i in found.needs[group] if i not in found.below[group])
+        near.append(dict(zip(positions, _slots(runs), strict=True)))
+    return near
 
 
-def _fill(state: State, work: Work, chain: Chain, group: int, i: int, tier: int) -> Entry | None:
-    """Add a hop from a tier into a fresh slot, if there is one."""
+def _hops(state: State, work: Work, chain: Chain, found: Found, first: int) -> list[dict[int, Slot]]:
+    """Per group, slots for what lies in tiers from chunk `first` on, as far as there are any and no other job fills one."""
+    hops: list[dict[int, Slot]] = []
+    for group, pool in enumerate(state.pools):
+        slots: dict[int, Slot] = {}
+        for start, stop in stretches(sorted(i for i in found.below[group] if i >= first)):
+            while start < stop:
+                end = pool.absent(chain, start, stop)
+                slots.update(enumerate(_take(state, work, chain, group, start, end), start))
+                start = end + 1
+        hops.append(slots)
+    return hops
+
+
+def _take(state: State, work: Work, chain: Chain, group: int, first: int, last: int) -> list[Slot]:
+    """Slots that the job fills with as much of the beginning of chunks [first, last), which are absent, as can be freed."""
     pool = state.pools[group]
-    digest = chain.digests[i]
-    if pool.find(chain.namespace, digest) is not None:  # being written by another job
-        return None
-    entry = pool.insert(chain.namespace, digest, chain.parent(i), chain.depth(i))
-    if entry is None:
-        return None
-    name = state.name(chain.namespace, digest, group, chain.depth(i))
-    work.writes[len(work.ops)] = pool, entry
-    work.ops.append(Copy(name, Tier(tier), Slot(entry.slot, entry.generation)))
-    work.pins.append((pool, [entry]))
-    return entry
+    spans = pool.insert(chain, first, last)
+    work.fills.setdefault(group, []).extend(spans)
+    work.pins.append((pool, spans))
+    return list(_slots(pieces(spans)))
+
+
+def _slots(runs: Iterable[Run]) -> Iterator[Slot]:
+    return (Slot(slot, generation) for run in runs for _, slot, generation, _ in run.objects())

@@ -160,6 +160,8 @@ class ControlPlane:
         own = self._device.request(chain).chunks if self._device else 0
         found = self._replay.request(chain)
         self.counts["stored"] += found.stored
+        if not own and not found.tiers:
+            return {"dram": found.dram} if found.dram else {}
         hits = {"device": own, "dram": found.dram, "disk": found.tiers.get(0, 0)}
         if own:  # what the engine has itself is not loaded
             hits["dram"] = max(0, found.dram - own)

@@ -12,6 +12,7 @@ from indexdriver import ABCD, DISK, FAILED, LATE, OK, Lab, places
 from lmcache.errors import ConfigError
 from lmcache.eviction import POLICIES, Lru, hears
 from lmcache.index import Index, TierInfo
+from lmcache.index.runs import READY
 from lmcache.plan import Copy, Slot
 from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.indexlab import CHUNK, chain, name_at
@@ -286,8 +287,9 @@ def test_children_leave_before_their_parents_whatever_the_policy(policy: str, st
             lab.look(chain("one", text), owner=str(owner))
         [space] = lab.index.state.pools[0].spaces.values() or [None]
         if space is not None:
-            resident = set(space.ready)
-            assert all(entry.parent is None or entry.parent in resident for entry in space.ready.values())
+            runs = {run for run in space.held.values() if run.state == READY}
+            resident = {digest for run in runs for digest in run.digests}
+            assert all(run.parent is None or run.parent in resident for run in runs)
 
 
 def test_sliding_windows_are_evicted_by_their_policy_alone() -> None:
@@ -321,7 +323,6 @@ def test_impossible_settings_are_refused(groups, chunk, slots, more, message: st
 def test_the_audit_notices_a_leaked_reference() -> None:
     lab = Lab()
     lab.have()
-    entry = next(lab.index.state.pools[0].residents())
-    entry.refs += 1
+    next(lab.index.state.pools[0].residents()).run.refs += 1
     with pytest.raises(AssertionError, match="1 references counted, 0 held"):
         lab.index.check()

@@ -58,7 +58,7 @@ def found():
         "free": pool.get_num_free_blocks(),
         "requests": len(half._requests), "views": len(half._views),
         **{name: value for name, value in half._index.stats().items() if name in ("jobs", "leases", "failed_owners")},
-        "references": sum(entry.refs for p in half._index.state.pools for entry in p.residents()),
+        "references": sum(held.run.refs for p in half._index.state.pools for held in p.residents()),
         "questions": len(half._index._questions),
         "observed": len(core.model_executor.driver_worker.worker.model_runner.requests),
         "hits": half.stats()["lmcache_loaded_tokens_total"],

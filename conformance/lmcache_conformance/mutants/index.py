@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from lmcache.index import Finished, Index, Lookup, Owner, Store
-from lmcache.index.pool import Entry
+from lmcache.index.runs import Run, Span, pieces
 from lmcache.plan import Chain, JobReport, Plan, Report, Status
 from lmcache.spec import HitRule
 from lmcache_conformance.index import IndexTests
@@ -90,8 +90,8 @@ class _ReadyAtOnce(Index):
     def begin_store(self, owner: Owner, chain: Chain, **settings: Any) -> Store:
         store = super().begin_store(owner, chain, **settings)
         if store.job is not None:
-            for pool, entry in self.state.jobs.live[store.job].writes.values():
-                pool.publish([entry])
+            for group, spans in self.state.jobs.live[store.job].fills.items():
+                self.state.pools[group].publish(spans)
         return store
 
 
@@ -156,17 +156,16 @@ class MutantLateIsOver(_Tests):
 
 class _AnyEpoch(Index):
     def report(self, report: Report, now: float) -> list[Finished]:
-        for op, entry in self.__dict__.pop("_lost", []):
-            del op
+        for run in self.__dict__.pop("_lost", []):
             pool = self.state.pools[0]
-            fresh = pool.insert(entry.space.namespace, entry.digest, None, entry.depth)
-            if fresh is not None:
-                pool.publish([fresh])
-                pool.unpin([fresh])
+            fresh = pool.insert(Chain(run.space.namespace, run.digests), 0, len(run.digests))
+            pool.publish(fresh)
+            pool.unpin(fresh)
         return super().report(report, now)
 
     def reset(self, now: float) -> list[Finished]:
-        lost = [(op, entry) for work in self.state.jobs.live.values() for op, (_, entry) in work.writes.items()]
+        fills = [spans for work in self.state.jobs.live.values() for spans in work.fills.values()]
+        lost = [run for spans in fills for run in pieces(spans)]
         ended = super().reset(now)
         self.__dict__["_lost"] = lost
         return ended
@@ -215,11 +214,11 @@ class _PinsNothing(Index):
         for pool in self.state.pools:
             unpin = pool.unpin
 
-            def pin(run: Iterable[Entry]) -> None:
-                del run
+            def pin(runs: Sequence[Run]) -> list[Span]:
+                return [(run, len(run.digests)) for run in runs]
 
-            def release(run: Iterable[Entry], unpin: Any = unpin) -> None:
-                unpin([entry for entry in run if entry.refs > 0])
+            def release(spans: Iterable[Span], unpin: Any = unpin) -> None:
+                unpin([(run, len(run.digests)) for run in pieces(spans) if run.refs > 0])
 
             pool.pin = pin  # type: ignore[method-assign]
             pool.unpin = release  # type: ignore[method-assign]
