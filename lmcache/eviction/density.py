@@ -6,12 +6,14 @@ order of what is really resident, by both. Who never calls `asked` has LRU. Its 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 
 from lmcache.eviction.base import Policy, Tracked
 from lmcache.eviction.forecast import HORIZON, KINDS, NEW, Forecast, Kinds
 from lmcache.eviction.shelves import Ages, Run, Shelves
+from lmcache.eviction.stake import Stake
 
 SAMPLE = 4096
 """Objects of the shadow caches, at most: larger arenas are judged by a sample of their names. With 1024 the hits of the
@@ -27,6 +29,7 @@ class Density(Policy):
         self._bound = 256 if capacity <= sample else max(1, 256 * sample // capacity)
         unit = max(4.0, capacity / 64)
         self.forecast = Forecast(max(1, round(capacity * self._bound / 256)), HORIZON * max(1, capacity), unit)
+        self.stake = Stake(max(1.0, capacity * self._bound / 256))
         self._clock = 0.0
         self._stamp = 0
         self._log: deque[Run[Tracked]] = deque()
@@ -47,11 +50,18 @@ class Density(Policy):
         self._clock += len(chain)
         bound = self._bound
         if bound == 256:
-            kinds = self.forecast.ask(chain, self._clock)
-            known = kinds.known
+            picked: Sequence[int] = range(len(chain))
+            keys = chain
+            found = hits
         else:  # digests are random: their first byte draws the sample
             picked = [i for i, digest in enumerate(chain) if digest[0] < bound]
-            kinds = self.forecast.ask([chain[i] for i in picked], self._clock) if picked else Kinds(0, NEW, NEW)
+            keys = [chain[i] for i in picked]
+            found = bisect_left(picked, hits)
+        known = 0
+        kinds = Kinds(0, NEW, NEW)
+        if keys:
+            self.stake.ask(keys, found, self._clock)
+            kinds = self.forecast.ask(keys, self._clock)
             known = picked[kinds.known - 1] + 1 if kinds.known else 0
         known = max(known, hits)
         self._kinds.update(dict.fromkeys(chain[:known], kinds.again))
@@ -80,13 +90,18 @@ class Density(Policy):
             stamp, item = self._restored.pop()
             if item.stamp == stamp:
                 item.stamp = 0
-                return item
-        return self._pop_by_worth() if self.forecast.trusted else self._pop_by_age()
+                break
+        else:
+            item = self._choose()
+        if item is not None and item.digest[0] < self._bound:
+            self.stake.left(item.digest)
+        return item
 
     def restore(self, item: Tracked) -> None:
         """See `Policy.restore`."""
         self._stamp += 1
         item.stamp = -self._stamp
+        self.stake.back(item.digest)
         self._restored.append((item.stamp, item))
         self._entries += 1
         if self._entries > self._limit:
@@ -114,18 +129,30 @@ class Density(Policy):
         self._shelves.put(run)
         self._entries += len(members)
 
-    def _pop_by_worth(self) -> Tracked | None:
-        shelves = self._shelves
+    def _choose(self) -> Tracked | None:
+        """The coldest by worth, where that may be risked; otherwise the coldest of what LRU would not hold any more."""
+        if not self._learnt:
+            return self._pop_by_age()
+        shelves, stake = self._shelves, self.stake
         for _ in shelves.advance(self._clock):
             pass
         if self._version != self.forecast.version:
             self._version = self.forecast.version
             shelves.arrange(self.forecast.worth)
+        since = stake.since
         while (run := shelves.coldest()) is not None:
+            if run.time >= since and not stake.open:
+                break
             item = _last(run)
             if item is not None:
                 return item
-        return None
+        while (run := shelves.coldest_before(since, self._clock)) is not None:
+            item = _last(run)
+            if item is not None:
+                return item
+        return self._pop_by_age()
+
+    _learnt = True
 
     def _pop_by_age(self) -> Tracked | None:
         while self._log:

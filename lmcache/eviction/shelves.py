@@ -102,6 +102,29 @@ class Shelves(Generic[T]):
             self._filled &= ~(1 << rank)
         return None
 
+    def coldest_before(self, time: float, now: float) -> Run[T] | None:
+        """As `coldest`, among queues of which all runs were used before `time`."""
+        bucket = self.ages.bucket(now - time) + 1 if time >= 0 else 0
+        if bucket >= BUCKETS:
+            return None
+        mask = self._filled & self._older[bucket]
+        while mask:
+            rank = (mask & -mask).bit_length() - 1
+            mask &= mask - 1
+            number = self._at[rank]
+            queue = self.queues[number]
+            youngest = self._youngest[number]
+            while queue:
+                run = queue[-1 if youngest else 0]
+                if run.members:
+                    return run
+                if youngest:
+                    queue.pop()
+                else:
+                    queue.popleft()
+            self._filled &= ~(1 << rank)
+        return None
+
     def arrange(self, worth: Sequence[float]) -> None:
         """Order the queues by the worth of what they hold, least first; `worth` is indexed by class × BUCKETS + bucket.
 
@@ -109,7 +132,10 @@ class Shelves(Generic[T]):
         """
         self._at = sorted(range(len(worth)), key=lambda n: (worth[n], -(n % BUCKETS), n))
         self._filled = 0
+        self._older = [0] * BUCKETS
         for rank, number in enumerate(self._at):
+            for b in range(number % BUCKETS + 1):
+                self._older[b] |= 1 << rank
             self._rank[number] = rank
             if self.queues[number]:
                 self._filled |= 1 << rank
