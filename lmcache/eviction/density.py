@@ -6,6 +6,7 @@ order of what is really resident, by both. Who never calls `asked` has LRU. Its 
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ class Density(Policy):
         self._shelves: Shelves[Tracked] = Shelves(KINDS, Ages(unit))
         self._restored: list[tuple[int, Tracked]] = []
         self._version = -1
+        self._spent: list[tuple[float, int, Run[Tracked]]] = []
         self._entries = 0
         self._limit = 2 * capacity + 1024
         # Classes of what was asked for lately, in two generations: it is touched or added soon.
@@ -140,9 +142,20 @@ class Density(Policy):
             self._version = self.forecast.version
             shelves.arrange(self.forecast.worth)
         since = stake.since
+        spent = self._spent
+        while spent and spent[0][0] < since:
+            item = _last(spent[0][2])
+            if item is not None:
+                return item
+            heapq.heappop(spent)
         while (run := shelves.coldest()) is not None:
-            if run.time >= since and not stake.open:
-                break
+            if run.time >= since:
+                if not stake.affords(1):
+                    break
+                if not stake.affords(run.size - len(run.members) + 1):
+                    heapq.heappush(self._spent, (run.time, run.turn, run))
+                    shelves.drop_coldest()
+                    continue
             item = _last(run)
             if item is not None:
                 return item

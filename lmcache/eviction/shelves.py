@@ -102,6 +102,15 @@ class Shelves(Generic[T]):
             self._filled &= ~(1 << rank)
         return None
 
+    def drop_coldest(self) -> None:
+        rank = (self._filled & -self._filled).bit_length() - 1
+        number = self._at[rank]
+        queue = self.queues[number]
+        if self._youngest[number]:
+            queue.pop()
+        else:
+            queue.popleft()
+
     def coldest_before(self, time: float, now: float) -> Run[T] | None:
         """As `coldest`, among queues of which all runs were used before `time`."""
         bucket = self.ages.bucket(now - time) + 1 if time >= 0 else 0

@@ -9,6 +9,8 @@ INCOME = 0.005
 CREDIT = 0.7
 PRIOR = 50.0
 CAUTION = 2.0
+CLUMP = 1.0
+FLOOR = 0.02
 
 
 class Stake:
@@ -20,6 +22,7 @@ class Stake:
         self.room = 0.0
         self.since = -1.0
         self._lost = 0.0
+        self.q = 1.0
         self._ended = 0.0
         self._kept = 0.0
         self._gone = 0.0
@@ -65,12 +68,11 @@ class Stake:
     def price(self) -> None:
         general = (self._kept + 1) / (self._gone + 1)
         rate = (self._lost + PRIOR * general) / (self._ended + PRIOR)
-        self.q = q = min(1.0, CAUTION * rate + 0.02)
-        self.room = self.account / q
+        self.q = q = min(1.0, CAUTION * rate + FLOOR)
+        self.room = 0.0
 
-    @property
-    def open(self) -> bool:
-        return len(self.lent) < self.room
+    def affords(self, size: int) -> bool:
+        return self.q * len(self.lent) + CLUMP * size < self.account
 
     def left(self, key: Hashable) -> None:
         if key in self.names:
