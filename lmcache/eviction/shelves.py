@@ -112,26 +112,28 @@ class Shelves(Generic[T]):
             queue.popleft()
 
     def coldest_before(self, time: float, now: float) -> Run[T] | None:
-        """As `coldest`, among queues of which all runs were used before `time`."""
-        bucket = self.ages.bucket(now - time) + 1 if time >= 0 else 0
-        if bucket >= BUCKETS:
-            return None
-        mask = self._filled & self._older[bucket]
+        """As `coldest`, among the runs used before `time`."""
+        edge = self.ages.bucket(max(0.0, now - time))
+        mask = self._filled & self._older[edge]
         while mask:
-            rank = (mask & -mask).bit_length() - 1
-            mask &= mask - 1
+            bit = mask & -mask
+            mask ^= bit
+            rank = bit.bit_length() - 1
             number = self._at[rank]
             queue = self.queues[number]
-            youngest = self._youngest[number]
+            youngest = self._youngest[number] and number % BUCKETS > edge
             while queue:
                 run = queue[-1 if youngest else 0]
+                if run.time >= time:
+                    break
                 if run.members:
                     return run
                 if youngest:
                     queue.pop()
                 else:
                     queue.popleft()
-            self._filled &= ~(1 << rank)
+            if not queue:
+                self._filled &= ~bit
         return None
 
     def arrange(self, worth: Sequence[float]) -> None:
