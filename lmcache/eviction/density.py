@@ -1,7 +1,8 @@
-"""`density`: keep what promises most hits per unit of time, where that is seen to beat LRU; otherwise exact LRU.
+"""`density`: keep what promises most hits per unit of time, as far as what that may cost was earned; otherwise exact LRU.
 
-`lmcache.eviction.forecast` learns from `asked` what is worth keeping and says whether it is to be believed; here is the
-order of what is really resident, by both. Who never calls `asked` has LRU. Its clock counts the objects asked for.
+`lmcache.eviction.forecast` learns from `asked` what is worth keeping, `lmcache.eviction.stake` says how far that may be
+followed; here is the order of what is really resident, by both. Who never calls `asked` has LRU. Its clock counts the
+objects asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lmcache.eviction.base import Policy, Tracked
 from lmcache.eviction.forecast import HORIZON, KINDS, NEW, Forecast, Kinds
@@ -17,8 +18,7 @@ from lmcache.eviction.shelves import Ages, Run, Shelves
 from lmcache.eviction.stake import Stake
 
 SAMPLE = 4096
-"""Objects of the shadow caches, at most: larger arenas are judged by a sample of their names. With 1024 the hits of the
-Mooncake conversation trace at 5 % fall by a tenth, because it takes longer until a gain is beyond chance."""
+"""Resident objects that are learnt from, about: in larger arenas a sample of the names stands for all."""
 
 
 class Density(Policy):
@@ -27,19 +27,22 @@ class Density(Policy):
     """
 
     def __init__(self, capacity: int, sample: int = SAMPLE) -> None:
+        self._capacity = capacity
         self._bound = 256 if capacity <= sample else max(1, 256 * sample // capacity)
         unit = max(4.0, capacity / 64)
-        self.forecast = Forecast(max(1, round(capacity * self._bound / 256)), HORIZON * max(1, capacity), unit)
-        self.stake = Stake(max(1.0, capacity * self._bound / 256))
+        size = max(1, round(capacity * self._bound / 256))
+        self.forecast = Forecast(size, HORIZON * max(1, capacity), unit)
+        self.stake = Stake(size)
         self._clock = 0.0
         self._stamp = 0
         self._log: deque[Run[Tracked]] = deque()
         self._shelves: Shelves[Tracked] = Shelves(KINDS, Ages(unit))
+        self._spent: list[tuple[float, int, Run[Tracked]]] = []  # heap: runs that have no more to lend, by last use
         self._restored: list[tuple[int, Tracked]] = []
         self._version = -1
-        self._spent: list[tuple[float, int, Run[Tracked]]] = []
         self._entries = 0
         self._limit = 2 * capacity + 1024
+        self._queued = self._sampled = 0  # objects in the queues, and those of the sample
         # Classes of what was asked for lately, in two generations: it is touched or added soon.
         self._kinds: dict[bytes, int] = {}
         self._older: dict[bytes, int] = {}
@@ -49,27 +52,30 @@ class Density(Policy):
         """See `Policy.asked`."""
         if not chain:
             return
-        self._clock += len(chain)
+        self._clock = now = self._clock + len(chain)
+        picked: Sequence[int] = range(len(chain))
+        names = chain
         bound = self._bound
-        if bound == 256:
-            picked: Sequence[int] = range(len(chain))
-            keys = chain
-            found = hits
-        else:  # digests are random: their first byte draws the sample
+        if bound < 256:  # digests are random: their first byte draws the sample
             picked = [i for i, digest in enumerate(chain) if digest[0] < bound]
-            keys = [chain[i] for i in picked]
-            found = bisect_left(picked, hits)
-        known = 0
-        kinds = Kinds(0, NEW, NEW)
-        if keys:
-            self.stake.ask(keys, found, self._clock)
-            kinds = self.forecast.ask(keys, self._clock)
+            names = [chain[i] for i in picked]
+            if self._queued:  # as large a share of LRU's objects as of ours
+                self.stake.capacity = self._capacity * self._sampled / self._queued
+        kinds, known = Kinds(0, NEW, NEW), 0
+        if names:
+            self.stake.asked(names, bisect_left(picked, hits), now)
+            kinds = self.forecast.ask(names, now)
             known = picked[kinds.known - 1] + 1 if kinds.known else 0
         known = max(known, hits)
         self._kinds.update(dict.fromkeys(chain[:known], kinds.again))
         self._kinds.update(dict.fromkeys(chain[known:], kinds.new))
         if len(self._kinds) > self._lately:
             self._older, self._kinds = self._kinds, {}
+        for _ in self._shelves.advance(now):
+            pass
+        if self._version != self.forecast.version:
+            self._version = self.forecast.version
+            self._shelves.arrange(self.forecast.worth)
 
     def add(self, run: Sequence[Tracked]) -> None:
         """See `Policy.add`."""
@@ -77,6 +83,8 @@ class Density(Policy):
 
     def touch(self, run: Sequence[Tracked]) -> None:
         """See `Policy.touch`."""
+        if self._bound < 256:
+            self._count((item for item in run if not item.stamp), 1)
         first = 0
         kinds = [self._kind(item.digest) for item in run]
         for i in range(1, len(run) + 1):
@@ -88,14 +96,16 @@ class Density(Policy):
 
     def pop(self) -> Tracked | None:
         """See `Policy.pop`."""
-        while self._restored:
-            stamp, item = self._restored.pop()
-            if item.stamp == stamp:
-                item.stamp = 0
-                break
-        else:
+        item = None
+        while self._restored and item is None:
+            stamp, restored = self._restored.pop()
+            if restored.stamp == stamp:
+                item = restored
+        if item is None:
             item = self._choose()
-        if item is not None and item.digest[0] < self._bound:
+        if item is not None:
+            item.stamp = 0
+            self._count((item,), -1)
             self.stake.left(item.digest)
         return item
 
@@ -103,7 +113,8 @@ class Density(Policy):
         """See `Policy.restore`."""
         self._stamp += 1
         item.stamp = -self._stamp
-        self.stake.back(item.digest)
+        self._count((item,), 1)
+        self.stake.returned(item.digest)
         self._restored.append((item.stamp, item))
         self._entries += 1
         if self._entries > self._limit:
@@ -111,12 +122,25 @@ class Density(Policy):
 
     def discard(self, item: Tracked) -> None:
         """See `Policy.discard`."""
-        item.stamp = 0
+        if item.stamp:
+            item.stamp = 0
+            self._count((item,), -1)
+        self.stake.gone(item.digest)
 
     def members(self) -> Iterator[Tracked]:
         """See `Policy.members`."""
         yield from (item for run in self._log for item in run.members if item.stamp == run.turn)
         yield from (item for stamp, item in self._restored if item.stamp == stamp)
+
+    def _count(self, items: Iterable[Tracked], sign: int) -> None:
+        """Objects that entered the queues or left them. Of use only where there is a sample."""
+        bound = self._bound
+        if bound == 256:
+            return
+        for item in items:
+            self._queued += sign
+            if item.digest[0] < bound:
+                self._sampled += sign
 
     def _kind(self, digest: bytes) -> int:
         kind = self._kinds.get(digest)
@@ -132,42 +156,34 @@ class Density(Policy):
         self._entries += len(members)
 
     def _choose(self) -> Tracked | None:
-        """The coldest by worth, where that may be risked; otherwise the coldest of what LRU would not hold any more."""
-        if not self._learnt:
-            return self._pop_by_age()
-        shelves, stake = self._shelves, self.stake
-        for _ in shelves.advance(self._clock):
-            pass
-        if self._version != self.forecast.version:
-            self._version = self.forecast.version
-            shelves.arrange(self.forecast.worth)
-        since = stake.since
-        spent = self._spent
-        while spent and spent[0][0] < since:
-            item = _last(spent[0][2])
+        """The coldest by worth, where that is affordable; otherwise the coldest of what LRU would not hold."""
+        if not self.forecast.version:
+            return self._oldest()
+        since, stake, shelves = self.stake.since, self.stake, self._shelves
+        while self._spent and self._spent[0][0] < since:
+            item = _last(self._spent[0][2])
             if item is not None:
                 return item
-            heapq.heappop(spent)
+            heapq.heappop(self._spent)
+        share = self._bound / 256
         while (run := shelves.coldest()) is not None:
             if run.time >= since:
-                if not stake.affords(1):
+                if not stake.affords(0):
                     break
-                if not stake.affords(run.size - len(run.members) + 1):
+                if not stake.affords(share * (run.size - len(run.members))):
                     heapq.heappush(self._spent, (run.time, run.turn, run))
-                    shelves.drop_coldest()
+                    shelves.drop(run)
                     continue
             item = _last(run)
             if item is not None:
                 return item
-        while (run := shelves.coldest_before(since, self._clock)) is not None:
+        while (run := shelves.coldest(since)) is not None:
             item = _last(run)
             if item is not None:
                 return item
-        return self._pop_by_age()
+        return self._oldest()
 
-    _learnt = True
-
-    def _pop_by_age(self) -> Tracked | None:
+    def _oldest(self) -> Tracked | None:
         while self._log:
             item = _last(self._log[0])
             if item is not None:
@@ -180,6 +196,8 @@ class Density(Policy):
         # `capacity` objects are live: this frees at least half of what there is, O(1) amortised.
         self._shelves.compact(lambda run, item: item.stamp == run.turn)
         self._log = deque(run for run in self._log if run.members)
+        self._spent = [entry for entry in self._spent if entry[2].members]
+        heapq.heapify(self._spent)
         self._restored = [(stamp, item) for stamp, item in self._restored if item.stamp == stamp]
         self._entries = sum(len(run.members) for run in self._log) + len(self._restored)
 
@@ -190,6 +208,5 @@ def _last(run: Run[Tracked]) -> Tracked | None:
     while members:
         item = members.pop()
         if item.stamp == run.turn:
-            item.stamp = 0
             return item
     return None

@@ -10,6 +10,8 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from operator import or_
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -59,6 +61,8 @@ class Shelves(Generic[T]):
         self._rank = list(range(kinds * BUCKETS))
         self._at = list(range(kinds * BUCKETS))  # rank → queue
         self._youngest = [False] * (kinds * BUCKETS)
+        self._now = 0.0
+        self._aged = [-1] * BUCKETS  # bucket → ranks of the queues that are as old or older
         self._filled = 0  # bit r is set if the queue of rank r may hold something
 
     def put(self, run: Run[T]) -> None:
@@ -67,6 +71,7 @@ class Shelves(Generic[T]):
 
     def advance(self, now: float) -> Iterator[Run[T]]:
         """Move what has grown older; yields each run that enters the next bucket."""
+        self._now = now
         due, edges = self._due, self.ages.edges
         while due and due[0][0] <= now:
             number = heapq.heappop(due)[1]
@@ -84,47 +89,20 @@ class Shelves(Generic[T]):
             else:
                 self._filled &= ~(1 << self._rank[number])
 
-    def coldest(self) -> Run[T] | None:
-        """A run of the first queue, in the present order, that has members."""
-        while self._filled:
-            rank = (self._filled & -self._filled).bit_length() - 1
-            number = self._at[rank]
-            queue = self.queues[number]
-            youngest = self._youngest[number]
-            while queue:
-                run = queue[-1 if youngest else 0]
-                if run.members:
-                    return run
-                if youngest:
-                    queue.pop()
-                else:
-                    queue.popleft()
-            self._filled &= ~(1 << rank)
-        return None
-
-    def drop_coldest(self) -> None:
-        rank = (self._filled & -self._filled).bit_length() - 1
-        number = self._at[rank]
-        queue = self.queues[number]
-        if self._youngest[number]:
-            queue.pop()
-        else:
-            queue.popleft()
-
-    def coldest_before(self, time: float, now: float) -> Run[T] | None:
-        """As `coldest`, among the runs used before `time`."""
-        edge = self.ages.bucket(max(0.0, now - time))
-        mask = self._filled & self._older[edge]
+    def coldest(self, before: float = math.inf) -> Run[T] | None:
+        """A run of the first queue, in the present order, that has members and was used before `before`."""
+        edge = self.ages.bucket(max(0.0, self._now - before))
+        mask = self._filled & self._aged[edge] if edge else self._filled
         while mask:
             bit = mask & -mask
             mask ^= bit
-            rank = bit.bit_length() - 1
-            number = self._at[rank]
+            number = self._at[bit.bit_length() - 1]
             queue = self.queues[number]
-            youngest = self._youngest[number] and number % BUCKETS > edge
+            # In the bucket at the edge only the end that is older is sure to be old enough.
+            youngest = self._youngest[number] and (number % BUCKETS > edge or before == math.inf)
             while queue:
                 run = queue[-1 if youngest else 0]
-                if run.time >= time:
+                if run.time >= before:
                     break
                 if run.members:
                     return run
@@ -136,6 +114,14 @@ class Shelves(Generic[T]):
                 self._filled &= ~bit
         return None
 
+    def drop(self, run: Run[T]) -> None:
+        """Take out what `coldest` found, without moving it any further."""
+        queue = self.queues[run.kind * BUCKETS + run.bucket]
+        if queue[0] is run:
+            queue.popleft()
+        else:
+            queue.pop()
+
     def arrange(self, worth: Sequence[float]) -> None:
         """Order the queues by the worth of what they hold, least first; `worth` is indexed by class × BUCKETS + bucket.
 
@@ -143,15 +129,16 @@ class Shelves(Generic[T]):
         """
         self._at = sorted(range(len(worth)), key=lambda n: (worth[n], -(n % BUCKETS), n))
         self._filled = 0
-        self._older = [0] * BUCKETS
+        aged = [0] * BUCKETS
         for rank, number in enumerate(self._at):
-            for b in range(number % BUCKETS + 1):
-                self._older[b] |= 1 << rank
+            aged[number % BUCKETS] |= 1 << rank
             self._rank[number] = rank
             if self.queues[number]:
                 self._filled |= 1 << rank
             last = number % BUCKETS == BUCKETS - 1
             self._youngest[number] = not last and worth[number + 1] > worth[number]
+
+        self._aged = list(accumulate(reversed(aged), or_))[::-1]
 
     def compact(self, live: Callable[[Run[T], T], bool]) -> None:
         """Drop members of which `live(run, member)` is false, and runs that have none left."""

@@ -1,82 +1,157 @@
-"""How far another order than LRU's may be followed, so that little can be lost by it."""
+"""How far an arena may depart from LRU's order, so that what can be lost by it has been earned before.
+
+Beside the arena a list of names is kept, of what it *would* hold under LRU. A name of that list which the arena gave up
+is *lent*: its slot went to something that LRU would not hold. Three things follow.
+
+  * Evicting what LRU would not hold costs nothing, whatever comes. As long as something is lent, there is such a thing.
+  * A name ceases to be lent when LRU would evict it too (the loan cost nothing), or when it is asked for (it cost one hit).
+    So from any moment on, an arena that lends no more loses at most as many hits as it has lent.
+  * What was gained and lost so far is known exactly: the hits of the arena against those of the list.
+
+`account` is a share of LRU's hits, plus all that was gained, less all that was lost. With `price` 1, that is with no more
+lent than there is in the account, the arena could *never* have fewer hits than LRU less that share. Most of what is lent
+is not asked for, though, and at that price little could be lent; so the price is what share of earlier loans was lost,
+doubled, and at least `PRICE`. What is above that is not proven but likely: only a load that suddenly wants most of what
+it had left alone, within the time that LRU would have kept it, costs more than there is in the account, and then once: the
+account has to be earned anew. No run of objects has more lent than what is left in the account, since objects of one
+request are lost together.
+
+In large arenas all of this is done with a sample of the names.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Hashable, Sequence
 
-INCOME = 0.005
-CREDIT = 0.7
-PRIOR = 50.0
+INCOME = 0.006
+"""Share of LRU's hits that may be lost."""
+PRICE = 0.2
+"""Least share of what is lent that is reckoned to be lost."""
 CAUTION = 2.0
-CLUMP = 1.0
-FLOOR = 0.02
+"""What is reckoned to be lost, in multiples of what was lost of earlier loans."""
+PRIOR = 50.0
+"""Loans for which the general chance to be asked for stands in, while there are no earlier ones."""
 
 
 class Stake:
+    """The account, and the names that LRU would hold. `asked` first, then `left` and `returned` as the arena makes room."""
+
+    __slots__ = (
+        "_asked_for",
+        "_entries",
+        "_forget",
+        "_held",
+        "_limit",
+        "_log",
+        "_loans",
+        "_lost",
+        "_lent",
+        "_number",
+        "_uses",
+        "account",
+        "capacity",
+        "price",
+        "since",
+    )
+
     def __init__(self, capacity: float) -> None:
+        """`capacity`: names that LRU would hold."""
         self.capacity = capacity
-        self.names: OrderedDict[Hashable, float] = OrderedDict()
-        self.lent: set[Hashable] = set()
         self.account = 0.0
-        self.room = 0.0
-        self.since = -1.0
-        self._lost = 0.0
-        self.q = 1.0
-        self._ended = 0.0
-        self._kept = 0.0
-        self._gone = 0.0
-        self._forget = 0.5 ** (1 / max(1000, capacity))
-        self.log = None
+        self.price = 1.0
+        self.since = 0.0
+        """LRU holds nothing that was last used before this time."""
+        self._held: dict[Hashable, int] = {}  # name → number of the request that used it last
+        self._log: deque[tuple[int, float, list[Hashable]]] = deque()  # requests: number, time, names; some used since
+        self._number = 0
+        self._entries = 0
+        self._limit = 2 * capacity + 1024
+        self._lent: set[Hashable] = set()
+        self._forget = 0.5 ** (1 / max(1000.0, capacity))
+        self._loans = self._lost = 0.0  # that ended, and of these that were asked for; slowly forgotten
+        self._uses = self._asked_for = 0.0  # the same for all that LRU held
 
-    def ask(self, keys: Sequence[Hashable], hits: int, now: float) -> None:
-        names, lent = self.names, self.lent
-        would = 0
-        for key in keys:
-            if key not in names:
+    def asked(self, names: Sequence[Hashable], hits: int, now: float) -> None:
+        """A request for all of `names`, of which the arena holds the first `hits`."""
+        held = self._held
+        lru_hits = 0
+        for name in names:
+            if name not in held:
                 break
-            would += 1
-        gain = hits - would
-        self.account = min(self.account + INCOME * would + (gain * CREDIT if gain > 0 else gain), self.capacity)
-        lost = 0
-        for key in reversed(keys):
-            if key in lent:
-                lent.remove(key)
-                lost += 1
-            names[key] = now
-            names.move_to_end(key)
-        gone = back = 0
-        capacity = self.capacity
-        while len(names) > capacity:
-            key, _ = names.popitem(last=False)
-            gone += 1
-            if key in lent:
-                lent.remove(key)
-                back += 1
-        if len(names) + 1 > capacity:
-            self.since = names[next(iter(names))]
-        n = back + lost
-        if n:
-            keep = self._forget ** n
+            lru_hits += 1
+        self.account = min(self.account + INCOME * lru_hits + hits - lru_hits, self.capacity)
+        lost = self._lent.intersection(names)
+        self._lent -= lost
+        self._use(names, now)
+        evicted, ended = self._evict()
+        self._appraise(len(lost), ended, lru_hits, evicted)
+
+    def affords(self, of_run: int) -> bool:
+        """Whether one more may be lent, of a run of which `of_run` are gone already."""
+        return self.price * len(self._lent) + of_run + 1 < self.account
+
+    def left(self, name: Hashable) -> None:
+        """The arena gave it up."""
+        if name in self._held:
+            self._lent.add(name)
+
+    def returned(self, name: Hashable) -> None:
+        """The arena could not give it up after all."""
+        self._lent.discard(name)
+
+    def gone(self, name: Hashable) -> None:
+        """It was dropped for another reason than room: LRU would not hold it either."""
+        self._lent.discard(name)
+        self._held.pop(name, None)
+
+    def _use(self, names: Sequence[Hashable], now: float) -> None:
+        self._number += 1
+        self._held.update(dict.fromkeys(names, self._number))
+        self._log.append((self._number, now, list(names)))
+        self._entries += len(names)
+        if self._entries > self._limit:
+            held = self._held
+            live = ((n, time, [name for name in used if held.get(name) == n]) for n, time, used in self._log)
+            self._log = deque(entry for entry in live if entry[2])
+            self._entries = len(held)
+
+    def _evict(self) -> tuple[int, int]:
+        """Drop what LRU would, the end of a prompt first: how many, and how many loans that ends."""
+        held, lent, log = self._held, self._lent, self._log
+        evicted = ended = 0
+        while len(held) > self.capacity:
+            number, _, names = log[0]
+            name = names.pop()
+            if held.get(name) == number:
+                del held[name]
+                evicted += 1
+                if name in lent:
+                    lent.remove(name)
+                    ended += 1
+            self._trim()
+        self._trim()
+        return evicted, ended
+
+    def _trim(self) -> None:
+        """Drop names from the old end of the log that were used since, up to the first that was not."""
+        held, log = self._held, self._log
+        while log:
+            number, self.since, names = log[0]
+            while names and held.get(names[-1]) != number:
+                names.pop()
+            if names:
+                return
+            log.popleft()
+
+    def _appraise(self, lost: int, ended: int, used: int, evicted: int) -> None:
+        keep = self._forget ** (used + evicted)
+        self._uses = self._uses * keep + used + evicted
+        self._asked_for = self._asked_for * keep + used
+        if lost or ended:
+            keep = self._forget ** (lost + ended)
+            self._loans = self._loans * keep + lost + ended
             self._lost = self._lost * keep + lost
-            self._ended = self._ended * keep + n
-        keep = self._forget ** (gone + would)
-        self._kept = self._kept * keep + would
-        self._gone = self._gone * keep + gone + would
-        self.price()
-
-    def price(self) -> None:
-        general = (self._kept + 1) / (self._gone + 1)
-        rate = (self._lost + PRIOR * general) / (self._ended + PRIOR)
-        self.q = q = min(1.0, CAUTION * rate + FLOOR)
-        self.room = 0.0
-
-    def affords(self, size: int) -> bool:
-        return self.q * len(self.lent) + CLUMP * size < self.account
-
-    def left(self, key: Hashable) -> None:
-        if key in self.names:
-            self.lent.add(key)
-
-    def back(self, key: Hashable) -> None:
-        self.lent.discard(key)
+        general = (self._asked_for + 1) / (self._uses + 1)
+        rate = (self._lost + PRIOR * general) / (self._loans + PRIOR)
+        self.price = min(1.0, PRICE + CAUTION * rate)
