@@ -1,4 +1,4 @@
-"""What comes back, and when: learnt from a sample of the requests, and judged against LRU before it is believed.
+"""What comes back, and when: learnt from the requests.
 
 Objects fall into classes by what is known of the conversation they belong to. Per class and age it is counted how many
 objects reached that age unused and how many were used then (evicted ones are remembered, so that this is known beyond what
@@ -10,9 +10,8 @@ which is the Gittins index of a job of unknown length, and Beckmann et al.'s "hi
 time to give up. If the rate of hits only falls with age, the order within a class is LRU; if users think before they answer,
 what is about to come back stays and what has just begun goes.
 
-Whether that beats LRU is *measured*: two shadow caches, both of names only, see the same sample. The order of worth is
-used only while its shadow has significantly more hits than LRU's. The sample is of objects, by their names (Waldspurger et
-al., "SHARDS", FAST 2015), with shadows smaller in the same proportion, so the cost is bounded whatever the arena's size.
+How far it is followed, `lmcache.eviction.stake` says. In large arenas it is learnt from a sample of the objects, by their
+names (Waldspurger et al., "SHARDS", FAST 2015), so the cost is bounded whatever the arena's size.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Kinds(NamedTuple):
 
 
 class Node:
-    """A name in the sample: the run it was used in last, and its place in the shadow that follows worth."""
+    """A name in the sample, the run it was used in last, and how often it was used again."""
 
     __slots__ = ("key", "run", "uses")
 
@@ -53,10 +52,10 @@ class Node:
 
 
 class Forecast:
-    """Learns from `ask`. `worth` is the present order (see `Shelves.arrange`); `trusted` whether it beats LRU."""
+    """Learns from `ask`. `worth` is the present order (see `Shelves.arrange`), `version` its number."""
 
     def __init__(self, capacity: int, horizon: float, unit: float) -> None:
-        """`capacity` of the shadows, in sampled objects; `horizon` and `unit` in what the clock counts."""
+        """`capacity` of the arena, in sampled objects; `horizon` and `unit` in what the clock counts."""
         self.ages = Ages(unit)
         self.worth = [0.0] * (KINDS * BUCKETS)
         self.version = 0

@@ -24,18 +24,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 
-INCOME = 0.006
+INCOME = 0.005
 """Share of LRU's hits that may be lost."""
-PRICE = 0.2
+PRICE = 0.15
 """Least share of what is lent that is reckoned to be lost."""
 CAUTION = 2.0
 """What is reckoned to be lost, in multiples of what was lost of earlier loans."""
-PRIOR = 50.0
+EXPERIENCE = 1000
+PRIOR = 500.0
 """Loans for which the general chance to be asked for stands in, while there are no earlier ones."""
 
 
 class Stake:
-    """The account, and the names that LRU would hold. `asked` first, then `left` and `returned` as the arena makes room."""
+    """The account, and the names that LRU would hold: supposing that what is asked for is there soon, as it is if each
+    prompt is stored. `asked` first, then `left` and `returned` as the arena makes room.
+    """
 
     __slots__ = (
         "_asked_for",
@@ -80,7 +83,10 @@ class Stake:
             if name not in held:
                 break
             lru_hits += 1
-        self.account = min(self.account + INCOME * lru_hits + hits - lru_hits, self.capacity)
+        gain = hits - lru_hits
+        if gain < 0 and names[hits] not in self._lent:  # it was not ready, or not wanted: that is not the order's doing
+            gain = 0
+        self.account = min(self.account + INCOME * min(hits, lru_hits) + gain, self.capacity)
         lost = self._lent.intersection(names)
         self._lent -= lost
         self._use(names, now)
@@ -154,4 +160,4 @@ class Stake:
             self._lost = self._lost * keep + lost
         general = (self._asked_for + 1) / (self._uses + 1)
         rate = (self._lost + PRIOR * general) / (self._loans + PRIOR)
-        self.price = min(1.0, PRICE + CAUTION * rate)
+        self.price = min(1.0, PRICE + CAUTION * rate) if self._number > EXPERIENCE else 1.0
