@@ -102,8 +102,10 @@ def summary(cases: list[Case]) -> str:
     some = [case for case in cases if case.lru and case.hits]
     mean = exp(sum(log(case.ratio) for case in some) / max(1, len(some)))
     lines = [f"{len(cases)} cases, {below} below {TOLERATED}; geometric mean {mean:.3f}; the worst:"]
-    for case in sorted(cases, key=lambda case: case.ratio)[:10]:
-        lines.append(f"  {case.ratio:.4f}  {case.name}, {case.percent} %: {case.hits} hits, LRU {case.lru}")
+    lines += [
+        f"  {case.ratio:.4f}  {case.name}, {case.percent} %: {case.hits} hits, LRU {case.lru}"
+        for case in sorted(cases, key=lambda case: case.ratio)[:10]
+    ]
     return "\n".join(lines)
 
 
@@ -131,7 +133,7 @@ def main() -> int:
     options = parser.parse_args()
     cases: list[Case] = []
     if not options.json:
-        print("| trace | " + " | ".join(f"{p} %" for p in PERCENT) + " |\n|---" * 1 + "|---" * len(PERCENT) + "|")
+        print("| trace | " + " | ".join(f"{p} %" for p in PERCENT) + " |\n" + "|---" * (1 + len(PERCENT)) + "|")
     for name, make in traces(options.quick, options.seeds, options.trace):
         if options.only not in name:
             continue

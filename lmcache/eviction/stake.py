@@ -8,13 +8,13 @@ is *lent*: its slot went to something that LRU would not hold. Three things foll
     So from any moment on, an arena that lends no more loses at most as many hits as it has lent.
   * What was gained and lost so far is known exactly: the hits of the arena against those of the list.
 
-`account` is a share of LRU's hits, plus all that was gained, less all that was lost. With `price` 1, that is with no more
-lent than there is in the account, the arena could *never* have fewer hits than LRU less that share. Most of what is lent
-is not asked for, though, and at that price little could be lent; so the price is what share of earlier loans was lost,
-doubled, and at least `PRICE`. What is above that is not proven but likely: only a load that suddenly wants most of what
-it had left alone, within the time that LRU would have kept it, costs more than there is in the account, and then once: the
-account has to be earned anew. No run of objects has more lent than what is left in the account, since objects of one
-request are lost together.
+`account` is a share of LRU's hits, plus all that was gained, less all that was lost. With a `price` of 1, that is with no
+more lent than there is in the account, the arena *cannot* have fewer hits than LRU less that share, whatever is asked for.
+Most of what is lent is never asked for, though, and little could be lent at that price. So after `EXPERIENCE` requests the
+price is twice the share of earlier loans that was lost, and at least `PRICE`. From then on the bound is likely and not
+proven: a load that all at once wants what it long left alone, just before LRU would have evicted it, costs more than there
+is in the account, once; after that the account has to be earned anew. No run of objects has more lent than is left in
+the account, since objects of one request are lost together.
 
 In large arenas all of this is done with a sample of the names.
 """
@@ -25,14 +25,15 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 
 INCOME = 0.005
-"""Share of LRU's hits that may be lost."""
+"""Share of LRU's hits that may be lost. Where LRU cannot be beaten it is what the attempts cost."""
+EXPERIENCE = 1000
+"""Requests until what was learnt of loans is believed. With none, traces are known that lose 3 % by it."""
 PRICE = 0.15
 """Least share of what is lent that is reckoned to be lost."""
 CAUTION = 2.0
 """What is reckoned to be lost, in multiples of what was lost of earlier loans."""
-EXPERIENCE = 1000
 PRIOR = 500.0
-"""Loans for which the general chance to be asked for stands in, while there are no earlier ones."""
+"""Loans for which the chance to be asked for of all that LRU holds stands in, while there are few."""
 
 
 class Stake:
@@ -45,11 +46,11 @@ class Stake:
         "_entries",
         "_forget",
         "_held",
-        "_limit",
-        "_log",
-        "_loans",
-        "_lost",
         "_lent",
+        "_limit",
+        "_loans",
+        "_log",
+        "_lost",
         "_number",
         "_uses",
         "account",
@@ -93,7 +94,7 @@ class Stake:
         evicted, ended = self._evict()
         self._appraise(len(lost), ended, lru_hits, evicted)
 
-    def affords(self, of_run: int) -> bool:
+    def affords(self, of_run: float) -> bool:
         """Whether one more may be lent, of a run of which `of_run` are gone already."""
         return self.price * len(self._lent) + of_run + 1 < self.account
 
@@ -154,10 +155,11 @@ class Stake:
         keep = self._forget ** (used + evicted)
         self._uses = self._uses * keep + used + evicted
         self._asked_for = self._asked_for * keep + used
-        if lost or ended:
-            keep = self._forget ** (lost + ended)
-            self._loans = self._loans * keep + lost + ended
-            self._lost = self._lost * keep + lost
+        keep = self._forget ** (lost + ended)
+        self._loans = self._loans * keep + lost + ended
+        self._lost = self._lost * keep + lost
+        if self._number <= EXPERIENCE:
+            return
         general = (self._asked_for + 1) / (self._uses + 1)
         rate = (self._lost + PRIOR * general) / (self._loans + PRIOR)
-        self.price = min(1.0, PRICE + CAUTION * rate) if self._number > EXPERIENCE else 1.0
+        self.price = min(1.0, PRICE + CAUTION * rate)

@@ -191,7 +191,9 @@ def reruns(requests: int, seed: int, *, batch: int = 150, times: int = 3, blocks
     prompts: list[list[int]] = []
     while len(prompts) < requests:
         size = int(batch * 2 ** random.uniform(-1, 1))
-        prompts += [shared + _take(fresh, random.randint(1, 2 * blocks)) for _ in range(size)] * random.randint(1, times)
+        prompts += [shared + _take(fresh, random.randint(1, 2 * blocks)) for _ in range(size)] * random.randint(
+            1, times
+        )
     return [_request(i / rate, prompt) for i, prompt in enumerate(prompts[:requests])]
 
 

@@ -159,7 +159,9 @@ def named(chains: list[tuple[int, int, int]]) -> Trace:
     """Requests for a document's first blocks, a few of which branch."""
     numbers: dict[tuple[int, int, int], int] = {}
     return [
-        Request(t, 0, 0, [numbers.setdefault((document, branch if i > 2 else 0, i), len(numbers)) for i in range(length)])
+        Request(
+            t, 0, 0, [numbers.setdefault((document, branch if i > 2 else 0, i), len(numbers)) for i in range(length)]
+        )
         for t, (document, branch, length) in enumerate(chains)
     ]
 
