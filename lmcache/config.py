@@ -77,8 +77,9 @@ class Config:
     )
     policy: Setting[Policy, Policy] = Setting(
         Choice(("lru", "lfu", "s3fifo", "density")),
-        "lru",
-        doc="Which objects leave memory first when room is needed. `density` learns what promises most hits; it is new.",
+        "density",
+        doc="Which objects leave memory first when room is needed. `density` learns what promises most hits, and stays close to `lru` "
+        "until that pays.",
     )
     share: Setting[Share, Share] = Setting(
         Choice(("exact", "semantic")),

@@ -17,8 +17,9 @@ from lmcache.eviction.forecast import HORIZON, KINDS, NEW, Forecast, Kinds
 from lmcache.eviction.shelves import Ages, Run, Shelves
 from lmcache.eviction.stake import Stake
 
-SAMPLE = 4096
-"""Resident objects that are learnt from, about: in larger arenas a sample of the names stands for all."""
+SAMPLE = 8192
+"""Resident objects that are learnt from, about: in larger arenas a sample of the names stands for all. With 4096 the hits
+of the Mooncake conversation trace at 5 % fall by a twentieth: accounts of few names are poorer."""
 
 
 class Density(Policy):

@@ -11,7 +11,7 @@ is *lent*: its slot went to something that LRU would not hold. Three things foll
 `account` is a share of LRU's hits, plus all that was gained, less all that was lost. With a `price` of 1, that is with no
 more lent than there is in the account, the arena *cannot* have fewer hits than LRU less that share, whatever is asked for.
 Most of what is lent is never asked for, though, and little could be lent at that price. So after `EXPERIENCE` requests the
-price is twice the share of earlier loans that was lost, and at least `PRICE`. From then on the bound is likely and not
+price is twice the share of earlier loans that was lost, and `PRICE` more. From then on the bound is likely and not
 proven: a load that all at once wants what it long left alone, just before LRU would have evicted it, costs more than there
 is in the account, once; after that the account has to be earned anew. No run of objects has more lent than is left in
 the account, since objects of one request are lost together.
@@ -28,11 +28,11 @@ INCOME = 0.005
 """Share of LRU's hits that may be lost. Where LRU cannot be beaten it is what the attempts cost."""
 EXPERIENCE = 1000
 """Requests until what was learnt of loans is believed. With none, traces are known that lose 3 % by it."""
-PRICE = 0.15
-"""Least share of what is lent that is reckoned to be lost."""
+PRICE = 0.1
+"""Share of what is lent that is reckoned to be lost if none ever was."""
 CAUTION = 2.0
-"""What is reckoned to be lost, in multiples of what was lost of earlier loans."""
-PRIOR = 500.0
+"""What more is reckoned to be lost, in multiples of the share of earlier loans that was."""
+PRIOR = 200.0
 """Loans for which the chance to be asked for of all that LRU holds stands in, while there are few."""
 
 
