@@ -65,7 +65,7 @@ class Forecast:
         self._reached = [[0.0] * BUCKETS for _ in range(KINDS)]
         self._watched: Shelves[Node] = Shelves(KINDS, self.ages)
         self._runs: deque[Run[Node]] = deque()
-        self._interval = max(256.0, capacity / 4)
+        self._interval = max(1024.0, capacity / 4)
         self._since = 0.0
         self._keep = 0.5 ** (self._interval / (64 * capacity + 20000))
         self._fit()
