@@ -78,8 +78,8 @@ class Config:
     policy: Setting[Policy, Policy] = Setting(
         Choice(("lru", "lfu", "s3fifo", "density")),
         "density",
-        doc="Which objects leave memory first when room is needed. `density` learns what promises most hits, and stays close to `lru` "
-        "until that pays.",
+        doc="Which objects leave memory first when room is needed. `density` learns what promises most hits, and "
+        "stays close to `lru` until that pays.",
     )
     share: Setting[Share, Share] = Setting(
         Choice(("exact", "semantic")),

@@ -226,7 +226,7 @@ def join(parts: Sequence[Trace], *, apart: bool) -> Trace:
     trace: Trace = []
     time, base = 0.0, 0
     for part in parts:
-        trace += [r._replace(time=time + r.time - part[0].time, blocks=[base + b for b in r.blocks]) for r in part]
+        trace += [r._replace(time=time + (r.time - part[0].time), blocks=[base + b for b in r.blocks]) for r in part]
         time = trace[-1].time
         if apart:
             base = 1 + max(block for request in trace for block in request.blocks)

@@ -96,13 +96,13 @@ def test_nor_does_it_once_it_believes_in_what_it_learnt(name: str) -> None:
     assert hits_of(Density(capacity), trace, capacity) >= 0.99 * hits_of(Lru(capacity), trace, capacity)
 
 
-@pytest.mark.parametrize(("make", "gain"), [(documents, 1.2), (chats, 1.1)])
+@pytest.mark.parametrize(("make", "gain"), [(documents, 1.2), (chats, 1.05)])
 def test_it_beats_lru_where_reuse_can_be_foretold(make, gain: float) -> None:
-    trace = make(2000, 1)
+    trace = make(4000, 1)
     capacity = blocks_of(trace) // 20
     lru = hits_of(Lru(capacity), trace, capacity)
     assert hits_of(Density(capacity), trace, capacity) > gain * lru
-    assert hits_of(Density(capacity, sample=capacity // 2), trace, capacity) > (1 + gain) / 2 * lru
+    assert hits_of(Density(capacity, sample=capacity // 2), trace, capacity) > gain * lru
 
 
 def test_the_same_requests_are_evicted_alike_every_time() -> None:
@@ -182,6 +182,7 @@ def named(chains: list[tuple[int, int, int]]) -> Trace:
 def test_nothing_is_lent_before_it_was_earned() -> None:
     stake = Stake(100)
     names = list(range(50))
+    stake.asked(names, 0, 1.0)
     for _ in range(3):
         stake.asked(names, 50, 1.0)
         assert not stake.affords(0)
