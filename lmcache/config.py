@@ -77,7 +77,7 @@ class Config:
     )
     policy: Setting[Policy, Policy] = Setting(
         Choice(("lru", "lfu", "s3fifo", "density")),
-        "density",
+        "lru",
         doc="Which objects leave memory first when room is needed. `density` learns what promises most hits, and "
         "stays close to `lru` until that pays.",
     )
