@@ -79,7 +79,8 @@ class Config:
     policy: Setting[Policy, Policy] = Setting(
         Choice(("lru", "lfu", "s3fifo", "density")),
         "lru",
-        doc="Which objects leave memory first when room is needed. `density` learns what promises most hits; it is new.",
+        doc="Which objects leave memory first when room is needed. `density` learns what promises most hits, and "
+        "stays close to `lru` until that pays.",
     )
     admission: Setting[Admission, Admission] = Setting(
         Choice(("all", "second", "adaptive")),

@@ -9,6 +9,7 @@ costs O(1) amortised per item, whatever is pinned.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -30,6 +31,11 @@ class Tracked:
         self.stamp = 0
         self.freq = 0
         self.place: object = None
+
+    @property
+    def names(self) -> Sequence[bytes]:
+        """Digests of its objects, parents first."""
+        return (self.digest,)
 
     @property
     def size(self) -> int:
@@ -62,6 +68,10 @@ class Policy(Protocol):
 
     def pop(self) -> Tracked | None:
         """Take the coldest item out of the queues (its stamp becomes 0), or None if they are empty."""
+
+    def most(self, item: Tracked) -> int:
+        """How many objects may go off the end of the item that was popped last, before the order is asked again."""
+        return sys.maxsize
 
     def evicted(self, item: Tracked, digests: Sequence[bytes]) -> None:
         """These objects, off the end of the item that was popped last, have gone."""

@@ -1,4 +1,4 @@
-"""What comes back, and when: learnt from a sample of the requests, and judged against LRU before it is believed.
+"""What comes back, and when: learnt from the requests.
 
 Objects fall into classes by what is known of the conversation they belong to. Per class and age it is counted how many
 objects reached that age unused and how many were used then (evicted ones are remembered, so that this is known beyond what
@@ -10,15 +10,13 @@ which is the Gittins index of a job of unknown length, and Beckmann et al.'s "hi
 time to give up. If the rate of hits only falls with age, the order within a class is LRU; if users think before they answer,
 what is about to come back stays and what has just begun goes.
 
-Whether that beats LRU is *measured*: two shadow caches, both of names only, see the same sample. The order of worth is
-used only while its shadow has significantly more hits than LRU's. The sample is of objects, by their names (Waldspurger et
-al., "SHARDS", FAST 2015), with shadows smaller in the same proportion, so the cost is bounded whatever the arena's size.
+How far it is followed, `lmcache.eviction.stake` says. In large arenas it is learnt from a sample of the objects, by their
+names (Waldspurger et al., "SHARDS", FAST 2015), so the cost is bounded whatever the arena's size.
 """
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -43,46 +41,33 @@ class Kinds(NamedTuple):
 
 
 class Node:
-    """A name in the sample: the run it was used in last, and its place in the shadow that follows worth."""
+    """A name in the sample, the run it was used in last, and how often it was used again."""
 
-    __slots__ = ("aside", "children", "held", "key", "parent", "run", "uses")
+    __slots__ = ("key", "run", "uses")
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.run: Run[Node] | None = None
-        self.parent: Node | None = None
-        self.aside = False
-        self.children = 0
         self.uses = 0
-        self.held = False
 
 
 class Forecast:
-    """Learns from `ask`. `worth` is the present order (see `Shelves.arrange`); `trusted` whether it beats LRU."""
+    """Learns from `ask`. `worth` is the present order (see `Shelves.arrange`), `version` its number."""
 
     def __init__(self, capacity: int, horizon: float, unit: float) -> None:
-        """`capacity` of the shadows, in sampled objects; `horizon` and `unit` in what the clock counts."""
+        """`capacity` of the arena, in sampled objects; `horizon` and `unit` in what the clock counts."""
         self.ages = Ages(unit)
         self.worth = [0.0] * (KINDS * BUCKETS)
         self.version = 0
-        self.trusted = False
-        self._capacity = capacity
         self._horizon = horizon
         self._nodes: dict[Hashable, Node] = {}
         self._used = [[0.0] * BUCKETS for _ in range(KINDS)]
         self._reached = [[0.0] * BUCKETS for _ in range(KINDS)]
         self._watched: Shelves[Node] = Shelves(KINDS, self.ages)
         self._runs: deque[Run[Node]] = deque()
-        self._live: Shelves[Node] = Shelves(KINDS, self.ages)
-        self._held = 0
-        self._freed: list[Node] = []
-        self._entries = 0  # of `_live`, at most: what was used again is still in its old run
-        self._limit = 4 * capacity + 1024
-        self._lru: OrderedDict[Hashable, None] = OrderedDict()
-        self._interval = max(256.0, capacity / 4)
+        self._interval = max(1024.0, capacity / 4)
         self._since = 0.0
         self._keep = 0.5 ** (self._interval / (64 * capacity + 20000))
-        self._judge = Judge()
         self._fit()
 
     def ask(self, keys: Sequence[Hashable], now: float) -> Kinds:
@@ -100,10 +85,6 @@ class Forecast:
             if node.run is None:
                 break
             known += 1
-        hits = 0
-        while hits < known and nodes[hits].held:
-            hits += 1
-        self._judge.see(hits, self._lru_hits(keys))
         kinds = self._classify(nodes, known)
         self._learn(nodes, known, now)
         self._admit(nodes, kinds, now)
@@ -111,23 +92,7 @@ class Forecast:
         if self._since >= self._interval:
             self._since = 0.0
             self._fit()
-        self._evict()
-        self.trusted = self._judge.trusted
         return kinds
-
-    def _lru_hits(self, keys: Sequence[Hashable]) -> int:
-        lru = self._lru
-        hits = 0
-        for key in keys:
-            if key not in lru:
-                break
-            hits += 1
-        for key in reversed(keys):
-            lru[key] = None
-            lru.move_to_end(key)
-        while len(lru) > self._capacity:
-            lru.popitem(last=False)
-        return hits
 
     def _classify(self, nodes: list[Node], known: int) -> Kinds:
         if not known:
@@ -167,68 +132,18 @@ class Forecast:
             self._runs.append(run)
             for node in members:
                 node.run = run
-                node.aside = False
-            self._live.put(Run(now, kind, list(members), turn, end))
-            self._entries += len(members)
-        parent = None
-        for node in nodes:
-            if not node.held:
-                node.held = True
-                self._held += 1
-                node.parent = parent
-                if parent is not None:
-                    parent.children += 1
-            parent = node
 
     def _age(self, now: float) -> None:
         for run in self._watched.advance(now):
             self._reached[run.kind][run.bucket] += run.size
-        for _ in self._live.advance(now):
-            pass
         runs = self._runs
         while runs and now - runs[0].time > self._horizon:
             run = runs.popleft()
             for node in run.members:
-                if node.run is run and not node.held:
-                    node.run = None
+                if node.run is run:
                     del self._nodes[node.key]
             run.members = []
             run.size = 0
-
-    def _evict(self) -> None:
-        if self._entries > self._limit:
-            self._live.compact(_is_live)
-            self._entries = sum(len(run.members) for run in self._live)
-        while self._held > self._capacity:
-            while self._freed and self._held > self._capacity:
-                node = self._freed.pop()
-                if node.held and node.aside and not node.children:
-                    self._drop(node)
-            if self._held <= self._capacity:
-                return
-            run = self._live.coldest()
-            assert run is not None
-            members = run.members
-            while members and self._held > self._capacity:
-                node = members.pop()
-                if _is_live(run, node):
-                    if node.children:
-                        node.aside = True
-                    else:
-                        self._drop(node)
-
-    def _drop(self, node: Node) -> None:
-        node.held = False
-        self._held -= 1
-        if node.run is None or not node.run.members:  # older than what is remembered
-            self._nodes.pop(node.key, None)
-            node.run = None
-        parent = node.parent
-        node.parent = None
-        if parent is not None:
-            parent.children -= 1
-            if parent.aside and not parent.children:
-                self._freed.append(parent)
 
     def _fit(self) -> None:
         used, reached, edges = self._used, self._reached, self.ages.edges
@@ -254,59 +169,4 @@ class Forecast:
                 self.worth[kind * BUCKETS + b] = best
             used[kind] = [v * self._keep for v in used[kind]]
             reached[kind] = [v * self._keep for v in reached[kind]]
-        self._live.arrange(self.worth)
         self.version += 1
-
-
-def _is_live(run: Run[Node], node: Node) -> bool:
-    return node.held and not node.aside and node.run is not None and node.run.time == run.time
-
-
-class Judge:
-    """Whether one shadow cache has more hits than LRU's, beyond what chance explains; quick to doubt, slower to trust.
-
-    Hits of one request come together, so it is requests whose hits differ that are counted, each with the square of its
-    difference as its variance. Trust begins when the sum of the differences, forgetting its past slowly and never counted
-    below `FLOOR`, exceeds `TRUST` deviations. It ends at the first of: the sum no longer exceeds `DOUBT` deviations; that
-    of the last ten or so such requests is `ALARM` deviations below zero; what was lost since the best moment exceeds
-    `STAKE` of what LRU has hit so far plus `CREDIT` of what was gained.
-    """
-
-    TRUST, DOUBT, ALARM, FLOOR = 2.0, 0.5, 2.0, -0.5
-    STAKE, CREDIT = 0.003, 0.4
-    SLOW, FAST = 0.999, 0.9
-
-    __slots__ = ("_best", "_gain", "_lead", "_lru", "_recent", "_recent_variance", "_variance", "trusted")
-
-    def __init__(self) -> None:
-        self.trusted = False
-        self._lru = 0
-        self._lead = self._variance = 0.0
-        self._recent = self._recent_variance = 0.0
-        self._gain = self._best = 0
-
-    def see(self, ours: int, lru: int) -> None:
-        """The hits of one request in both."""
-        self._lru += lru
-        difference = ours - lru
-        if not difference:
-            return
-        square = difference * difference
-        self._recent = self._recent * self.FAST + math.copysign(math.sqrt(abs(difference)), difference)
-        self._recent_variance = self._recent_variance * self.FAST**2 + abs(difference)
-        self._variance = self._variance * self.SLOW + square
-        deviation = math.sqrt(self._variance)
-        self._lead = max(self._lead * self.SLOW + difference, self.FLOOR * deviation)
-        if not self.trusted:
-            self.trusted = self._lead > self.TRUST * deviation and self._recent > 0
-            return
-        self._gain += difference
-        self._best = max(self._best, self._gain)
-        if (
-            self._lead < self.DOUBT * deviation
-            or self._recent < -self.ALARM * math.sqrt(self._recent_variance)
-            or self._best - self._gain > self.STAKE * self._lru + self.CREDIT * max(0, self._best)
-        ):
-            self.trusted = False
-            self._lead, self._variance = 0.0, float(square)
-            self._best = self._gain

@@ -10,6 +10,8 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from operator import or_
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -35,9 +37,9 @@ class Ages:
 
 class Run(Generic[T]):
     """Objects, parents first, last used at `time`. `size`: how many of them were not used since, where that is counted;
-    `turn`: of the conversation (or the number of the run), `end`: length of the request."""
+    `turn`: of the conversation (or the number of the run), `end`: length of the request; `gone`: how many were evicted."""
 
-    __slots__ = ("bucket", "end", "kind", "members", "size", "time", "turn")
+    __slots__ = ("bucket", "end", "gone", "kind", "members", "size", "time", "turn")
 
     def __init__(self, time: float, kind: int, members: list[T], turn: int = 0, end: int = 0) -> None:
         self.time = time
@@ -47,6 +49,7 @@ class Run(Generic[T]):
         self.size = len(members)
         self.turn = turn
         self.end = end
+        self.gone = 0
 
 
 class Shelves(Generic[T]):
@@ -59,6 +62,8 @@ class Shelves(Generic[T]):
         self._rank = list(range(kinds * BUCKETS))
         self._at = list(range(kinds * BUCKETS))  # rank → queue
         self._youngest = [False] * (kinds * BUCKETS)
+        self._now = 0.0
+        self._aged = [-1] * BUCKETS  # bucket → ranks of the queues that are as old or older
         self._filled = 0  # bit r is set if the queue of rank r may hold something
 
     def put(self, run: Run[T]) -> None:
@@ -67,6 +72,7 @@ class Shelves(Generic[T]):
 
     def advance(self, now: float) -> Iterator[Run[T]]:
         """Move what has grown older; yields each run that enters the next bucket."""
+        self._now = now
         due, edges = self._due, self.ages.edges
         while due and due[0][0] <= now:
             number = heapq.heappop(due)[1]
@@ -84,23 +90,38 @@ class Shelves(Generic[T]):
             else:
                 self._filled &= ~(1 << self._rank[number])
 
-    def coldest(self) -> Run[T] | None:
-        """A run of the first queue, in the present order, that has members."""
-        while self._filled:
-            rank = (self._filled & -self._filled).bit_length() - 1
-            number = self._at[rank]
+    def coldest(self, before: float = math.inf) -> Run[T] | None:
+        """A run of the first queue, in the present order, that has members and was used before `before`."""
+        edge = self.ages.bucket(max(0.0, self._now - before))
+        mask = self._filled & self._aged[edge] if edge else self._filled
+        while mask:
+            bit = mask & -mask
+            mask ^= bit
+            number = self._at[bit.bit_length() - 1]
             queue = self.queues[number]
-            youngest = self._youngest[number]
+            # In the bucket at the edge only the end that is older is sure to be old enough.
+            youngest = self._youngest[number] and (number % BUCKETS > edge or before == math.inf)
             while queue:
                 run = queue[-1 if youngest else 0]
+                if run.time >= before:
+                    break
                 if run.members:
                     return run
                 if youngest:
                     queue.pop()
                 else:
                     queue.popleft()
-            self._filled &= ~(1 << rank)
+            if not queue:
+                self._filled &= ~bit
         return None
+
+    def drop(self, run: Run[T]) -> None:
+        """Take out what `coldest` found, without moving it any further."""
+        queue = self.queues[run.kind * BUCKETS + run.bucket]
+        if queue[0] is run:
+            queue.popleft()
+        else:
+            queue.pop()
 
     def arrange(self, worth: Sequence[float]) -> None:
         """Order the queues by the worth of what they hold, least first; `worth` is indexed by class × BUCKETS + bucket.
@@ -109,12 +130,16 @@ class Shelves(Generic[T]):
         """
         self._at = sorted(range(len(worth)), key=lambda n: (worth[n], -(n % BUCKETS), n))
         self._filled = 0
+        aged = [0] * BUCKETS
         for rank, number in enumerate(self._at):
+            aged[number % BUCKETS] |= 1 << rank
             self._rank[number] = rank
             if self.queues[number]:
                 self._filled |= 1 << rank
             last = number % BUCKETS == BUCKETS - 1
             self._youngest[number] = not last and worth[number + 1] > worth[number]
+
+        self._aged = list(accumulate(reversed(aged), or_))[::-1]
 
     def compact(self, live: Callable[[Run[T], T], bool]) -> None:
         """Drop members of which `live(run, member)` is false, and runs that have none left."""

@@ -101,7 +101,10 @@ class Index:
         self._expiring: deque[tuple[Owner, Lease]] = deque()  # by expiry when queued
         self._overdue: deque[tuple[float, int]] = deque()
         self._questions: OrderedDict[Owner, _Question] = OrderedDict()
-        self._curious = [g for g, pool in enumerate(self.state.pools) if hears(pool.policy)]
+        # Where only a window or the last state is kept, what was asked for is not what is stored: nothing to learn from.
+        self._curious = [
+            g for g, pool in enumerate(self.state.pools) if hears(pool.policy) and self.state.rules[g].kind == "all"
+        ]
         self.learner = getattr(admit, "asked", None)  # see `lmcache.index.admission.Learns`
         self._told: OrderedDict[Owner, tuple[bytes, int]] = OrderedDict()  # what policies were told on behalf of whom
         self._shared = [t for t, tier in enumerate(tiers) if tier.shared]

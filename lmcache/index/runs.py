@@ -73,6 +73,11 @@ class Run(Tracked):
         return self.space.chained and self.step == 1
 
     @property
+    def names(self) -> list[bytes]:
+        """See `Tracked`."""
+        return self.digests
+
+    @property
     def size(self) -> int:
         """Objects."""
         return len(self.digests)

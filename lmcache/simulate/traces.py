@@ -182,6 +182,40 @@ def scans(requests: int, seed: int, *, every: int = 500, length: int = 250, bloc
     return trace[:requests]
 
 
+def reruns(requests: int, seed: int, *, batch: int = 150, times: int = 3, blocks: int = 12, rate: float = 3.0) -> Trace:
+    """Batches of about `batch` prompts (half to twice) of up to twice `blocks` blocks after a common one, each batch run
+    once to `times` times in the same order: whether it is worth keeping shows when it is run again.
+    """
+    random, fresh = Random(seed), count()
+    shared = _take(fresh, 1)
+    prompts: list[list[int]] = []
+    while len(prompts) < requests:
+        size = int(batch * 2 ** random.uniform(-1, 1))
+        prompts += [shared + _take(fresh, random.randint(1, 2 * blocks)) for _ in range(size)] * random.randint(
+            1, times
+        )
+    return [_request(i / rate, prompt) for i, prompt in enumerate(prompts[:requests])]
+
+
+def echo(trace: Trace, calm: float) -> Trace:
+    """The first `calm` of a trace, then the prompts of that again, the last one first: what a policy that learnt from the
+    first part gave up with good reason is wanted all at once. As bad as it gets for anything but LRU.
+    """
+    first = trace[: int(len(trace) * calm)]
+    back = reversed(first[max(0, 2 * len(first) - len(trace)) :])
+    return first + [request._replace(time=trace[len(first) + i].time) for i, request in enumerate(back)]
+
+
+def alternate(parts: Sequence[Trace], length: int) -> Trace:
+    """In turn the next `length` requests of each trace, until one ends: the load changes back and forth."""
+    turns = min(map(len, parts)) // length
+    moved, base = [], 0
+    for part in parts:
+        moved.append([r._replace(blocks=[base + b for b in r.blocks]) for r in part])
+        base += 1 + max(block for request in part for block in request.blocks)
+    return join([part[i * length : (i + 1) * length] for i in range(turns) for part in moved], apart=False)
+
+
 def phases(parts: Sequence[Trace]) -> Trace:
     """One trace after the other, each with its own blocks: the load changes its nature all at once."""
     return join(parts, apart=True)
@@ -192,7 +226,7 @@ def join(parts: Sequence[Trace], *, apart: bool) -> Trace:
     trace: Trace = []
     time, base = 0.0, 0
     for part in parts:
-        trace += [r._replace(time=time + r.time, blocks=[base + b for b in r.blocks]) for r in part]
+        trace += [r._replace(time=time + (r.time - part[0].time), blocks=[base + b for b in r.blocks]) for r in part]
         time = trace[-1].time
         if apart:
             base = 1 + max(block for request in trace for block in request.blocks)
@@ -292,6 +326,21 @@ SUITE: Mapping[str, Callable[[int, int], Trace]] = MappingProxyType(
         "stack, nothing new": lambda n, seed: stack(n, seed, depth=40.0, novel=0.01),
         "loop": loop,
         "loop, long": lambda n, seed: loop(n, seed, items=n // 5),
+        "alternating": lambda n, seed: alternate([chats(n // 2, seed), stack(n // 2, seed + 1, depth=40.0)], 100),
+        "days and nights": lambda n, seed: alternate(
+            [chats(n // 2, seed, rate=4.0), stretch(chats(n // 2, seed + 1), 10.0)], max(50, n // 8)
+        ),
+        "tenants, a hundred to one": lambda n, seed: mix(
+            [documents(n, seed, rate=10.0, skew=0.7), chats(n // 20, seed + 1, rate=0.05, first=30, turn=10)]
+        ),
+        "loop among chats": lambda n, seed: mix([chats(n, seed), loop(n // 3, seed, items=60, rate=0.7)]),
+        "documents, then uniform": lambda n, seed: phases(
+            [documents(n // 2, seed), uniform(n // 2, seed + 1, items=100)]
+        ),
+        "reruns": reruns,
+        "reruns, twice": lambda n, seed: reruns(n, seed, batch=40, times=2),
+        "echo of chats": lambda n, seed: echo(chats(n, seed), 0.5),
+        "echo of documents": lambda n, seed: echo(documents(n, seed, question=6), 0.7),
         "uniform": uniform,
         "unique": unique,
     }
