@@ -8,7 +8,6 @@ objects asked for.
 from __future__ import annotations
 
 import heapq
-import math
 import sys
 from bisect import bisect_left
 from collections import deque
@@ -19,14 +18,15 @@ from lmcache.eviction.forecast import HORIZON, KINDS, NEW, Forecast, Kinds
 from lmcache.eviction.shelves import Ages, Run, Shelves
 from lmcache.eviction.stake import Stake
 
-SAMPLE = 8192
+SAMPLE = 16384
 """Resident objects that are learnt from, about: in larger arenas a sample of the names stands for all. With 4096 the hits
 of the Mooncake conversation trace at 5 % fall by a twentieth: accounts of few names are poorer."""
 
 
 class Density(Policy):
     """Items used together stand in a log (by last use) and on a shelf (by class and age), with one list of members for both.
-    An item belongs to the shelf's run whose number is its stamp; what was restored has a negative stamp and goes first.
+    An item belongs to the shelf's run whose number is its stamp; what was restored has a negative stamp.
+    `freq` is how many of its objects were to go when it was popped.
     """
 
     def __init__(self, capacity: int, sample: int = SAMPLE) -> None:
@@ -41,8 +41,9 @@ class Density(Policy):
         self._log: deque[Run[Tracked]] = deque()
         self._shelves: Shelves[Tracked] = Shelves(KINDS, Ages(unit))
         self._spent: list[tuple[float, int, Run[Tracked]]] = []  # heap: runs that have no more to lend, by last use
-        self._restored: list[tuple[int, Tracked]] = []
+        self._restored: list[tuple[float, int, Tracked]] = []  # heap, by last use
         self._partly: Tracked | None = None  # of which objects were evicted since the last `pop`
+        self._shelved = False  # whether what was popped last came from a shelf
         self._most = sys.maxsize
         self._version = -1
         self._entries = 0
@@ -106,24 +107,24 @@ class Density(Policy):
 
     def split(self, item: Tracked, rest: Tracked) -> None:
         """See `Policy.split`."""
-        if item.stamp < 0:
-            self.restore(rest)
-            return
         run = item.place
         assert isinstance(run, Run)
-        rest.stamp, rest.place = item.stamp, run
+        rest.place = run
+        if item.stamp < 0:
+            self._give_back(rest, run)
+            return
+        rest.stamp = item.stamp
         run.members.insert(run.members.index(item) + 1, rest)
         self._entries += 1
 
     def pop(self) -> Tracked | None:
-        """See `Policy.pop`."""
-        self._partly, self._most = None, sys.maxsize
-        while self._restored:
-            stamp, item = self._restored.pop()
-            if item.stamp == stamp:
-                item.stamp = 0
-                return item
-        return self._choose()
+        """See `Policy.pop`. All of it counts as lent until it is restored."""
+        self._partly, self._shelved, self._most = None, False, sys.maxsize
+        item = self._returned() or self._choose()
+        if item is not None:
+            item.stamp, item.freq = 0, self._most
+            self.stake.left(item.names)
+        return item
 
     def most(self, item: Tracked) -> int:
         """See `Policy.most`."""
@@ -133,24 +134,19 @@ class Density(Policy):
         """See `Policy.evicted`."""
         self._partly = item
         self._count(digests, -1)
-        self.stake.left(digests)
-        if isinstance(item.place, Run):
-            item.place.gone += len(digests)
+        item.freq = max(0, item.freq - len(digests))
 
     def restore(self, item: Tracked) -> None:
         """See `Policy.restore`."""
+        self.stake.returned(item.names)
         run = item.place
-        if item is self._partly and isinstance(run, Run):  # just popped: the run is still where it was
+        assert isinstance(run, Run)
+        if item is self._partly and self._shelved:  # just popped: the run is still where it was
             item.stamp = run.turn
             run.members.append(item)
-            return
-        item.place = None
-        self._stamp += 1
-        item.stamp = -self._stamp
-        self._restored.append((item.stamp, item))
-        self._entries += 1
-        if self._entries > self._limit:
-            self._compact()
+            run.gone -= item.size
+        else:
+            self._give_back(item, run)
 
     def discard(self, item: Tracked) -> None:
         """See `Policy.discard`."""
@@ -161,7 +157,47 @@ class Density(Policy):
     def members(self) -> Iterator[Tracked]:
         """See `Policy.members`."""
         yield from (item for run in self._log for item in run.members if item.stamp == run.turn)
-        yield from (item for stamp, item in self._restored if item.stamp == stamp)
+        yield from (item for _, stamp, item in self._restored if item.stamp == stamp)
+
+    def _give_back(self, item: Tracked, run: Run[Tracked]) -> None:
+        self._stamp += 1
+        item.stamp = -self._stamp
+        heapq.heappush(self._restored, (run.time, item.stamp, item))
+        self._entries += 1
+        if self._entries > self._limit:
+            self._compact()
+
+    def _first(self) -> Tracked | None:
+        """Of what was restored the oldest."""
+        restored = self._restored
+        while restored:
+            _, stamp, item = restored[0]
+            if item.stamp == stamp:
+                return item
+            heapq.heappop(restored)
+        return None
+
+    def _returned(self) -> Tracked | None:
+        """Take out the oldest of what was restored, if it was to go before, LRU does not hold it, or it may be lent."""
+        item = self._first()
+        if item is None:
+            return None
+        run = item.place
+        assert isinstance(run, Run)
+        if item.freq:
+            self._most = item.freq
+        elif self.stake.holds(item.names[-1]) and not self._allow(run):
+            return None
+        heapq.heappop(self._restored)
+        return item
+
+    def _allow(self, run: Run[Tracked]) -> bool:
+        """Whether some of a run that LRU would hold may go; sets how many."""
+        share = self._bound / 256
+        loans = self.stake.loans(share * run.gone)
+        if loans > 0:
+            self._most = max(1, int(loans / share))
+        return loans > 0
 
     def _count(self, digests: Sequence[bytes], sign: int) -> None:
         """Objects that became resident or ceased to be. Of use only where there is a sample."""
@@ -178,13 +214,14 @@ class Density(Policy):
         self._stamp = stamp = self._stamp + 1
         run = Run(self._clock, kind, members, stamp)
         for item in members:
-            item.stamp, item.place = stamp, run
+            item.stamp, item.place, item.freq = stamp, run, 0
         self._log.append(run)
         self._shelves.put(run)
         self._entries += len(members)
 
     def _choose(self) -> Tracked | None:
         """The coldest by worth, where that is affordable; otherwise the coldest of what LRU would not hold."""
+        self._shelved = True
         if not self.forecast.version:
             return self._oldest()
         since, stake, shelves = self.stake.since, self.stake, self._shelves
@@ -193,22 +230,18 @@ class Density(Policy):
             if item is not None:
                 return item
             heapq.heappop(self._spent)
-        share = self._bound / 256
         while (run := shelves.coldest()) is not None:
-            loans = math.inf
             if run.time >= since:
                 if not stake.affords(0):
                     break
-                loans = stake.loans(share * run.gone)
-                if loans <= 0:
+                if not self._allow(run):
                     heapq.heappush(self._spent, (run.time, run.turn, run))
                     shelves.drop(run)
                     continue
             item = _last(run)
             if item is not None:
-                if loans < math.inf:
-                    self._most = max(1, int(loans / share))
                 return item
+        self._most = sys.maxsize
         while (run := shelves.coldest(since)) is not None:
             item = _last(run)
             if item is not None:
@@ -216,12 +249,20 @@ class Density(Policy):
         return self._oldest()
 
     def _oldest(self) -> Tracked | None:
-        while self._log:
-            item = _last(self._log[0])
+        """What was used longest ago."""
+        restored, log = self._first(), self._log
+        while log:
+            run = log[0]
+            if restored is not None and self._restored[0][0] <= run.time:
+                break
+            item = _last(run)
             if item is not None:
                 return item
-            self._log.popleft()
-        return None
+            log.popleft()
+        if restored is not None:
+            heapq.heappop(self._restored)
+            self._shelved = False
+        return restored
 
     def _compact(self) -> None:
         # Entries are counted as they come and not as they go, so that runs left without members are bounded too. At most
@@ -230,7 +271,8 @@ class Density(Policy):
         self._log = deque(run for run in self._log if run.members)
         self._spent = [entry for entry in self._spent if entry[2].members]
         heapq.heapify(self._spent)
-        self._restored = [(stamp, item) for stamp, item in self._restored if item.stamp == stamp]
+        self._restored = [entry for entry in self._restored if entry[2].stamp == entry[1]]
+        heapq.heapify(self._restored)
         self._entries = sum(len(run.members) for run in self._log) + len(self._restored)
 
 
@@ -239,7 +281,7 @@ def _last(run: Run[Tracked]) -> Tracked | None:
     members = run.members
     while members:
         item = members.pop()
+        run.gone += item.size
         if item.stamp == run.turn:
-            item.stamp = 0
             return item
     return None

@@ -37,7 +37,7 @@ class Ages:
 
 class Run(Generic[T]):
     """Objects, parents first, last used at `time`. `size`: how many of them were not used since, where that is counted;
-    `turn`: of the conversation (or the number of the run), `end`: length of the request; `gone`: how many were evicted."""
+    `turn`: of the conversation (or the number of the run), `end`: length of the request; `gone`: how many are no longer in it."""
 
     __slots__ = ("bucket", "end", "gone", "kind", "members", "size", "time", "turn")
 

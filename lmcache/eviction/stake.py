@@ -39,7 +39,7 @@ PRIOR = 200.0
 
 class Stake:
     """The account, and the names that LRU would hold: supposing that what is asked for is there soon, as it is if each
-    prompt is stored. `asked` first, then `left` as the arena makes room.
+    prompt is stored. `asked` first, then `left` and `returned` as the arena makes room.
     """
 
     __slots__ = (
@@ -104,10 +104,18 @@ class Stake:
         left = self.account - 1 - of_run - self.price * len(self._lent)
         return max(0, math.ceil(left / (1 + self.price)))  # each costs its price, and is gone too
 
+    def holds(self, name: Hashable) -> bool:
+        """Whether LRU would hold it."""
+        return name in self._held
+
     def left(self, names: Sequence[Hashable]) -> None:
         """The arena gave them up."""
         held = self._held
         self._lent.update(name for name in names if name in held)
+
+    def returned(self, names: Sequence[Hashable]) -> None:
+        """The arena could not give them up after all."""
+        self._lent.difference_update(names)
 
     def gone(self, names: Sequence[Hashable]) -> None:
         """They were dropped for another reason than room: LRU would not hold them either."""

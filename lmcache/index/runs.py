@@ -100,7 +100,8 @@ class Run(Tracked):
         generation, depth = self.generation + at, self.depth + self.step * at
         rest = Run(self.space, self.digests[at:], self.slots[at:], generation, parent, depth, self.step)
         del self.digests[at:], self.slots[at:]
-        rest.state, rest.refs, rest.freq = self.state, self.refs, self.freq
+        rest.state, rest.refs = self.state, self.refs
+        rest.freq, rest.place = self.freq, self.place  # what the policy knows of it
         rest.children, self.children = self.children, 1 if parent is not None else 0
         if self.refs:
             rest.rest, self.rest = self.rest, rest
