@@ -36,8 +36,13 @@ needs_sglang = pytest.mark.skipif(linker.why_not() is not None, reason=linker.wh
 
 @pytest.mark.slow
 class TestSGLangLinker(EngineTests):
+    """Less what takes long and is the core's alone, tried with other engines: `lmcache conformance --adapter sglang-linker`."""
+
     adapter = "lmcache_sglang.conformance:linker"
     capabilities = LLAMA
+    test_names_do_not_depend_on_the_process = None
+    test_files_are_whole_and_nothing_is_written_beside_them = None
+    test_another_number_of_ranks_does_not_hit = None
 
 
 @pytest.mark.slow
