@@ -68,7 +68,6 @@ class LinkerAdapter(SGLangAdapter):
     name = "sglang-linker"
     capabilities = msgspec.structs.replace(
         SGLangAdapter.capabilities,
-        models=("llama", "gemma3", "deepseek"),
         tenant_clear=True,
         semantic=True,
         logprob_bound=1e-3,
