@@ -98,6 +98,19 @@ class Whole:
         return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
 
 
+def _above_zero(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ConfigError(f"{value!r} is not {what}")
+    return float(value)
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 @dataclass(frozen=True)
 class Seconds:
     """A finite number of seconds above 0."""
@@ -109,16 +122,11 @@ class Seconds:
 
     def check(self, value: Any) -> float:
         """See `Kind`."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ConfigError(f"{value!r} is not a number of seconds above 0, such as 2.5")
-        return float(value)
+        return _above_zero(value, "a number of seconds above 0, such as 2.5")
 
     def from_text(self, text: str) -> Any:
         """See `Kind`."""
-        try:
-            return float(text)
-        except ValueError:
-            return text
+        return _number(text)
 
 
 @dataclass(frozen=True)
@@ -132,18 +140,11 @@ class Rate:
 
     def check(self, value: Any) -> float | None:
         """See `Kind`."""
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ConfigError(f"{value!r} is not a number per second above 0, such as 8000")
-        return float(value)
+        return None if value is None else _above_zero(value, "a number per second above 0, such as 8000")
 
     def from_text(self, text: str) -> Any:
         """See `Kind`."""
-        try:
-            return float(text)
-        except ValueError:
-            return text
+        return _number(text)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class DevicePool:
 
     def __init__(self, pool: Any, page_tokens: int, model: str, numerics: Numerics, rank: Rank) -> None:
         kind = type(pool).__name__
-        self.latent = kind == MLA
+        latent = kind == MLA
         first = int(pool.start_layer)
         layers = range(first, first + int(pool.layer_num))
         if kind == MHA:
@@ -52,8 +52,8 @@ class DevicePool:
             heads, axes = 1, "slot one latent"
         else:
             raise UnsupportedError(f"a KV pool of kind {kind} is not known; {MHA} and {MLA} are")
-        group = LayerGroup("kv", tuple(layers), planes, heads if self.latent else heads * rank.tp_size)
-        held = (0, 1) if self.latent else (rank.tp_rank * heads, (rank.tp_rank + 1) * heads)
+        group = LayerGroup("kv", tuple(layers), planes, heads if latent else heads * rank.tp_size)
+        held = (0, 1) if latent else (rank.tp_rank * heads, (rank.tp_rank + 1) * heads)
         self.spec = KVSpec(model, (group,), (Rect((layers.start, layers.stop), held),), numerics)
         self.spec.validate()
         self.kv = PagedKV(tensors, Layout.parse(axes, block_tokens=page_tokens))
