@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from collections.abc import Callable
@@ -95,6 +96,7 @@ def simulate(
     _note(f"{len(trace)} requests, {trace.accesses} chunks of {trace.chunk_tokens} tokens, {trace.blocks} distinct")
     if trace.skipped:
         _note(f"{trace.skipped} bad lines skipped")
+    gc.freeze()  # the trace stays: no need to walk through it again and again
     results = []
     for capacities in grid:
         for name in policy or known_policies():
