@@ -60,8 +60,7 @@ class Density(Policy):
         if len(once := dict.fromkeys(chain)) < len(chain):  # names that mean something each on their own may repeat
             hits = len(dict.fromkeys(chain[:hits]))
         self._learn(list(once), hits)
-        for _ in self._shelves.advance(self._clock):
-            pass
+        self._shelves.now = self._clock
         if self._version != self.forecast.version:
             self._version = self.forecast.version
             self._shelves.arrange(self.forecast.worth)
@@ -143,7 +142,7 @@ class Density(Policy):
         run = item.place
         assert isinstance(run, Run)
         if item is self._partly and self._shelved:  # just popped: the run is still where it was
-            item.stamp = run.turn
+            item.stamp = run.number
             run.members.append(item)
             run.gone -= item.size
         else:
@@ -157,7 +156,7 @@ class Density(Policy):
 
     def members(self) -> Iterator[Tracked]:
         """See `Policy.members`."""
-        yield from (item for run in self._log for item in run.members if item.stamp == run.turn)
+        yield from (item for run in self._log for item in run.members if item.stamp == run.number)
         yield from (item for _, stamp, item in self._restored if item.stamp == stamp)
 
     def _give_back(self, item: Tracked, run: Run[Tracked]) -> None:
@@ -239,7 +238,7 @@ class Density(Policy):
                 if not stake.affords(0):
                     break
                 if not self._allow(run):
-                    heapq.heappush(self._spent, (run.time, run.turn, run))
+                    heapq.heappush(self._spent, (run.time, run.number, run))
                     shelves.drop(run)
                     continue
             item = _last(run)
@@ -271,7 +270,7 @@ class Density(Policy):
     def _compact(self) -> None:
         # Entries are counted as they come and not as they go, so that runs left without members are bounded too. At most
         # `capacity` objects are live: this frees at least half of what there is, O(1) amortised.
-        self._shelves.compact(lambda run, item: item.stamp == run.turn)
+        self._shelves.compact(lambda run, item: item.stamp == run.number)
         self._log = deque(run for run in self._log if run.members)
         self._spent = [entry for entry in self._spent if entry[2].members]
         heapq.heapify(self._spent)
@@ -286,6 +285,6 @@ def _last(run: Run[Tracked]) -> Tracked | None:
     while members:
         item = members.pop()
         run.gone += item.size
-        if item.stamp == run.turn:
+        if item.stamp == run.number:
             return item
     return None
