@@ -35,9 +35,9 @@ class Tracked:
         self.place: object = None
 
     @property
-    def names(self) -> Sequence[bytes]:
+    def names(self) -> list[bytes]:
         """Digests of its objects, parents first."""
-        return (self.digest,)
+        return [self.digest]
 
     @property
     def size(self) -> int:

@@ -12,6 +12,7 @@ import sys
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from lmcache.eviction.base import Policy, Recent, Tracked
 from lmcache.eviction.forecast import HORIZON, KINDS, NEW, Forecast
@@ -85,23 +86,20 @@ class Density(Policy):
         """See `Policy.cuts`."""
         if not digests or self._kind(digests[0]) == self._kind(digests[-1]):  # it changes once in a request, if at all
             return ()
-        kinds = [self._kind(digest) for digest in digests]
-        return [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+        last = self._kind(digests[-1])
+        return [bisect_left(digests, True, key=lambda digest: self._kind(digest) == last)]
 
     def add(self, items: Sequence[Tracked]) -> None:
         """See `Policy.add`."""
-        for item in items:
-            self._count(item.names, 1)
+        if self._bound < 256:
+            for item in items:
+                self._count(item.names, 1)
         self.touch(items)
 
     def touch(self, items: Sequence[Tracked]) -> None:
         """See `Policy.touch`."""
-        first = 0
-        kinds = [self._kind(item.digest) for item in items]
-        for i in range(1, len(items) + 1):
-            if i == len(items) or kinds[i] != kinds[first]:
-                self._push(list(items[first:i]), kinds[first])
-                first = i
+        for kind, alike in groupby(items, self._kind_of):
+            self._push(list(alike), kind)
         if self._entries > self._limit:
             self._compact()
 
@@ -205,6 +203,9 @@ class Density(Policy):
         if bound < 256:
             self._resident += sign * len(digests)
             self._sampled += sign * sum(digest[0] < bound for digest in digests)
+
+    def _kind_of(self, item: Tracked) -> int:
+        return self._kind(item.digest)
 
     def _kind(self, digest: bytes) -> int:
         stretch = self.forecast.history.find(digest)

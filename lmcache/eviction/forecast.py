@@ -52,8 +52,8 @@ class Forecast:
         self.history = History(horizon)
         self.worth = [0.0] * (KINDS * BUCKETS)
         self.version = 0
-        self._used = [[0.0] * BUCKETS for _ in range(KINDS)]
-        self._reached = [[0.0] * BUCKETS for _ in range(KINDS)]
+        self._used = [[0.0] * KINDS for _ in range(BUCKETS)]
+        self._reached = [[0.0] * KINDS for _ in range(BUCKETS)]
         self._fitted = 0.0  # when; later than that, it is not counted yet which ages were reached
         self._interval = max(1024.0, capacity / 4)
         self._since = 0.0
@@ -64,12 +64,11 @@ class Forecast:
         """A request for the sampled `names` of a chain, each of which is in it once. Returns their classes."""
         history = self.history
         for stretch in history.forget(now):
-            self._count(stretch, len(stretch.names), now)
+            self._leave(stretch, len(stretch.names), now)
         parts = history.take(names)
         kinds = _classify(parts)
-        for part in parts:
-            self._count(part.stretch, len(part.names), now)
-            self._used[part.stretch.kind][self.ages.bucket(now - part.stretch.time)] += len(part.names)
+        for stretch, taken, _, _ in parts:
+            self._used[self._leave(stretch, len(taken), now)][stretch.kind] += len(taken)
         self._admit(names[kinds.known :], parts, kinds, now)
         self._since += len(names)
         if self._since >= self._interval:
@@ -83,34 +82,32 @@ class Forecast:
         olds = [name for part in parts for name in part.names]
         history.put(Stretch(now, kinds.new, turn, end, news, bytes(len(news))))
         history.put(Stretch(now, kinds.again, turn, end, olds, used_again(parts)))
-        self._reached[kinds.new][0] += len(news)
-        self._reached[kinds.again][0] += len(olds)
+        self._reached[0][kinds.new] += len(news)
+        self._reached[0][kinds.again] += len(olds)
 
-    def _count(self, stretch: Stretch, size: int, now: float) -> None:
-        """So many names leave a stretch: the ages they reached since the last fit."""
-        reached, bucket = self._reached[stretch.kind], self.ages.bucket
-        for b in range(bucket(max(0.0, self._fitted - stretch.time)) + 1, bucket(now - stretch.time) + 1):
-            reached[b] += size
+    def _leave(self, stretch: Stretch, size: int, now: float) -> int:
+        """So many names leave a stretch: count the ages they reached since the last fit. Returns the bucket of their age."""
+        age = self.ages.bucket(now - stretch.time)
+        for b in range(self.ages.bucket(max(0.0, self._fitted - stretch.time)) + 1, age + 1):
+            self._reached[b][stretch.kind] += size
+        return age
 
     def _fit(self, now: float) -> None:
         used, reached, edges = self._used, self._reached, self.ages.edges
         for b in range(1, BUCKETS):
+            row = reached[b]
             for stretch in self.history.between(self._fitted - edges[b], now - edges[b]):
-                reached[stretch.kind][b] += len(stretch.names)
+                row[stretch.kind] += len(stretch.names)
         self._fitted = now
-        overall = [
-            PRIOR * (sum(u) + 1.0) / (sum(r) + PRIOR)
-            for u, r in zip(zip(*used, strict=True), zip(*reached, strict=True), strict=True)
-        ]
         widths = [edges[b + 1] - edges[b] for b in range(BUCKETS)]
-        for kind in range(KINDS):
-            p = [
-                min(0.999, (u + o) / (r + PRIOR))
-                for u, r, o in zip(used[kind], reached[kind], overall, strict=True)
-            ]
-            self.worth[kind * BUCKETS : (kind + 1) * BUCKETS] = rates(p, widths)
-            used[kind] = [v * self._keep for v in used[kind]]
-            reached[kind] = [v * self._keep for v in reached[kind]]
+        chances = []
+        for u, r in zip(used, reached, strict=True):
+            general = PRIOR * (sum(u) + 1.0) / (sum(r) + PRIOR)
+            chances.append([min(0.999, (v + general) / (w + PRIOR)) for v, w in zip(u, r, strict=True)])
+        self.worth = [worth for chances_of in zip(*chances, strict=True) for worth in rates(chances_of, widths)]
+        keep = self._keep
+        self._used = [[v * keep for v in row] for row in used]
+        self._reached = [[v * keep for v in row] for row in reached]
         self.version += 1
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
+_TIME = attrgetter("time")
 _OFTEN = 4
 _ONCE_MORE = bytes(min(uses + 1, _OFTEN) for uses in range(256))
 
@@ -77,17 +79,18 @@ class History:
         stretch = self._by_name.get(name)
         return stretch is not None and name in stretch.names[: stretch.held]
 
-    def held_of(self, names: Sequence[Hashable]) -> list[Hashable]:
+    def held_of(self, names: list[Hashable]) -> list[Hashable]:
         """Those of `names` that LRU would hold."""
         found: list[Hashable] = []
         for stretch, at, start, size in self._places(names):
-            found += names[start : start + min(size, max(0, stretch.held - at))]
+            if stretch.held > at:
+                found += names[start : start + min(size, stretch.held - at)]
         return found
 
     def between(self, after: float, until: float) -> list[Stretch]:
         """Those with a time of more than `after`, and no more than `until`."""
-        first = bisect_right(self._stretches, after, self._first, key=_time)
-        return self._stretches[first : bisect_right(self._stretches, until, first, key=_time)]
+        first = bisect_right(self._stretches, after, self._first, key=_TIME)
+        return self._stretches[first : bisect_right(self._stretches, until, first, key=_TIME)]
 
     def take(self, names: list[Hashable]) -> list[Part]:
         """Take out the first of `names`, up to one that is not known. All are to be `put` back."""
@@ -106,7 +109,7 @@ class History:
         self._stretches.append(stretch)
         self.held += len(stretch.names)
 
-    def drop(self, names: Sequence[Hashable]) -> None:
+    def drop(self, names: list[Hashable]) -> None:
         """Forget those of them that are known."""
         if self._by_name.keys().isdisjoint(names):
             return
@@ -150,9 +153,8 @@ class History:
                 return
             self._edge += 1
 
-    def _places(self, names: Sequence[Hashable]) -> Iterator[tuple[Stretch, int, int, int]]:
+    def _places(self, names: list[Hashable]) -> Iterator[tuple[Stretch, int, int, int]]:
         """(stretch, position in it, position in `names`, how many) of those that are known."""
-        names = list(names)
         start = 0
         while start < len(names):
             stretch = self._by_name.get(names[start])
@@ -180,14 +182,10 @@ def used_again(parts: Sequence[Part]) -> bytes:
     return b"".join([part.uses for part in parts]).translate(_ONCE_MORE)
 
 
-def _time(stretch: Stretch) -> float:
-    return stretch.time
-
-
 def _match(known: list[Hashable], names: list[Hashable], start: int) -> tuple[int, int]:
     """Where `names[start]` is in `known`, and how many names on from there are the same."""
     at = known.index(names[start])
-    low, high = 0, min(len(known) - at, len(names) - start)
+    low, high = 1, min(len(known) - at, len(names) - start)
     if known[at : at + high] == names[start : start + high]:
         return at, high
     while high - low > 1:  # the first `low` are the same, the first `high` are not

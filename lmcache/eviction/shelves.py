@@ -13,7 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from operator import or_
+from operator import lt, or_
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -61,13 +61,16 @@ class Shelves(Generic[T]):
         self.now = 0.0
         shelves = kinds * BUCKETS
         self._ages = ages
+        self._begins = [*ages.edges[:BUCKETS], math.inf]
         self._ends: list[Run[T]] = [Run(math.inf, kind, []) for kind in range(kinds)]  # before the coldest, after the hottest
         for end in self._ends:
             end.colder = end.hotter = end
         # By class and bucket the youngest run that is as old as the bucket, or was when somebody looked.
-        self._marks = [[end] * BUCKETS for end in self._ends]
+        # Beyond the last bucket there is none, and the end of the row stands for that.
+        self._marks = [[end] * (BUCKETS + 1) for end in self._ends]
         self._filled = [True] * shelves  # whether there may be something
         self._due: list[tuple[float, int]] = []  # heap: when there may be something again on a shelf that is empty
+        self._oldest_first = [n for b in reversed(range(BUCKETS)) for n in range(b, shelves, BUCKETS)]
         self._rank = list(range(shelves))
         self._at = list(range(shelves))  # rank → shelf
         self._ranks = (1 << shelves) - 1  # bit r is set if there may be something on the shelf of rank r
@@ -125,17 +128,18 @@ class Shelves(Generic[T]):
 
         Within a shelf the end goes first that is nearer to the worse neighbour. Equal worth: the older first.
         """
-        self._at = sorted(range(len(worth)), key=lambda n: (worth[n], -(n % BUCKETS), n))
-        self._ranks = 0
-        aged = [0] * BUCKETS
+        self._at = sorted(self._oldest_first, key=worth.__getitem__)
+        ranks, aged = 0, [0] * BUCKETS
         for rank, number in enumerate(self._at):
-            aged[number % BUCKETS] |= 1 << rank
+            bit = 1 << rank
+            aged[number % BUCKETS] |= bit
             self._rank[number] = rank
             if self._filled[number]:
-                self._ranks |= 1 << rank
-            last = number % BUCKETS == BUCKETS - 1
-            self._youngest[number] = not last and worth[number + 1] > worth[number]
+                ranks |= bit
+        self._ranks = ranks
         self._aged = list(accumulate(reversed(aged), or_))[::-1]
+        self._youngest = [*map(lt, worth, worth[1:]), False]
+        self._youngest[BUCKETS - 1 :: BUCKETS] = [False] * len(self._ends)
 
     def compact(self, live: Callable[[Run[T], T], bool]) -> None:
         """Drop members of which `live(run, member)` is false, and runs that have none left."""
@@ -164,13 +168,11 @@ class Shelves(Generic[T]):
 
     def _mark(self, kind: int, bucket: int) -> Run[T]:
         """The youngest run of a class that is as old as the bucket."""
-        if bucket == BUCKETS:
-            return self._ends[kind]
-        run = self._marks[kind][bucket]
-        while run.hotter is None:
+        marks, limit = self._marks[kind], self.now - self._begins[bucket]
+        run = marks[bucket]
+        while (hotter := run.hotter) is None:
             run = run.colder
-        limit = self.now - self._ages.edges[bucket]
-        while (hotter := run.hotter) is not None and hotter.time <= limit:
-            run = hotter
-        self._marks[kind][bucket] = run
+        while hotter is not None and hotter.time <= limit:
+            run, hotter = hotter, hotter.hotter
+        marks[bucket] = run
         return run
