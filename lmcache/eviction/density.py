@@ -98,6 +98,9 @@ class Density(Policy):
 
     def touch(self, items: Sequence[Tracked]) -> None:
         """See `Policy.touch`."""
+        now = self._clock
+        if all([item.stamp > 0 and item.place.time == now for item in items]):  # type: ignore[attr-defined]
+            return  # a store of what was just loaded
         for kind, alike in groupby(items, self._kind_of):
             self._push(list(alike), kind)
         if self._entries > self._limit:
