@@ -121,7 +121,7 @@ class Density(Policy):
     def pop(self) -> Tracked | None:
         """See `Policy.pop`. All of it counts as lent until it is restored."""
         self._partly, self._shelved, self._most = None, False, sys.maxsize
-        item = self._returned() or self._choose()
+        item = (self._returned() if self._restored else None) or self._choose()
         if item is not None:
             item.stamp, item.freq = 0, self._most
             self.stake.left(item.names)

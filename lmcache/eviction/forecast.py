@@ -88,8 +88,9 @@ class Forecast:
     def _leave(self, stretch: Stretch, size: int, now: float) -> int:
         """So many names leave a stretch: count the ages they reached since the last fit. Returns the bucket of their age."""
         age = self.ages.bucket(now - stretch.time)
-        for b in range(self.ages.bucket(max(0.0, self._fitted - stretch.time)) + 1, age + 1):
-            self._reached[b][stretch.kind] += size
+        if age:
+            for b in range(self.ages.bucket(self._fitted - stretch.time) + 1, age + 1):
+                self._reached[b][stretch.kind] += size
         return age
 
     def _fit(self, now: float) -> None:
@@ -132,12 +133,11 @@ def rates(chances: Sequence[float], widths: Sequence[float]) -> list[float]:
 def _classify(parts: list[Part]) -> Kinds:
     if not parts:
         return Kinds(0, NEW, NEW, 0)
-    known = sum([len(part.names) for part in parts])
-    held = 0
+    known = held = 0
     for part in parts:
-        held += part.held
-        if part.held < len(part.names):
-            break
+        if held == known:  # LRU held all so far
+            held += part.held
+        known += len(part.names)
     last = parts[-1].stretch
     if known > 1 and known >= last.end - 1:  # all but a last, partly filled block: the conversation goes on
         turn = min(last.turn + 1, TURNS)

@@ -119,7 +119,8 @@ class History:
 
     def forget(self, now: float) -> Iterator[Stretch]:
         """Drop what is too old; yields each stretch while it is still whole."""
-        while self._first < self._edge and now - (stretch := self._stretches[self._first]).time > self._horizon:
+        last = now - self._horizon
+        while self._first < self._edge and (stretch := self._stretches[self._first]).time < last:
             yield stretch
             self._first += 1
             for name in stretch.names:

@@ -110,6 +110,8 @@ class Stake:
 
     def _end(self, names: Sequence[Hashable]) -> int:
         """Those of them that were lent are no longer: how many."""
+        if not self._lent:
+            return 0
         ended = self._lent.intersection(names)
         self._lent -= ended
         return len(ended)
