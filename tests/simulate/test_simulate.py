@@ -7,6 +7,7 @@ import os
 import random
 import re
 import stat
+from hashlib import blake2b
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -256,7 +257,57 @@ def test_a_recording_that_fails_is_one_log_line(tmp_path, caplog) -> None:
     if full is not None:
         full.record(300, [b"a" * 32])
         full.record(300, [b"a" * 32])
+        assert "No space left" in caplog.text
     assert caplog.text.count("trace-not-recorded") == 1 + (full is not None)
+
+
+LINE = b'{"t":99.5,"tokens":0,"chunk_tokens":256,"keys":[]}\n'
+
+
+def test_a_recording_goes_on_after_a_line_that_was_cut_off(tmp_path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(LINE + b'{"t":100.25,"tok')
+    recorder = Recorder(path, 256)
+    recorder.record(300, [b"a" * 32])
+    recorder.close()
+    first, second = read_traces([path])
+    assert first.time == 99.5 <= second.time < 100
+
+
+@pytest.mark.parametrize("held", [b"{}\n", b"[]\n", b'{"t":null}\n', b"notes\n", b'{"t":1', b"\xff\n", b"\n"])
+def test_what_is_no_recording_stays_as_it_is(tmp_path, caplog, held) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(held)
+    recorder = Recorder(path, 256)
+    recorder.record(300, [b"a" * 32])
+    recorder.close()
+    assert path.read_bytes() == held
+    assert "name another file" in caplog.text
+
+
+def test_two_recorders_do_not_share_a_file(tmp_path, caplog) -> None:
+    path = tmp_path / "trace.jsonl"
+    one, two = Recorder(path, 256), Recorder(path, 256)
+    two.record(300, [b"b" * 32])
+    one.record(300, [b"a" * 32])
+    one.close()
+    assert len(read_traces([path])) == 1
+    assert caplog.text.count("a file of its own") == 1
+    Recorder(path, 256).close()
+    assert caplog.text.count("trace-not-recorded") == 1
+
+
+def test_a_request_that_is_recorded_while_the_recorder_closes_is_left_out(tmp_path, monkeypatch) -> None:
+    recorder = Recorder(tmp_path / "trace.jsonl", 256)
+    hashed = blake2b
+
+    def closing(*args, **kwargs):
+        recorder.close()
+        return hashed(*args, **kwargs)
+
+    monkeypatch.setattr("lmcache.recorder.blake2b", closing)
+    recorder.record(256 * 3000, [b"a" * 32] * 3000)
+    assert (tmp_path / "trace.jsonl").read_bytes() == b""
 
 
 @pytest.mark.skipif("CONVERSATION_TRACE" not in os.environ, reason="CONVERSATION_TRACE names no conversation trace")
