@@ -26,7 +26,7 @@ from lmcache.recorder import Recorder
 from lmcache.simulate.hardware import profile
 from lmcache.simulate.page import _apart, page, size
 from lmcache.simulate.queueing import servers_for, ttft
-from lmcache.simulate.run import ControlPlane, simulate
+from lmcache.simulate.run import ADMISSIONS, ControlPlane, simulate
 from lmcache.simulate.trace import TraceError, read_traces
 from lmcache.spec import ALL
 
@@ -130,6 +130,16 @@ def test_a_replay_finds_and_keeps_what_the_index_does_with_all_its_messages(poli
     assert {e.digest for e in full.state.pools[0].residents()} == {e.digest for e in quick.state.pools[0].residents()}
 
 
+@pytest.mark.parametrize("admit", ADMISSIONS)
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_prompt_of_less_than_a_chunk_is_served_and_finds_nothing(tmp_path, policy, admit) -> None:
+    path = tmp_path / "t"
+    line = {"t": 1, "tokens": 5, "chunk_tokens": 16, "keys": []}
+    path.write_text("".join(json.dumps(line | {"keys": keys, "tokens": 40}) + "\n" for keys in ([], ["a"], [], ["a"])))
+    result = simulate(read_traces([path]), policy, {"device": 1, "dram": 1, "disk": 1}, PROFILE, admit=admit)
+    assert result.hits == {"device": 1}
+
+
 def test_what_is_on_disk_is_found_and_a_full_disk_forgets(tmp_path) -> None:
     prompts = requests_of(3)
     trace = read_traces([written(tmp_path / "t", prompts)])
@@ -161,6 +171,9 @@ def test_requests_wait_for_the_first_free_server() -> None:
     assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 1) == [2, 4, 5, 2]
     assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 2) == [2, 2, 3, 2]
     assert servers_for([0.0, 10.0], [8.0, 8.0]) == 2
+    assert servers_for([0.0, 1e-9], [8.0, 8.0]) == 2, "a third would have nothing to do"
+    assert servers_for([0.0, 5e-324], [8.0, 8.0]) == 2
+    assert ttft([0, 0], [2, 2], 10**15) == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +189,9 @@ def test_requests_wait_for_the_first_free_server() -> None:
         ('{"t": 50, "tokens": 3, "keys": []}', "'chunk_tokens' is missing"),
         ('{"t": 50, "tokens": 256, "chunk_tokens": 256, "keys": ["ab"]}', "tokens per chunk"),
         ("[]", "array"),
+        (f'{{"timestamp": 50, "input_length": {2**63}, "hash_ids": [1]}}', "impossible"),
+        (f'{{"timestamp": 50, "input_length": 512, "output_length": {2**63}, "hash_ids": [1]}}', "impossible"),
+        (f'{{"t": 50, "tokens": 512, "chunk_tokens": {2**63}, "keys": ["ab"]}}', "impossible"),
     ],
 )
 def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, line, reason) -> None:
@@ -196,6 +212,9 @@ def test_what_cannot_be_simulated_is_refused_with_a_hint(tmp_path) -> None:
         simulate(trace, "lru", {"dram": 0}, PROFILE)
     with pytest.raises(ConfigError, match="did you mean 'llama-3-8b'"):
         profile("llama3-8b", "h100")
+    for rate in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="impossible"):
+            profile("llama-3-8b", "h100", rate=rate)
     (tmp_path / "empty").touch()
     with pytest.raises(TraceError, match="no request"):
         read_traces([tmp_path / "empty"])
