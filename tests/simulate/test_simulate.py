@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lmcache.cli.app import app
+from lmcache.config import Config
 from lmcache.errors import ConfigError
 from lmcache.eviction import POLICIES
 from lmcache.index import Index
@@ -278,6 +279,39 @@ def test_a_recording_that_fails_is_one_log_line(tmp_path, caplog) -> None:
         full.record(300, [b"a" * 32])
         assert "No space left" in caplog.text
     assert caplog.text.count("trace-not-recorded") == 1 + (full is not None)
+
+
+def test_the_table_is_never_cut_off(tmp_path) -> None:
+    path = written(tmp_path / "t", requests_of(0))
+    out = CliRunner().invoke(app, ["simulate", str(path), "--tiers", "dram = 5%, disk=20%"], env={"COLUMNS": "40"})
+    assert "disk writes" in out.stdout.splitlines()[0]
+    assert "…" not in out.stdout
+
+
+def test_options_that_cannot_work_are_refused_before_anything_is_simulated(tmp_path) -> None:
+    path = str(written(tmp_path / "t", requests_of(0, 5)))
+
+    def refusal(*options: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            CliRunner().invoke(app, ["simulate", path, *options], catch_exceptions=False)
+        return str(caught.value)
+
+    assert "gives dram twice" in refusal("--tiers", "dram=5%,dram=10%")
+    assert "there is no folder" in refusal("--plot", str(tmp_path / "no" / "page.html"))
+
+
+def test_figures_are_shown_even_if_the_page_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "page.html").mkdir()
+    options = ["--policy", "lru", "--plot", str(tmp_path / "page.html"), "--json"]
+    out = CliRunner().invoke(app, ["simulate", str(written(tmp_path / "t", requests_of(0))), *options])
+    assert isinstance(out.exception, IsADirectoryError)
+    assert json.loads(out.stdout)["results"]
+
+
+def test_unless_told_otherwise_a_full_disk_is_written_as_the_cache_writes_it(tmp_path) -> None:
+    path = written(tmp_path / "t", requests_of(0))
+    out = CliRunner().invoke(app, ["simulate", str(path), "--policy", "lru", "--tiers", "disk=5%", "--json"])
+    assert json.loads(out.stdout)["trace"]["admit"] == Config().admission
 
 
 LINE = b'{"t":99.5,"tokens":0,"chunk_tokens":256,"keys":[]}\n'
