@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lmcache import CacheEngine, Layout, PagedKV
 from lmcache.errors import LayoutError, LMCacheError, SlotError, SpecError, TierError, TokenError
-from lmcache.keys import ObjectId
+from lmcache.keys import ObjectId, namespace_of
 from lmcache.simulate.trace import read_traces
+from lmcache.tenants import Tenants
 from lmcache.tiers.base import Result
 from lmcache.tiers.memory import MemoryTier
 from lmcache_conformance.kvlab import CHUNK, DIM, HEADS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
@@ -42,6 +45,47 @@ def test_clear_reaches_earlier_weights_versions_and_loras(tmp_path: Path) -> Non
         assert len(list(tmp_path.rglob("*.safetensors"))) == 2
         engine.clear(salt="a")
         assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_name_made_while_the_weights_change_is_not_remembered_for_the_new_ones(monkeypatch) -> None:
+    with CacheEngine(tiny_config(), tiny_spec()) as engine:
+        changing: list[threading.Thread] = []
+
+        def slow(*args: object, **kwargs: object) -> bytes:
+            named = namespace_of(*args, **kwargs)
+            changing.append(threading.Thread(target=engine.set_weights_version, args=(1,)))
+            changing[-1].start()
+            changing[-1].join(0.1)  # it has to wait until this name is made
+            return named
+
+        with monkeypatch.context() as patch:
+            patch.setattr("lmcache.engine.namespace_of", slow)
+            before = engine.namespace()
+        changing[-1].join()
+        assert engine.namespace() != before
+
+
+def test_many_threads_may_store_prompts_at_once() -> None:
+    tenants, failed = Tenants(1), []
+
+    def store(first: int) -> None:
+        try:
+            for n in range(first, first + 20_000):
+                tenants.add(b"", np.array([n], np.uint32))
+        except RuntimeError as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=store, args=(n * 20_000,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
 
 
 def test_clear_says_so_when_a_tier_does_not_let_go() -> None:
