@@ -67,7 +67,8 @@ def simulate(
       lmcache simulate trace.jsonl --tiers dram=5%,disk=50% --admit second --model llama-3-70b --gpus 4
       lmcache simulate a.jsonl b.jsonl --plot capacity.html
     """
-    from lmcache.simulate.hardware import named, profile
+    from lmcache.settings import named
+    from lmcache.simulate.hardware import profile
     from lmcache.simulate.run import ADMISSIONS, PLACES, known_policies, simulate
     from lmcache.simulate.trace import read_traces
 
