@@ -99,7 +99,7 @@ class Density(Policy):
     def touch(self, items: Sequence[Tracked]) -> None:
         """See `Policy.touch`."""
         now = self._clock
-        if all([item.stamp > 0 and item.place.time == now for item in items]):  # type: ignore[attr-defined]
+        if now and all(item.stamp > 0 and item.place.time == now for item in items):  # type: ignore[attr-defined]
             return  # a store of what was just loaded
         for kind, alike in groupby(items, self._kind_of):
             self._push(list(alike), kind)

@@ -16,7 +16,7 @@ names (Waldspurger et al., "SHARDS", FAST 2015), so the cost is bounded whatever
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lmcache.eviction.history import History, Part, Stretch, used_again
@@ -60,7 +60,7 @@ class Forecast:
         self._keep = 0.5 ** (self._interval / (64 * capacity + 20000))
         self._fit(0.0)
 
-    def ask(self, names: list[Hashable], now: float) -> Kinds:
+    def ask(self, names: list[bytes], now: float) -> Kinds:
         """A request for the sampled `names` of a chain, each of which is in it once. Returns their classes."""
         history = self.history
         for stretch in history.forget(now):
@@ -76,7 +76,7 @@ class Forecast:
             self._fit(now)
         return kinds
 
-    def _admit(self, news: list[Hashable], parts: list[Part], kinds: Kinds, now: float) -> None:
+    def _admit(self, news: list[bytes], parts: list[Part], kinds: Kinds, now: float) -> None:
         history, turn, end = self.history, kinds.new - NEW, kinds.known + len(news)
         history.drop(news)  # nothing, where names commit to what is before them
         olds = [name for part in parts for name in part.names]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class Stretch:
 
     __slots__ = ("end", "held", "kind", "names", "time", "turn", "uses")
 
-    def __init__(self, time: float, kind: int, turn: int, end: int, names: list[Hashable], uses: bytes) -> None:
+    def __init__(self, time: float, kind: int, turn: int, end: int, names: list[bytes], uses: bytes) -> None:
         self.time = time
         self.kind = kind
         self.turn = turn
@@ -48,7 +48,7 @@ class Part(NamedTuple):
     """Names that were taken out of a stretch; LRU held the first `held`."""
 
     stretch: Stretch
-    names: list[Hashable]
+    names: list[bytes]
     uses: bytes
     held: int
 
@@ -64,24 +64,24 @@ class History:
         self.since = 0.0
         """LRU holds nothing that was last used before this time."""
         self._horizon = horizon
-        self._by_name: dict[Hashable, Stretch] = {}
+        self._by_name: dict[bytes, Stretch] = {}
         self._stretches: list[Stretch] = []  # oldest first; some were used up
         self._first = 0  # those before are forgotten
         self._edge = 0  # of those before LRU holds nothing
         self._limit = 1024
 
-    def find(self, name: Hashable) -> Stretch | None:
+    def find(self, name: bytes) -> Stretch | None:
         """Where a name is, if it is known."""
         return self._by_name.get(name)
 
-    def holds(self, name: Hashable) -> bool:
+    def holds(self, name: bytes) -> bool:
         """Whether LRU would hold it."""
         stretch = self._by_name.get(name)
         return stretch is not None and name in stretch.names[: stretch.held]
 
-    def held_of(self, names: list[Hashable]) -> list[Hashable]:
+    def held_of(self, names: list[bytes]) -> list[bytes]:
         """Those of `names` that LRU would hold."""
-        found: list[Hashable] = []
+        found: list[bytes] = []
         for stretch, at, start, size in self._places(names):
             if stretch.held > at:
                 found += names[start : start + min(size, stretch.held - at)]
@@ -92,7 +92,7 @@ class History:
         first = bisect_right(self._stretches, after, self._first, key=_TIME)
         return self._stretches[first : bisect_right(self._stretches, until, first, key=_TIME)]
 
-    def take(self, names: list[Hashable]) -> list[Part]:
+    def take(self, names: list[bytes]) -> list[Part]:
         """Take out the first of `names`, up to one that is not known. All are to be `put` back."""
         parts = []
         start = 0
@@ -109,7 +109,7 @@ class History:
         self._stretches.append(stretch)
         self.held += len(stretch.names)
 
-    def drop(self, names: list[Hashable]) -> None:
+    def drop(self, names: list[bytes]) -> None:
         """Forget those of them that are known."""
         if self._by_name.keys().isdisjoint(names):
             return
@@ -132,9 +132,9 @@ class History:
             self._first = self._edge = 0
             self._find_edge()
 
-    def shrink(self, capacity: float) -> list[Hashable]:
+    def shrink(self, capacity: float) -> list[bytes]:
         """Let LRU evict until it holds no more than `capacity`; returns what went."""
-        gone: list[Hashable] = []
+        gone: list[bytes] = []
         while self.held > capacity:
             stretch = self._stretches[self._edge]
             count = min(stretch.held, math.ceil(self.held - capacity))
@@ -154,7 +154,7 @@ class History:
                 return
             self._edge += 1
 
-    def _places(self, names: list[Hashable]) -> Iterator[tuple[Stretch, int, int, int]]:
+    def _places(self, names: list[bytes]) -> Iterator[tuple[Stretch, int, int, int]]:
         """(stretch, position in it, position in `names`, how many) of those that are known."""
         start = 0
         while start < len(names):
@@ -183,7 +183,7 @@ def used_again(parts: Sequence[Part]) -> bytes:
     return b"".join([part.uses for part in parts]).translate(_ONCE_MORE)
 
 
-def _match(known: list[Hashable], names: list[Hashable], start: int) -> tuple[int, int]:
+def _match(known: list[bytes], names: list[bytes], start: int) -> tuple[int, int]:
     """Where `names[start]` is in `known`, and how many names on from there are the same."""
     at = known.index(names[start])
     low, high = 1, min(len(known) - at, len(names) - start)

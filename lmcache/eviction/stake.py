@@ -22,7 +22,7 @@ In large arenas all of this is done with a sample of the names.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 from lmcache.eviction.history import History, Part
 from lmcache.eviction.price import Price
@@ -50,9 +50,9 @@ class Stake:
         self.account = 0.0
         self.price = Price(capacity)
         self._history = history
-        self._lent: set[Hashable] = set()
+        self._lent: set[bytes] = set()
 
-    def asked(self, names: Sequence[Hashable], hits: int, held: Sequence[Part], now: float) -> None:
+    def asked(self, names: list[bytes], hits: int, held: Sequence[Part], now: float) -> None:
         """A request for all of `names`, of which the arena holds the first `hits`, and LRU held the first, those `held`. They are
         in the history now.
         """
@@ -75,24 +75,24 @@ class Stake:
         left = self.account - 1 - of_run - self.price.value * len(self._lent)
         return max(0, math.ceil(left / (1 + self.price.value)))  # each costs its price, and is gone too
 
-    def holds(self, name: Hashable) -> bool:
+    def holds(self, name: bytes) -> bool:
         """Whether LRU would hold it."""
         return self._history.holds(name)
 
-    def left(self, names: Sequence[Hashable]) -> None:
+    def left(self, names: list[bytes]) -> None:
         """The arena gave them up."""
         self._lent.update(self._history.held_of(names))
 
-    def returned(self, names: Sequence[Hashable]) -> None:
+    def returned(self, names: list[bytes]) -> None:
         """The arena could not give them up after all."""
         self._lent.difference_update(names)
 
-    def gone(self, names: Sequence[Hashable]) -> None:
+    def gone(self, names: list[bytes]) -> None:
         """They were dropped for another reason than room: LRU would not hold them either."""
         self._lent.difference_update(names)
         self._history.drop(names)
 
-    def _end(self, names: Sequence[Hashable]) -> int:
+    def _end(self, names: list[bytes]) -> int:
         """Those of them that were lent are no longer: how many."""
         if not self._lent:
             return 0

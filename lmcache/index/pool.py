@@ -28,7 +28,7 @@ class Pool:
         self.slots = slots
         self.chained = chained
         self.spaces: dict[bytes, Space] = {}
-        self.gone = Recent(REMEMBERED)
+        self.gone: Recent[str] = Recent(REMEMBERED)
         self.policy = policy
         self.evictions = 0
         self.writing = 0  # objects in state WRITING
