@@ -172,8 +172,10 @@ def test_names_in_any_order_are_remembered_all_the_same(chains, order, capacity:
         names = [b"%d.%d.%d" % (document, branch if i > 2 else 0, i) for i in range(length)]
         order.shuffle(names)
         now += length
+        before = next((i for i, name in enumerate(names) if not forecast.history.holds(name)), length)
         kinds = forecast.ask(names, now)
         assert 0 <= kinds.known <= length
+        assert sum(part.held for part in kinds.held) == before
         forecast.history.shrink(capacity)
         assert all((stretch := forecast.history.find(name)) is not None and stretch.time == now for name in names)
         assert forecast.history.held <= capacity
