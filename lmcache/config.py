@@ -78,9 +78,9 @@ class Config:
     )
     policy: Setting[Policy, Policy] = Setting(
         Choice(("lru", "lfu", "s3fifo", "density")),
-        "lru",
+        "density",
         doc="Which objects leave memory first when room is needed. `density` learns what promises most hits, and "
-        "stays close to `lru` until that pays.",
+        "stays close to `lru` until that pays; the others are as in the literature.",
     )
     admission: Setting[Admission, Admission] = Setting(
         Choice(("all", "second", "adaptive")),

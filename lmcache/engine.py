@@ -148,24 +148,21 @@ class CacheEngine:
         key = (salt, lora, scope)
         found = self._namespaces.get(key)
         if found is None:
-            found = namespace_of(
-                self.spec,
-                chunk_tokens=self.config.chunk_tokens,
-                salt=salt,
-                lora=lora,
-                weights_version=self._weights_version,
-                share=self.config.share,
-            )
-            if scope:
-                found = scoped(found, scope)
-            self._remember(key, found)
+            with self._lock:  # a name made for earlier weights must not be remembered once they have changed
+                found = namespace_of(
+                    self.spec,
+                    chunk_tokens=self.config.chunk_tokens,
+                    salt=salt,
+                    lora=lora,
+                    weights_version=self._weights_version,
+                    share=self.config.share,
+                )
+                if scope:
+                    found = scoped(found, scope)
+                if len(self._namespaces) >= _NAMESPACES_KEPT:  # a salt per request must not fill the memory
+                    self._namespaces.pop(next(iter(self._namespaces)))
+                self._namespaces[key] = found
         return found
-
-    def _remember(self, key: tuple[str, str, str], namespace: bytes) -> None:
-        with self._lock:
-            if len(self._namespaces) >= _NAMESPACES_KEPT:  # a salt per request must not fill the memory
-                self._namespaces.pop(next(iter(self._namespaces)))
-            self._namespaces[key] = namespace
 
     def _chain(self, ids: npt.NDArray[np.uint32], salt: str, lora: str, extras: Sequence[Extra]) -> Chain:
         return chain_of(self.namespace(salt=salt, lora=lora), ids, self.config.chunk_tokens, extras)

@@ -7,6 +7,7 @@ find out by trying whether a prompt of his own was among them. Not even what a l
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -23,6 +24,8 @@ from lmcache.log import warning
 _KEY_BYTES = 12
 _FLUSH_BYTES = 1 << 16
 _FLUSH_S = 1.0
+_TAIL_BYTES = 1 << 22
+"""In which the last line is looked for: one of 150 thousand chunks."""
 
 
 class Recorder:
@@ -36,13 +39,14 @@ class Recorder:
         self._bytes = 0
         self._flushed = 0.0
         self._fd: int | None = None
-        self._path = Path(path).expanduser()
+        self._path = path
         try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            self._start = time.monotonic() - _last_time(self._fd)
-            self._end = weakref.finalize(self, _end, self._fd, self._lines)  # also when the process ends
-        except (OSError, ValueError) as error:
+            self._fd, before = _open(Path(path).expanduser())
+        except (OSError, RuntimeError, ValueError) as error:
             self._give_up(error)
+        else:
+            self._start = time.monotonic() - before
+            self._end = weakref.finalize(self, _end, self._fd, self._lines)  # also when the process ends
 
     def record(self, tokens: int, digests: Sequence[bytes]) -> None:
         """A request of so many prompt tokens, with the digests of its full chunks."""
@@ -50,28 +54,29 @@ class Recorder:
             return
         keys = [blake2b(digest, digest_size=_KEY_BYTES, key=self._secret).hexdigest() for digest in digests]
         with self._lock:
+            if self._fd is None:  # closed meanwhile, or another thread's write failed
+                return
             now = time.monotonic()
             seconds = round(now - self._start, 3)
             line = {"t": seconds, "tokens": tokens, "chunk_tokens": self._chunk, "keys": keys}
             self._lines.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
             self._bytes += len(self._lines[-1])
             if self._bytes >= _FLUSH_BYTES or now - self._flushed >= _FLUSH_S:
-                self._flush(now)
+                self._flush(self._fd, now)
 
     def close(self) -> None:
         """Write what is buffered, and record no more. Idempotent."""
         with self._lock:
             if self._fd is not None:
-                self._flush(time.monotonic())
+                self._flush(self._fd, time.monotonic())
             if self._fd is not None:
                 self._fd = None
                 self._end()
 
-    def _flush(self, now: float) -> None:
-        assert self._fd is not None
+    def _flush(self, fd: int, now: float) -> None:
         self._bytes, self._flushed = 0, now
         try:
-            _write(self._fd, self._lines)
+            _write(fd, self._lines)
         except OSError as error:
             self._fd = None
             self._end()
@@ -95,18 +100,37 @@ def _end(fd: int, lines: list[bytes]) -> None:
         os.close(fd)
 
 
+def _open(path: Path) -> tuple[int, float]:
+    """The file, which is this recorder's alone, and the time of its last line, where the recording goes on.
+
+    Raises:
+        OSError, ValueError: it cannot be opened, somebody else records to it, or it is no recording.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError("another engine records to it; give each a file of its own") from None
+        except OSError:
+            pass  # a filesystem without locks
+        return fd, _last_time(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
 def _last_time(fd: int) -> float:
-    """Where a recording goes on that is appended to: the time of its last line."""
+    """The time of the last line; 0 if there is none. One that was cut off, by a kill or a full disk, is taken away."""
     size = os.fstat(fd).st_size
     if not size:
         return 0.0
-    found = -1
-    step = 1 << 16
-    tail = b""
-    while found < 0 and step < 1 << 24:
-        tail = os.pread(fd, step, max(0, size - step)).rstrip()
-        found = 0 if size <= step else tail.rfind(b"\n")
-        found = max(found, tail.rfind(b"\n"))
-        step *= 4
-    last = json.loads(tail[found:])
-    return float(last["t"])
+    tail = os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+    whole, _, cut = tail.rpartition(b"\n")
+    try:
+        seconds = float(json.loads(whole.rstrip().rpartition(b"\n")[2])["t"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("its last line is no request; name another file") from None
+    if cut:
+        os.ftruncate(fd, size - len(cut))
+    return seconds

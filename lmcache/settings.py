@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar, overload
 
 from lmcache.errors import ConfigError
 
+T = TypeVar("T")
 In = TypeVar("In")
 Out = TypeVar("Out")
 Out_co = TypeVar("Out_co", covariant=True)
@@ -53,6 +54,14 @@ def format_size(size: int) -> str:
     """The shortest exact text that `parse_size` reads back, e.g. `4GiB`, `500MB`, `1234567B`."""
     texts = [f"{size // scale}{unit}" for unit, scale in UNITS.items() if size % scale == 0] if size else ["0B"]
     return min(texts, key=len)
+
+
+def named(name: str, known: Mapping[str, T], what: str) -> T:
+    """`known[name]`, or a `ConfigError` with the nearest name."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown {what} {name!r}: did you mean {near!r}? Known: {', '.join(known)}")
+    return known[name]
 
 
 class Kind(Protocol[Out_co]):

@@ -242,9 +242,11 @@ class Transfer:
         assert isinstance(op.src, TierPlace)
         return self._readers[op.src.index]
 
-    def _submit(self, workers: Workers, run: Run, indices: Sequence[int], task: Callable[[], object]) -> None:
-        if not workers.submit(partial(self._guard, run, indices, task)):
-            self._finish(run, indices, Status.CANCELLED, detail="the cache is closed")
+    def _submit(self, workers: Workers, run: Run, indices: Sequence[int], task: Callable[[], object]) -> bool:
+        queued = workers.submit(partial(self._guard, run, indices, task))
+        if not queued:
+            self._finish(run, indices, Status.CANCELLED, detail="the cache is closed, or no thread can be started")
+        return queued
 
     def _guard(self, run: Run, indices: Sequence[int], task: Callable[[], object]) -> None:
         """The one place where whatever goes wrong in the data plane turns into a status instead of an exception."""
@@ -529,9 +531,11 @@ class Transfer:
             op = run.copy(i)
             assert isinstance(op.dst, Slot)
             after = followers[op.name.group, op.dst.index]
-            self._submit(self._reader(op), run, [i, *after], partial(fill, i, after))
+            if not self._submit(self._reader(op), run, [i, *after], partial(fill, i, after)):
+                arrived()
         for i in direct:
-            self._submit(self._reader(run.copy(i)), run, [i], partial(load, i))
+            if not self._submit(self._reader(run.copy(i)), run, [i], partial(load, i)):
+                arrived()
         if not fills and not direct:
             arrived()
 

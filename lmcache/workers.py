@@ -34,16 +34,21 @@ class Workers:
             return self._queued
 
     def submit(self, task: Task) -> bool:
-        """Run `task` soon; False if the pool is closed."""
+        """Run `task` soon; False if it will never run: the pool is closed, or has no thread and cannot start one."""
         with self._lock:
             if self._closed:
                 return False
+            if self._idle <= self._queued and len(self._threads) < self._limit:
+                thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the system has no more; those that run will do
+                    if not self._threads:
+                        return False
+                else:
+                    self._threads.append(thread)
             self._queued += 1
             self._tasks.put(task)
-            if self._idle < self._queued and len(self._threads) < self._limit:
-                thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
         return True
 
     def close(self, timeout: float = 5.0) -> bool:

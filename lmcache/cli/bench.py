@@ -43,7 +43,9 @@ def io(
     model: Annotated[
         list[str] | None, typer.Option("--model", help="Shapes: smollm2-135m, 8b; may be repeated.")
     ] = None,
-    threads: Annotated[list[int] | None, typer.Option("--threads", help="Numbers of threads; may be repeated.")] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", min=1, help="Numbers of threads; may be repeated.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, and random blocks only.")] = False,
     folder: Annotated[
         Path | None, typer.Option("--folder", metavar="FOLDER", help="Where to measure files; by default a tmpfs.")
@@ -65,24 +67,27 @@ def io(
       lmcache bench io --part canonical --quick
       lmcache bench io --json
     """
+    from lmcache.bench.paged import SHAPES
+
     parts = _chosen(part, _PARTS, "--part")
+    models = _chosen(model, tuple(SHAPES), "--model")
     out: dict[str, Any] = {"machine": _machine()}
     if "memory" in parts:
-        out["memory"] = [asdict(result) for result in _told(_memory(model, threads, quick), json)]
+        out["memory"] = [asdict(result) for result in _told(_memory(models, threads, quick), json)]
     if "canonical" in parts:
-        out["canonical"] = [asdict(result) for result in _told(_canonical(model, threads, quick), json)]
+        out["canonical"] = [asdict(result) for result in _told(_canonical(models, threads, quick), json)]
     if "disk" in parts:
-        out["disk"] = [asdict(result) for result in _told(_disk(model, folder, quick), json)]
+        out["disk"] = [asdict(result) for result in _told(_disk(models, folder, quick), json)]
     if "lookup" in parts:
         out["lookup"] = [asdict(result) for result in _told(_lookup(quick), json)]
     if json:
         print_json(out)
 
 
-def _memory(models: list[str] | None, threads: list[int] | None, quick: bool) -> Iterable[PagedResult]:
+def _memory(models: list[str], threads: list[int] | None, quick: bool) -> Iterable[PagedResult]:
     from lmcache.bench.paged import LAYOUTS, PATTERNS, SHAPES, measure
 
-    for name in _chosen(models, tuple(SHAPES), "--model"):
+    for name in models:
         for block_tokens in (16, 128):
             for layout in LAYOUTS:
                 yield from measure(
@@ -95,10 +100,10 @@ def _memory(models: list[str] | None, threads: list[int] | None, quick: bool) ->
                 )
 
 
-def _canonical(models: list[str] | None, threads: list[int] | None, quick: bool) -> Iterable[CanonicalResult]:
+def _canonical(models: list[str], threads: list[int] | None, quick: bool) -> Iterable[CanonicalResult]:
     from lmcache.bench.paged import PACKINGS, PAGES, SHAPES, measure_canonical
 
-    for name in _chosen(models, tuple(SHAPES), "--model"):
+    for name in models:
         for packing in PACKINGS:
             for block_tokens in PAGES[packing]:
                 yield from measure_canonical(
@@ -111,12 +116,12 @@ def _canonical(models: list[str] | None, threads: list[int] | None, quick: bool)
                 )
 
 
-def _disk(models: list[str] | None, folder: Path | None, quick: bool) -> Iterable[DiskResult]:
+def _disk(models: list[str], folder: Path | None, quick: bool) -> Iterable[DiskResult]:
     from lmcache.bench.disk import measure
     from lmcache.bench.paged import SHAPES, pool, torch_threads
 
     with torch_threads(1):
-        for name in _chosen(models, tuple(SHAPES), "--model"):
+        for name in models:
             shape = SHAPES[name]
             native = pool(shape, "packed", 16, 256).native(0, 256)
             for order in ("native", "canonical"):

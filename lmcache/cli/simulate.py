@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from collections.abc import Callable
@@ -40,8 +41,9 @@ def simulate(
         typer.Option("--tiers", metavar="LIST", help="Capacities of device, dram and disk: dram=5%,disk=200GiB."),
     ] = None,
     admit: Annotated[
-        str, typer.Option("--admit", help="What goes to disk: all (write-through), second, adaptive, break-even.")
-    ] = "all",
+        str,
+        typer.Option("--admit", help="What goes to a full disk: adaptive, all (write-through), second, break-even."),
+    ] = "adaptive",
     model: Annotated[str, typer.Option("--model", help="Shape, for bytes and prefill time.")] = "llama-3-8b",
     device: Annotated[str, typer.Option("--device", help="Hardware, for times.")] = "h100",
     gpus: Annotated[int, typer.Option("--gpus", help="Devices per engine.")] = 1,
@@ -66,7 +68,8 @@ def simulate(
       lmcache simulate trace.jsonl --tiers dram=5%,disk=50% --admit second --model llama-3-70b --gpus 4
       lmcache simulate a.jsonl b.jsonl --plot capacity.html
     """
-    from lmcache.simulate.hardware import named, profile
+    from lmcache.settings import named
+    from lmcache.simulate.hardware import profile
     from lmcache.simulate.run import ADMISSIONS, PLACES, known_policies, simulate
     from lmcache.simulate.trace import read_traces
 
@@ -75,13 +78,17 @@ def simulate(
     named(admit, ADMISSIONS, "admission")
     if plot is not None and plot.suffix != ".html":
         raise ConfigError(f"--plot {str(plot)!r}: give a name that ends in .html")
+    if plot is not None and not plot.parent.is_dir():
+        raise ConfigError(f"--plot {str(plot)!r}: there is no folder {str(plot.parent)!r}; make it first")
     setup = profile(model, device, gpus=gpus, kv_bytes=kv_bytes_per_token, rate=prefill_tokens_per_second)
     if servers is not None and servers < 1:
         raise ConfigError(f"--servers {servers}: give at least one")
     fixed: dict[str, str] = {}
     for part in tiers.split(",") if tiers else ():
-        place, _, size = part.strip().partition("=")
+        place, size = (text.strip() for text in part.partition("=")[::2])
         named(place, dict.fromkeys(PLACES), "tier")
+        if place in fixed:
+            raise ConfigError(f"--tiers {tiers!r} gives {place} twice; drop one of them")
         fixed[place] = size
     if capacity and "dram" in fixed:
         raise ConfigError("--capacity is that of DRAM, which --tiers gives too; drop one of them")
@@ -95,6 +102,7 @@ def simulate(
     _note(f"{len(trace)} requests, {trace.accesses} chunks of {trace.chunk_tokens} tokens, {trace.blocks} distinct")
     if trace.skipped:
         _note(f"{trace.skipped} bad lines skipped")
+    gc.freeze()  # the trace stays: no need to walk through it again and again
     results = []
     for capacities in grid:
         for name in policy or known_policies():
@@ -113,15 +121,15 @@ def simulate(
         "device": device,
         "admit": admit,
     }
+    if json:
+        print_json({"trace": about, "results": [result.as_json() for result in results]})
+    else:
+        _table(results)
     if plot is not None:
         from lmcache.simulate.page import page
 
         plot.write_text(page(about, results), encoding="utf-8")
         _note(f"wrote {plot}")
-    if json:
-        print_json({"trace": about, "results": [result.as_json() for result in results]})
-    else:
-        _table(results)
 
 
 def chunks_of(text: str, trace: Trace, chunk_bytes: int, option: str) -> int:
@@ -146,6 +154,7 @@ def chunks_of(text: str, trace: Trace, chunk_bytes: int, option: str) -> int:
 
 
 def _table(results: list[Result]) -> None:
+    from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -161,12 +170,12 @@ def _table(results: list[Result]) -> None:
         row += [f"{r.prefill_saved_s:.0f}", human_bytes(sum(r.bytes_loaded.values()))]
         row += [f"{r.ttft_p50_s:.3f}", f"{r.ttft_p99_s:.3f}"]
         table.add_row(*row, *([human_bytes(r.disk_written_bytes)] if disk else []))
-    console().print(table)
-    console().print(
-        f"p50, p99: time to first token. Prefill without a cache: {results[0].prefill_s + results[0].prefill_saved_s:.0f} s; ",
-        end="",
-    )
-    console().print(
+    out = console()
+    # Figures that are cut off are none, so a terminal that is too narrow wraps them.
+    out.width = max(out.width, Measurement.get(out, out.options.update(max_width=1000), table).maximum)
+    out.print(table)
+    out.print(
+        f"p50, p99: time to first token. Prefill without a cache: {results[0].prefill_s + results[0].prefill_saved_s:.0f} s; "
         f"waiting times are of {results[0].servers} engines, first come, first served, one prompt at a time."
     )
 

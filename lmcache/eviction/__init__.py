@@ -6,14 +6,13 @@ lru, lfu, s3fifo   see `lmcache.eviction.classic`
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from lmcache.errors import ConfigError
 from lmcache.eviction.base import Policy, Recent, Tracked
 from lmcache.eviction.classic import Lfu, Lru, S3Fifo
 from lmcache.eviction.density import Density
+from lmcache.settings import named
 
 PolicyFactory = Callable[[int], Policy]
 """Makes the policy of an arena of that many objects."""
@@ -23,11 +22,7 @@ POLICIES: Mapping[str, PolicyFactory] = MappingProxyType({"lru": Lru, "lfu": Lfu
 
 def policy_factory(name: str) -> PolicyFactory:
     """The policy called `name`; `ConfigError` names the nearest one if there is none."""
-    factory = POLICIES.get(name)
-    if factory is None:
-        near = difflib.get_close_matches(name, POLICIES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown eviction policy {name!r}: did you mean {near!r}? Known: {', '.join(POLICIES)}")
-    return factory
+    return named(name, POLICIES, "eviction policy")
 
 
 def hears(policy: Policy) -> bool:

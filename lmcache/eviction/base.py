@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Tracked:
@@ -33,9 +35,9 @@ class Tracked:
         self.place: object = None
 
     @property
-    def names(self) -> Sequence[bytes]:
+    def names(self) -> list[bytes]:
         """Digests of its objects, parents first."""
-        return (self.digest,)
+        return [self.digest]
 
     @property
     def size(self) -> int:
@@ -137,7 +139,7 @@ def remove(item: Tracked) -> None:
     del item.colder, item.hotter
 
 
-class Recent:
+class Recent(Generic[T]):
     """A bounded memory of short notes about digests: keeps at least the last `size` of them, at most twice as many. Far more is
     noted than asked for, so notes are sorted in only when somebody asks.
     """
@@ -146,14 +148,14 @@ class Recent:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._new = _Notes()
-        self._old = _Notes()
+        self._new: _Notes[T] = _Notes()
+        self._old: _Notes[T] = _Notes()
 
-    def put(self, digest: bytes, note: str) -> None:
+    def put(self, digest: bytes, note: T) -> None:
         """Remember `note`, replacing an older one."""
         self.put_all((digest,), note)
 
-    def put_all(self, digests: Sequence[bytes], note: str) -> None:
+    def put_all(self, digests: Sequence[bytes], note: T) -> None:
         """Remember `note` for each of what is not changed any more."""
         while digests:
             new = self._new
@@ -164,23 +166,23 @@ class Recent:
             if new.count >= self._size:
                 self._old, self._new = new, _Notes()
 
-    def get(self, digest: bytes) -> str | None:
+    def get(self, digest: bytes) -> T | None:
         """The latest note, or None."""
         note = self._new.get(digest)
         return self._old.get(digest) if note is None else note
 
 
-class _Notes:
+class _Notes(Generic[T]):
     """One generation of a `Recent`. `count`: notes there are; until they are sorted in, those about the same count twice."""
 
     __slots__ = ("count", "known", "unsorted")
 
     def __init__(self) -> None:
         self.count = 0
-        self.known: dict[bytes, str] = {}
-        self.unsorted: list[tuple[Sequence[bytes], str]] = []
+        self.known: dict[bytes, T] = {}
+        self.unsorted: list[tuple[Sequence[bytes], T]] = []
 
-    def get(self, digest: bytes) -> str | None:
+    def get(self, digest: bytes) -> T | None:
         if self.unsorted:
             for digests, note in self.unsorted:
                 self.known.update(dict.fromkeys(digests, note))

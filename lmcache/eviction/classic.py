@@ -138,7 +138,7 @@ class S3Fifo(Policy):
         self._queues = {self._SMALL: Queue(), self._MAIN: Queue()}
         self._small = 0  # objects in the small queue
         self._small_target = max(1, capacity // 10)
-        self._ghosts = Recent(max(16, capacity))
+        self._ghosts: Recent[str] = Recent(max(16, capacity))
         self._popped: tuple[Tracked | None, int] = None, 0  # the last one, and from which queue
 
     def cuts(self, digests: Sequence[bytes]) -> Sequence[int]:

@@ -12,9 +12,10 @@ import sys
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
-from lmcache.eviction.base import Policy, Tracked
-from lmcache.eviction.forecast import HORIZON, KINDS, NEW, Forecast, Kinds
+from lmcache.eviction.base import Policy, Recent, Tracked
+from lmcache.eviction.forecast import HORIZON, KINDS, NEW, Forecast
 from lmcache.eviction.shelves import Ages, Run, Shelves
 from lmcache.eviction.stake import Stake
 
@@ -35,7 +36,7 @@ class Density(Policy):
         unit = max(4.0, capacity / 64)
         size = max(1, round(capacity * self._bound / 256))
         self.forecast = Forecast(size, HORIZON * max(1, capacity), unit)
-        self.stake = Stake(size)
+        self.stake = Stake(self.forecast.history, size)
         self._clock = 0.0
         self._stamp = 0
         self._log: deque[Run[Tracked]] = deque()
@@ -49,59 +50,59 @@ class Density(Policy):
         self._entries = 0
         self._limit = 2 * capacity + 1024
         self._resident = self._sampled = 0  # objects, and those of the sample
-        # Classes of what was asked for lately, in two generations: it is touched or added soon.
-        self._kinds: dict[bytes, int] = {}
-        self._older: dict[bytes, int] = {}
-        self._lately = max(1024, min(capacity // 4, 65_536))
+        # Where there is a sample, the classes of everything that was asked for lately: it is touched or added soon.
+        self._lately: Recent[int] = Recent(max(1024, min(capacity // 4, 65_536)))
 
     def asked(self, chain: Sequence[bytes], hits: int) -> None:
         """See `Policy.asked`."""
         if not chain:
             return
-        self._clock = now = self._clock + len(chain)
-        picked: Sequence[int] = range(len(chain))
-        names = chain
-        bound = self._bound
-        if bound < 256:  # digests are random: their first byte draws the sample
-            picked = [i for i, digest in enumerate(chain) if digest[0] < bound]
-            names = [chain[i] for i in picked]
-            if self._resident:  # as large a share of LRU's objects as of ours
-                self.stake.capacity = self._capacity * self._sampled / self._resident
-        kinds, known = Kinds(0, NEW, NEW), 0
-        if names:
-            self.stake.asked(names, bisect_left(picked, hits), now)
-            kinds = self.forecast.ask(names, now)
-            known = picked[kinds.known - 1] + 1 if kinds.known else 0
-        known = max(known, hits)
-        self._kinds.update(dict.fromkeys(chain[:known], kinds.again))
-        self._kinds.update(dict.fromkeys(chain[known:], kinds.new))
-        if len(self._kinds) > self._lately:
-            self._older, self._kinds = self._kinds, {}
-        for _ in self._shelves.advance(now):
-            pass
+        self._clock += len(chain)
+        if len(once := dict.fromkeys(chain)) < len(chain):  # names that mean something each on their own may repeat
+            hits = len(dict.fromkeys(chain[:hits]))
+        self._learn(list(once), hits)
+        self._shelves.now = self._clock
         if self._version != self.forecast.version:
             self._version = self.forecast.version
             self._shelves.arrange(self.forecast.worth)
 
+    def _learn(self, names: list[bytes], hits: int) -> None:
+        now, bound, stake = self._clock, self._bound, self.stake
+        if bound == 256:
+            stake.asked(names, hits, self.forecast.ask(names, now).held, now)
+            return
+        if self._resident:  # as large a share of LRU's objects as of ours
+            stake.capacity = self._capacity * self._sampled / self._resident
+        picked = [i for i, digest in enumerate(names) if digest[0] < bound]
+        sample = [names[i] for i in picked]
+        kinds = self.forecast.ask(sample, now)
+        if sample:
+            stake.asked(sample, bisect_left(picked, hits), kinds.held, now)
+        known = max(hits, picked[kinds.known - 1] + 1 if kinds.known else 0)
+        self._lately.put_all(names[:known], kinds.again)
+        self._lately.put_all(names[known:], kinds.new)
+
     def cuts(self, digests: Sequence[bytes]) -> Sequence[int]:
         """See `Policy.cuts`."""
-        kinds = [self._kind(digest) for digest in digests]
-        return [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+        if not digests or self._kind(digests[0]) == self._kind(digests[-1]):  # it changes once in a request, if at all
+            return ()
+        last = self._kind(digests[-1])
+        return [bisect_left(digests, True, key=lambda digest: self._kind(digest) == last)]
 
     def add(self, items: Sequence[Tracked]) -> None:
         """See `Policy.add`."""
-        for item in items:
-            self._count(item.names, 1)
+        if self._bound < 256:
+            for item in items:
+                self._count(item.names, 1)
         self.touch(items)
 
     def touch(self, items: Sequence[Tracked]) -> None:
         """See `Policy.touch`."""
-        first = 0
-        kinds = [self._kind(item.digest) for item in items]
-        for i in range(1, len(items) + 1):
-            if i == len(items) or kinds[i] != kinds[first]:
-                self._push(list(items[first:i]), kinds[first])
-                first = i
+        now = self._clock
+        if now and all(item.stamp > 0 and item.place.time == now for item in items):  # type: ignore[attr-defined]
+            return  # a store of what was just loaded
+        for kind, alike in groupby(items, self._kind_of):
+            self._push(list(alike), kind)
         if self._entries > self._limit:
             self._compact()
 
@@ -120,7 +121,7 @@ class Density(Policy):
     def pop(self) -> Tracked | None:
         """See `Policy.pop`. All of it counts as lent until it is restored."""
         self._partly, self._shelved, self._most = None, False, sys.maxsize
-        item = self._returned() or self._choose()
+        item = (self._returned() if self._restored else None) or self._choose()
         if item is not None:
             item.stamp, item.freq = 0, self._most
             self.stake.left(item.names)
@@ -142,7 +143,7 @@ class Density(Policy):
         run = item.place
         assert isinstance(run, Run)
         if item is self._partly and self._shelved:  # just popped: the run is still where it was
-            item.stamp = run.turn
+            item.stamp = run.number
             run.members.append(item)
             run.gone -= item.size
         else:
@@ -156,7 +157,7 @@ class Density(Policy):
 
     def members(self) -> Iterator[Tracked]:
         """See `Policy.members`."""
-        yield from (item for run in self._log for item in run.members if item.stamp == run.turn)
+        yield from (item for run in self._log for item in run.members if item.stamp == run.number)
         yield from (item for _, stamp, item in self._restored if item.stamp == stamp)
 
     def _give_back(self, item: Tracked, run: Run[Tracked]) -> None:
@@ -206,9 +207,15 @@ class Density(Policy):
             self._resident += sign * len(digests)
             self._sampled += sign * sum(digest[0] < bound for digest in digests)
 
+    def _kind_of(self, item: Tracked) -> int:
+        return self._kind(item.digest)
+
     def _kind(self, digest: bytes) -> int:
-        kind = self._kinds.get(digest)
-        return self._older.get(digest, NEW) if kind is None else kind
+        stretch = self.forecast.history.find(digest)
+        if stretch is not None:
+            return stretch.kind
+        kind = self._lately.get(digest) if self._bound < 256 else None
+        return NEW if kind is None else kind
 
     def _push(self, members: list[Tracked], kind: int) -> None:
         self._stamp = stamp = self._stamp + 1
@@ -224,7 +231,7 @@ class Density(Policy):
         self._shelved = True
         if not self.forecast.version:
             return self._oldest()
-        since, stake, shelves = self.stake.since, self.stake, self._shelves
+        since, stake, shelves = self.forecast.history.since, self.stake, self._shelves
         while self._spent and self._spent[0][0] < since:
             item = _last(self._spent[0][2])
             if item is not None:
@@ -235,7 +242,7 @@ class Density(Policy):
                 if not stake.affords(0):
                     break
                 if not self._allow(run):
-                    heapq.heappush(self._spent, (run.time, run.turn, run))
+                    heapq.heappush(self._spent, (run.time, run.number, run))
                     shelves.drop(run)
                     continue
             item = _last(run)
@@ -267,7 +274,7 @@ class Density(Policy):
     def _compact(self) -> None:
         # Entries are counted as they come and not as they go, so that runs left without members are bounded too. At most
         # `capacity` objects are live: this frees at least half of what there is, O(1) amortised.
-        self._shelves.compact(lambda run, item: item.stamp == run.turn)
+        self._shelves.compact(lambda run, item: item.stamp == run.number)
         self._log = deque(run for run in self._log if run.members)
         self._spent = [entry for entry in self._spent if entry[2].members]
         heapq.heapify(self._spent)
@@ -282,6 +289,6 @@ def _last(run: Run[Tracked]) -> Tracked | None:
     while members:
         item = members.pop()
         run.gone += item.size
-        if item.stamp == run.turn:
+        if item.stamp == run.number:
             return item
     return None

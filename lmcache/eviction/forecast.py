@@ -16,11 +16,11 @@ names (Waldspurger et al., "SHARDS", FAST 2015), so the cost is bounded whatever
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from lmcache.eviction.shelves import BUCKETS, Ages, Run, Shelves
+from lmcache.eviction.history import History, Part, Stretch, used_again
+from lmcache.eviction.shelves import BUCKETS, Ages
 
 TURNS = 3
 NEW, AGAIN, SHARED = 0, TURNS + 1, 2 * (TURNS + 1)
@@ -29,26 +29,18 @@ KINDS = SHARED + 4
 PRIOR = 20.0
 """Weight, in objects, of what is known of all classes together against what is known of one."""
 HORIZON = 16
-"""How long an object is remembered: until as many times the capacity has been asked for."""
+"""How long an object is remembered at least: until as many times the capacity has been asked for."""
 
 
 class Kinds(NamedTuple):
-    """The classes of a request's objects: of the first `known` names that of `again`, of the others that of `new`."""
+    """The classes of a request's objects: of the first `known` names that of `again`, of the others that of `new`. `held`: what
+    LRU held, from the first name on.
+    """
 
     known: int
     again: int
     new: int
-
-
-class Node:
-    """A name in the sample, the run it was used in last, and how often it was used again."""
-
-    __slots__ = ("key", "run", "uses")
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.run: Run[Node] | None = None
-        self.uses = 0
+    held: list[Part]
 
 
 class Forecast:
@@ -57,116 +49,100 @@ class Forecast:
     def __init__(self, capacity: int, horizon: float, unit: float) -> None:
         """`capacity` of the arena, in sampled objects; `horizon` and `unit` in what the clock counts."""
         self.ages = Ages(unit)
+        self.history = History(horizon)
         self.worth = [0.0] * (KINDS * BUCKETS)
         self.version = 0
-        self._horizon = horizon
-        self._nodes: dict[Hashable, Node] = {}
-        self._used = [[0.0] * BUCKETS for _ in range(KINDS)]
-        self._reached = [[0.0] * BUCKETS for _ in range(KINDS)]
-        self._watched: Shelves[Node] = Shelves(KINDS, self.ages)
-        self._runs: deque[Run[Node]] = deque()
+        self._used = [[0.0] * KINDS for _ in range(BUCKETS)]
+        self._reached = [[0.0] * KINDS for _ in range(BUCKETS)]
+        self._fitted = 0.0  # when; later than that, it is not counted yet which ages were reached
         self._interval = max(1024.0, capacity / 4)
         self._since = 0.0
         self._keep = 0.5 ** (self._interval / (64 * capacity + 20000))
-        self._fit()
+        self._fit(0.0)
 
-    def ask(self, keys: Sequence[Hashable], now: float) -> Kinds:
-        """A request for the sampled `keys` of a chain. Returns their classes; `known` counts among `keys`."""
-        self._age(now)
-        nodes_by_key = self._nodes
-        nodes = []
-        for key in keys:
-            node = nodes_by_key.get(key)
-            if node is None:
-                node = nodes_by_key[key] = Node(key)
-            nodes.append(node)
-        known = 0
-        for node in nodes:
-            if node.run is None:
-                break
-            known += 1
-        kinds = self._classify(nodes, known)
-        self._learn(nodes, known, now)
-        self._admit(nodes, kinds, now)
-        self._since += len(keys)
+    def ask(self, names: list[bytes], now: float) -> Kinds:
+        """A request for the sampled `names` of a chain, each of which is in it once. Returns their classes."""
+        history = self.history
+        for stretch in history.forget(now):
+            self._leave(stretch, len(stretch.names), now)
+        parts = history.take(names)
+        kinds = _classify(parts)
+        for stretch, taken, _, _ in parts:
+            self._used[self._leave(stretch, len(taken), now)][stretch.kind] += len(taken)
+        self._admit(names[kinds.known :], parts, kinds, now)
+        self._since += len(names)
         if self._since >= self._interval:
             self._since = 0.0
-            self._fit()
+            self._fit(now)
         return kinds
 
-    def _classify(self, nodes: list[Node], known: int) -> Kinds:
-        if not known:
-            return Kinds(0, NEW, NEW)
-        last = nodes[known - 1]
-        run = last.run
-        assert run is not None
-        if known > 1 and known >= run.end - 1:  # all but a last, partly filled block: the conversation goes on
-            turn = min(run.turn + 1, TURNS)
-            return Kinds(known, AGAIN + turn, NEW + turn)
-        return Kinds(known, SHARED + min(3, last.uses.bit_length()), NEW)
+    def _admit(self, news: list[bytes], parts: list[Part], kinds: Kinds, now: float) -> None:
+        history, turn, end = self.history, kinds.new - NEW, kinds.known + len(news)
+        history.drop(news)  # nothing, where names commit to what is before them
+        olds = [name for part in parts for name in part.names]
+        history.put(Stretch(now, kinds.new, turn, end, news, bytes(len(news))))
+        history.put(Stretch(now, kinds.again, turn, end, olds, used_again(parts)))
+        self._reached[0][kinds.new] += len(news)
+        self._reached[0][kinds.again] += len(olds)
 
-    def _learn(self, nodes: list[Node], known: int, now: float) -> None:
-        i = 0
-        while i < known:
-            run = nodes[i].run
-            assert run is not None
-            j = i + 1
-            while j < known and nodes[j].run is run:
-                j += 1
-            self._used[run.kind][run.bucket] += j - i
-            run.size -= j - i
-            i = j
-        for node in nodes[:known]:
-            node.uses += 1
+    def _leave(self, stretch: Stretch, size: int, now: float) -> int:
+        """So many names leave a stretch: count the ages they reached since the last fit. Returns the bucket of their age."""
+        age = self.ages.bucket(now - stretch.time)
+        if age:
+            for b in range(self.ages.bucket(self._fitted - stretch.time) + 1, age + 1):
+                self._reached[b][stretch.kind] += size
+        return age
 
-    def _admit(self, nodes: list[Node], kinds: Kinds, now: float) -> None:
-        end = len(nodes)
-        turn = kinds.new - NEW
-        for first, last, kind in ((0, kinds.known, kinds.again), (kinds.known, end, kinds.new)):
-            if first == last:
-                continue
-            members = nodes[first:last]
-            run = Run(now, kind, members, turn, end)
-            self._reached[kind][0] += run.size
-            self._watched.put(run)
-            self._runs.append(run)
-            for node in members:
-                node.run = run
-
-    def _age(self, now: float) -> None:
-        for run in self._watched.advance(now):
-            self._reached[run.kind][run.bucket] += run.size
-        runs = self._runs
-        while runs and now - runs[0].time > self._horizon:
-            run = runs.popleft()
-            for node in run.members:
-                if node.run is run:
-                    del self._nodes[node.key]
-            run.members = []
-            run.size = 0
-
-    def _fit(self) -> None:
+    def _fit(self, now: float) -> None:
         used, reached, edges = self._used, self._reached, self.ages.edges
-        overall = [
-            (sum(u) + 1.0) / (sum(r) + PRIOR)
-            for u, r in zip(zip(*used, strict=True), zip(*reached, strict=True), strict=True)
-        ]
-        width = [edges[b + 1] - edges[b] for b in range(BUCKETS)]
-        for kind in range(KINDS):
-            p = [
-                min(0.999, (u + PRIOR * o) / (r + PRIOR))
-                for u, r, o in zip(used[kind], reached[kind], overall, strict=True)
-            ]
-            for b in range(BUCKETS):
-                best = hits = time = 0.0
-                left = 1.0
-                for j in range(b, BUCKETS):
-                    hits += left * p[j]
-                    time += left * width[j] * (1 - p[j] / 2)
-                    left *= 1 - p[j]
-                    if hits > best * time:
-                        best = hits / time
-                self.worth[kind * BUCKETS + b] = best
-            used[kind] = [v * self._keep for v in used[kind]]
-            reached[kind] = [v * self._keep for v in reached[kind]]
+        for b in range(1, BUCKETS):
+            row = reached[b]
+            for stretch in self.history.between(self._fitted - edges[b], now - edges[b]):
+                row[stretch.kind] += len(stretch.names)
+        self._fitted = now
+        widths = [edges[b + 1] - edges[b] for b in range(BUCKETS)]
+        chances = []
+        for u, r in zip(used, reached, strict=True):
+            general = PRIOR * (sum(u) + 1.0) / (sum(r) + PRIOR)
+            chances.append([min(0.999, (v + general) / (w + PRIOR)) for v, w in zip(u, r, strict=True)])
+        self.worth = [worth for chances_of in zip(*chances, strict=True) for worth in rates(chances_of, widths)]
+        keep = self._keep
+        self._used = [[v * keep for v in row] for row in used]
+        self._reached = [[v * keep for v in row] for row in reached]
         self.version += 1
+
+
+def rates(chances: Sequence[float], widths: Sequence[float]) -> list[float]:
+    """The worth of each age: `chances` are those to be used within an age of those that reach it, `widths` how long it lasts.
+
+    From the last age to the first: it pays to wait on into what is worth more than what one has. `ahead` are the ages so
+    joined, the nearest last: chance of a hit, expected time, chance to be left over.
+    """
+    worth: list[float] = []
+    ahead: list[tuple[float, float, float]] = []
+    for chance, width in zip(reversed(chances), reversed(widths), strict=True):
+        hits, time, left = chance, width * (1 - chance / 2), 1 - chance
+        while ahead and ahead[-1][0] * time > hits * ahead[-1][1]:
+            more, longer, fewer = ahead.pop()
+            hits, time, left = hits + left * more, time + left * longer, left * fewer
+        ahead.append((hits, time, left))
+        worth.append(hits / time)
+    return worth[::-1]
+
+
+def _classify(parts: list[Part]) -> Kinds:
+    if not parts:
+        return Kinds(0, NEW, NEW, [])
+    known = 0
+    held: list[Part] = []
+    whole = True  # LRU held all so far
+    for part in parts:
+        if whole and part.held:
+            held.append(part)
+        whole = whole and part.held == len(part.names)
+        known += len(part.names)
+    last = parts[-1].stretch
+    if known > 1 and known >= last.end - 1:  # all but a last, partly filled block: the conversation goes on
+        turn = min(last.turn + 1, TURNS)
+        return Kinds(known, AGAIN + turn, NEW + turn, held)
+    return Kinds(known, SHARED + min(3, parts[-1].uses[-1].bit_length()), NEW, held)

@@ -10,11 +10,11 @@ is *lent*: its slot went to something that LRU would not hold. Three things foll
 
 `account` is a share of LRU's hits, plus all that was gained, less all that was lost. With a `price` of 1, that is with no
 more lent than there is in the account, the arena *cannot* have fewer hits than LRU less that share, whatever is asked for.
-Most of what is lent is never asked for, though, and little could be lent at that price. So after `EXPERIENCE` requests the
-price is twice the share of earlier loans that was lost, and `PRICE` more. From then on the bound is likely and not
-proven: a load that all at once wants what it long left alone, just before LRU would have evicted it, costs more than there
-is in the account, once; after that the account has to be earned anew. No run of objects has more lent than is left in
-the account, since objects of one request are lost together.
+Most of what is lent is never asked for, though, and little could be lent at that price. So when there is experience enough
+the price is what earlier loans did cost, and more (`lmcache.eviction.price`). From then on the bound is likely and not
+proven: a load that for the first time wants at once what it long left alone, just before LRU would have evicted it, costs
+more than there is in the account, once; after that the account has to be earned anew. No run of objects has more lent than
+is left in the account, since objects of one request are lost together.
 
 In large arenas all of this is done with a sample of the names.
 """
@@ -22,78 +22,49 @@ In large arenas all of this is done with a sample of the names.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+
+from lmcache.eviction.history import History, Part
+from lmcache.eviction.price import Price
 
 INCOME = 0.005
 """Share of LRU's hits that may be lost. Where LRU cannot be beaten it is what the attempts cost."""
-EXPERIENCE = 1000
-"""Requests until what was learnt of loans is believed. With none, traces are known that lose 3 % by it."""
-PRICE = 0.1
-"""Share of what is lent that is reckoned to be lost if none ever was."""
-CAUTION = 2.0
-"""What more is reckoned to be lost, in multiples of the share of earlier loans that was."""
-PRIOR = 200.0
-"""Loans for which the chance to be asked for of all that LRU holds stands in, while there are few."""
 
 
 class Stake:
-    """The account, and the names that LRU would hold: supposing that what is asked for is there soon, as it is if each
-    prompt is stored. `asked` first, then `left` and `returned` as the arena makes room.
+    """The account, and the names that are lent. LRU's list is `history`, supposing that what is asked for is there soon, as it is
+    if each prompt is stored. `asked` first, then `left` and `returned` as the arena makes room.
     """
 
     __slots__ = (
-        "_asked_for",
-        "_entries",
-        "_forget",
-        "_held",
+        "_history",
         "_lent",
-        "_limit",
-        "_loans",
-        "_log",
-        "_lost",
-        "_number",
-        "_uses",
         "account",
         "capacity",
         "price",
-        "since",
     )
 
-    def __init__(self, capacity: float) -> None:
+    def __init__(self, history: History, capacity: float) -> None:
         """`capacity`: names that LRU would hold."""
         self.capacity = capacity
         self.account = 0.0
-        self.price = 1.0
-        self.since = 0.0
-        """LRU holds nothing that was last used before this time."""
-        self._held: dict[Hashable, int] = {}  # name → number of the request that used it last
-        self._log: deque[tuple[int, float, list[Hashable]]] = deque()  # requests: number, time, names; some used since
-        self._number = 0
-        self._entries = 0
-        self._limit = 2 * capacity + 1024
-        self._lent: set[Hashable] = set()
-        self._forget = 0.5 ** (1 / max(1000.0, capacity))
-        self._loans = self._lost = 0.0  # that ended, and of these that were asked for; slowly forgotten
-        self._uses = self._asked_for = 0.0  # the same for all that LRU held
+        self.price = Price(capacity)
+        self._history = history
+        self._lent: set[bytes] = set()
 
-    def asked(self, names: Sequence[Hashable], hits: int, now: float) -> None:
-        """A request for all of `names`, of which the arena holds the first `hits`."""
-        held = self._held
-        lru_hits = 0
-        for name in names:
-            if name not in held:
-                break
-            lru_hits += 1
+    def asked(self, names: list[bytes], hits: int, held: Sequence[Part], now: float) -> None:
+        """A request for all of `names`, of which the arena holds the first `hits`, and LRU held the first, those `held`. They are
+        in the history now.
+        """
+        lru_hits = sum([part.held for part in held])
         gain = hits - lru_hits
         if gain < 0 and names[hits] not in self._lent:  # it was not ready, or not wanted: that is not the order's doing
             gain = 0
         self.account = min(self.account + INCOME * min(hits, lru_hits) + gain, self.capacity)
-        lost = self._lent.intersection(names)
-        self._lent -= lost
-        self._use(names, now)
-        evicted, ended = self._evict()
-        self._appraise(len(lost), ended, lru_hits, evicted)
+        self.price.asked(len(names), held, self.capacity, now)
+        lost = self._end(names)
+        evicted = self._history.shrink(self.capacity)
+        self.price.learn(lost, self._end(evicted), lru_hits, len(evicted), self.capacity)
 
     def affords(self, of_run: float) -> bool:
         """Whether one more may be lent, of a run of which `of_run` are gone already."""
@@ -101,76 +72,30 @@ class Stake:
 
     def loans(self, of_run: float) -> int:
         """How many more may be lent, of a run of which `of_run` are gone already."""
-        left = self.account - 1 - of_run - self.price * len(self._lent)
-        return max(0, math.ceil(left / (1 + self.price)))  # each costs its price, and is gone too
+        left = self.account - 1 - of_run - self.price.value * len(self._lent)
+        return max(0, math.ceil(left / (1 + self.price.value)))  # each costs its price, and is gone too
 
-    def holds(self, name: Hashable) -> bool:
+    def holds(self, name: bytes) -> bool:
         """Whether LRU would hold it."""
-        return name in self._held
+        return self._history.holds(name)
 
-    def left(self, names: Sequence[Hashable]) -> None:
+    def left(self, names: list[bytes]) -> None:
         """The arena gave them up."""
-        held = self._held
-        self._lent.update(name for name in names if name in held)
+        self._lent.update(self._history.held_of(names))
 
-    def returned(self, names: Sequence[Hashable]) -> None:
+    def returned(self, names: list[bytes]) -> None:
         """The arena could not give them up after all."""
         self._lent.difference_update(names)
 
-    def gone(self, names: Sequence[Hashable]) -> None:
+    def gone(self, names: list[bytes]) -> None:
         """They were dropped for another reason than room: LRU would not hold them either."""
         self._lent.difference_update(names)
-        for name in names:
-            self._held.pop(name, None)
+        self._history.drop(names)
 
-    def _use(self, names: Sequence[Hashable], now: float) -> None:
-        self._number += 1
-        self._held.update(dict.fromkeys(names, self._number))
-        self._log.append((self._number, now, list(names)))
-        self._entries += len(names)
-        if self._entries > self._limit:
-            held = self._held
-            live = ((n, time, [name for name in used if held.get(name) == n]) for n, time, used in self._log)
-            self._log = deque(entry for entry in live if entry[2])
-            self._entries = len(held)
-
-    def _evict(self) -> tuple[int, int]:
-        """Drop what LRU would, the end of a prompt first: how many, and how many loans that ends."""
-        held, lent, log = self._held, self._lent, self._log
-        evicted = ended = 0
-        while len(held) > self.capacity:
-            number, _, names = log[0]
-            name = names.pop()
-            if held.get(name) == number:
-                del held[name]
-                evicted += 1
-                if name in lent:
-                    lent.remove(name)
-                    ended += 1
-            self._trim()
-        self._trim()
-        return evicted, ended
-
-    def _trim(self) -> None:
-        """Drop names from the old end of the log that were used since, up to the first that was not."""
-        held, log = self._held, self._log
-        while log:
-            number, self.since, names = log[0]
-            while names and held.get(names[-1]) != number:
-                names.pop()
-            if names:
-                return
-            log.popleft()
-
-    def _appraise(self, lost: int, ended: int, used: int, evicted: int) -> None:
-        keep = self._forget ** (used + evicted)
-        self._uses = self._uses * keep + used + evicted
-        self._asked_for = self._asked_for * keep + used
-        keep = self._forget ** (lost + ended)
-        self._loans = self._loans * keep + lost + ended
-        self._lost = self._lost * keep + lost
-        if self._number <= EXPERIENCE:
-            return
-        general = (self._asked_for + 1) / (self._uses + 1)
-        rate = (self._lost + PRIOR * general) / (self._loans + PRIOR)
-        self.price = min(1.0, PRICE + CAUTION * rate)
+    def _end(self, names: list[bytes]) -> int:
+        """Those of them that were lent are no longer: how many."""
+        if not self._lent:
+            return 0
+        ended = self._lent.intersection(names)
+        self._lent -= ended
+        return len(ended)

@@ -159,8 +159,8 @@ class BreakEven:
     """Never what recomputes faster than it loads, at the rates measured so far; `inner` decides about the rest.
 
     A rate is the median of the last measurements, of which there must be some, so that one slow read changes nothing. What
-    begins at `START` times break-even ends at break-even. Of what is refused, now and then a prompt's beginning is let
-    through all the same: without anything to load, nobody would find out that the tier has become faster.
+    begins at `START` times break-even ends at break-even. Of what is refused, now and then the beginning of what is new of a
+    prompt is let through all the same: without anything to load, nobody would find out that the tier has become faster.
     """
 
     START = 1.25
@@ -174,6 +174,7 @@ class BreakEven:
         self._load: dict[int, deque[float]] = {}  # tier → seconds per byte
         self._slower: dict[tuple[int, int], bool] = {}
         self._refused: dict[int, int] = {}
+        self._next: dict[tuple[int, int], int] = {}  # depth at which the same stretch of a prompt would go on
 
     def computed(self, tokens: int, seconds: float) -> None:
         """A prefill of so many tokens took so long."""
@@ -193,11 +194,14 @@ class BreakEven:
 
     def __call__(self, tier: int, name: Name) -> bool:
         """See `Admit`."""
+        stretch = tier, name.group
+        begins = name.depth != self._next.get(stretch)  # not depth 0: what many prompts begin with is never new again
+        self._next[stretch] = name.depth + 1
         wanted = self._inner is None or self._inner(tier, name)
         if not wanted or not self._is_slower(tier, name):
             return wanted
         refused = self._refused.get(tier, 0)
-        if refused >= self.EVERY and (refused > self.EVERY or name.depth == 0):
+        if refused >= self.EVERY and (refused > self.EVERY or begins):
             refused += 1
             self._refused[tier] = 0 if refused >= self.EVERY + self.TRIED else refused
             return True

@@ -11,8 +11,7 @@ child stays: runs lose their objects from the end, and children leave before the
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lmcache.eviction import Policy, Recent
 from lmcache.index.runs import EVICTING, LONGEST, READY, WRITING, Object, Part, Run, Space, Span, pieces
@@ -29,7 +28,7 @@ class Pool:
         self.slots = slots
         self.chained = chained
         self.spaces: dict[bytes, Space] = {}
-        self.gone = Recent(REMEMBERED)
+        self.gone: Recent[str] = Recent(REMEMBERED)
         self.policy = policy
         self.evictions = 0
         self.writing = 0  # objects in state WRITING
@@ -65,14 +64,17 @@ class Pool:
         """Where the stretch of a chain ends that begins at `start` and is not resident, neither ready nor being written; at
         `stop` at the latest. No name is in it twice.
         """
-        digests = chain.digests
-        if not chain.linked:
-            names: dict[bytes, int] = {}
-            stop = next((i for i in range(start, stop) if names.setdefault(digests[i], i) != i), stop)
-        space = self.spaces.get(chain.namespace)
-        if space is None or space.held.keys().isdisjoint(islice(digests, start, stop)):
+        digests, space = chain.digests, self.spaces.get(chain.namespace)
+        held: Mapping[bytes, Run] = space.held if space else {}
+        if chain.linked and held.keys().isdisjoint(map(digests.__getitem__, range(start, stop))):
             return stop
-        return next(i for i in range(start, stop) if digests[i] in space.held)
+        met: set[bytes] = set()
+        for i in range(start, stop):
+            if digests[i] in held or digests[i] in met:
+                return i
+            if not chain.linked:
+                met.add(digests[i])
+        return stop
 
     def residents(self) -> Iterator[Object]:
         """All objects that can be found, ready or being written."""

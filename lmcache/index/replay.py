@@ -58,6 +58,8 @@ class Replay:
     def request(self, chain: Chain) -> Served:
         """Look up a chain, load what is there, and keep all of it, as an engine does for a prompt."""
         pool, digests = self._pool, chain.digests
+        if not digests:  # a prompt of less than a chunk
+            return Served(0, {}, 0)
         found = find(self._state, chain, len(digests))
         chunks, below = found.chunks, found.below[0]
         if self._curious:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
@@ -74,6 +75,8 @@ def store(
     for group in sorted(range(len(state.pools)), key=lambda g: not state.pools[g].chained):
         pool = state.pools[group]
         end = min(last, 1) if state.rules[group].kind == "whole" else last
+        barred = [i for i in range(first, end) if i in gaps or (resident is not None and not resident[group][i])]
+        barred.append(end)
         touched: list[bytes] = []
         i = first
         while i < end:
@@ -89,13 +92,8 @@ def store(
             elif resident is not None and not resident[group][i]:
                 skipped["resident"] += 1
             else:
-                stop = pool.absent(chain, i, end)
-                if gaps or resident is not None:
-                    barred = (
-                        j for j in range(i, stop) if j in gaps or (resident is not None and not resident[group][j])
-                    )
-                    stop = next(barred, stop)
-                slots = _take(state, work, chain, group, i, stop)
+                stop = barred[bisect_left(barred, i)]
+                slots = _take(state, work, chain, group, i, pool.absent(chain, i, stop))
                 for slot in slots:
                     name = state.name(chain.namespace, digests[i], group, chain.depth(i))
                     ops.append((i, Copy(name, ENGINE, slot, i * state.chunk_tokens)))

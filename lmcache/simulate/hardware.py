@@ -6,14 +6,13 @@ sheets. `mfu` is the assumed share of the peak that a prefill reaches; links and
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from lmcache.errors import ConfigError
-
-T = TypeVar("T")
+from lmcache.settings import named
 
 
 class Model(NamedTuple):
@@ -91,14 +90,6 @@ def profile(
         ConfigError: an unknown name (with the nearest), or an impossible number.
     """
     shape = named(model, MODELS, "model")
-    if gpus < 1 or (kv_bytes is not None and kv_bytes < 1) or (rate is not None and not rate > 0):
+    if gpus < 1 or (kv_bytes is not None and kv_bytes < 1) or (rate is not None and not 0 < rate < math.inf):
         raise ConfigError(f"impossible: gpus={gpus}, KV bytes per token={kv_bytes}, prefill tokens per second={rate}")
     return Profile(kv_bytes or shape.kv_bytes, shape, named(device, DEVICES, "device"), gpus, rate)
-
-
-def named(name: str, known: Mapping[str, T], what: str) -> T:
-    """`known[name]`, or a `ConfigError` with the nearest name."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown {what} {name!r}: did you mean {near!r}? Known: {', '.join(known)}")
-    return known[name]

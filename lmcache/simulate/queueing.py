@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 def ttft(arrivals: Sequence[float], service: Sequence[float], servers: int) -> list[float]:
     """Seconds from arrival to the end of service, per request. `arrivals` do not go back."""
-    free = [-math.inf] * servers
+    free = [-math.inf] * min(servers, len(arrivals))
     waits = []
     for arrival, seconds in zip(arrivals, service, strict=True):
         end = max(arrival, free[0]) + seconds
@@ -19,9 +19,9 @@ def ttft(arrivals: Sequence[float], service: Sequence[float], servers: int) -> l
 
 
 def servers_for(arrivals: Sequence[float], service: Sequence[float], load: float = 0.8) -> int:
-    """The fewest servers that are busy at most `load` of the time."""
+    """The fewest servers that are busy at most `load` of the time; never more than there are requests."""
     span = arrivals[-1] - arrivals[0] if arrivals else 0.0
-    return max(1, math.ceil(sum(service) / (load * span))) if span > 0 else 1
+    return max(1, math.ceil(min(len(arrivals), sum(service) / (load * span)))) if span > 0 else 1
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -14,8 +14,9 @@ from lmcache.index.admission import Adaptive, BreakEven, SecondSight
 from lmcache.index.replay import Replay
 from lmcache.index.state import Admit
 from lmcache.plan import Chain, Name
+from lmcache.settings import named
 from lmcache.simulate import oracle
-from lmcache.simulate.hardware import Profile, named
+from lmcache.simulate.hardware import Profile
 from lmcache.simulate.queueing import percentile, servers_for, ttft
 from lmcache.simulate.trace import Request, Trace
 from lmcache.spec import ALL

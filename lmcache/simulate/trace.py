@@ -22,6 +22,10 @@ MOONCAKE_BLOCK = 512
 """Tokens per block of the published Mooncake traces (FAST '25 release: "each hash id stands for 512 tokens")."""
 
 
+_MOST = 1 << 40
+"""Tokens, of whatever: more is a mistake, and would not fit into the columns."""
+
+
 class TraceError(LMCacheError):
     """A trace that cannot be used; names file, line and reason."""
 
@@ -166,7 +170,7 @@ def _parse(line: _Line) -> tuple[float, int, int, int, Sequence[int | str]]:
     assert keys is not None
     if not math.isfinite(time) or time < 0:
         raise TraceError(f"time {time!r} is not a number of seconds from 0 up")
-    if tokens < 0 or line.output_length < 0 or size < 1:
+    if not (0 <= tokens < _MOST and 0 <= line.output_length < _MOST and 1 <= size < _MOST):
         raise TraceError(f"impossible: {tokens} tokens, {line.output_length} output tokens, {size} tokens per chunk")
     if len(keys) > -(-tokens // size):
         raise TraceError(f"{len(keys)} chunks of {size} tokens, but only {tokens} tokens")

@@ -85,3 +85,11 @@ def test_an_unknown_model_or_part_is_refused_with_the_known_ones(run: Run) -> No
         out = run("bench", "io", option, "nonsense")
         assert out.exit_code == 2
         assert known in out.output
+
+
+@pytest.mark.parametrize("options", [("--threads", 0), ("--threads", -1), ("--model", "9b")])
+def test_what_cannot_be_measured_is_refused_before_anything_is(run: Run, options: tuple[object, ...]) -> None:
+    result = run("bench", "io", "--part", "lookup", "--quick", *options)
+    assert result.exit_code == 2
+    assert f"Invalid value for {options[0]}" in result.output.replace("'", "")
+    assert "lookup_mtokens_per_s" not in result.output

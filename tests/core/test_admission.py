@@ -209,6 +209,16 @@ def test_nothing_is_written_that_recomputes_faster_than_it_loads() -> None:
     assert rule(0, name(1))
 
 
+def test_what_is_tried_begins_where_a_prompt_does_even_if_all_prompts_begin_alike() -> None:
+    rule = break_even()
+    for _ in range(rule.FEW):
+        rule.loaded(0, 1000, 0.002)
+    let: list[tuple[int, int]] = []
+    for prompt in range(40):  # all with a first chunk that is there, and 64 that are new
+        let += [(prompt, depth) for depth in range(1, 65) if rule(0, name(100 * prompt + depth, depth=depth))]
+    assert let == [(prompt, depth) for prompt in (16, 33) for depth in range(1, 33)]
+
+
 def test_one_slow_read_changes_nothing_and_break_even_does_not_flicker() -> None:
     rule = break_even()
     rule.loaded(0, 1000, 60.0)

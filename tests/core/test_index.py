@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from lmcache.errors import ConfigError
 from lmcache.eviction import POLICIES, Lru, hears
 from lmcache.index import Index, TierInfo
 from lmcache.index.runs import READY
-from lmcache.plan import Copy, Slot
+from lmcache.plan import Chain, Copy, Slot
 from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.indexlab import CHUNK, chain, name_at
 
@@ -318,6 +319,36 @@ def test_sliding_windows_are_evicted_by_their_policy_alone() -> None:
 def test_impossible_settings_are_refused(groups, chunk, slots, more, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Index(groups, chunk, slots, **more)
+
+
+class Counted(list[Any]):
+    """A list that knows how often something of it was read."""
+
+    reads = 0
+
+    def __getitem__(self, at: Any) -> Any:
+        self.reads += len(range(*at.indices(len(self)))) if isinstance(at, slice) else 1
+        return super().__getitem__(at)
+
+    def __iter__(self) -> Iterator[Any]:
+        for value in super().__iter__():
+            self.reads += 1
+            yield value
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_store_with_many_holes_looks_at_each_chunk_a_few_times(linked: bool) -> None:
+    count = 600
+    names = [number.to_bytes(32, "little") for number in range(count)]
+    index = Index([("sliding", trailing(8))], CHUNK, [count])
+    for resident in ([i % 2 == 0 for i in range(count)], [True] * count):
+        digests, mask = Counted(names), Counted(resident)
+        stored = index.begin_store(
+            "a", Chain(b"n" * 32, digests, linked), first=0, last=count, now=0.0, resident=[mask]
+        )
+        assert stored.accepted == count // 2 * CHUNK
+        assert digests.reads + mask.reads < 16 * count
+    index.check()
 
 
 def test_the_audit_notices_a_leaked_reference() -> None:

@@ -34,6 +34,23 @@ def test_threads_start_only_when_there_is_more_work_than_hands() -> None:
     assert threads() == 0
 
 
+def test_without_a_thread_a_task_is_refused_and_with_one_it_waits(monkeypatch) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    workers, seen, gate = Workers("few", 2), [], threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        assert not workers.submit(lambda: seen.append("refused"))
+    assert workers.submit(gate.wait)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        assert workers.submit(lambda: seen.append("waited"))
+    gate.set()
+    assert workers.close()
+    assert seen == ["waited"]
+
+
 def test_a_hanging_task_does_not_keep_close_or_the_process_waiting() -> None:
     code = (
         "import threading; from lmcache.workers import Workers\n"

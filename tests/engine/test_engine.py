@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lmcache import CacheEngine, Layout, PagedKV
 from lmcache.errors import LayoutError, LMCacheError, SlotError, SpecError, TierError, TokenError
-from lmcache.keys import ObjectId
+from lmcache.keys import ObjectId, namespace_of
 from lmcache.simulate.trace import read_traces
+from lmcache.tenants import Tenants
 from lmcache.tiers.base import Result
 from lmcache.tiers.memory import MemoryTier
+from lmcache.workers import Workers
 from lmcache_conformance.kvlab import CHUNK, DIM, HEADS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
 from lmcache_conformance.moody import Moody
 
@@ -42,6 +46,93 @@ def test_clear_reaches_earlier_weights_versions_and_loras(tmp_path: Path) -> Non
         assert len(list(tmp_path.rglob("*.safetensors"))) == 2
         engine.clear(salt="a")
         assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_name_made_while_the_weights_change_is_not_remembered_for_the_new_ones(monkeypatch) -> None:
+    with CacheEngine(tiny_config(), tiny_spec()) as engine:
+        changing: list[threading.Thread] = []
+
+        def slow(*args: object, **kwargs: object) -> bytes:
+            named = namespace_of(*args, **kwargs)
+            changing.append(threading.Thread(target=engine.set_weights_version, args=(1,)))
+            changing[-1].start()
+            changing[-1].join(0.1)  # it has to wait until this name is made
+            return named
+
+        with monkeypatch.context() as patch:
+            patch.setattr("lmcache.engine.namespace_of", slow)
+            before = engine.namespace()
+        changing[-1].join()
+        assert engine.namespace() != before
+
+
+def test_many_threads_may_store_prompts_at_once() -> None:
+    tenants, failed = Tenants(1), []
+
+    def store(first: int) -> None:
+        try:
+            for n in range(first, first + 20_000):
+                tenants.add(b"", np.array([n], np.uint32))
+        except RuntimeError as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=store, args=(n * 20_000,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
+
+
+@pytest.mark.parametrize("dram_bytes", [0, 1 << 20])
+def test_a_load_for_which_no_thread_could_be_started_never_writes(monkeypatch, dram_bytes: int) -> None:
+    first, second = tokens_of(4 * CHUNK), tokens_of(CHUNK, seed=1)
+    pool = Pool("nhd", 40, seed=1)
+    config, tier = tiny_config(dram_bytes=dram_bytes), MemoryTier()
+    monkeypatch.setattr(tier, "close", lambda: None)  # it is used again
+    with CacheEngine(config, tiny_spec(), tiers=[tier]) as engine:
+        for tokens in (first, second):
+            engine.store(tokens, pool.kv, scattered(len(tokens), pool))
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    mine = Pool("nhd", 40)
+    with CacheEngine(config, tiny_spec(), tiers=[tier]) as engine:
+        with engine.lookup(first) as hit, monkeypatch.context() as patch:
+            assert hit.tokens == 4 * CHUNK
+            patch.setattr(threading.Thread, "start", none_left)
+            assert engine.retrieve(hit, mine.kv, torch.arange(4 * CHUNK)) == 0
+        before = mine.sequence(torch.arange(4 * CHUNK))
+        with engine.lookup(second) as hit:
+            assert engine.retrieve(hit, mine.kv, torch.arange(4 * CHUNK, 5 * CHUNK)) == CHUNK
+    assert mine.sequence(torch.arange(4 * CHUNK)) == before
+
+
+def test_layers_that_no_thread_could_bring_are_a_miss_that_lets_go(monkeypatch) -> None:
+    tokens, pool, tier = tokens_of(4 * CHUNK), Pool("nhd", 40, seed=1), MemoryTier()
+    monkeypatch.setattr(tier, "close", lambda: None)  # it is used again
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
+        engine.store(tokens, pool.kv, scattered(4 * CHUNK, pool))
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
+        with engine.lookup(tokens[: 2 * CHUNK]) as hit:
+            assert engine.retrieve(hit, pool.kv, torch.arange(2 * CHUNK)) == 2 * CHUNK  # these are in memory now
+        engine._transfer._readers = [Workers("none", 2)]
+        with engine.lookup(tokens) as hit, monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            load = engine.retrieve_layers(hit, pool.kv, torch.arange(4 * CHUNK))
+        assert load.finish() == 0
+        assert engine._loop.settle(10, "load")
+        assert engine.stats()["index_jobs"] == 0
 
 
 def test_clear_says_so_when_a_tier_does_not_let_go() -> None:

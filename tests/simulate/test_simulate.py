@@ -7,6 +7,7 @@ import os
 import random
 import re
 import stat
+from hashlib import blake2b
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lmcache.cli.app import app
+from lmcache.config import Config
 from lmcache.errors import ConfigError
 from lmcache.eviction import POLICIES
 from lmcache.index import Index
@@ -25,7 +27,7 @@ from lmcache.recorder import Recorder
 from lmcache.simulate.hardware import profile
 from lmcache.simulate.page import _apart, page, size
 from lmcache.simulate.queueing import servers_for, ttft
-from lmcache.simulate.run import ControlPlane, simulate
+from lmcache.simulate.run import ADMISSIONS, ControlPlane, simulate
 from lmcache.simulate.trace import TraceError, read_traces
 from lmcache.spec import ALL
 
@@ -129,6 +131,16 @@ def test_a_replay_finds_and_keeps_what_the_index_does_with_all_its_messages(poli
     assert {e.digest for e in full.state.pools[0].residents()} == {e.digest for e in quick.state.pools[0].residents()}
 
 
+@pytest.mark.parametrize("admit", ADMISSIONS)
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_prompt_of_less_than_a_chunk_is_served_and_finds_nothing(tmp_path, policy, admit) -> None:
+    path = tmp_path / "t"
+    line = {"t": 1, "tokens": 5, "chunk_tokens": 16, "keys": []}
+    path.write_text("".join(json.dumps(line | {"keys": keys, "tokens": 40}) + "\n" for keys in ([], ["a"], [], ["a"])))
+    result = simulate(read_traces([path]), policy, {"device": 1, "dram": 1, "disk": 1}, PROFILE, admit=admit)
+    assert result.hits == {"device": 1}
+
+
 def test_what_is_on_disk_is_found_and_a_full_disk_forgets(tmp_path) -> None:
     prompts = requests_of(3)
     trace = read_traces([written(tmp_path / "t", prompts)])
@@ -160,6 +172,9 @@ def test_requests_wait_for_the_first_free_server() -> None:
     assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 1) == [2, 4, 5, 2]
     assert ttft([0, 0, 1, 10], [2, 2, 2, 2], 2) == [2, 2, 3, 2]
     assert servers_for([0.0, 10.0], [8.0, 8.0]) == 2
+    assert servers_for([0.0, 1e-9], [8.0, 8.0]) == 2, "a third would have nothing to do"
+    assert servers_for([0.0, 5e-324], [8.0, 8.0]) == 2
+    assert ttft([0, 0], [2, 2], 10**15) == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +190,9 @@ def test_requests_wait_for_the_first_free_server() -> None:
         ('{"t": 50, "tokens": 3, "keys": []}', "'chunk_tokens' is missing"),
         ('{"t": 50, "tokens": 256, "chunk_tokens": 256, "keys": ["ab"]}', "tokens per chunk"),
         ("[]", "array"),
+        (f'{{"timestamp": 50, "input_length": {2**63}, "hash_ids": [1]}}', "impossible"),
+        (f'{{"timestamp": 50, "input_length": 512, "output_length": {2**63}, "hash_ids": [1]}}', "impossible"),
+        (f'{{"t": 50, "tokens": 512, "chunk_tokens": {2**63}, "keys": ["ab"]}}', "impossible"),
     ],
 )
 def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, line, reason) -> None:
@@ -195,6 +213,9 @@ def test_what_cannot_be_simulated_is_refused_with_a_hint(tmp_path) -> None:
         simulate(trace, "lru", {"dram": 0}, PROFILE)
     with pytest.raises(ConfigError, match="did you mean 'llama-3-8b'"):
         profile("llama3-8b", "h100")
+    for rate in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="impossible"):
+            profile("llama-3-8b", "h100", rate=rate)
     (tmp_path / "empty").touch()
     with pytest.raises(TraceError, match="no request"):
         read_traces([tmp_path / "empty"])
@@ -256,7 +277,90 @@ def test_a_recording_that_fails_is_one_log_line(tmp_path, caplog) -> None:
     if full is not None:
         full.record(300, [b"a" * 32])
         full.record(300, [b"a" * 32])
+        assert "No space left" in caplog.text
     assert caplog.text.count("trace-not-recorded") == 1 + (full is not None)
+
+
+def test_the_table_is_never_cut_off(tmp_path) -> None:
+    path = written(tmp_path / "t", requests_of(0))
+    out = CliRunner().invoke(app, ["simulate", str(path), "--tiers", "dram = 5%, disk=20%"], env={"COLUMNS": "40"})
+    assert "disk writes" in out.stdout.splitlines()[0]
+    assert "…" not in out.stdout
+
+
+def test_options_that_cannot_work_are_refused_before_anything_is_simulated(tmp_path) -> None:
+    path = str(written(tmp_path / "t", requests_of(0, 5)))
+
+    def refusal(*options: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            CliRunner().invoke(app, ["simulate", path, *options], catch_exceptions=False)
+        return str(caught.value)
+
+    assert "gives dram twice" in refusal("--tiers", "dram=5%,dram=10%")
+    assert "there is no folder" in refusal("--plot", str(tmp_path / "no" / "page.html"))
+
+
+def test_figures_are_shown_even_if_the_page_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "page.html").mkdir()
+    options = ["--policy", "lru", "--plot", str(tmp_path / "page.html"), "--json"]
+    out = CliRunner().invoke(app, ["simulate", str(written(tmp_path / "t", requests_of(0))), *options])
+    assert isinstance(out.exception, IsADirectoryError)
+    assert json.loads(out.stdout)["results"]
+
+
+def test_unless_told_otherwise_a_full_disk_is_written_as_the_cache_writes_it(tmp_path) -> None:
+    path = written(tmp_path / "t", requests_of(0))
+    out = CliRunner().invoke(app, ["simulate", str(path), "--policy", "lru", "--tiers", "disk=5%", "--json"])
+    assert json.loads(out.stdout)["trace"]["admit"] == Config().admission
+
+
+LINE = b'{"t":99.5,"tokens":0,"chunk_tokens":256,"keys":[]}\n'
+
+
+def test_a_recording_goes_on_after_a_line_that_was_cut_off(tmp_path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(LINE + b'{"t":100.25,"tok')
+    recorder = Recorder(path, 256)
+    recorder.record(300, [b"a" * 32])
+    recorder.close()
+    first, second = read_traces([path])
+    assert first.time == 99.5 <= second.time < 100
+
+
+@pytest.mark.parametrize("held", [b"{}\n", b"[]\n", b'{"t":null}\n', b"notes\n", b'{"t":1', b"\xff\n", b"\n"])
+def test_what_is_no_recording_stays_as_it_is(tmp_path, caplog, held) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(held)
+    recorder = Recorder(path, 256)
+    recorder.record(300, [b"a" * 32])
+    recorder.close()
+    assert path.read_bytes() == held
+    assert "name another file" in caplog.text
+
+
+def test_two_recorders_do_not_share_a_file(tmp_path, caplog) -> None:
+    path = tmp_path / "trace.jsonl"
+    one, two = Recorder(path, 256), Recorder(path, 256)
+    two.record(300, [b"b" * 32])
+    one.record(300, [b"a" * 32])
+    one.close()
+    assert len(read_traces([path])) == 1
+    assert caplog.text.count("a file of its own") == 1
+    Recorder(path, 256).close()
+    assert caplog.text.count("trace-not-recorded") == 1
+
+
+def test_a_request_that_is_recorded_while_the_recorder_closes_is_left_out(tmp_path, monkeypatch) -> None:
+    recorder = Recorder(tmp_path / "trace.jsonl", 256)
+    hashed = blake2b
+
+    def closing(*args, **kwargs):
+        recorder.close()
+        return hashed(*args, **kwargs)
+
+    monkeypatch.setattr("lmcache.recorder.blake2b", closing)
+    recorder.record(256 * 3000, [b"a" * 32] * 3000)
+    assert (tmp_path / "trace.jsonl").read_bytes() == b""
 
 
 @pytest.mark.skipif("CONVERSATION_TRACE" not in os.environ, reason="CONVERSATION_TRACE names no conversation trace")
