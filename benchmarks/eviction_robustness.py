@@ -1,7 +1,8 @@
 """How an eviction policy does against LRU, pattern by pattern: hits on synthetic traces, and on traces of your own.
 
-python benchmarks/eviction_robustness.py                          # all patterns, two lengths, two seeds: an hour
-python benchmarks/eviction_robustness.py --quick                  # one short trace of each: two minutes
+python benchmarks/eviction_robustness.py                          # all patterns, two lengths, two seeds: ten minutes
+python benchmarks/eviction_robustness.py --quick                  # one short trace of each: a minute
+python benchmarks/eviction_robustness.py --requests 2000 --seeds 7 13
 python benchmarks/eviction_robustness.py --trace mine.jsonl       # a file as well, whole and in variations
 
 Capacities are shares of the distinct blocks. In the table: hit rate of LRU in per cent, and the policy's hits over LRU's.
@@ -109,10 +110,10 @@ def summary(cases: list[Case]) -> str:
     return "\n".join(lines)
 
 
-def traces(quick: bool, seeds: list[int], files: list[str]) -> Iterator[tuple[str, Callable[[], Trace]]]:
+def traces(lengths: list[int], seeds: list[int], files: list[str]) -> Iterator[tuple[str, Callable[[], Trace]]]:
     """Name and maker of each."""
-    for length in (600,) if quick else (600, 3000):
-        for seed in seeds[:1] if quick else seeds:
+    for length in lengths:
+        for seed in seeds:
             for name, make in SUITE.items():
                 yield f"{name}, {length} requests, seed {seed}", lambda make=make, n=length, s=seed: make(n, s)
     for file in files:
@@ -125,7 +126,8 @@ def main() -> int:
     """Print the table; 1 if some case is below `TOLERATED`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", default="density")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="--requests 600, and the first seed only")
+    parser.add_argument("--requests", type=int, nargs="+", default=[600, 3000], help="lengths of the traces")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--trace", action="append", default=[], metavar="FILE")
     parser.add_argument("--only", default="", help="traces whose name contains this")
@@ -134,7 +136,8 @@ def main() -> int:
     cases: list[Case] = []
     if not options.json:
         print("| trace | " + " | ".join(f"{p} %" for p in PERCENT) + " |\n" + "|---" * (1 + len(PERCENT)) + "|")
-    for name, make in traces(options.quick, options.seeds, options.trace):
+    lengths, seeds = ([600], options.seeds[:1]) if options.quick else (options.requests, options.seeds)
+    for name, make in traces(lengths, seeds, options.trace):
         if options.only not in name:
             continue
         found = list(measure(options.policy, name, make()))
