@@ -17,6 +17,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
+from unittest import mock
 
 from lmcache_conformance.child import RemoteSession
 from lmcache_conformance.contract import SessionConfig
@@ -65,7 +66,7 @@ class ForkedSession(RemoteSession):
         self._in, self._out = ours_in, ours_out
         path = tuple(os.path.abspath(entry) for entry in sys.path)
         try:
-            process = _server(preload).Process(
+            process = get_context("forkserver").Process(
                 target=_serve,
                 args=(
                     DupFd(theirs_in),
@@ -76,7 +77,7 @@ class ForkedSession(RemoteSession):
                 ),
                 daemon=False,
             )
-            process.start()
+            _start(process, preload)
             self._process: Any = _Forked(process)
         except BaseException:
             self._release()
@@ -91,15 +92,23 @@ class ForkedSession(RemoteSession):
             raise
 
 
-def _server(preload: str) -> Any:
-    context = get_context("forkserver")
-    context.set_forkserver_preload([preload])
-    return context
+_servers: dict[str, forkserver.ForkServer] = {}
+_starting = threading.Lock()
 
 
-def stop_server() -> None:
-    """End the process from which sessions fork, if there is one."""
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # there is no public way
+def _start(process: BaseProcess, preload: str) -> None:
+    """Fork it from the server that has imported `preload`, which starts with the first such process.
+
+    Each module has a server of its own: in another's, every process would import its engine anew, and run on what the import
+    of the other engine has changed.
+    """
+    with _starting:
+        if preload not in _servers:
+            _servers[preload] = forkserver.ForkServer()
+            _servers[preload].set_forkserver_preload([preload])
+        # `multiprocessing` itself knows of one server only, by this name.
+        with mock.patch.object(forkserver, "connect_to_new_process", _servers[preload].connect_to_new_process):
+            process.start()
 
 
 def _serve(inbox: Any, outbox: Any, errors: Any, environment: dict[str, str], folder: str) -> None:
