@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from functools import cache
 from multiprocessing import forkserver, get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
@@ -92,23 +93,25 @@ class ForkedSession(RemoteSession):
             raise
 
 
-_servers: dict[str, forkserver.ForkServer] = {}
 _starting = threading.Lock()
 
 
-def _start(process: BaseProcess, preload: str) -> None:
-    """Fork it from the server that has imported `preload`, which starts with the first such process.
-
-    Each module has a server of its own: in another's, every process would import its engine anew, and run on what the import
-    of the other engine has changed.
+@cache
+def _server(preload: str) -> forkserver.ForkServer:
+    """A server for each module: forked from another's, every process would import its engine anew, and run on what the import of
+    the other engine has changed.
     """
-    with _starting:
-        if preload not in _servers:
-            _servers[preload] = forkserver.ForkServer()
-            _servers[preload].set_forkserver_preload([preload])
-        # `multiprocessing` itself knows of one server only, by this name.
-        with mock.patch.object(forkserver, "connect_to_new_process", _servers[preload].connect_to_new_process):
-            process.start()
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([preload])
+    return server
+
+
+def _start(process: BaseProcess, preload: str) -> None:
+    """Fork it from that module's server, which starts with the first."""
+    connect = _server(preload).connect_to_new_process
+    # `multiprocessing` knows of one server only, and finds it by this name.
+    with _starting, mock.patch.object(forkserver, "connect_to_new_process", connect):
+        process.start()
 
 
 def _serve(inbox: Any, outbox: Any, errors: Any, environment: dict[str, str], folder: str) -> None:
