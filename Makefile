@@ -28,7 +28,7 @@ ENGINES := .venv/.engines-$(shell cat adapters/*/install_cpu.py constraints.txt 
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 # Two processes side by side, each taking whole files, first those with engines, which take long. More than two have not been
 # tried: each holds several engines in memory. On one core it is one; ARGS="-n0" or "--pdb" makes it none but pytest's own.
-SIDE_BY_SIDE := -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder -o testpaths="adapters conformance/tests tests"
+SIDE_BY_SIDE := -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder -o testpaths="adapters tests conformance/tests"
 CODE := $(wildcard lmcache kernels adapters conformance tests benchmarks docs)
 
 help:
