@@ -26,6 +26,9 @@ STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -
 # vLLM and SGLang, which tests run against, take gigabytes: they are installed when they are first run.
 ENGINES := .venv/.engines-$(shell cat adapters/*/install_cpu.py constraints.txt | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+# Two processes side by side, each taking whole files, first those with engines, which take long. More than two have not been
+# tried: each holds several engines in memory. On one core it is one; ARGS="-n0" or "--pdb" makes it none but pytest's own.
+SIDE_BY_SIDE := -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder -o testpaths="adapters tests conformance/tests"
 CODE := $(wildcard lmcache kernels adapters conformance tests benchmarks docs)
 
 help:
@@ -63,7 +66,7 @@ demo: $(STAMP)
 	@$(BIN)/lmcache demo $(ARGS)
 
 test: $(STAMP) $(ENGINES)
-	@$(BIN)/python -m pytest -rs --cov=lmcache --cov-report=term:skip-covered $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -rs --cov=lmcache --cov-report=term:skip-covered $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check $(CODE)

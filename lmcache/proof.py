@@ -281,4 +281,4 @@ def _stray_bytes(
             for owner, mask in zip(bound.owners, changed, strict=True):
                 if owner.data_ptr() <= start < owner.data_ptr() + owner.nbytes:
                     mask[torch.from_numpy(offset.reshape(-1) + start - owner.data_ptr()).to(mask.device)] = False
-    return sum(int(mask.sum()) for mask in changed)
+    return sum(int(torch.count_nonzero(mask)) for mask in changed)

@@ -24,7 +24,7 @@ def rank_kv(rank: int, size: int) -> list[torch.Tensor]:
 
 
 def open_cache(folder: Path, rank: int, size: int, share: str) -> CacheEngine:
-    config = Config(chunk_tokens=CHUNK, dram_bytes="1MiB", disk_path=folder, share=share)  # type: ignore[arg-type]
+    config = Config(chunk_tokens=CHUNK, dram_bytes="1MiB", disk_path=folder, share=share, probe_timeout_s=20.0)  # type: ignore[arg-type]
     return CacheEngine(config, WHOLE.shard(tp_rank=rank, tp_size=size))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+from time import thread_time
 
 import numpy as np
 import pytest
@@ -153,9 +153,10 @@ def test_thousands_of_rows_take_milliseconds() -> None:
 
 
 def timed(copy: RowCopy) -> float:
-    start = perf_counter()
+    # Of this thread's own time: what other processes take is no matter of this plan's.
+    start = thread_time()
     plan(copy)
-    return perf_counter() - start
+    return thread_time() - start
 
 
 @settings(max_examples=200, deadline=None)

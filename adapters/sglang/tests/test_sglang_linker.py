@@ -88,7 +88,8 @@ def session(
 ) -> Iterator[ForkedSession]:
     config = SessionConfig(
         model=str(model_folder("llama")),
-        cache={"disk_path": str(folder), "chunk_tokens": 16, "dram_bytes": "64MiB", **cache},
+        # A question to the disk may take long: what is late is a miss, and nobody knows how busy this machine is.
+        cache={"disk_path": str(folder), "chunk_tokens": 16, "dram_bytes": "64MiB", "probe_timeout_s": 20.0, **cache},
         options={"engine": dict(engine or {}), **(options or {})},
     )
     with ForkedSession("lmcache_sglang.conformance:linker", config, preload=linker.preload, environment={}) as found:

@@ -36,7 +36,8 @@ def session(
 ) -> Iterator[ForkedSession]:
     config = SessionConfig(
         model=str(model_folder("llama")),
-        cache={"disk_path": str(folder), **cache},
+        # A question to the disk may take long: what is late is a miss, and nobody knows how busy this machine is.
+        cache={"disk_path": str(folder), "probe_timeout_s": 20.0, **cache},
         options={"engine": dict(engine or {}), **(options or {})},
     )
     found = ForkedSession(

@@ -18,6 +18,8 @@ class VLLMAdapter:
     preload = "lmcache_vllm.preload"
     """May be imported before forking: sessions of a test run then start in a fraction of the time."""
 
+    forks_ranks = True
+
     chunk_tokens = 32
     """The CPU backend's smallest block."""
 

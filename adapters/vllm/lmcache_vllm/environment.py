@@ -10,6 +10,7 @@ for _name, _value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCHDYNAMO_DISABLE": "1",  # or every process compiles how log-probs are ranked, for seconds, to call it a few times
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",  # tiny models, and threads that spin harm whoever shares the machine
 }.items():

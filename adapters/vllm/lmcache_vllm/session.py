@@ -7,17 +7,22 @@ passes in which a prompt's KV was computed, each beginning where it began.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import struct
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.executor import multiproc_executor
 
 from lmcache_conformance.contract import Request, Response, SessionConfig
 from lmcache_conformance.splits import Pass, Splits, Start
@@ -97,6 +102,8 @@ class VLLMSession:
         ranks = int(options.get("tensor_parallel", 1))
         if ranks > 1:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+            if "lmcache_vllm.preload" in sys.modules:
+                _fork_ranks()
         more: dict[str, Any] = {}
         if step:
             more = {
@@ -195,9 +202,10 @@ class VLLMSession:
         return found
 
     def close(self) -> None:
-        """Write out what waits, end the engine."""
+        """Write out what waits, end the engine. Its process ends right after, so nobody need look for garbage in it."""
         self._settle()
-        self._core.shutdown()
+        with mock.patch("gc.unfreeze"), mock.patch("gc.collect"):
+            self._core.shutdown()
 
     # ---------------------------------------------------------------- running
 
@@ -314,6 +322,12 @@ class VLLMSession:
         if seen.local != columns:
             return Response(error=f"played back from token {seen.local}, the pass began at {columns}")
         return Response(tokens=answer.tokens, logprobs=answer.logprobs, logprob=answer.logprob)
+
+
+def _fork_ranks() -> None:
+    """Ranks inherit what is imported already, which saves each of them its imports. vLLM spawns them on a CPU."""
+    if current_platform.is_cpu():
+        multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
 def _groups(model: str) -> int:

@@ -28,8 +28,8 @@ llm = LLM(
 )
 core = llm.llm_engine.engine_core.engine_core
 
-def ask():
-    prompt = {"prompt_token_ids": list(range(3, 203))}
+def ask(first=3):
+    prompt = {"prompt_token_ids": list(range(first, first + 200))}
     [out] = llm.generate([prompt], SamplingParams(max_tokens=4, temperature=0, detokenize=False), use_tqdm=False)
     while core.scheduler.has_requests():
         core.step()
@@ -42,6 +42,7 @@ assert llm.reset_prefix_cache(reset_connector=True)
 found["reset"] = ask()
 assert llm.reset_prefix_cache()
 found["after"] = ask()
+ask(203)  # by now the folder is empty again; what was written while it was being emptied may be gone
 print("FOUND", json.dumps(found))
 llm.llm_engine.engine_core.shutdown()
 """

@@ -11,12 +11,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from functools import cache
 from multiprocessing import forkserver, get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
+from unittest import mock
 
 from lmcache_conformance.child import RemoteSession
 from lmcache_conformance.contract import SessionConfig
@@ -65,7 +67,7 @@ class ForkedSession(RemoteSession):
         self._in, self._out = ours_in, ours_out
         path = tuple(os.path.abspath(entry) for entry in sys.path)
         try:
-            process = _server(preload).Process(
+            process = get_context("forkserver").Process(
                 target=_serve,
                 args=(
                     DupFd(theirs_in),
@@ -76,7 +78,7 @@ class ForkedSession(RemoteSession):
                 ),
                 daemon=False,
             )
-            process.start()
+            _start(process, preload)
             self._process: Any = _Forked(process)
         except BaseException:
             self._release()
@@ -91,15 +93,25 @@ class ForkedSession(RemoteSession):
             raise
 
 
-def _server(preload: str) -> Any:
-    context = get_context("forkserver")
-    context.set_forkserver_preload([preload])
-    return context
+_starting = threading.Lock()
 
 
-def stop_server() -> None:
-    """End the process from which sessions fork, if there is one."""
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # there is no public way
+@cache
+def _server(preload: str) -> forkserver.ForkServer:
+    """A server for each module: forked from another's, every process would import its engine anew, and run on what the import of
+    the other engine has changed.
+    """
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([preload])
+    return server
+
+
+def _start(process: BaseProcess, preload: str) -> None:
+    """Fork it from that module's server, which starts with the first."""
+    connect = _server(preload).connect_to_new_process
+    # `multiprocessing` knows of one server only, and finds it by this name.
+    with _starting, mock.patch.object(forkserver, "connect_to_new_process", connect):
+        process.start()
 
 
 def _serve(inbox: Any, outbox: Any, errors: Any, environment: dict[str, str], folder: str) -> None:

@@ -44,7 +44,8 @@ class ParallelTests(EngineBase):
         counts = {rank: len(paths) for rank, paths in by_rank.items()}
         assert len(counts) == RANKS, f"objects of heads {sorted(counts)} after a flush"
         assert len(set(counts.values())) == 1, f"the ranks have written different numbers of objects: {counts}"
-        with self._open(bench, disk, RANKS, history) as engine:
+        # In processes that have nothing in common, not even a hash seed.
+        with self._open(bench, disk, RANKS, history, forked=False) as engine:
             got = engine.ask(prompt, max_new_tokens=NEW)
             assert got.hit >= whole, f"in new processes: {dict(got.cached)}"
             same_tokens(got, first, "two ranks, from disk alone")
@@ -95,12 +96,14 @@ class ParallelTests(EngineBase):
             found.setdefault(id.rect.heads, []).append(path)
         return found
 
-    def _open(self, bench: Bench, disk: Path, ranks: int, history: History, **cache: Any) -> Any:
+    def _open(
+        self, bench: Bench, disk: Path, ranks: int, history: History, *, forked: bool = True, **cache: Any
+    ) -> Any:
         return bench.open(
             options={"tensor_parallel": ranks},
             history=history,
             # Workers are started by a process of their own, unless the adapter's may fork from it.
-            forked=ranks == 1 or bool(getattr(find_adapter(bench.adapter), "forks_ranks", False)),
+            forked=forked and (ranks == 1 or bool(getattr(find_adapter(bench.adapter), "forks_ranks", False))),
             dram_bytes="64MiB",
             disk_path=str(disk),
             **cache,
