@@ -270,9 +270,10 @@ def test_of_a_sample_lru_holds_the_same_share_as_the_arena() -> None:
     puts=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 300)), min_size=1, max_size=30),
     worth=st.lists(st.integers(0, 5), min_size=3 * BUCKETS, max_size=3 * BUCKETS),
     compact=st.booleans(),
+    look=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
-def test_shelves_give_the_least_worth_first_whatever_its_age(puts, worth, compact: bool) -> None:
+def test_shelves_give_the_least_worth_first_whatever_its_age(puts, worth, compact: bool, look: bool) -> None:
     ages = Ages(4.0)
     shelves: Shelves[int] = Shelves(3, ages)
     now, runs = 0.0, []
@@ -283,6 +284,8 @@ def test_shelves_give_the_least_worth_first_whatever_its_age(puts, worth, compac
         shelves.put(runs[-1])
         if compact:
             shelves.compact(lambda run, member: True)
+        if look:
+            shelves.coldest()
     shelves.arrange(worth)
     left = set(range(len(runs)))
     worths = [worth[run.kind * BUCKETS + ages.bucket(now - run.time)] for run in runs]
