@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
 
 ENTRY_POINTS = "lmcache.adapters"
 """Entry point group in which adapters are found by name; each loads as an `EngineAdapter`."""
+
+PATIENT: Mapping[str, float] = MappingProxyType({"probe_timeout_s": 20.0})
+"""Cache settings of tests: what a shared tier tells late is a miss, and nobody knows how busy the machine is."""
 
 
 class Level(str, Enum):

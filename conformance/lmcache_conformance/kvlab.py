@@ -9,6 +9,7 @@ import torch
 
 from lmcache import Config, KVSpec, Layout, PagedKV
 from lmcache.spec import Numerics
+from lmcache_conformance.contract import PATIENT
 
 CHUNK = 16
 HEADS, DIM, LAYERS = 2, 8, 3
@@ -26,7 +27,7 @@ def tiny_config(**changes: object) -> Config:
     settings: dict[str, object] = {
         "chunk_tokens": CHUNK,
         "dram_bytes": 64 * tiny_spec().object_bytes(0, CHUNK),
-        "probe_timeout_s": 20.0,
+        **PATIENT,
         "load_timeout_s": 60.0,
     }
     return Config(**(settings | changes))  # type: ignore[arg-type]

@@ -62,9 +62,8 @@ class Shelves(Generic[T]):
         shelves = kinds * BUCKETS
         self._ages = ages
         self._begins = [*ages.edges[:BUCKETS], math.inf]
-        self._ends: list[Run[T]] = [
-            Run(math.inf, kind, []) for kind in range(kinds)
-        ]  # before the coldest, after the hottest
+        # Of each row: before the coldest, after the hottest.
+        self._ends: list[Run[T]] = [Run(math.inf, kind, []) for kind in range(kinds)]
         for end in self._ends:
             end.colder = end.hotter = end
         # By class and bucket the youngest run that is as old as the bucket, or was when somebody looked.

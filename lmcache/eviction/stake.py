@@ -36,13 +36,7 @@ class Stake:
     if each prompt is stored. `asked` first, then `left` and `returned` as the arena makes room.
     """
 
-    __slots__ = (
-        "_history",
-        "_lent",
-        "account",
-        "capacity",
-        "price",
-    )
+    __slots__ = ("_history", "_lent", "account", "capacity", "price")
 
     def __init__(self, history: History, capacity: float) -> None:
         """`capacity`: names that LRU would hold."""

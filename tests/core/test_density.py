@@ -91,10 +91,20 @@ def test_a_short_trace_of_documents_asked_for_evenly_is_no_trap() -> None:
     assert hits_of(Density(capacity), trace, capacity) >= 0.99 * hits_of(Lru(capacity), trace, capacity)
 
 
-@pytest.mark.parametrize("name", ["alternating", "changes", "echo of documents", "reruns, twice", "stack"])
-def test_nor_does_it_once_it_believes_in_what_it_learnt(name: str) -> None:
-    trace = SUITE[name](2000, 3)
-    capacity = blocks_of(trace) // 20
+@pytest.mark.parametrize(
+    ("name", "requests", "seed", "percent"),
+    [
+        *((name, 2000, 3, 5) for name in ("alternating", "changes", "echo of documents", "reruns, twice", "stack")),
+        # All at once they want back what they had long left alone.
+        ("reruns", 2000, 7, 20),
+        ("reruns", 3000, 7, 10),
+        ("echo of documents", 1500, 3, 20),
+        ("echo of documents", 3000, 3, 30),
+    ],
+)
+def test_nor_does_it_once_it_believes_in_what_it_learnt(name: str, requests: int, seed: int, percent: int) -> None:
+    trace = SUITE[name](requests, seed)
+    capacity = percent * blocks_of(trace) // 100
     assert hits_of(Density(capacity), trace, capacity) >= 0.99 * hits_of(Lru(capacity), trace, capacity)
 
 

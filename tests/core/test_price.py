@@ -6,12 +6,6 @@ import pytest
 
 from lmcache.eviction.history import Part, Stretch
 from lmcache.eviction.price import CAUTION, EXPERIENCE, GENERATIONS, LEAST, SURGE, WINDOWS, Price
-from lmcache.eviction.stake import INCOME
-from lmcache.index import Index
-from lmcache.index.replay import Replay
-from lmcache.plan import Chain
-from lmcache.simulate.traces import SUITE, Trace
-from lmcache.spec import ALL
 
 CAPACITY = 100
 
@@ -73,25 +67,3 @@ def test_a_surge_of_what_was_long_held_is_remembered_and_then_forgotten() -> Non
     window = 3  # requests, of 10 names each: the first of at least a quarter of 100
     assert load.news((WINDOWS - 2) * window).price.value == SURGE
     assert load.news(4 * window).price.value < SURGE / 2
-
-
-@pytest.mark.parametrize(
-    ("pattern", "requests", "seed", "percent"),
-    [
-        ("reruns", 2000, 7, 20),
-        ("reruns", 3000, 7, 10),
-        ("echo of documents", 1500, 3, 20),
-        ("echo of documents", 3000, 3, 30),
-    ],
-)
-def test_loads_that_want_back_all_at_once_what_was_long_left_alone(
-    pattern: str, requests: int, seed: int, percent: int
-) -> None:
-    trace = SUITE[pattern](requests, seed)
-    capacity = percent * len({block for request in trace for block in request.blocks}) // 100
-    assert hits_of("density", trace, capacity) >= (0.995 - INCOME) * hits_of("lru", trace, capacity)
-
-
-def hits_of(policy: str, trace: Trace, capacity: int) -> int:
-    replay = Replay(Index([("kv", ALL)], 512, [capacity], policy=policy))
-    return sum(replay.request(Chain(b"n" * 32, [b"%032d" % b for b in request.blocks])).dram for request in trace)

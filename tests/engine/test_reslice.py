@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmcache import CacheEngine, Config, KVSpec, Layout, PagedKV
+from lmcache import CacheEngine, KVSpec, Layout, PagedKV
+from lmcache_conformance.kvlab import tiny_config
 
 HEADS, LAYERS, DIM, CHUNK, TOKENS = 4, 3, 8, 16, 64
 WHOLE = KVSpec.uniform("m", layers=LAYERS, kv_heads=HEADS, head_dim=DIM, dtype=torch.bfloat16)
@@ -24,7 +25,7 @@ def rank_kv(rank: int, size: int) -> list[torch.Tensor]:
 
 
 def open_cache(folder: Path, rank: int, size: int, share: str) -> CacheEngine:
-    config = Config(chunk_tokens=CHUNK, dram_bytes="1MiB", disk_path=folder, share=share, probe_timeout_s=20.0)  # type: ignore[arg-type]
+    config = tiny_config(chunk_tokens=CHUNK, dram_bytes="1MiB", disk_path=folder, share=share)
     return CacheEngine(config, WHOLE.shard(tp_rank=rank, tp_size=size))
 
 

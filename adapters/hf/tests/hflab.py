@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from lmcache.config import Config
+from lmcache_conformance.contract import PATIENT
 from lmcache_conformance.models import VOCABULARY as VOCAB
 from lmcache_conformance.models import build
 
@@ -40,8 +41,7 @@ MODELS = {
 
 
 def config(**more: Any) -> Config:
-    # What is late is a miss, and nobody knows how busy this machine is.
-    return Config(**{"chunk_tokens": CHUNK, "dram_bytes": "16MiB", "probe_timeout_s": 20.0, **more})
+    return Config(**{"chunk_tokens": CHUNK, "dram_bytes": "16MiB", **PATIENT, **more})
 
 
 def prompt(columns: int, seed: int = 3, rows: int = 1) -> torch.Tensor:

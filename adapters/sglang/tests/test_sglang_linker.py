@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import lmcache_hf.conformance
-from lmcache_conformance.contract import Request, Response, SessionConfig
+from lmcache_conformance.contract import PATIENT, Request, Response, SessionConfig
 from lmcache_conformance.cross import CrossTests, Side
 from lmcache_conformance.engines import EngineTests
 from lmcache_conformance.engines.base import EngineBase
@@ -88,8 +88,7 @@ def session(
 ) -> Iterator[ForkedSession]:
     config = SessionConfig(
         model=str(model_folder("llama")),
-        # A question to the disk may take long: what is late is a miss, and nobody knows how busy this machine is.
-        cache={"disk_path": str(folder), "chunk_tokens": 16, "dram_bytes": "64MiB", "probe_timeout_s": 20.0, **cache},
+        cache={"disk_path": str(folder), "chunk_tokens": 16, "dram_bytes": "64MiB", **PATIENT, **cache},
         options={"engine": dict(engine or {}), **(options or {})},
     )
     with ForkedSession("lmcache_sglang.conformance:linker", config, preload=linker.preload, environment={}) as found:

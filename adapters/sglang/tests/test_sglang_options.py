@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_conformance.contract import Request, Response, SessionConfig
+from lmcache_conformance.contract import PATIENT, Request, Response, SessionConfig
 from lmcache_conformance.engines.forked import ForkedSession
 from lmcache_conformance.models import model_folder
 from lmcache_sglang.conformance import adapter
@@ -36,8 +36,7 @@ def session(
 ) -> Iterator[ForkedSession]:
     config = SessionConfig(
         model=str(model_folder("llama")),
-        # A question to the disk may take long: what is late is a miss, and nobody knows how busy this machine is.
-        cache={"disk_path": str(folder), "probe_timeout_s": 20.0, **cache},
+        cache={"disk_path": str(folder), **PATIENT, **cache},
         options={"engine": dict(engine or {}), **(options or {})},
     )
     found = ForkedSession(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from lmcache_conformance.child import RemoteSession
-from lmcache_conformance.contract import Capabilities, Request, Response, SessionConfig
+from lmcache_conformance.contract import PATIENT, Capabilities, Request, Response, SessionConfig
 from lmcache_conformance.discover import find_adapter
 from lmcache_conformance.engines.forked import ForkedSession
 from lmcache_conformance.models import MODELS, model_folder, vocabulary
@@ -305,8 +305,7 @@ class Bench:
         config = SessionConfig(
             model=str(model or session_model(case)),
             dtype=case.dtype,
-            # What a shared tier tells late is a miss, and nobody knows how busy this machine is.
-            cache={"chunk_tokens": self.chunk_tokens, "probe_timeout_s": 20.0, **cache},
+            cache={"chunk_tokens": self.chunk_tokens, **PATIENT, **cache},
             options=dict(options),
         )
         environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
