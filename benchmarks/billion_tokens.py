@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from itertools import accumulate, count
 from random import Random
 
-from lmcache.index import Index, TierInfo
-from lmcache.index.admission import Adaptive, SecondSight
-from lmcache.index.replay import Replay
+from lmcache.config.settings import parse_size
+from lmcache.control import Index, TierInfo
+from lmcache.control.admission.rules import Adaptive, SecondSight
 from lmcache.plan import Chain, Name
-from lmcache.settings import parse_size
+from lmcache.simulate.replay import Replay
 from lmcache.simulate.run import Disk
 from lmcache.spec import ALL
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from math import exp, log
 from typing import NamedTuple
 
-from lmcache.index import Index
-from lmcache.index.replay import Replay
+from lmcache.control import Index
 from lmcache.plan import Chain
+from lmcache.simulate.replay import Replay
 from lmcache.simulate.trace import read_traces
 from lmcache.simulate.traces import SUITE, Request, Trace, join, phases, sample, shuffle, stack, stretch
 from lmcache.spec import ALL

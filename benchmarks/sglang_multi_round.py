@@ -140,15 +140,16 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 def serve(pipe: Connection[Any, Any], kind: str, options: dict[str, Any], room: int, folder: str) -> None:
     """One engine in this process."""
-    from lmcache_sglang import environment, server_args
+    from lmcache_sglang import server_args
+    from lmcache_sglang.testing import environment
 
     environment.enter()
     os.environ["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"] = folder
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    from lmcache_conformance.models import MODELS, model_folder
-    from lmcache_sglang.session import HICACHE_ON_CPU, ON_CPU
+    from lmcache_conformance.labs.models import MODELS, model_folder
+    from lmcache_sglang.testing.session import HICACHE_ON_CPU, ON_CPU
 
     name = options["model"]
     storage: dict[str, Any] = {"enable_hierarchical_cache": True}

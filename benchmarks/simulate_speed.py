@@ -11,9 +11,9 @@ import os
 import sys
 import time
 
-from lmcache.index import Index
-from lmcache.index.replay import Replay
+from lmcache.control import Index
 from lmcache.plan import Chain
+from lmcache.simulate.replay import Replay
 from lmcache.spec import ALL
 
 PROMPT = 32  # chunks: 16 thousand tokens of 512

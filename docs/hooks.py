@@ -53,7 +53,7 @@ def commands() -> str:
 
 def metrics() -> str:
     """A table of every metric."""
-    from lmcache.metrics import Metrics
+    from lmcache.observe.metrics import Metrics
 
     rows = ["| metric | kind | labels | meaning |", "| --- | --- | --- | --- |"]
     for metric in Metrics().families:
@@ -64,7 +64,7 @@ def metrics() -> str:
 
 def miss_reasons() -> str:
     """A table of the reasons a miss can have."""
-    from lmcache.metrics import MISS_REASONS
+    from lmcache.observe.metrics import MISS_REASONS
 
     rows = ["| reason | meaning |", "| --- | --- |"]
     return "\n".join([*rows, *(f"| `{reason}` | {meaning} |" for reason, meaning in MISS_REASONS.items())])

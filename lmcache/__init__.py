@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lmcache import moved
+
 if TYPE_CHECKING:
     from lmcache.config import Config as Config
     from lmcache.engine import CacheEngine as CacheEngine
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from lmcache.spec import Plane as Plane
 
     __version__: str
+
+moved.install()
 
 _HOMES = {
     "CacheEngine": "engine",

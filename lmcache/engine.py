@@ -19,28 +19,28 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmcache.admission import Admission, capacity_of
-from lmcache.arena import Arena, host_provider, pinned, share_out
 from lmcache.config import Config
+from lmcache.control import Index, TierInfo
+from lmcache.control.admission import Admission
+from lmcache.control.outcomes import FAILED, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
+from lmcache.driver import ControlLoop
 from lmcache.errors import LMCacheError, SlotError, TierError
+from lmcache.format.codec import ObjectIO
 from lmcache.hit import Hit, LayerLoad
-from lmcache.index import Index, TierInfo
-from lmcache.index.messages import ABSENT, FAILED, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
 from lmcache.keys import Chain, Extra, Name, TokenIds, as_tokens, chain_of, namespace_of, scoped
 from lmcache.layout import BoundKV, PagedKV, validate_slots
-from lmcache.ledger import EngineView
-from lmcache.log import Throttle, info
-from lmcache.loop import ControlLoop
-from lmcache.metrics import Metrics
-from lmcache.mover import open_mover
-from lmcache.objectio import ObjectIO
+from lmcache.memory import host_provider, pinned
+from lmcache.observe.log import Throttle, info
+from lmcache.observe.metrics import Metrics
+from lmcache.observe.recorder import Recorder
 from lmcache.plan import JobKind
-from lmcache.recorder import Recorder
 from lmcache.spec import KVSpec
-from lmcache.tenants import Tenants
-from lmcache.tiers.base import Tier
+from lmcache.tiers.base import Tier, usable_bytes
 from lmcache.tiers.configured import open_tiers
 from lmcache.transfer import Transfer
+from lmcache.transfer.arena import Arena, share_out
+from lmcache.transfer.engine_copy import open_mover
+from lmcache.transfer.jobs import EngineView
 
 __all__ = ["CacheEngine", "Hit", "LayerLoad"]
 
@@ -88,7 +88,7 @@ class CacheEngine:
         self._arenas = [
             Arena(n, size, provider, reserve=provider is pinned) for n, size in zip(counts, sizes, strict=True)
         ]
-        self._admission = Admission(self.config, [spec], chunk, [capacity_of(tier) for tier in self._tiers])
+        self._admission = Admission(self.config, [spec], chunk, [usable_bytes(tier) for tier in self._tiers])
         self._index = Index(
             [(group.name, group.rule) for group in spec.groups],
             chunk,
@@ -129,7 +129,6 @@ class CacheEngine:
         self._weights_version = ""
         self._namespaces: dict[tuple[str, str, str], bytes] = {}
         self._outdated: list[tuple[str, bytes]] = []  # (salt, namespace) of earlier weights versions
-        self._tenants = Tenants(chunk)
         self._recorder = Recorder(self.config.record_trace, chunk) if self.config.record_trace else None
         self._closed = False
         for position, tier in enumerate(self._tiers):
@@ -205,13 +204,10 @@ class CacheEngine:
         with self.metrics.timed("store"):
             ids = as_tokens(tokens)
             chain = self._chain(ids, salt, lora, extras)
-            accepted = self._store_chain(chain, kv, slots)
-            if accepted:
-                self._tenants.add(chain.namespace, ids)
-            return accepted
+            return self._store_chain(chain, kv, slots)
 
     def store_chain(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
-        """`store` for an engine that brings its own names, see `lmcache.objects`."""
+        """`store` for an engine that brings its own names, see `lmcache.keyed`."""
         with self.metrics.timed("store"):
             return self._store_chain(chain, kv, slots)
 
@@ -266,13 +262,11 @@ class CacheEngine:
             if self._recorder is not None:
                 self._recorder.record(len(ids), chain.digests)
             hit = self._find(chain, len(ids) if max_tokens is None else max_tokens)
-            if hit.stop == ABSENT and not hit.tokens and self._tenants.others(chain.namespace, ids):
-                hit.stop = "salt"
         self._count(hit, len(ids))
         return hit
 
     def lookup_chain(self, chain: Chain) -> Hit:
-        """`lookup` for an engine that brings its own names, see `lmcache.objects`."""
+        """`lookup` for an engine that brings its own names, see `lmcache.keyed`."""
         total = len(chain.digests) * self.config.chunk_tokens
         with self.metrics.timed("lookup"):
             if self._recorder is not None:

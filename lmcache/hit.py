@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from lmcache.loop import ControlLoop
+from lmcache.driver import ControlLoop
 
 
 class _Owner(Protocol):
@@ -22,7 +22,7 @@ class Hit:
     Attributes:
         tokens: how many leading tokens can be retrieved; a multiple of `chunk_tokens`.
         by_tier: where they lie now, e.g. `{"dram": 2048, "disk": 512}`.
-        stop: why the hit ends there, one of `lmcache.index`'s reasons.
+        stop: why the hit ends there, one of `lmcache.control`'s reasons.
     """
 
     def __init__(self, engine: _Owner, owner: int, tokens: int, by_tier: Mapping[str, int], stop: str) -> None:

@@ -148,3 +148,17 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     rank: int
     seq: int
     jobs: tuple[JobReport, ...]
+
+
+class TierFacts(NamedTuple):
+    """One tier, as one rank sees it. `loaded` and `busy` only grow, so that a message lost or doubled changes nothing.
+
+    Attributes:
+        used: bytes that the tier occupies, whoever wrote them.
+        loaded: bytes read from it, of verified objects.
+        busy: seconds in which at least one object was being read.
+    """
+
+    used: int
+    loaded: int
+    busy: float

@@ -44,7 +44,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine adapter claims. What is not claimed is skipped, with that as the reason; what is claimed must pass.
 
     Attributes:
-        models: architectures it can serve, of those in `lmcache_conformance.models`: `llama`, `gemma3`, `deepseek`,
+        models: architectures it can serve, of those in `lmcache_conformance.labs.models`: `llama`, `gemma3`, `deepseek`,
             `mellum`, `smollm2`.
         dtypes: torch dtype names in which it computes.
         logprobs: it reports log-probs (or logits) exactly; needed by level `logits`.

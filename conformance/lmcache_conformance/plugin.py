@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lmcache_conformance.marks import LEVEL, REQUIRES
-from lmcache_conformance.seeds import known_seed, seed_of
+from lmcache_conformance.runner.marks import LEVEL, REQUIRES
+from lmcache_conformance.runner.seeds import known_seed, seed_of
 
 if TYPE_CHECKING:
-    from lmcache_conformance.xfails import Xfail
+    from lmcache_conformance.runner.xfails import Xfail
 
 _SUITES = (
     *("tiers", "tierbytes", "tierfactory", "tierfaults", "layouts", "kernels", "keys", "machine", "index"),
@@ -51,14 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{LEVEL}(name): what this test proves, see lmcache_conformance.contract.Level")
     config.addinivalue_line("markers", f"{REQUIRES}(*capabilities): skipped unless the class under test claims them")
     if config.option.lmcache_xfails:
-        from lmcache_conformance.xfails import XfailError, read_xfails
+        from lmcache_conformance.runner.xfails import XfailError, read_xfails
 
         try:
             config.stash[_XFAILS] = read_xfails(Path(config.option.lmcache_xfails))
         except XfailError as error:
             raise pytest.UsageError(str(error)) from None
     if config.option.lmcache_report:
-        from lmcache_conformance.recorder import Recorder
+        from lmcache_conformance.runner.recorder import Recorder
 
         path = Path(config.option.lmcache_report)
         recorder = Recorder(path, resume=config.option.lmcache_resume)
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _keep(config, items, _wanted_levels(config.option.lmcache_level))
     ours = [item for item in items if level_of(item) is not None]
     if ours:
-        from lmcache_conformance.adopt import apply_claims
+        from lmcache_conformance.runner.adopt import apply_claims
 
         apply_claims(config, ours)
     if xfails := config.stash.get(_XFAILS, None):
@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _wanted_levels(text: str) -> set[str]:
     from lmcache_conformance.contract import Level
-    from lmcache_conformance.discover import nearest
+    from lmcache_conformance.runner.discover import nearest
 
     wanted = {name.strip() for name in text.split(",")}
     known = [level.value for level in Level]
@@ -136,7 +136,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report: pytest.TestReport = yield  # type: ignore[misc, assignment]
     level = level_of(item)
     if report.failed and level is not None:
-        from lmcache_conformance.reproduce import command, test_id
+        from lmcache_conformance.runner.reproduce import command, test_id
 
         seed = seed_of(item)
         text = f"level {level} · {test_id(item).partition('::')[2]} · seed {seed}\n{command(item, seed)}"
@@ -161,7 +161,7 @@ def lmcache_adapter(request: pytest.FixtureRequest) -> str:
     """The name of the adapter under test, as `--lmcache-adapter` gives it."""
     reference = request.config.option.lmcache_adapter
     if not reference:
-        from lmcache_conformance.adopt import NO_ADAPTER
+        from lmcache_conformance.runner.adopt import NO_ADAPTER
 
         pytest.skip(NO_ADAPTER)
     return str(reference)

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from lmcache_conformance.contract import Capabilities, Request, Response, Session, SessionConfig
-from lmcache_conformance.cross import CrossTests, Side
 from lmcache_conformance.engines import EngineTests
 from lmcache_conformance.engines.values import ValueTests
+from lmcache_conformance.suites.cross import CrossTests, Side
 
 CHUNK = 16
 
@@ -116,7 +116,7 @@ claims_a_restart = Adapter(Hashing, msgspec.structs.replace(CLAIMS, restart=True
 
 
 FUSED = Side("hf", {"attn_implementation": "sdpa"})
-SHARES = "lmcache_conformance.mutants.engines:always_shares"
+SHARES = "lmcache_hf.testing.mutants:always_shares"
 EAGER = Side("hf", {"attn_implementation": "eager"})
 LLAMA = Capabilities(models=("llama",), dtypes=("float32",), semantic=True, logprobs=True, restart=True)
 
@@ -127,7 +127,7 @@ class DishonestBound(CrossTests):
 
 
 class DishonestReader(CrossTests):
-    writer, reader = FUSED, Side("lmcache_conformance.mutants.engines:misreads_the_disk")
+    writer, reader = FUSED, Side("lmcache_hf.testing.mutants:misreads_the_disk")
 
 
 class DishonestSharing(CrossTests):
@@ -172,5 +172,5 @@ class DishonestClaimsARestart(DishonestBase):
 
 
 class DishonestWritesElsewhere(ValueTests):
-    adapter = "lmcache_conformance.mutants.engines:writes_elsewhere"
+    adapter = "lmcache_hf.testing.mutants:writes_elsewhere"
     timeout_s = 120.0

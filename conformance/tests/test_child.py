@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_conformance.child import (
+from lmcache_conformance.contract import Request, Response, SessionConfig
+from lmcache_conformance.remote.child import (
     EngineDied,
     EngineFailure,
     EngineHung,
@@ -18,8 +19,7 @@ from lmcache_conformance.child import (
     EngineRaised,
     RemoteSession,
 )
-from lmcache_conformance.contract import Request, Response, SessionConfig
-from lmcache_conformance.processes import members
+from lmcache_conformance.runner.processes import members
 
 HERE = Path(__file__).parent
 ASK = [Request(tokens=(1, 2, 3)), Request(tokens=(4, 5))]

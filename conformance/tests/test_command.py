@@ -12,16 +12,16 @@ import pytest
 from typer.testing import CliRunner
 
 from lmcache.cli import app, main
-from lmcache_conformance import campaign, mutate
-from lmcache_conformance.campaign import Wish, jobs_for
-from lmcache_conformance.discover import DiscoveryError, Target
 from lmcache_conformance.mutants import Mutant
 from lmcache_conformance.mutants.rows import ROWS
+from lmcache_conformance.runner import campaign, mutate
+from lmcache_conformance.runner.campaign import Wish, jobs_for
+from lmcache_conformance.runner.discover import DiscoveryError, Target
 
 HEAD = """
 import time, pytest
 from lmcache_conformance.contract import Level
-from lmcache_conformance.marks import level, requires
+from lmcache_conformance.runner.marks import level, requires
 class {name}:
     adapter = None
 """
@@ -179,7 +179,7 @@ def test_our_own_targets_have_sources_that_can_be_found(monkeypatch: pytest.Monk
 
 MUTANTS = """
 from lmcache_conformance.contract import Level
-from lmcache_conformance.marks import level
+from lmcache_conformance.runner.marks import level
 import os, pytest
 class MutantCaught:
     @level(Level.BYTES)

@@ -1,9 +1,9 @@
 """Two numerics of one engine stand in for two engines: fused attention writes, eager attention reads, and back."""
 
-from lmcache_conformance.cross import CrossTests, Side
+from lmcache_conformance.suites.cross import CrossTests, Side
 
-FUSED = Side("lmcache_hf.conformance:adapter", {"attn_implementation": "sdpa"})
-EAGER = Side("lmcache_hf.conformance:adapter", {"attn_implementation": "eager"})
+FUSED = Side("lmcache_hf.testing.conformance:adapter", {"attn_implementation": "sdpa"})
+EAGER = Side("lmcache_hf.testing.conformance:adapter", {"attn_implementation": "eager"})
 
 
 class TestEagerReadsFused(CrossTests):

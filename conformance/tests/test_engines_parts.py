@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from lmcache.errors import FormatError
+from lmcache.format.file import canonical_form, verify_file
 from lmcache.keys import ObjectId
-from lmcache.objectfile import canonical_form, verify_file
 from lmcache.spec import KVSpec
 from lmcache_conformance.contract import Capabilities, Request, Response
-from lmcache_conformance.damage import DAMAGES, object_files, poison, problem_of, read_raw
 from lmcache_conformance.engines.bench import History, cases_for, on, same_bits, same_tokens, varied
-from lmcache_conformance.models import TINY, build
+from lmcache_conformance.labs.damage import DAMAGES, object_files, poison, problem_of, read_raw
+from lmcache_conformance.labs.models import TINY, build
 
 SPEC = KVSpec.uniform(model="m", layers=2, kv_heads=2, head_dim=64, dtype=torch.float32)
 TOKENS = 16

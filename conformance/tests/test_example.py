@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_conformance.records import TestResult, read
+from lmcache_conformance.runner.records import TestResult, read
 
 EXAMPLE = Path(__file__).parents[1] / "example"
 
@@ -103,7 +103,7 @@ def test_engine_and_tier_are_found_by_name_and_pass(place: Place) -> None:
 BROKEN = """
 from lmcache.plan import Status
 from lmcache.tiers.base import Result
-from lmcache_conformance.tiers import TierCapabilities, TierTests
+from lmcache_conformance.suites.tiers import TierCapabilities, TierTests
 from toykv.tier import SqliteTier
 
 class Forgets(SqliteTier):

@@ -4,4 +4,4 @@ from lmcache_conformance.engines import EngineTests
 
 
 class TestHF(EngineTests):
-    adapter = "lmcache_hf.conformance:adapter"
+    adapter = "lmcache_hf.testing.conformance:adapter"

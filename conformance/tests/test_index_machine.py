@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from lmcache_conformance.indexmachine import IndexMachine
-from lmcache_conformance.machine import run_machine
 from lmcache_conformance.mutants.index import (
     MutantBelievesTheDead,
     MutantFailedLoadIsSuccess,
@@ -15,6 +13,8 @@ from lmcache_conformance.mutants.index import (
     MutantSideStateIsOptional,
     MutantVisibleBeforeItIsStored,
 )
+from lmcache_conformance.suites.indexmachine import IndexMachine
+from lmcache_conformance.suites.machine import run_machine
 
 NOTICED = [
     MutantBelievesTheDead,

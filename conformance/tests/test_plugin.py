@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_conformance.records import Began, Ended, Started, TestResult, read
+from lmcache_conformance.runner.records import Began, Ended, Started, TestResult, read
 
 pytest_plugins = ["pytester"]
 
 SUITE = """
     from lmcache_conformance.contract import Capabilities, Level
-    from lmcache_conformance.marks import level, requires
+    from lmcache_conformance.runner.marks import level, requires
 
     class SuiteTests:
         capabilities = Capabilities(dtypes=("float32",), tensor_parallel=(1, 2))
@@ -64,7 +64,7 @@ def test_an_ordinary_run_is_left_alone(pytester: pytest.Pytester) -> None:
                 assert 1 == 2
             @given(st.integers())
             def test_passes(self, x): assert core.global_force_seed is None
-        def test_nothing_heavy_was_imported(): assert not {"lmcache", "lmcache_conformance.recorder"} & set(sys.modules)
+        def test_nothing_heavy_was_imported(): assert not {"lmcache", "lmcache_conformance.runner.recorder"} & set(sys.modules)
         """
     )
     done = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--strict-markers")
@@ -110,7 +110,7 @@ def test_without_capabilities_nothing_is_claimed(pytester: pytest.Pytester) -> N
 
 ENGINE_SUITE = """
     from lmcache_conformance.contract import Level
-    from lmcache_conformance.marks import level, requires
+    from lmcache_conformance.runner.marks import level, requires
     class TestEngine:
         adapter = None
         @level(Level.TOKENS)
@@ -193,7 +193,7 @@ def test_the_budget_is_quick_unless_asked_for_more(pytester: pytest.Pytester) ->
 
 FAILING = """
     from lmcache_conformance.contract import Level
-    from lmcache_conformance.marks import level
+    from lmcache_conformance.runner.marks import level
     class TestIt:
         @level(Level.FAULTS)
         def test_fails(self): assert 1 == 2
@@ -254,7 +254,7 @@ def test_a_missing_list_of_known_failures_is_an_error(pytester: pytest.Pytester)
 RANDOM = """
     from hypothesis import given, settings, strategies as st
     from lmcache_conformance.contract import Level
-    from lmcache_conformance.marks import level
+    from lmcache_conformance.runner.marks import level
     import pytest, random
     class CheckIt:
         @level(Level.KEYS)
@@ -317,8 +317,8 @@ def test_a_command_for_a_file_elsewhere_names_it_in_full(
 OUTCOMES = """
     import pytest
     from lmcache_conformance.contract import Level
-    from lmcache_conformance.failures import EngineDied
-    from lmcache_conformance.marks import level
+    from lmcache_conformance.runner.failures import EngineDied
+    from lmcache_conformance.runner.marks import level
     pytestmark = level(Level.PRESSURE)
     @pytest.fixture
     def broken(): raise AssertionError("in the fixture")
@@ -387,7 +387,7 @@ def test_resuming_leaves_out_what_was_begun(pytester: pytest.Pytester) -> None:
 def test_asserts_of_suites_explain_themselves_in_other_peoples_modules(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
-        from lmcache_conformance.tiers import TierTests
+        from lmcache_conformance.suites.tiers import TierTests
         from lmcache.tiers.memory import MemoryTier
         class Nameless(MemoryTier):
             name = ""

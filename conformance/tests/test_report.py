@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from lmcache_conformance.matrix import live, show
-from lmcache_conformance.page import as_html
-from lmcache_conformance.records import TestResult
-from lmcache_conformance.report import Report, as_json, as_junit, environment
-from lmcache_conformance.runner import RowResult
+from lmcache_conformance.runner.matrix import live, show
+from lmcache_conformance.runner.page import as_html
+from lmcache_conformance.runner.records import TestResult
+from lmcache_conformance.runner.report import Report, as_json, as_junit, environment
+from lmcache_conformance.runner.run import RowResult
 
 NASTY = "</pre><script>alert('x')</script> [bold]not markup[/] \x1b[31m \x00 \ud800 & \U0001f600"
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_conformance.processes import members
-from lmcache_conformance.records import Began, Event, Started
-from lmcache_conformance.runner import Job, Limits, RowResult, run_job
+from lmcache_conformance.runner.processes import members
+from lmcache_conformance.runner.records import Began, Event, Started
+from lmcache_conformance.runner.run import Job, Limits, RowResult, run_job
 
 LIMITS = Limits(test=120, start=120, job=600)
 HEAD = """
 import os, signal, subprocess, sys, time, pytest
 from lmcache_conformance.contract import Level
-from lmcache_conformance.marks import level
+from lmcache_conformance.runner.marks import level
 pytestmark = level(Level.FAULTS)
 """
 
@@ -154,7 +154,7 @@ def test_no_tests_of_a_level_is_no_failure(tmp_path: Path) -> None:
 def test_tests_that_crash_one_after_the_other_are_given_up_at_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache_conformance.runner.MAX_RESTARTS", 2)
+    monkeypatch.setattr("lmcache_conformance.runner.run.MAX_RESTARTS", 2)
     file = suite(tmp_path, "@pytest.mark.parametrize('i', range(9))\ndef test_dies(i): os._exit(1)")
     row = run_job(Job("r", file), LIMITS)
     assert len(row.results) == 3

@@ -17,13 +17,13 @@ from typing import Literal
 import torch
 import xxhash
 
-from lmcache.arena import Arena
+from lmcache.format.codec import ObjectIO
 from lmcache.keys import ObjectId
 from lmcache.layout import ObjectLayout
-from lmcache.objectio import ObjectIO
 from lmcache.plan import Status
 from lmcache.spec import KVSpec
 from lmcache.tiers.disk import DiskTier
+from lmcache.transfer.arena import Arena
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lmcache.arena import Arena
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter, translate
 from lmcache.spec import KVSpec, Numerics
+from lmcache.transfer.arena import Arena
 
 LAYOUTS = {
     "packed": "block head slot (kv dim)",

@@ -13,9 +13,9 @@ from lmcache.cli.output import JsonOption, console, print_json
 from lmcache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lmcache_conformance.campaign import Wish
-    from lmcache_conformance.mutate import Verdict
-    from lmcache_conformance.runner import Job, RowResult
+    from lmcache_conformance.runner.campaign import Wish
+    from lmcache_conformance.runner.mutate import Verdict
+    from lmcache_conformance.runner.run import Job, RowResult
 
 _NEEDED = ("pytest", "hypothesis", "lmcache_conformance")
 
@@ -68,9 +68,9 @@ def conformance(
     missing = [name for name in _NEEDED if util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"the suite needs {' and '.join(missing)}: pip install 'lmcache-sdk[conformance]'")
-    from lmcache_conformance.campaign import Wish
-    from lmcache_conformance.discover import DiscoveryError
-    from lmcache_conformance.xfails import XfailError
+    from lmcache_conformance.runner.campaign import Wish
+    from lmcache_conformance.runner.discover import DiscoveryError
+    from lmcache_conformance.runner.xfails import XfailError
 
     wish = Wish(
         adapters=tuple(adapter or ()),
@@ -93,10 +93,10 @@ def conformance(
 
 
 def _suites(wish: Wish, json: bool, html: Path | None, junit: Path | None) -> bool:
-    from lmcache_conformance import report as reports
-    from lmcache_conformance.campaign import jobs_for
-    from lmcache_conformance.matrix import show
-    from lmcache_conformance.page import as_html
+    from lmcache_conformance.runner import report as reports
+    from lmcache_conformance.runner.campaign import jobs_for
+    from lmcache_conformance.runner.matrix import show
+    from lmcache_conformance.runner.page import as_html
 
     jobs = jobs_for(wish)
     rows = _run(jobs, wish) if json else _run_live(jobs, wish)
@@ -113,7 +113,7 @@ def _suites(wish: Wish, json: bool, html: Path | None, junit: Path | None) -> bo
 
 
 def _run(jobs: list[Job], wish: Wish) -> list[RowResult]:
-    from lmcache_conformance.runner import run_jobs
+    from lmcache_conformance.runner.run import run_jobs
 
     return run_jobs(jobs, wish.limits)
 
@@ -121,10 +121,10 @@ def _run(jobs: list[Job], wish: Wish) -> list[RowResult]:
 def _run_live(jobs: list[Job], wish: Wish) -> list[RowResult]:
     from rich.live import Live
 
-    from lmcache_conformance.matrix import live
-    from lmcache_conformance.records import Event, Started
-    from lmcache_conformance.report import Report
-    from lmcache_conformance.runner import run_jobs
+    from lmcache_conformance.runner.matrix import live
+    from lmcache_conformance.runner.records import Event, Started
+    from lmcache_conformance.runner.report import Report
+    from lmcache_conformance.runner.run import run_jobs
 
     rows: dict[str, RowResult] = {}
     out = console()
@@ -144,7 +144,7 @@ def _run_live(jobs: list[Job], wish: Wish) -> list[RowResult]:
 def _mutants(wish: Wish, json: bool) -> bool:
     from rich.markup import escape
 
-    from lmcache_conformance.mutate import choose_mutants, run_mutants, uncovered
+    from lmcache_conformance.runner.mutate import choose_mutants, run_mutants, uncovered
 
     chosen = choose_mutants(wish.targets)
     out = console()
@@ -164,7 +164,7 @@ def _mutants(wish: Wish, json: bool) -> bool:
     if json:
         print_json({"mutants": [verdict.as_json() for verdict in verdicts]})
     else:
-        from lmcache_conformance.matrix import mutant_table
+        from lmcache_conformance.runner.matrix import mutant_table
 
         out.print()
         out.print(mutant_table([verdict.as_json() for verdict in verdicts]))

@@ -17,8 +17,8 @@ import typer
 
 from lmcache.cli.output import JsonOption, PathOption, console, human_bytes, load_config, print_json
 from lmcache.config import Config
+from lmcache.config.machine import is_container, is_wsl, memory_limit
 from lmcache.errors import ConfigError
-from lmcache.machine import is_container, is_wsl, memory_limit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,7 +142,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _pinned_memory() -> Finding:
-    from lmcache.arena import why_not_pinned
+    from lmcache.memory import why_not_pinned
 
     reason = why_not_pinned()
     if reason is None:

@@ -68,7 +68,7 @@ def simulate(
       lmcache simulate trace.jsonl --tiers dram=5%,disk=50% --admit second --model llama-3-70b --gpus 4
       lmcache simulate a.jsonl b.jsonl --plot capacity.html
     """
-    from lmcache.settings import named
+    from lmcache.config.settings import named
     from lmcache.simulate.hardware import profile
     from lmcache.simulate.run import ADMISSIONS, PLACES, known_policies, simulate
     from lmcache.simulate.trace import read_traces
@@ -134,7 +134,7 @@ def simulate(
 
 def chunks_of(text: str, trace: Trace, chunk_bytes: int, option: str) -> int:
     """Chunks of a capacity: `5%` or `0.05` of the distinct chunks, or a size in bytes such as `20GiB`."""
-    from lmcache.settings import parse_size
+    from lmcache.config.settings import parse_size
 
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text)
     if match and (match[2] or "." in text):

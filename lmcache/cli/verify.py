@@ -98,7 +98,7 @@ def verify(
 
 def check(entries: Iterable[Entry], advance: Callable[[int], object]) -> tuple[Verdict, list[ObjectId]]:
     """The verdict on all files, and the names of the bad ones. A file that is evicted meanwhile is left out."""
-    from lmcache.objectfile import verify_file
+    from lmcache.format.file import verify_file
     from lmcache.tiers.folder import object_of
 
     verdict = Verdict()

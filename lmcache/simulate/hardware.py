@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from lmcache.config.settings import named
 from lmcache.errors import ConfigError
-from lmcache.settings import named
 
 
 class Model(NamedTuple):

@@ -7,17 +7,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from lmcache.config.settings import named
+from lmcache.control import Index, TierInfo
+from lmcache.control.admission.rules import Adaptive, BreakEven, SecondSight
+from lmcache.control.eviction import POLICIES
+from lmcache.control.state import Admit
 from lmcache.errors import ConfigError
-from lmcache.eviction import POLICIES
-from lmcache.index import Index, TierInfo
-from lmcache.index.admission import Adaptive, BreakEven, SecondSight
-from lmcache.index.replay import Replay
-from lmcache.index.state import Admit
 from lmcache.plan import Chain, Name
-from lmcache.settings import named
 from lmcache.simulate import oracle
 from lmcache.simulate.hardware import Profile
 from lmcache.simulate.queueing import percentile, servers_for, ttft
+from lmcache.simulate.replay import Replay
 from lmcache.simulate.trace import Request, Trace
 from lmcache.spec import ALL
 

@@ -58,6 +58,12 @@ class Found(NamedTuple):
     nbytes: int
 
 
+def usable_bytes(tier: Tier) -> int | None:
+    """Bytes that can be in a tier before it evicts (`usable_bytes`, else `capacity_bytes`); None: it has no limit."""
+    found: int | None = getattr(tier, "usable_bytes", getattr(tier, "capacity_bytes", None))
+    return found
+
+
 @runtime_checkable
 class Tier(Protocol):
     """A place that holds objects. See the module's docstring for who guarantees what."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lmcache.config import Config
 from lmcache.errors import TierError
-from lmcache.log import Throttle
-from lmcache.metrics import Metrics
+from lmcache.observe.log import Throttle
+from lmcache.observe.metrics import Metrics
 from lmcache.tiers.base import Tier
 
 

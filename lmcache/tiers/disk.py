@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lmcache.errors import TierError
 from lmcache.keys import ObjectId
-from lmcache.log import Throttle, info
+from lmcache.observe.log import Throttle, info
 from lmcache.plan import Status
 from lmcache.tiers.base import Found, Read, Result, Write
 from lmcache.tiers.folder import (
@@ -33,7 +33,7 @@ from lmcache.tiers.folder import (
     temp_name,
     walk,
 )
-from lmcache.tiers.janitor import HIGH, Janitor, Timing
+from lmcache.tiers.janitor import HIGH, LOW, Janitor, Timing
 from lmcache.tiers.rawio import Late, read_all, write_all
 from lmcache.tiers.usage import Usage
 
@@ -97,6 +97,11 @@ class DiskTier:
     def capacity_bytes(self) -> int | None:
         """Bytes that the folder holds at most; None: no limit."""
         return self._capacity
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """Bytes that remain when the janitor has evicted; None: no limit."""
+        return None if self._capacity is None else int(LOW * self._capacity)
 
     def contains(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
         """See `Tier.contains`."""

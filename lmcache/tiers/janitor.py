@@ -14,7 +14,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from lmcache.log import Throttle
+from lmcache.observe.log import Throttle
 from lmcache.tiers.folder import Entry, depth_of, host_tag, is_stale, prune, unlink, walk
 from lmcache.tiers.usage import Usage, same_file
 

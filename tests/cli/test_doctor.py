@@ -102,7 +102,7 @@ def test_an_unwritable_or_full_disk_is_bad(tmp_path: Path, monkeypatch: pytest.M
 def test_pinned_memory_says_why_not(
     run: Run, monkeypatch: pytest.MonkeyPatch, reason: str | None, status: str, advice: str
 ) -> None:
-    monkeypatch.setattr("lmcache.arena.why_not_pinned", lambda: reason)
+    monkeypatch.setattr("lmcache.memory.why_not_pinned", lambda: reason)
     found = next(f for f in parsed(run("doctor", "--quick", "--json"))["findings"] if f["name"] == "pinned memory")
     assert found["status"] == status
     assert advice in found["advice"]

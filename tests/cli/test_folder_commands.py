@@ -113,7 +113,7 @@ def test_verify_tells_unreadable_from_damaged(run: Run, shelf: Shelf, monkeypatc
     def broken(path: str, id: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("lmcache.objectfile.verify_file", broken)
+    monkeypatch.setattr("lmcache.format.file.verify_file", broken)
     result = run("verify", "--path", shelf.folder, "--delete-bad", "--json")
     verdict = parsed(result)
     assert (result.exit_code, verdict["bad"], len(verdict["unreadable"])) == (1, [], 5)
@@ -127,7 +127,7 @@ def test_verify_leaves_out_a_file_that_is_evicted_meanwhile(
     def gone(path: str, id: object) -> None:
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr("lmcache.objectfile.verify_file", gone)
+    monkeypatch.setattr("lmcache.format.file.verify_file", gone)
     result = run("verify", "--path", shelf.folder, "--json")
     assert (result.exit_code, parsed(result)["checked"]) == (0, 0)
 

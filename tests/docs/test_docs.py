@@ -15,7 +15,7 @@ from typer.main import get_command
 import lmcache
 from lmcache.cli import app
 from lmcache.config import Config
-from lmcache.metrics import MISS_REASONS, Metrics
+from lmcache.observe.metrics import MISS_REASONS, Metrics
 
 ROOT = Path(__file__).parents[2]
 

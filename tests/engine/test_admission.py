@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lmcache import CacheEngine
-from lmcache.objects import Objects
+from lmcache.keyed import Objects
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.janitor import Timing
-from lmcache_conformance.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 CAPACITY = 1 << 20  # some 140 objects
 PROMPT = 4 * CHUNK

@@ -16,12 +16,12 @@ from lmcache.config import Config
 from lmcache.engine import CacheEngine, Slots
 from lmcache.keys import Chain
 from lmcache.layout import PagedKV
-from lmcache.mover import DeviceMover, copy_engine
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
-from lmcache_conformance.cache import CacheTests
-from lmcache_conformance.cachemachine import CacheMachineTests
-from lmcache_conformance.kvlab import CHUNK, KINDS, Pool, tiny_config, tiny_spec
+from lmcache.transfer.engine_copy import DeviceMover, copy_engine
+from lmcache_conformance.labs.kvlab import CHUNK, KINDS, Pool, tiny_config, tiny_spec
+from lmcache_conformance.suites.cache import CacheTests
+from lmcache_conformance.suites.cachemachine import CacheMachineTests
 from lmcache_kernels.dma import Dma
 from lmcache_kernels.pipeline import Kernel, Pipeline
 from lmcache_kernels.rowcopy import RowCopy

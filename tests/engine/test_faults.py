@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmcache import CacheEngine, objectfile, objectheader
-from lmcache_conformance.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
-from lmcache_conformance.moody import TOKENS, Case, Moody, MoodyFactory
+from lmcache import CacheEngine
+from lmcache.format import file, header
+from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.moody import TOKENS, Case, Moody, MoodyFactory
 
 
 class TestFaults(MoodyFactory):
     def test_objects_of_a_newer_format_are_misses_and_are_left_alone(
         self, case: Case, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(objectfile, "FORMAT", objectheader.FORMAT + 1)
+        monkeypatch.setattr(file, "FORMAT", header.FORMAT + 1)
         newer = Moody()
         with CacheEngine(tiny_config(), tiny_spec(), tiers=[newer]) as writer:
             writer.store(TOKENS, case.source.kv, case.slots)

@@ -10,8 +10,8 @@ from rowlab import copy_rows as move_rows
 
 import lmcache_kernels.dispatch as dispatch
 from lmcache.layout import gather, scatter
-from lmcache.metrics import Metrics
-from lmcache_conformance.layoutlab import LABS
+from lmcache.observe.metrics import Metrics
+from lmcache_conformance.labs.layoutlab import LABS
 from lmcache_kernels import CopyError, RowCopy, copy_by_kernel, fallbacks
 
 CUDA = torch.device("cuda")

@@ -18,15 +18,15 @@ from typer.testing import CliRunner
 
 from lmcache.cli.app import app
 from lmcache.config import Config
+from lmcache.control import Index
+from lmcache.control.eviction import POLICIES
 from lmcache.errors import ConfigError
-from lmcache.eviction import POLICIES
-from lmcache.index import Index
-from lmcache.index.replay import Replay
+from lmcache.observe.recorder import Recorder
 from lmcache.plan import Chain, JobReport, Report
-from lmcache.recorder import Recorder
 from lmcache.simulate.hardware import profile
 from lmcache.simulate.page import _apart, page, size
 from lmcache.simulate.queueing import servers_for, ttft
+from lmcache.simulate.replay import Replay
 from lmcache.simulate.run import ADMISSIONS, ControlPlane, simulate
 from lmcache.simulate.trace import TraceError, read_traces
 from lmcache.spec import ALL
@@ -358,7 +358,7 @@ def test_a_request_that_is_recorded_while_the_recorder_closes_is_left_out(tmp_pa
         recorder.close()
         return hashed(*args, **kwargs)
 
-    monkeypatch.setattr("lmcache.recorder.blake2b", closing)
+    monkeypatch.setattr("lmcache.observe.recorder.blake2b", closing)
     recorder.record(256 * 3000, [b"a" * 32] * 3000)
     assert (tmp_path / "trace.jsonl").read_bytes() == b""
 

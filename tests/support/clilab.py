@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from click.testing import Result
 
+from lmcache.format.file import canonical_form
 from lmcache.keys import ObjectId
-from lmcache.objectfile import canonical_form
 from lmcache.plan import Status
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Write

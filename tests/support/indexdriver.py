@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lmcache.index import Finished, Index, TierInfo
+from lmcache.control import Finished, Index, TierInfo
 from lmcache.plan import Chain, Copy, Job, JobReport, Plan, Report, Status
 from lmcache.spec import ALL, HitRule
-from lmcache_conformance.indexlab import CHUNK, chain, name_at
+from lmcache_conformance.labs.indexlab import CHUNK, chain, name_at
 
 ABCD = chain("one", "abcd")
 DISK, REDIS = TierInfo("disk"), TierInfo("redis", shared=True)

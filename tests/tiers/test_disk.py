@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from lmcache.errors import TierError
-from lmcache.objectfile import verify_file
+from lmcache.format.file import verify_file
 from lmcache.plan import Status
 from lmcache.tiers import rawio
 from lmcache.tiers.base import Range, Read, Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import relative_path
 from lmcache.tiers.janitor import Timing
-from lmcache_conformance.tierlab import FORM, OTHER_NAMESPACE, get, load, object_id, payload_of, put, stored_form
+from lmcache_conformance.labs.tierlab import FORM, OTHER_NAMESPACE, get, load, object_id, payload_of, put, stored_form
 
 QUICK = Timing(tick=0.02, rescan=0.1, patience=2.0)
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from lmcache.log import Throttle
+from lmcache.observe.log import Throttle
 from lmcache.plan import Status
 from lmcache.tiers.base import Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import host_tag, relative_path, walk
 from lmcache.tiers.janitor import HIGH, LOW, Timing
 from lmcache.tiers.usage import Count, Usage
-from lmcache_conformance.tierlab import FORM, OTHER_NAMESPACE, load, object_id, payload_of, put
+from lmcache_conformance.labs.tierlab import FORM, OTHER_NAMESPACE, load, object_id, payload_of, put
 
 SIZE = FORM.stored_bytes
 STILL = Timing()

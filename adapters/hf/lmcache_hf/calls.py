@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from lmcache_hf import quirks
+from lmcache_hf import compat
 from lmcache_hf.geometry import UnsupportedError
 
 
-def refuse_by_call(model: Any, call: quirks.Call) -> None:
+def refuse_by_call(model: Any, call: compat.Call) -> None:
     """Raise `UnsupportedError` with the reason, if there is one."""
     _refuse_mode(model, call)
     _refuse_settings(call)
     _refuse_inputs(call)
 
 
-def _refuse_mode(model: Any, call: quirks.Call) -> None:
+def _refuse_mode(model: Any, call: compat.Call) -> None:
     if model.training:
         raise UnsupportedError(
             "training", "the model is in training mode, where dropout makes KV random; call model.eval()"
@@ -34,11 +34,11 @@ def _refuse_mode(model: Any, call: quirks.Call) -> None:
         raise UnsupportedError("beams", f"{call.settings.num_beams} beams reorder the rows of the cache")
     if (call.settings.num_return_sequences or 1) > 1:
         raise UnsupportedError("return_sequences", "several sequences a prompt repeat the rows of the cache")
-    if (mode := quirks.decoding_mode(call)) != "":
+    if (mode := compat.decoding_mode(call)) != "":
         raise UnsupportedError("mode", f"decoding mode {mode!r} is neither greedy search nor sampling")
 
 
-def _refuse_settings(call: quirks.Call) -> None:
+def _refuse_settings(call: compat.Call) -> None:
     settings = call.settings
     if settings.use_cache is False:
         raise UnsupportedError("use_cache", "the call says use_cache=False")
@@ -54,15 +54,15 @@ def _refuse_settings(call: quirks.Call) -> None:
         raise UnsupportedError("hidden_states", "the call wants hidden states or attentions of all tokens")
 
 
-def _refuse_inputs(call: quirks.Call) -> None:
+def _refuse_inputs(call: compat.Call) -> None:
     for name, value in call.inputs.items():
-        if name in quirks.NEUTRAL_INPUTS or name == "input_ids":
+        if name in compat.NEUTRAL_INPUTS or name == "input_ids":
             continue
         if name == "inputs_embeds":
             raise UnsupportedError("inputs_embeds", "embeddings instead of tokens have no name")
         if name == "position_ids":
             raise UnsupportedError("position_ids", "the call places tokens at positions of its own")
-        if name in quirks.ZERO_IS_NEUTRAL and isinstance(value, torch.Tensor) and not bool(value.any()):
+        if name in compat.ZERO_IS_NEUTRAL and isinstance(value, torch.Tensor) and not bool(value.any()):
             continue
         kind = "multimodal" if _MULTIMODAL.intersection(name.split("_")) else "model_inputs"
         raise UnsupportedError(kind, f"input {name!r} may decide KV, and is not part of its name")

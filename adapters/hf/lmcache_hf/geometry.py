@@ -17,7 +17,7 @@ import transformers
 from transformers import DynamicCache
 
 from lmcache.spec import ALL, KVSpec, LayerGroup, Numerics, Plane, dtype_name, host_isa, trailing
-from lmcache_hf import quirks
+from lmcache_hf import compat
 
 
 class UnsupportedError(Exception):
@@ -78,7 +78,7 @@ class Geometry:
 
 def numerics_of(model: Any) -> Numerics:
     """Everything beside weights and tokens that decides the bits of KV in this process."""
-    config = quirks.unwrapped(model).config
+    config = compat.unwrapped(model).config
     device = model.device
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -86,7 +86,7 @@ def numerics_of(model: Any) -> Numerics:
     else:
         isa = host_isa() if device.type == "cpu" else device.type
     extra = [("float32_matmul_precision", torch.get_float32_matmul_precision())]
-    if quirks.unwrapped(model) is not model:
+    if compat.unwrapped(model) is not model:
         extra.append(("compiled", "torch.compile"))
     return Numerics(
         engine="transformers",
@@ -106,22 +106,22 @@ def examine(model: Any) -> Geometry:
         UnsupportedError: this model's cache cannot be reused correctly, or nobody can tell.
     """
     refuse_by_config(model)
-    template = quirks.fresh_cache(model)
-    if (unknown := quirks.unsupported_layer(template)) is not None:
+    template = compat.fresh_cache(model)
+    if (unknown := compat.unsupported_layer(template)) is not None:
         raise UnsupportedError("unsupported_cache", f"its cache has a layer of another kind: {unknown}")
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     a, b, c, d, e, f = ((vocabulary // 3 + 7 * i) % vocabulary for i in range(6))
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        other = quirks.fresh_cache(model)
-        quirks.arm(other, template)
+        other = compat.fresh_cache(model)
+        compat.arm(other, template)
         _tiny(model, [a, b, e, f], other)
         geometry = _measure(other, template)
-        half = quirks.fresh_cache(model)
+        half = compat.fresh_cache(model)
         for layer, donor in zip(half.layers, other.layers, strict=True):
-            keep = min(2, quirks.window_of(donor) or 2)
-            keys, values = (x[:, :, 2 - keep : 2].clone() for x in quirks.columns_of(donor))
-            quirks.fill(layer, keys, values, 2)
-        plain = _tiny(model, [a, b, c, d], quirks.fresh_cache(model))
+            keep = min(2, compat.window_of(donor) or 2)
+            keys, values = (x[:, :, 2 - keep : 2].clone() for x in compat.columns_of(donor))
+            compat.fill(layer, keys, values, 2)
+        plain = _tiny(model, [a, b, c, d], compat.fresh_cache(model))
         reused = _tiny(model, [a, b, c, d], half)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.2
     error = float((plain - reused).abs().max() / plain.std().clamp_min(1e-6))
@@ -132,10 +132,10 @@ def examine(model: Any) -> Geometry:
 
 def refuse_by_config(model: Any) -> None:
     """Raise `UnsupportedError` for what the configuration already rules out."""
-    inner = quirks.unwrapped(model)
+    inner = compat.unwrapped(model)
     if inner.config.is_encoder_decoder:
         raise UnsupportedError("encoder_decoder", "encoder-decoder models keep a second cache for the encoder's output")
-    if quirks.has_own_generate(model):
+    if compat.has_own_generate(model):
         raise UnsupportedError("custom_generate", f"{type(inner).__name__} has a `generate` of its own")
     if not inner._supports_default_dynamic_cache() or "mamba" in type(inner).__name__.lower():
         raise UnsupportedError("unsupported_cache", f"{type(inner).__name__} does not keep its state in a DynamicCache")
@@ -181,7 +181,7 @@ def _measure(cache: DynamicCache, template: DynamicCache) -> Geometry:
         )
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
-        window = quirks.window_of(layer)
+        window = compat.window_of(layer)
         keys, values = layer.keys, layer.values
         want = min(4, window or 4)
         for tensor in (keys, values):

@@ -17,9 +17,9 @@ from transformers import DynamicCache
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
 from lmcache.errors import LMCacheError
-from lmcache.log import Throttle, info
+from lmcache.observe.log import Throttle, info
 from lmcache.spec import Numerics
-from lmcache_hf import quirks
+from lmcache_hf import compat
 from lmcache_hf.batch import Prompt
 from lmcache_hf.calls import refuse_by_call
 from lmcache_hf.geometry import Geometry, UnsupportedError, examine, numerics_of
@@ -106,7 +106,7 @@ class CachedModel:
             out = self._model.generate(**prepared.arguments)
             self._keep(prepared, out)
         finally:
-            quirks.disarm(prepared.cache)
+            compat.disarm(prepared.cache)
         return out
 
     def hit_tokens(self, tokens: torch.Tensor | Sequence[int], *, cache_salt: str = "") -> int:
@@ -121,12 +121,12 @@ class CachedModel:
     def _prepare(self, args: Sequence[Any], kwargs: dict[str, Any], salt: str) -> _Prepared | None:
         """None: run the call as it is. Never raises, except `UncachedError` under `strict`."""
         try:
-            call = quirks.read_call(self._model, args, kwargs)
+            call = compat.read_call(self._model, args, kwargs)
             refuse_by_call(self._model, call)
-            ids = quirks.prompt_of(self._model, call)
+            ids = compat.prompt_of(self._model, call)
             if ids is None:
                 raise UnsupportedError("no_tokens", "the prompt is not a two-dimensional tensor of token ids")
-            mask = quirks.mask_of(call, ids)
+            mask = compat.mask_of(call, ids)
             if mask is None:
                 raise UnsupportedError("attention_mask", "its attention mask is not one 0 or 1 for each token")
             with self._lock:
@@ -143,14 +143,14 @@ class CachedModel:
             self._count_uncached(UnsupportedError("error", f"{type(error).__name__}: {error}"))
         return None
 
-    def _load(self, call: quirks.Call, prompt: Prompt, opened: _Opened, reuse: Reuse) -> _Prepared:
+    def _load(self, call: compat.Call, prompt: Prompt, opened: _Opened, reuse: Reuse) -> _Prepared:
         cache = call.inputs.get("past_key_values")
         if cache is None:
-            cache = quirks.fresh_cache(self._model)
-        elif not quirks.is_plain_empty(cache):
+            cache = compat.fresh_cache(self._model)
+        elif not compat.is_plain_empty(cache):
             raise UnsupportedError("past_key_values", f"the call brings a used or special {type(cache).__name__}")
         layers = cache.layers
-        if not quirks.arm(cache, opened.template):
+        if not compat.arm(cache, opened.template):
             raise UnsupportedError("past_key_values", "the call's cache has other layers than this model's own")
         try:
             columns = reuse.load(prompt, cache)
@@ -159,14 +159,14 @@ class CachedModel:
             raise
         arguments = {**call.arguments, "past_key_values": cache}
         if not bool(prompt.mask.all()):
-            ids = quirks.prompt_of(self._model, call)
+            ids = compat.prompt_of(self._model, call)
             assert ids is not None
             arguments["attention_mask"] = prompt.mask.to(ids.device, torch.int64)
         with self._lock:
             self._counts["calls"] += 1
             self._counts["prompt_tokens"] += int(prompt.before[:, -1].sum())
             self._counts["hit_tokens"] += int(prompt.before[:, columns].sum())
-        return _Prepared(arguments, cache, prompt, columns, reuse, quirks.end_tokens(call))
+        return _Prepared(arguments, cache, prompt, columns, reuse, compat.end_tokens(call))
 
     def _keep(self, prepared: _Prepared, out: Any) -> None:
         """Store what the call computed. Never raises."""
@@ -224,11 +224,11 @@ class CachedModel:
             except Exception as error:  # whatever a foreign model raises when it is looked at
                 self._refused = situation, UnsupportedError("unmeasured", f"{type(error).__name__}: {error}")
                 raise self._refused[1] from error
-            name = self._identity or f"hf:{type(quirks.unwrapped(self._model)).__name__}:{digest}"
+            name = self._identity or f"hf:{type(compat.unwrapped(self._model)).__name__}:{digest}"
             engine = CacheEngine(self.config, geometry.spec(name, situation[0]))
             weakref.finalize(self, engine.close)  # who never calls close() keeps what was written behind, too
             self._glance = seen, digest
-            self._opened = _Opened(engine, geometry, quirks.fresh_cache(self._model), situation, digest)
+            self._opened = _Opened(engine, geometry, compat.fresh_cache(self._model), situation, digest)
             return self._opened
 
     def _reuse(self, opened: _Opened, digest: str, salt: str) -> Reuse:

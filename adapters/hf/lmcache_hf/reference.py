@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lmcache_hf import quirks
+from lmcache_hf import compat
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Recomputation:
     def answer(self, ids: torch.Tensor, hit_tokens: int, max_new_tokens: int) -> Answer:
         """The answer after the first `hit_tokens` tokens were taken from the rounds before, and the rest computed."""
         if hit_tokens == 0:
-            self._cache = quirks.fresh_cache(self._model)
+            self._cache = compat.fresh_cache(self._model)
             self._cache.activate_past_recording()  # or a sliding layer could not be cut
         else:
             self._cache.crop(hit_tokens - self._cache.get_seq_length())

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from lmcache.engine import CacheEngine, Hit
 from lmcache.layout import Layout, PagedKV
-from lmcache_hf import quirks
+from lmcache_hf import compat
 from lmcache_hf.batch import Prompt
 from lmcache_hf.geometry import Geometry
 
@@ -48,8 +48,8 @@ class Reuse:
             columns = self._retrieve(prompt, hits, columns, layers)
         if columns:
             for layer, (keys, values) in zip(cache.layers, layers, strict=True):
-                kept = min(columns, quirks.window_of(layer) or columns)
-                quirks.fill(layer, keys[:, :, :kept], values[:, :, :kept], columns)
+                kept = min(columns, compat.window_of(layer) or columns)
+                compat.fill(layer, keys[:, :, :kept], values[:, :, :kept], columns)
         return columns
 
     def hit_tokens(self, tokens: torch.Tensor) -> int:
@@ -134,8 +134,8 @@ class Reuse:
 
     def _held(self, layer: Any, columns: int, first: int) -> LayerKV:
         """What a layer holds of columns [0, columns), or of those from `first` on if it slides."""
-        width = columns - first if quirks.window_of(layer) else columns
-        keys, values = (x[:, :, :width] for x in quirks.columns_of(layer))  # a step may have been taken back at the end
+        width = columns - first if compat.window_of(layer) else columns
+        keys, values = (x[:, :, :width] for x in compat.columns_of(layer))  # a step may have been taken back at the end
         if keys.shape[2] != width or values.shape[2] != width:
             raise ValueError(f"a layer holds {keys.shape[2]} columns, not {width}")
         return keys, values

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from blake3 import blake3
 
-from lmcache_hf.quirks import unwrapped
+from lmcache_hf.compat import unwrapped
 
 _BLOCKS = 256
 _GLANCE_ELEMENTS = 4

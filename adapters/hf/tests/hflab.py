@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from lmcache.config import Config
 from lmcache_conformance.contract import PATIENT
-from lmcache_conformance.models import VOCABULARY as VOCAB
-from lmcache_conformance.models import build
+from lmcache_conformance.labs.models import VOCABULARY as VOCAB
+from lmcache_conformance.labs.models import build
 
 PAD, END = 0, 1
 CHUNK = 16

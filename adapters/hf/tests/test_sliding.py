@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lmcache_hf import CachedModel, quirks
+from lmcache_hf import CachedModel, compat
 
 
 @pytest.mark.parametrize("window", [2, 3, 7, lab.CHUNK, lab.CHUNK + 1, 24, 40, 200])
@@ -34,16 +34,16 @@ def test_a_filled_layer_is_in_the_state_that_processing_leaves(columns: int) -> 
     ids = lab.prompt(columns)
     processed, recording = DynamicCache(config=model.config), DynamicCache(config=model.config)
     model(ids, past_key_values=processed)
-    assert quirks.arm(recording, processed)
+    assert compat.arm(recording, processed)
     model(ids, past_key_values=recording)
     for want, donor in zip(processed.layers, recording.layers, strict=True):
-        kept = min(columns, quirks.window_of(want) or columns)
-        keys, values = (x[:, :, columns - kept :].clone() for x in quirks.columns_of(donor))
-        assert quirks.columns_of(donor)[0].shape[2] == columns
+        kept = min(columns, compat.window_of(want) or columns)
+        keys, values = (x[:, :, columns - kept :].clone() for x in compat.columns_of(donor))
+        assert compat.columns_of(donor)[0].shape[2] == columns
         got: Any = (
-            DynamicSlidingWindowLayer(sliding_window=want.sliding_window) if quirks.window_of(want) else DynamicLayer()
+            DynamicSlidingWindowLayer(sliding_window=want.sliding_window) if compat.window_of(want) else DynamicLayer()
         )
-        quirks.fill(got, keys, values, columns)
+        compat.fill(got, keys, values, columns)
         assert got.get_seq_length() == want.get_seq_length() == columns
         assert got.get_mask_sizes(3) == want.get_mask_sizes(3)
         assert got.is_initialized
@@ -77,7 +77,7 @@ def test_after_a_hit_only_what_was_computed_is_stored_for_the_window() -> None:
 
 def test_recording_changes_nothing_in_what_a_layer_computes() -> None:
     generator = torch.Generator().manual_seed(0)
-    stock, recording = DynamicSlidingWindowLayer(sliding_window=6), quirks.RecordingSlidingLayer(6)
+    stock, recording = DynamicSlidingWindowLayer(sliding_window=6), compat.RecordingSlidingLayer(6)
     seen = []
     for columns in (9, 1, 1, 3, 1):
         kv = [torch.randn(2, 2, columns, 4, generator=generator) for _ in range(2)]

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lmcache.errors import LMCacheError
-from lmcache_conformance.models import COMMON, randomised
+from lmcache_conformance.labs.models import COMMON, randomised
 from lmcache_hf import CachedModel, UncachedError
 
 

@@ -13,10 +13,10 @@ import torch
 
 from lmcache.errors import LMCacheError
 from lmcache.layout import Layout, PagedKV
-from lmcache.proof import Proof, Values, prove
+from lmcache.layout.proof import Proof, Values, prove
 from lmcache.spec import KVSpec, LayerGroup, Numerics, Plane, Rect, dtype_name
+from lmcache_sglang.compat import UnsupportedError
 from lmcache_sglang.pools import SCRATCH_PAGES, Rank
-from lmcache_sglang.quirks import UnsupportedError
 
 MHA, MLA = "MHATokenToKVPool", "MLATokenToKVPool"
 _LEAST_SLOTS = 4

@@ -10,8 +10,8 @@ import torch
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
 from lmcache.errors import LMCacheError
-from lmcache.log import Throttle
-from lmcache_sglang.quirks import UnsupportedError
+from lmcache.observe.log import Throttle
+from lmcache_sglang.compat import UnsupportedError
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@
 
 SGLang asks what of a prompt's tail can be had (`lookup`, whenever it looks at a waiting request), has it loaded when it
 admits the request (`load`), and offers what requests have computed (`offload`). Its interface passes page hashes; tokens are
-listened for (`quirks.watch_tokens`), so that KV has the names that every other engine gives it.
+listened for (`compat.watch_tokens`), so that KV has the names that every other engine gives it.
 
 A load ends before `load` returns, on every rank, or is a miss: SGLang aborts requests whose load fails later. So that this
 takes little time, what lies on lower tiers is fetched into DRAM while a request waits. Storing happens on a thread of its own.
@@ -26,12 +26,12 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from lmcache.config import Config
 from lmcache.engine import CacheEngine, Hit
 from lmcache.errors import ConfigError
-from lmcache.log import info
-from lmcache_sglang import quirks
+from lmcache.observe.log import info
+from lmcache_sglang import compat
+from lmcache_sglang.compat import Text
 from lmcache_sglang.devicepool import DevicePool
 from lmcache_sglang.guard import Guarded
 from lmcache_sglang.pools import Rank
-from lmcache_sglang.quirks import Text
 
 
 class Landed:
@@ -96,7 +96,7 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()  # as they expire
         self._storing = ThreadPoolExecutor(1, "lmcache-offload")
         self._offers: deque[Future[bool]] = deque()
-        quirks.join_log()
+        compat.join_log()
         try:
             self._config = linker_settings(extra_config, self._page)
             self._open(params, components)
@@ -104,20 +104,20 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
             self._switch_off(error)
 
     def _open(self, params: Any, components: Any) -> None:
-        if warning := quirks.check_version():
+        if warning := compat.check_version():
             self._log.warning("untested-version", reason=warning)
-        quirks.check_linking(params, components)
-        rank, ranks = quirks.rank_of(params)
-        numerics = quirks.numerics_of(ranks, int(params.pp_size))
+        compat.check_linking(params, components)
+        rank, ranks = compat.rank_of(params)
+        numerics = compat.numerics_of(ranks, int(params.pp_size))
         self._pool = DevicePool(
             params.token_to_kv_pool_allocator.get_kvcache(),
             self._page,
-            quirks.identity_of(self._config),
+            compat.identity_of(self._config),
             numerics,
             Rank(rank, ranks, int(params.pp_rank), int(params.pp_size)),
         )
-        quirks.watch_weights(self._weights_changed)
-        quirks.watch_tokens()
+        compat.watch_weights(self._weights_changed)
+        compat.watch_tokens()
         self._engine = CacheEngine(self._config, self._pool.spec)
         said = {**self._said(), "chunk_tokens": self._config.chunk_tokens}
         info("cache-ready", interface="linker", page_tokens=self._page, rank=f"{rank}/{ranks}", **said)
@@ -132,11 +132,11 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
     # ---------------------------------------------------------------- what SGLang does not pass along
 
     def asking(self, text: Text, device_tokens: int, tree: Any) -> None:
-        """See `quirks.Listener`."""
+        """See `compat.Listener`."""
         self._asked, self._tree = (text, device_tokens), tree
 
     def offering(self, text: Text, slots: torch.Tensor) -> None:
-        """See `quirks.Listener`."""
+        """See `compat.Listener`."""
         self._offered = text, slots
 
     # ---------------------------------------------------------------- loading
@@ -170,7 +170,7 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         """Fill the device slots; True if all of them are, on every rank. Otherwise SGLang computes them."""
         waiting = self._waiting.pop(rid, None)
         filled = waiting is not None and self._safely("load", False, lambda: self._load(waiting, transfers))
-        return filled if self._tree is None else quirks.agreed(self._tree, filled)
+        return filled if self._tree is None else compat.agreed(self._tree, filled)
 
     def _load(self, waiting: _Waiting, transfers: Sequence[PoolTransfer]) -> bool:
         assert self._engine is not None

@@ -21,9 +21,9 @@ import torch
 
 from lmcache.errors import LMCacheError
 from lmcache.layout import Layout, PagedKV
-from lmcache.proof import Proof, Values, prove
+from lmcache.layout.proof import Proof, Values, prove
 from lmcache.spec import KVSpec, LayerGroup, Numerics, Plane, Rect, dtype_name
-from lmcache_sglang.quirks import UnsupportedError
+from lmcache_sglang.compat import UnsupportedError
 
 MHA = {
     "layer_first": "kv layer slot head dim",

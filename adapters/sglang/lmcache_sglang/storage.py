@@ -26,10 +26,10 @@ from sglang.srt.mem_cache.hicache_storage import (
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
 from lmcache.errors import ConfigError
-from lmcache.log import info
-from lmcache.objects import Objects
+from lmcache.keyed import Objects
+from lmcache.observe.log import info
 from lmcache.spec import Numerics
-from lmcache_sglang import quirks
+from lmcache_sglang import compat
 from lmcache_sglang.guard import Guarded
 from lmcache_sglang.launch import BACKEND, OWN
 from lmcache_sglang.pools import Pages, Rank, pages_of
@@ -126,14 +126,14 @@ class LMCacheStorage(Guarded, HiCacheStorage):
             storage_config.tp_rank, storage_config.tp_size, storage_config.pp_rank, storage_config.pp_size
         )
         self._model, self._numerics = "", Numerics()
-        quirks.join_log()
+        compat.join_log()
         try:
             self._config = settings_of(storage_config.extra_config)
-            if warning := quirks.check_version():
+            if warning := compat.check_version():
                 self._log.warning("untested-version", reason=warning)
-            quirks.check_config(storage_config)
-            self._model = quirks.identity_of(self._config)
-            self._numerics = quirks.numerics_of(int(storage_config.tp_size), int(storage_config.pp_size))
+            compat.check_config(storage_config)
+            self._model = compat.identity_of(self._config)
+            self._numerics = compat.numerics_of(int(storage_config.tp_size), int(storage_config.pp_size))
         except Exception as error:
             self._switch_off(error)
 
@@ -147,7 +147,7 @@ class LMCacheStorage(Guarded, HiCacheStorage):
         try:
             check_chunk(self._config, int(mem_pool_host.page_size))
             self._open(KV, mem_pool_host)
-            quirks.watch_weights(self._weights_changed)
+            compat.watch_weights(self._weights_changed)
             store = self._stores[KV]
             spec = store.pages.spec
             info(

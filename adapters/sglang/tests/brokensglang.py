@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from lmcache import objectio
-from lmcache_sglang import quirks
-from lmcache_sglang.observed import ObservedLinker, ObservedStorage
+from lmcache.format import codec
+from lmcache_sglang import compat
 from lmcache_sglang.pools import OpaquePages
 from lmcache_sglang.storage import Store
+from lmcache_sglang.testing.observed import ObservedLinker, ObservedStorage
 
 
 class IgnoresFailedLoads(ObservedStorage):
@@ -44,7 +44,7 @@ class KnowsNoWeights(ObservedStorage):
     """All models are one."""
 
     def __init__(self, *args: Any) -> None:
-        quirks.identity_of = lambda config: "a model"
+        compat.identity_of = lambda config: "a model"
         super().__init__(*args)
 
 
@@ -121,7 +121,7 @@ class SkipsVerification(ObservedStorage):
     """Whatever a file holds is served, if its header can be read."""
 
     def __init__(self, *args: Any) -> None:
-        objectio.verify = lambda *_: None  # type: ignore[assignment]
+        codec.verify = lambda *_: None  # type: ignore[assignment]
         super().__init__(*args)
 
 
@@ -147,7 +147,7 @@ class LinkerIgnoresFailedLoads(ObservedLinker):
 class LinkerStoresFromTheWrongEnd(ObservedLinker):
     """The last page under the first one's name."""
 
-    def offering(self, text: quirks.Text, slots: torch.Tensor) -> None:
+    def offering(self, text: compat.Text, slots: torch.Tensor) -> None:
         super().offering(text, slots.view(-1, self._page).flip(0).flatten())
 
 
@@ -165,8 +165,8 @@ class LinkerPutsANodeBeforeItsParents(ObservedLinker):
 class LinkerForgetsWhoAsked(ObservedLinker):
     """Tenants are one."""
 
-    def asking(self, text: quirks.Text, device_tokens: int, tree: Any) -> None:
+    def asking(self, text: compat.Text, device_tokens: int, tree: Any) -> None:
         super().asking(text._replace(salt="", extra=""), device_tokens, tree)
 
-    def offering(self, text: quirks.Text, slots: torch.Tensor) -> None:
+    def offering(self, text: compat.Text, slots: torch.Tensor) -> None:
         super().offering(text._replace(salt="", extra=""), slots)

@@ -19,11 +19,11 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.runtime_context import get_parallel
 
-from lmcache_conformance.damage import DAMAGES, object_files
-from lmcache_sglang import LMCacheLinker, quirks
+from lmcache_conformance.labs.damage import DAMAGES, object_files
+from lmcache_sglang import LMCacheLinker, compat
+from lmcache_sglang.compat import Text, UnsupportedError
 from lmcache_sglang.devicepool import DevicePool
 from lmcache_sglang.pools import Rank
-from lmcache_sglang.quirks import Text, UnsupportedError
 
 LAYERS, HEADS, DIM, PAGE, CHUNK, SLOTS = 3, 2, 8, 4, 8, 96
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,8 +34,8 @@ WHOLE = 40
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One rank; no hooks: they are tried with a real engine, and here would outlive the test."""
-    monkeypatch.setattr(quirks, "watch_weights", lambda changed: None)
-    monkeypatch.setattr(quirks, "watch_tokens", lambda: None)
+    monkeypatch.setattr(compat, "watch_weights", lambda changed: None)
+    monkeypatch.setattr(compat, "watch_tokens", lambda: None)
     with get_parallel().override(dcp_enabled=False):
         yield
 
@@ -285,11 +285,11 @@ def test_another_request_of_the_same_name_finds_its_own(make: Maker) -> None:
 
 def test_the_text_ends_where_pictures_begin() -> None:
     def text(tokens: list[int], **key: Any) -> Text:
-        return quirks._text(RadixKey(array("q", tokens), **key))
+        return compat._text(RadixKey(array("q", tokens), **key))
 
     assert text([5, 6, 7], extra_key="lora", cache_salt="s")[1:] == ("s", "lora")
     assert text([5, 6, 7])[1:] == ("", "")
-    assert text([5, 6, quirks.PICTURE + 17, 8]).tokens.tolist() == [5, 6]
+    assert text([5, 6, compat.PICTURE + 17, 8]).tokens.tolist() == [5, 6]
     assert text([5, 6, 7], limit=2).tokens.tolist() == [5, 6]
 
 
@@ -302,7 +302,7 @@ def test_pools_of_another_kind_or_with_other_ways_are_refused() -> None:
             super().set_kv_buffer(layer, loc, cache_k.flip(1), cache_v, **named)
 
     plain = device_pool("mha")
-    numerics, rank = quirks.numerics_of(1, 1), Rank()
+    numerics, rank = compat.numerics_of(1, 1), Rank()
     for kind, name, reason in ((Unknown, "Unknown", "not known"), (Turned, "MHATokenToKVPool", "contradict")):
         kind.__name__ = name
         plain.__class__ = kind

@@ -9,13 +9,13 @@ from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.faults import FaultTests
 from lmcache_conformance.engines.names import NameTests
 from lmcache_conformance.engines.values import ValueTests
-from lmcache_sglang.conformance import adapter as sound
+from lmcache_sglang.testing.conformance import adapter as sound
 
 
 class Broken:
     """An adapter whose engine loads the storage of that name in `brokensglang`."""
 
-    preload = "lmcache_sglang.preload"
+    preload = "lmcache_sglang.testing.preload"
 
     def __init__(self, storage: str, model: str = "llama") -> None:
         self.name = f"sglang, broken: {storage}"
@@ -35,10 +35,10 @@ class Broken:
         return sound.why_not()
 
     def open(self, config: SessionConfig) -> Any:
-        from lmcache_sglang.environment import enter
+        from lmcache_sglang.testing.environment import enter
 
         enter()
-        from lmcache_sglang.session import LinkerSession, SGLangSession
+        from lmcache_sglang.testing.session import LinkerSession, SGLangSession
 
         plain = LinkerSession if ":Linker" in self._storage else SGLangSession
         return type("Session", (plain,), {"storage": self._storage})(config)

@@ -13,8 +13,8 @@ import torch
 from poollab import CASES, DTYPES, LAYERS, PAGE, PAGES, fill, host_pool, storage_config, tokens_of
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
-from lmcache_conformance.damage import object_files, poison
-from lmcache_sglang import LMCacheStorage, launch, pools, quirks
+from lmcache_conformance.labs.damage import object_files, poison
+from lmcache_sglang import LMCacheStorage, compat, launch, pools
 
 KEYS = [f"{n:064x}" for n in range(PAGES)]
 
@@ -22,7 +22,7 @@ KEYS = [f"{n:064x}" for n in range(PAGES)]
 @pytest.fixture(autouse=True)
 def _no_weight_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are tried with a real engine; here they would outlive the test."""
-    monkeypatch.setattr(quirks, "watch_weights", lambda changed: None)
+    monkeypatch.setattr(compat, "watch_weights", lambda changed: None)
 
 
 class Maker:
@@ -278,8 +278,8 @@ def test_transposed_accessors_are_found_out() -> None:
         plain(index, False).transpose(2, 3).flatten() if flat else plain(index, False).transpose(2, 3)
     )
     spec_pages = pools.DirectPages
-    with pytest.raises(quirks.UnsupportedError, match="contradict"):
-        spec_pages(pool, "m", quirks.numerics_of(1, 1), pools.Rank())
+    with pytest.raises(compat.UnsupportedError, match="contradict"):
+        spec_pages(pool, "m", compat.numerics_of(1, 1), pools.Rank())
 
 
 def test_an_unknown_layout_goes_as_opaque_pages(make: Maker) -> None:
@@ -412,7 +412,7 @@ def test_bad_input_is_said_once_and_sglang_goes_on(make: Maker, what: str, caplo
 
 @pytest.mark.parametrize(("version", "message"), [("0.4.9", "too old"), ("0.6.0", "never tested")])
 def test_other_versions(make: Maker, monkeypatch: pytest.MonkeyPatch, caplog: Any, version: str, message: str) -> None:
-    monkeypatch.setattr(quirks, "_version", lambda: version)
+    monkeypatch.setattr(compat, "_version", lambda: version)
     with caplog.at_level(logging.WARNING, "lmcache"):
         storage = make(host_pool("mha", "page_first"))
     assert message in caplog.text

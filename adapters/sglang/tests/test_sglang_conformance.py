@@ -9,15 +9,15 @@ from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, same_answer
 from lmcache_conformance.engines.faults import FaultTests
 from lmcache_conformance.engines.values import ValueTests
-from lmcache_conformance.marks import level
-from lmcache_sglang.conformance import adapter
+from lmcache_conformance.runner.marks import level
+from lmcache_sglang.testing.conformance import adapter
 
 CLAIMS = adapter.capabilities
 
 
 @pytest.mark.slow
 class TestSGLang(EngineTests):
-    adapter = "lmcache_sglang.conformance:adapter"
+    adapter = "lmcache_sglang.testing.conformance:adapter"
     capabilities = msgspec.structs.replace(CLAIMS, models=("llama",))
 
 
@@ -25,7 +25,7 @@ class TestSGLang(EngineTests):
 class TestSGLangLatent(EngineBase):
     """DeepSeek-V2: one plane, one head, one writer. The rest is `lmcache conformance --adapter sglang`."""
 
-    adapter = "lmcache_sglang.conformance:adapter"
+    adapter = "lmcache_sglang.testing.conformance:adapter"
     capabilities = msgspec.structs.replace(CLAIMS, models=("deepseek",), dtypes=("float32",))
     test_dialogue = ValueTests.test_logits_after_a_hit_are_those_of_recomputation_in_the_same_split
     test_restart = ValueTests.test_a_new_process_goes_on_from_disk_alone
@@ -50,7 +50,7 @@ class TestSGLangSliding(EngineBase):
     two prompts share short of where one of them ended is a miss with SGLang, so the suite as a whole is not claimed.
     """
 
-    adapter = "lmcache_sglang.conformance:adapter"
+    adapter = "lmcache_sglang.testing.conformance:adapter"
     capabilities = msgspec.structs.replace(CLAIMS, models=("mellum",), dtypes=("float32",))
     test_dialogue = ValueTests.test_logits_after_a_hit_are_those_of_recomputation_in_the_same_split
     test_restart = ValueTests.test_a_new_process_goes_on_from_disk_alone

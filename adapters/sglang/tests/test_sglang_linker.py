@@ -13,19 +13,19 @@ from typing import Any
 import msgspec
 import pytest
 
-import lmcache_hf.conformance
+import lmcache_hf.testing.conformance
 from lmcache_conformance.contract import PATIENT, Request, Response, SessionConfig
-from lmcache_conformance.cross import CrossTests, Side
 from lmcache_conformance.engines import EngineTests
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.forked import ForkedSession
 from lmcache_conformance.engines.values import ValueTests
-from lmcache_conformance.models import model_folder
-from lmcache_sglang.conformance import linker
+from lmcache_conformance.labs.models import model_folder
+from lmcache_conformance.suites.cross import CrossTests, Side
+from lmcache_sglang.testing.conformance import linker
 
-SGLANG = Side("lmcache_sglang.conformance:linker")
-VLLM = Side("lmcache_vllm.conformance:adapter")
-HF = Side("lmcache_hf.conformance:adapter")
+SGLANG = Side("lmcache_sglang.testing.conformance:linker")
+VLLM = Side("lmcache_vllm.testing.conformance:adapter")
+HF = Side("lmcache_hf.testing.conformance:adapter")
 LLAMA = msgspec.structs.replace(linker.capabilities, models=("llama",))
 TOKENS = tuple(random.Random(1).choices(range(3, 1000), k=100))
 WHOLE = 96
@@ -38,7 +38,7 @@ needs_sglang = pytest.mark.skipif(linker.why_not() is not None, reason=linker.wh
 class TestSGLangLinker(EngineTests):
     """Less what takes long and is the core's alone, tried with other engines: `lmcache conformance --adapter sglang-linker`."""
 
-    adapter = "lmcache_sglang.conformance:linker"
+    adapter = "lmcache_sglang.testing.conformance:linker"
     capabilities = LLAMA
     test_names_do_not_depend_on_the_process = None
     test_files_are_whole_and_nothing_is_written_beside_them = None
@@ -49,7 +49,7 @@ class TestSGLangLinker(EngineTests):
 class TestSGLangLinkerLatent(EngineBase):
     """DeepSeek-V2: one plane, one head. The rest is `lmcache conformance --adapter sglang-linker`."""
 
-    adapter = "lmcache_sglang.conformance:linker"
+    adapter = "lmcache_sglang.testing.conformance:linker"
     capabilities = msgspec.structs.replace(linker.capabilities, models=("deepseek",), dtypes=("float32",))
     test_dialogue = ValueTests.test_logits_after_a_hit_are_those_of_recomputation_in_the_same_split
     test_restart = ValueTests.test_a_new_process_goes_on_from_disk_alone
@@ -62,7 +62,7 @@ class TestSGLangLinkerLatent(EngineBase):
 @pytest.mark.slow
 class TestHFReadsSGLang(CrossTests):
     writer, reader = SGLANG, HF
-    capabilities = msgspec.structs.replace(lmcache_hf.conformance.adapter.capabilities, models=("llama",))
+    capabilities = msgspec.structs.replace(lmcache_hf.testing.conformance.adapter.capabilities, models=("llama",))
 
 
 @pytest.mark.slow
@@ -91,7 +91,9 @@ def session(
         cache={"disk_path": str(folder), "chunk_tokens": 16, "dram_bytes": "64MiB", **PATIENT, **cache},
         options={"engine": dict(engine or {}), **(options or {})},
     )
-    with ForkedSession("lmcache_sglang.conformance:linker", config, preload=linker.preload, environment={}) as found:
+    with ForkedSession(
+        "lmcache_sglang.testing.conformance:linker", config, preload=linker.preload, environment={}
+    ) as found:
         yield found
 
 
@@ -204,11 +206,11 @@ class TestItsOwn:
 SERVE = """
 import sys
 model, folder, *sys.path = sys.argv[1:]
-from lmcache_sglang.environment import enter
+from lmcache_sglang.testing.environment import enter
 enter()
 import os, random, time
 import lmcache_sglang
-from lmcache_sglang.session import ON_CPU
+from lmcache_sglang.testing.session import ON_CPU
 from sglang import Engine
 
 if __name__ == "__main__":

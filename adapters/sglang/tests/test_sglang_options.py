@@ -14,8 +14,8 @@ import pytest
 
 from lmcache_conformance.contract import PATIENT, Request, Response, SessionConfig
 from lmcache_conformance.engines.forked import ForkedSession
-from lmcache_conformance.models import model_folder
-from lmcache_sglang.conformance import adapter
+from lmcache_conformance.labs.models import model_folder
+from lmcache_sglang.testing.conformance import adapter
 
 if why := adapter.why_not():
     pytest.skip(why, allow_module_level=True)
@@ -40,7 +40,10 @@ def session(
         options={"engine": dict(engine or {}), **(options or {})},
     )
     found = ForkedSession(
-        "lmcache_sglang.conformance:adapter", config, preload=adapter.preload, environment=dict(environment or {})
+        "lmcache_sglang.testing.conformance:adapter",
+        config,
+        preload=adapter.preload,
+        environment=dict(environment or {}),
     )
     with found:
         yield found
@@ -147,10 +150,10 @@ def test_wrong_settings_are_said_once_and_sglang_serves(tmp_path: Path, truth: R
 UPDATE = """
 import os, sys
 sys.path[:0] = {path!r}
-from lmcache_sglang.environment import enter
+from lmcache_sglang.testing.environment import enter
 enter()
 from lmcache_conformance.contract import Request, SessionConfig
-from lmcache_sglang.session import SGLangSession
+from lmcache_sglang.testing.session import SGLangSession
 
 def main():
     session = SGLangSession(SessionConfig(model={old!r}, cache={{"disk_path": {disk!r}}}))

@@ -21,7 +21,7 @@ def test_pages_of_real_pools(inside: str) -> None:
     command = f"""
 import sys
 sys.path[:0] = {[str(HERE), *sys.path]!r}
-from lmcache_sglang.environment import enter
+from lmcache_sglang.testing.environment import enter
 enter()
 import pytest
 sys.exit(pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", {str(HERE / inside)!r}]))

@@ -19,9 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from lmcache.config import Config
 from lmcache.errors import LMCacheError
-from lmcache.log import Throttle, info
+from lmcache.observe.log import Throttle, info
 from lmcache.plan import Plan
-from lmcache_vllm import quirks
+from lmcache_vllm import compat
 from lmcache_vllm.messages import BlockView, Handshake, Offer, RankMeta, StepMeta
 from lmcache_vllm.scheduler import SchedulerHalf
 from lmcache_vllm.stats import CacheStats, Increments, PromMetrics
@@ -58,16 +58,16 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._quiet = False
         self._lost_blocks: set[int] = set()
         self._disabled = ""
-        quirks.join_log()
+        compat.join_log()
         extra = dict(self._kv_transfer_config.kv_connector_extra_config)
         strict = extra.get("strict") is True  # holds even where the rest cannot be read
         try:
             config = Config.load(json=extra)
             strict = config.strict
-            if warning := quirks.check_version():
+            if warning := compat.check_version():
                 self._throttle.warning("untested-version", reason=warning)
-            quirks.check_config(vllm_config)
-            quirks.check_groups(kv_cache_config)
+            compat.check_config(vllm_config)
+            compat.check_groups(kv_cache_config)
             if role == KVConnectorRole.SCHEDULER:
                 said = {
                     name: entry["value"] for name, entry in config.describe().items() if entry["source"] != "default"
@@ -83,7 +83,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception as error:
             if strict:
                 raise
-            foreseen = isinstance(error, (LMCacheError, quirks.UnsupportedError))  # or vLLM's internals have changed
+            foreseen = isinstance(error, (LMCacheError, compat.UnsupportedError))  # or vLLM's internals have changed
             self._disabled = str(error) if foreseen else f"{type(error).__name__}: {error}"
             if role == KVConnectorRole.SCHEDULER:  # which also says what workers report
                 self._throttle.warning("cache-disabled", reason=self._disabled)
@@ -163,7 +163,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         several = len(self._kv_cache_config.kv_cache_groups) > 1
         self._lost_blocks = set() if several else landed.blocks
         failed = landed.failed if several else set()
-        return quirks.TransferResults(finished_recving=landed.requests, failed_recving=failed)
+        return compat.TransferResults(finished_recving=landed.requests, failed_recving=failed)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """The same for older releases."""
@@ -219,7 +219,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         by_tier = self._ask(self._scheduler, lambda half: half.sources(request, num_external_tokens), nothing)
         found: dict[CacheHitSource, int] = {}
         for tier, tokens in by_tier.items():
-            source = quirks.hit_source(tier)
+            source = compat.hit_source(tier)
             found[source] = found.get(source, 0) + tokens
         return found
 

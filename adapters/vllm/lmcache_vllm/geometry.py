@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from lmcache.identity import model_identity
 from lmcache.spec import ALL, HitRule, KVSpec, LayerGroup, Numerics, Plane, Rect, dtype_name, host_isa, trailing
-from lmcache_vllm.quirks import UnsupportedError
+from lmcache_vllm.compat import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -14,10 +14,10 @@ import torch
 from lmcache.errors import LMCacheError
 from lmcache.layout import Layout, PagedKV
 from lmcache.layout.bound import BoundKV
-from lmcache.proof import Values, prove
+from lmcache.layout.proof import Values, prove
 from lmcache.spec import KVSpec
+from lmcache_vllm.compat import UnsupportedError
 from lmcache_vllm.geometry import layer_order
-from lmcache_vllm.quirks import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig

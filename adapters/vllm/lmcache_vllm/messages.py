@@ -15,8 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lmcache.plan import Plan, Report
-from lmcache.rates import TierFacts
+from lmcache.plan import Plan, Report, TierFacts
 from lmcache.spec import KVSpec
 
 

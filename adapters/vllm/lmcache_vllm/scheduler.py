@@ -13,19 +13,18 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmcache.admission import Admission
 from lmcache.config import Config
+from lmcache.control import Finished, Index, TierInfo
+from lmcache.control.admission import Admission
+from lmcache.control.outcomes import ABSENT, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
 from lmcache.errors import TokenError
-from lmcache.index import Finished, Index, TierInfo
-from lmcache.index.messages import ABSENT, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
 from lmcache.keys import Chain, Extra, as_tokens, chain_of, namespace_of
-from lmcache.log import Throttle, event, info
-from lmcache.metrics import Metrics
-from lmcache.plan import Status
-from lmcache.rates import TierFacts
-from lmcache.recorder import Recorder
+from lmcache.observe.log import Throttle, event, info
+from lmcache.observe.metrics import Metrics
+from lmcache.observe.recorder import Recorder
+from lmcache.plan import Status, TierFacts
 from lmcache.spec import KVSpec
-from lmcache_vllm import names, quirks
+from lmcache_vllm import compat, names
 from lmcache_vllm.events import Events
 from lmcache_vllm.geometry import rounded_chunk
 from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta, Wish, agreed
@@ -100,7 +99,7 @@ class SchedulerHalf:
         self._index: Index | None = None
         self._spec: KVSpec | None = None
         self._requests: dict[str, Tracked] = {}
-        self._tables = quirks.BlockTables()
+        self._tables = compat.BlockTables()
         self._namespaces: dict[tuple[str, str], bytes] = {}
         self._version = ""
         self._views: dict[int, BlockView] = {}

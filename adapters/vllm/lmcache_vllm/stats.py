@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from lmcache.metrics import Metrics
+from lmcache.observe.metrics import Metrics
 
 _EVERY_S = 1.0
 

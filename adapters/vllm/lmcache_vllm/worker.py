@@ -14,27 +14,27 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import torch
 
-from lmcache.admission import admits, capacity_of
-from lmcache.arena import Arena, anonymous, host_provider, pinned, share_out
 from lmcache.config import Config
+from lmcache.control.admission import admits
 from lmcache.errors import LMCacheError
+from lmcache.format.codec import ObjectIO
 from lmcache.layout.bound import BoundKV
-from lmcache.ledger import EngineView
-from lmcache.log import Throttle, info
-from lmcache.metrics import Metrics
-from lmcache.mover import open_mover
-from lmcache.objectio import ObjectIO
-from lmcache.plan import Job, JobReport, Plan, Report, Status
-from lmcache.rates import TierFacts
+from lmcache.memory import anonymous, host_provider, pinned
+from lmcache.observe.log import Throttle, info
+from lmcache.observe.metrics import Metrics
+from lmcache.plan import Job, JobReport, Plan, Report, Status, TierFacts
 from lmcache.spec import KVSpec
-from lmcache.tiers.base import Tier
+from lmcache.tiers.base import Tier, usable_bytes
 from lmcache.tiers.configured import open_tiers
 from lmcache.transfer import Transfer
-from lmcache_vllm import quirks
+from lmcache.transfer.arena import Arena, share_out
+from lmcache.transfer.engine_copy import open_mover
+from lmcache.transfer.jobs import EngineView
+from lmcache_vllm import compat
+from lmcache_vllm.compat import UnsupportedError
 from lmcache_vllm.geometry import identity_of, rounded_chunk, spec_of
 from lmcache_vllm.layouts import prove_layout
 from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta, Wish
-from lmcache_vllm.quirks import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -119,7 +119,7 @@ class WorkerHalf:
         self._config = config
         self._log = Throttle()
         self.metrics = Metrics()
-        self.rank, self.ranks = quirks.worker_rank()
+        self.rank, self.ranks = compat.worker_rank()
         self._chunk = rounded_chunk(kv_config, config.chunk_tokens)
         self._sizes = [int(group.kv_cache_spec.block_size) for group in kv_config.kv_cache_groups]
         self.disabled = "vLLM has registered no KV cache"
@@ -154,8 +154,8 @@ class WorkerHalf:
                 raise RuntimeError(f"LMCache cannot cache here, and strict is set: {self.disabled}")
 
     def _open(self, caches: Mapping[str, torch.Tensor]) -> None:
-        layers = quirks.attention_layers(self._vllm_config)
-        quirks.check_layers(layers)
+        layers = compat.attention_layers(self._vllm_config)
+        compat.check_layers(layers)
         identity = identity_of(self._vllm_config, self._config.model_identity, self._config.fingerprint)
         spec = spec_of(self._vllm_config, self._kv_config, layers, rank=self.rank, ranks=self.ranks, identity=identity)
         kv, layout = prove_layout(spec, self._kv_config, caches, layers)
@@ -190,7 +190,7 @@ class WorkerHalf:
         )
         if admits(self._config):
             for position, tier in enumerate(self._tiers):
-                if capacity_of(tier) is not None:
+                if usable_bytes(tier) is not None:
                     self._transfer.look(position)
         info(
             "cache-open",
@@ -205,7 +205,7 @@ class WorkerHalf:
     def offer(self) -> Offer:
         """For the scheduler half."""
         tiers = tuple((tier.name, tier.shared) for tier in self._tiers)
-        capacities = tuple(capacity_of(tier) for tier in self._tiers)
+        capacities = tuple(usable_bytes(tier) for tier in self._tiers)
         return Offer(self.rank, self._spec, self._slots, tiers, capacities, tuple(self._facts()), self.disabled)
 
     def _facts(self) -> list[TierFacts]:
@@ -317,7 +317,7 @@ class WorkerHalf:
         try:
             for namespace in (None,) if wish.namespaces is None else wish.namespaces:
                 tier.clear(namespace)
-            if self._transfer is not None and admits(self._config) and capacity_of(tier) is not None:
+            if self._transfer is not None and admits(self._config) and usable_bytes(tier) is not None:
                 self._transfer.look(position)
         except Exception as error:
             self.metrics.failed("clear", tier.name)

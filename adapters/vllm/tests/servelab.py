@@ -18,7 +18,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from lmcache_conformance.processes import kill_group
+from lmcache_conformance.runner.processes import kill_group
 
 CHUNK = 256
 """The default of `chunk_tokens`; vLLM's CPU blocks of 128 tokens divide it."""

@@ -13,8 +13,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
 
 from lmcache.config import Config
-from lmcache.plan import Copy, JobReport, Report, Status, Tier
-from lmcache.rates import TierFacts
+from lmcache.plan import Copy, JobReport, Report, Status, Tier, TierFacts
 from lmcache.spec import KVSpec
 from lmcache_vllm.messages import Handshake, Offer, RankMeta
 from lmcache_vllm.scheduler import SchedulerHalf

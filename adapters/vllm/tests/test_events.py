@@ -12,11 +12,11 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 
 SCRIPT = """
 import sys
-import lmcache_vllm.environment
+import lmcache_vllm.testing.environment
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.config.kv_events import KVEventsConfig
-from lmcache_conformance.models import model_folder
+from lmcache_conformance.labs.models import model_folder
 
 llm = LLM(
     model=str(model_folder("llama")), dtype="float32", enforce_eager=True, skip_tokenizer_init=True,

@@ -12,10 +12,10 @@ from msgspec import structs
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
-from lmcache_conformance.child import RemoteSession
 from lmcache_conformance.contract import Request, Response, SessionConfig
 from lmcache_conformance.engines.forked import ForkedSession
-from lmcache_conformance.models import model_folder, vocabulary
+from lmcache_conformance.labs.models import model_folder, vocabulary
+from lmcache_conformance.remote.child import RemoteSession
 from lmcache_vllm.worker import slots_of
 
 CHUNK = 32
@@ -32,10 +32,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 def engine(model: str, connector: str, policy: str = "recompute", disk: Path | None = None) -> Iterator[RemoteSession]:
     """A session with a connector of `brokenvllm`."""
     cache = {"chunk_tokens": CHUNK, "dram_bytes": "64MiB", **({"disk_path": str(disk)} if disk else {})}
-    options = {"connector": f"lmcache_conformance.brokenvllm:{connector}", "kv_load_failure_policy": policy}
+    options = {"connector": f"lmcache_vllm.testing.broken:{connector}", "kv_load_failure_policy": policy}
     config = SessionConfig(model=str(model_folder(model)), cache=cache, options=options)
     with ForkedSession(
-        "lmcache_vllm.conformance:adapter", config, preload="lmcache_vllm.preload", timeout_s=PATIENCE_S
+        "lmcache_vllm.testing.conformance:adapter", config, preload="lmcache_vllm.testing.preload", timeout_s=PATIENCE_S
     ) as session:
         yield session
 

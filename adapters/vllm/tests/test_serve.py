@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from servelab import CHUNK, Message, Server, await_true, grown
 
 from lmcache.errors import ConfigError
-from lmcache_conformance.damage import object_files, problem_of
+from lmcache_conformance.labs.damage import object_files, problem_of
 
 pytestmark = [
     pytest.mark.slow,

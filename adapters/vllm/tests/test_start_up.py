@@ -19,18 +19,18 @@ if importlib.util.find_spec("vllm") is None:
 from lmcache.config import Config
 from lmcache.errors import LMCacheError
 from lmcache.keys import Extra
-from lmcache.log import LOGGER
+from lmcache.observe.log import LOGGER
 from lmcache.spec import KVSpec
-from lmcache_conformance.child import EngineRaised, RemoteSession
 from lmcache_conformance.contract import Request, SessionConfig
-from lmcache_conformance.layoutlab import Lab, bits, kv_spec, mla, vllm_cpu_amx, vllm_cpu_vec, vllm_packed
-from lmcache_conformance.models import model_folder
-from lmcache_vllm import names, quirks
+from lmcache_conformance.labs.layoutlab import Lab, bits, kv_spec, mla, vllm_cpu_amx, vllm_cpu_vec, vllm_packed
+from lmcache_conformance.labs.models import model_folder
+from lmcache_conformance.remote.child import EngineRaised, RemoteSession
+from lmcache_vllm import compat, names
+from lmcache_vllm.compat import UnsupportedError
 from lmcache_vllm.connector import KVConnectorRole, LMCacheConnector
 from lmcache_vllm.geometry import layer_number
 from lmcache_vllm.layouts import prove_layout
 from lmcache_vllm.messages import Handshake, Offer, StepMeta, agreed
-from lmcache_vllm.quirks import UnsupportedError
 from lmcache_vllm.scheduler import SchedulerHalf, last_of, resident_chunks
 from lmcache_vllm.stats import Increments
 from lmcache_vllm.worker import WorkerHalf, slots_of
@@ -127,7 +127,7 @@ def connectors(config: Any) -> tuple[LMCacheConnector, LMCacheConnector]:
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quirks, "worker_rank", lambda: (0, 1))
+    monkeypatch.setattr(compat, "worker_rank", lambda: (0, 1))
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -223,24 +223,24 @@ def test_other_unsupported_engines_are_named() -> None:
     scales.cache_config.calculate_kv_scales = True
     two_towers.model_config.is_encoder_decoder = True
     with pytest.raises(UnsupportedError, match="calculate_kv_scales"):
-        quirks.check_config(scales)
+        compat.check_config(scales)
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
-        quirks.check_config(two_towers)
-    quirks.check_config(engine_config())
+        compat.check_config(two_towers)
+    compat.check_config(engine_config())
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_an_old_vllm_is_refused_and_an_untested_one_warned_of(
     monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ) -> None:
-    monkeypatch.setattr(quirks, "TESTED", ("0.30", "0.32"))
-    monkeypatch.setattr(quirks.vllm, "__version__", "0.27.1+cpu")
+    monkeypatch.setattr(compat, "TESTED", ("0.30", "0.32"))
+    monkeypatch.setattr(compat.vllm, "__version__", "0.27.1+cpu")
     connectors(engine_config())
     assert said() == ['cache-disabled reason="vLLM 0.27.1+cpu is too old; the connector needs 0.28 or newer"']
-    monkeypatch.setattr(quirks.vllm, "__version__", "0.99.0")
-    assert "vLLM 0.99.0 was never tested with this connector, only 0.30, 0.32;" in quirks.check_version()
-    monkeypatch.setattr(quirks.vllm, "__version__", "0.32.5+cu129")
-    assert quirks.check_version() == ""
+    monkeypatch.setattr(compat.vllm, "__version__", "0.99.0")
+    assert "vLLM 0.99.0 was never tested with this connector, only 0.30, 0.32;" in compat.check_version()
+    monkeypatch.setattr(compat.vllm, "__version__", "0.32.5+cu129")
+    assert compat.check_version() == ""
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -289,7 +289,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, one_rank: None) -> Callable[..., tup
     def opened(write: Callable[..., None] = write_packed, impl: str = "FakeImpl", **cache: Any) -> Any:
         caches = packed_caches()
         layers = {name: Layer(write, impl) for name in caches}
-        monkeypatch.setattr(quirks, "attention_layers", lambda config: layers)
+        monkeypatch.setattr(compat, "attention_layers", lambda config: layers)
         settings = {"dram_bytes": "4MiB", "model_identity": "m", "chunk_tokens": CHUNK, **cache}
         half = WorkerHalf(engine_config(), kv_config(list(caches)), Config(**settings))
         half.register(caches)
@@ -630,7 +630,7 @@ def bare_logs() -> Iterator[logging.Handler]:
 def test_the_caches_lines_go_where_vllms_go() -> None:
     with bare_logs() as handler:
         for _ in range(2):
-            quirks.join_log()
+            compat.join_log()
             assert LOGGER.handlers == [handler]
             assert LOGGER.isEnabledFor(logging.INFO)
             assert not LOGGER.isEnabledFor(logging.DEBUG)
@@ -641,14 +641,14 @@ def test_the_caches_lines_stay_where_the_application_sends_them() -> None:
     with bare_logs():
         own = logging.NullHandler()
         LOGGER.addHandler(own)
-        quirks.join_log()
+        compat.join_log()
         assert LOGGER.handlers == [own]
 
 
 def test_a_vllm_that_is_to_be_quiet_does_not_swallow_warnings() -> None:
     with bare_logs():
         logging.getLogger("vllm").setLevel(logging.ERROR)
-        quirks.join_log()
+        compat.join_log()
         assert LOGGER.handlers == []
         assert LOGGER.isEnabledFor(logging.WARNING)
 

@@ -1,14 +1,14 @@
 """The vLLM adapter passes the engine suite, and shares KV with Hugging Face transformers where it is asked to."""
 
-from lmcache_conformance.cross import CrossTests, Side
 from lmcache_conformance.engines import EngineTests
+from lmcache_conformance.suites.cross import CrossTests, Side
 
-VLLM = Side("lmcache_vllm.conformance:adapter")
-HF = Side("lmcache_hf.conformance:adapter")
+VLLM = Side("lmcache_vllm.testing.conformance:adapter")
+HF = Side("lmcache_hf.testing.conformance:adapter")
 
 
 class TestVLLM(EngineTests):
-    adapter = "lmcache_vllm.conformance:adapter"
+    adapter = "lmcache_vllm.testing.conformance:adapter"
 
 
 class TestHFReadsVLLM(CrossTests):

@@ -1,4 +1,4 @@
-"""The engine suite kills every broken vLLM connector of `mutants.vllmengines`."""
+"""The engine suite kills every broken vLLM connector of `lmcache_vllm.testing.mutants`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
-from lmcache_conformance.mutants import all_mutants, vllmengines
-from lmcache_conformance.records import TestResult, read
+from lmcache_conformance.mutants import all_mutants
+from lmcache_conformance.runner.records import TestResult, read
+from lmcache_vllm.testing import mutants
 
 ACCIDENTS = ("EngineRaised: adapter", "EngineDied: adapter", "cache-off reason=", "cache-disabled reason=")
 """A mutant that shows itself like this is broken in another way than it means to be. One may: its half is to raise."""
@@ -41,11 +42,11 @@ def kills(report: Path) -> dict[str, str]:
 @pytest.mark.timeout(1200)
 def test_every_broken_connector_is_killed(tmp_path: Path) -> None:
     report = tmp_path / "report"
-    command = [sys.executable, "-m", "pytest", "-q", str(vllmengines.__file__), "-o", "python_classes=Mutant*"]
-    command += ["--no-header", "-p", "lmcache_conformance.onefailure", f"--lmcache-report={report}"]
+    command = [sys.executable, "-m", "pytest", "-q", str(mutants.__file__), "-o", "python_classes=Mutant*"]
+    command += ["--no-header", "-p", "lmcache_conformance.runner.onefailure", f"--lmcache-report={report}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1150, check=False)
     killed = kills(report)
-    wanted = {m.suite.__name__ for m in all_mutants() if m.name.startswith("vllmengines.")}
+    wanted = {m.suite.__name__ for m in all_mutants() if m.name.startswith("vllm.")}
     assert wanted
     for name in sorted(wanted):
         print(f"{name}: {killed.get(name, 'SURVIVES')}")

@@ -1,6 +1,6 @@
 """What it takes to have the tier tested. The engine needs no more than its entry point."""
 
-from lmcache_conformance.tiers import TierCapabilities, TierTests
+from lmcache_conformance.suites.tiers import TierCapabilities, TierTests
 from toykv.tier import SqliteTier
 
 

@@ -13,9 +13,9 @@ from typing import ClassVar
 import pytest
 
 from lmcache_conformance.contract import Capabilities
-from lmcache_conformance.discover import NotInstalledError, find_adapter
 from lmcache_conformance.engines.bench import Bench, Case, cases_for
-from lmcache_conformance.models import REAL
+from lmcache_conformance.labs.models import REAL
+from lmcache_conformance.runner.discover import NotInstalledError, find_adapter
 
 
 def chunk_tokens_of(adapter: str) -> int:

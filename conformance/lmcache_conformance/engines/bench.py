@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from lmcache_conformance.child import RemoteSession
 from lmcache_conformance.contract import PATIENT, Capabilities, Request, Response, SessionConfig
-from lmcache_conformance.discover import find_adapter
 from lmcache_conformance.engines.forked import ForkedSession
-from lmcache_conformance.models import MODELS, model_folder, vocabulary
+from lmcache_conformance.labs.models import MODELS, model_folder, vocabulary
+from lmcache_conformance.remote.child import RemoteSession
+from lmcache_conformance.runner.discover import find_adapter
 
 F = TypeVar("F", bound=Callable[..., Any])
 _ON = "_lmcache_on"

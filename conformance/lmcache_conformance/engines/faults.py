@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from lmcache_conformance.contract import Level, Request, Response
-from lmcache_conformance.damage import DAMAGES, object_files, problem_of
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Case, Engine, on, same_answer, same_tokens
-from lmcache_conformance.failures import EngineFailure
-from lmcache_conformance.marks import level, requires
-from lmcache_conformance.models import REAL
+from lmcache_conformance.labs.damage import DAMAGES, object_files, problem_of
+from lmcache_conformance.labs.models import REAL
+from lmcache_conformance.runner.failures import EngineFailure
+from lmcache_conformance.runner.marks import level, requires
 
 
 def small(case: Case) -> Mapping[str, Any]:

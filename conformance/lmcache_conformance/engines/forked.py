@@ -20,9 +20,9 @@ from subprocess import TimeoutExpired
 from typing import Any
 from unittest import mock
 
-from lmcache_conformance.child import RemoteSession
 from lmcache_conformance.contract import SessionConfig
-from lmcache_conformance.frames import Open
+from lmcache_conformance.remote.child import RemoteSession
+from lmcache_conformance.remote.frames import Open
 
 
 class _Forked:
@@ -123,6 +123,6 @@ def _serve(inbox: Any, outbox: Any, errors: Any, environment: dict[str, str], fo
     tempfile.tempdir = None
     os.chdir(folder)
     sys.argv = ["serve", str(read), str(write)]
-    from lmcache_conformance.serve import main
+    from lmcache_conformance.remote.serve import main
 
     main()

@@ -8,8 +8,8 @@ from dataclasses import replace
 from lmcache_conformance.contract import Level, Request
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Engine, on, same_answer, same_tokens, session_model
-from lmcache_conformance.marks import level, requires
-from lmcache_conformance.models import TINY, model_folder, vocabulary
+from lmcache_conformance.labs.models import TINY, model_folder, vocabulary
+from lmcache_conformance.runner.marks import level, requires
 
 
 class NameTests(EngineBase):

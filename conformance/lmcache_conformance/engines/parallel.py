@@ -10,11 +10,11 @@ from typing import Any
 
 from lmcache.tiers.folder import parse_path
 from lmcache_conformance.contract import Level
-from lmcache_conformance.damage import object_files
-from lmcache_conformance.discover import find_adapter
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Engine, History, on, same_answer, same_tokens
-from lmcache_conformance.marks import level, requires
+from lmcache_conformance.labs.damage import object_files
+from lmcache_conformance.runner.discover import find_adapter
+from lmcache_conformance.runner.marks import level, requires
 
 RANKS = 2
 NEW = 12

@@ -7,7 +7,7 @@ import math
 from lmcache_conformance.contract import Level, Request, Response
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Engine, on, same_tokens, varied
-from lmcache_conformance.marks import level, requires
+from lmcache_conformance.runner.marks import level, requires
 
 AT_ONCE = 16
 

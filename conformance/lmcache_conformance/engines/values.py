@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_conformance.contract import Level, Request, Response
-from lmcache_conformance.damage import object_files, poison, problem_of
-from lmcache_conformance.discover import find_adapter
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Engine, on, same_answer, same_bits, same_tokens, varied
-from lmcache_conformance.marks import level, requires
-from lmcache_conformance.models import REAL
+from lmcache_conformance.labs.damage import object_files, poison, problem_of
+from lmcache_conformance.labs.models import REAL
+from lmcache_conformance.runner.discover import find_adapter
+from lmcache_conformance.runner.marks import level, requires
 
 NEW = 20
 """Tokens generated per round: more than a chunk, so that some chunks hold prompt and answer."""

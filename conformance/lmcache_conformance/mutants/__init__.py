@@ -7,7 +7,8 @@ A mutant is a subclass of a suite whose factory returns something that is broken
         def open_tier(self, place, capacity):
             return ServesEmptyValues(place, capacity)
 
-Names begin with `Mutant`, so that ordinary runs never collect them. What cannot be built on a CPU is said by a module's
+Mutants of engines lie with their adapters, as entry points of group `lmcache.mutants`. Names begin with `Mutant`, so that
+ordinary runs never collect them. What cannot be built on a CPU is said by a module's
 `SKIPPED = (skip_row(row, reason), …)`. A mutant is killed if a test of its suite fails *by assertion*.
 """
 
@@ -18,11 +19,15 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import TypeVar
 
 from lmcache_conformance.mutants.rows import ROWS
 
 __all__ = ["BEYOND", "ROWS", "Mutant", "SkippedRow", "all_mutants", "mutant", "skip_row", "skipped_rows"]
+
+ENTRY_POINTS = "lmcache.mutants"
+"""Entry point group under which an adapter registers its module of mutants."""
 
 BEYOND = "beyond the table: "
 """How the row of a mutant begins that no known failure asked for."""
@@ -36,10 +41,10 @@ class Mutant:
     """One mutant.
 
     Attributes:
-        name: `module.Class`, unique.
+        name: `family.Class`, unique.
         row: which known failure it has, one of `ROWS` (or a text that begins with `BEYOND`).
         project: where that happened, e.g. `"LMCache #4463"`.
-        suite: the class; it lies in module `lmcache_conformance.mutants.<module>`.
+        suite: the class.
     """
 
     name: str
@@ -72,7 +77,7 @@ def mutant(*, row: str, project: str) -> Callable[[C], C]:
     def declare(suite: C) -> C:
         if not suite.__name__.startswith("Mutant"):
             raise ValueError(f"a mutant's class name begins with 'Mutant', {suite.__name__!r} does not")
-        name = f"{suite.__module__.rsplit('.', 1)[-1]}.{suite.__name__}"
+        name = f"{_family(suite.__module__)}.{suite.__name__}"
         setattr(suite, _MARK, Mutant(name, row, project, suite))
         return suite
 
@@ -101,7 +106,14 @@ def skipped_rows() -> list[SkippedRow]:
 
 
 def _modules() -> list[str]:
-    return sorted(f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__) if module.name != "rows")
+    here = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__) if module.name != "rows"]
+    return sorted(here) + sorted(point.value for point in entry_points(group=ENTRY_POINTS))
+
+
+def _family(module: str) -> str:
+    """`tiers` of the module here; of an adapter's module of mutants the adapter's name, `vllm` of `lmcache_vllm.…`."""
+    package, _, name = module.rpartition(".")
+    return name if package == __name__ else module.partition(".")[0].removeprefix("lmcache_")
 
 
 def _check(row: str) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmcache import CacheEngine, Config
-from lmcache.objectio import ObjectIO
+from lmcache.format.codec import ObjectIO
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
-from lmcache_conformance.cachebytes import CacheBytesTests
-from lmcache_conformance.cachefactory import CacheFactory
-from lmcache_conformance.cachefaults import CacheFaultTests
-from lmcache_conformance.cachenames import CacheNameTests
-from lmcache_conformance.cachepressure import CachePressureTests
+from lmcache_conformance.suites.cachebytes import CacheBytesTests
+from lmcache_conformance.suites.cachefactory import CacheFactory
+from lmcache_conformance.suites.cachefaults import CacheFaultTests
+from lmcache_conformance.suites.cachenames import CacheNameTests
+from lmcache_conformance.suites.cachepressure import CachePressureTests
 
 __all__ = ["BrokenCacheFaultTests", "BrokenCacheTests"]
 

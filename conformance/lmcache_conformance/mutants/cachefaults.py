@@ -8,9 +8,9 @@ from typing import Any
 from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Slots
 from lmcache.hit import Hit
-from lmcache.ledger import Run
 from lmcache.plan import Status
-from lmcache_conformance.kvlab import CHUNK
+from lmcache.transfer.jobs import Run
+from lmcache_conformance.labs.kvlab import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant
 from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
 

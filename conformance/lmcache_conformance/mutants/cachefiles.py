@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from lmcache.errors import FormatError
+from lmcache.format.codec import Loaded, ObjectIO
+from lmcache.format.file import HEADER_PROBE, Form, Header, decode_header, verify
 from lmcache.keys import ObjectId
 from lmcache.layout import ObjectLayout, translate
-from lmcache.objectfile import HEADER_PROBE, Form, Header, decode_header, verify
-from lmcache.objectio import Loaded, ObjectIO
 from lmcache.plan import Status
 from lmcache.tiers.base import Range, Read, Result, Tier, Write
 from lmcache_conformance.mutants import mutant

@@ -7,14 +7,14 @@ from typing import Any
 
 import msgspec
 
-from lmcache.index import Finished, Index, Lookup, Owner, Store
-from lmcache.index.runs import Run, Span, pieces
+from lmcache.control import Finished, Index, Lookup, Owner, Store
+from lmcache.control.extents import Run, Span, pieces
 from lmcache.plan import Chain, JobReport, Plan, Report, Status
 from lmcache.spec import HitRule
-from lmcache_conformance.index import IndexTests
-from lmcache_conformance.indexlab import CHUNK
-from lmcache_conformance.indexmachine import IndexMachineTests
+from lmcache_conformance.labs.indexlab import CHUNK
 from lmcache_conformance.mutants import mutant
+from lmcache_conformance.suites.index import IndexTests
+from lmcache_conformance.suites.indexmachine import IndexMachineTests
 
 
 class _Tests(IndexMachineTests, IndexTests):

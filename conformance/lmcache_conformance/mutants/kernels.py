@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lmcache_conformance.kernels import KernelTests
 from lmcache_conformance.mutants import BEYOND, mutant
+from lmcache_conformance.suites.kernels import KernelTests
 from lmcache_kernels import put_rows, take_rows
 
 

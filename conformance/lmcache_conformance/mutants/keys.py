@@ -10,8 +10,8 @@ import numpy as np
 
 from lmcache.keys import Extra, Name, ObjectId
 from lmcache.spec import KVSpec, Plane, Rect
-from lmcache_conformance.keys import CHUNK, KeyTests
 from lmcache_conformance.mutants import mutant
+from lmcache_conformance.suites.keys import CHUNK, KeyTests
 
 _KEY = "key lacks kv dtype / TP rank / CP rank / LoRA version / tenant salt"
 

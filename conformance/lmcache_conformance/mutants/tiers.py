@@ -13,9 +13,9 @@ from lmcache.spec import Rect
 from lmcache.tiers.base import Read, Result, Tier, Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.memory import MemoryTier
+from lmcache_conformance.labs.ours import QUICK, DiskTierTests, MemoryTierTests
 from lmcache_conformance.mutants import mutant
-from lmcache_conformance.ours import QUICK, DiskTierTests, MemoryTierTests
-from lmcache_conformance.tiers import TierCapabilities
+from lmcache_conformance.suites.tiers import TierCapabilities
 
 NO_WAY_AROUND = TierCapabilities(persistent=True, bounded=True, shared=True)
 """For those that file objects elsewhere: they must be found out by what they serve, not by where the oracle looks."""

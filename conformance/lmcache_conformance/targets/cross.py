@@ -1,6 +1,6 @@
 """One engine reads what another one has written, as far as both are here: two numerics of one engine stand in for two."""
 
-from lmcache_conformance.cross import CrossTests, Side
+from lmcache_conformance.suites.cross import CrossTests, Side
 
 FUSED = Side("hf", {"attn_implementation": "sdpa"})
 EAGER = Side("hf", {"attn_implementation": "eager"})

@@ -1,6 +1,6 @@
 """The reference kernels."""
 
-from lmcache_conformance.kernels import KernelTests
+from lmcache_conformance.suites.kernels import KernelTests
 
 
 class TestReference(KernelTests):

@@ -1,6 +1,6 @@
 """The names of `lmcache.keys`."""
 
-from lmcache_conformance.keys import KeyTests
+from lmcache_conformance.suites.keys import KeyTests
 
 
 class TestKeys(KeyTests):

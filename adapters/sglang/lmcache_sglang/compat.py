@@ -1,0 +1,304 @@
+"""Everything that differs between SGLang releases, in one place. The rest of the adapter asks here."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from blake3 import blake3
+
+from lmcache.config import Config
+from lmcache.identity import model_identity
+from lmcache.observe.log import LOGGER
+from lmcache.spec import Numerics, dtype_name, host_isa
+
+TESTED = ("0.5.23",)
+"""Releases that this adapter's tests run with."""
+
+OLDEST = (0, 5, 23)
+"""Before it, host pools and the storage interface were other ones."""
+
+PICTURE = 1_000_000
+"""Token ids from here on are SGLang's stand-ins for pictures and sounds (its `MM_PAD_SHIFT_VALUE`), made from their digests."""
+
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_LINK = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
+
+class UnsupportedError(Exception):
+    """This SGLang, or this way of running it, cannot be cached; the message says why."""
+
+
+def check_version() -> str:
+    """A sentence to warn with if this release was never tested, or empty.
+
+    Raises:
+        UnsupportedError: it is known not to work.
+    """
+    version = _version()
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if numbers and numbers < OLDEST:
+        raise UnsupportedError(f"SGLang {version} is too old; the backend needs {'.'.join(map(str, OLDEST))} or newer")
+    if version.split("+")[0] in TESTED:
+        return ""
+    return (
+        f"SGLang {version} was never tested with this backend, only {', '.join(TESTED)}; the layout proof still holds"
+    )
+
+
+def _version() -> str:
+    import sglang
+
+    return str(sglang.__version__)
+
+
+def join_log() -> None:
+    """Say things where SGLang says its own, unless the application has decided where our lines go.
+
+    SGLang configures the root logger in its scheduler processes, which is where ours go by themselves; only the level is set.
+    """
+    if LOGGER.level == logging.NOTSET and logging.getLogger().isEnabledFor(logging.INFO):
+        LOGGER.setLevel(logging.INFO)
+
+
+def check_config(config: Any) -> None:
+    """Refuse ways of running whose pages would not be whole, or not be named right.
+
+    Args:
+        config: SGLang's `HiCacheStorageConfig`.
+
+    Raises:
+        UnsupportedError: naming the option.
+    """
+    if config.attn_cp_size > 1:
+        raise UnsupportedError("context parallelism (attn_cp_size) gives each rank a part of every page: not supported")
+    if config.dcp_size > 1:
+        raise UnsupportedError("decode context parallelism gives each rank a part of every page: not supported")
+    if config.should_split_heads:
+        raise UnsupportedError("tp_lcm_size splits pages by heads: not supported")
+    arguments = _arguments()
+    if arguments is not None and getattr(arguments, "speculative_algorithm", None) and config.pp_size > 1:
+        raise UnsupportedError("speculative decoding with pipeline parallelism is not supported")
+
+
+def identity_of(config: Config) -> str:
+    """What the weights are, with everything that SGLang may have changed about the model's configuration.
+
+    Raises:
+        UnsupportedError: nobody can tell; set `model_identity`.
+    """
+    if config.model_identity:
+        return config.model_identity
+    arguments = _arguments()
+    if arguments is None:
+        raise UnsupportedError("SGLang does not say which model it serves here; set model_identity")
+    if str(arguments.load_format) == "dummy":
+        raise UnsupportedError(
+            "load_format=dummy: random weights have no identity; set model_identity to give them one"
+        )
+    path, revision = str(arguments.model_path), getattr(arguments, "revision", None)
+    identity = model_identity(f"{path}@{revision}" if revision else path, fingerprint=config.fingerprint)
+    changed = str(getattr(arguments, "json_model_override_args", "") or "{}")
+    if changed.strip() != "{}":
+        identity += " overrides " + blake3(changed.encode()).hexdigest()
+    return identity
+
+
+def numerics_of(tp: int, pp: int) -> Numerics:
+    """Everything beside weights and tokens that decides the bits of KV in this rank."""
+    arguments = _arguments()
+    device = str(getattr(arguments, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.startswith("cuda"):
+        isa = f"{torch.cuda.get_device_name()} sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+    else:
+        isa = host_isa() if device.startswith("cpu") else device
+    options = (
+        "kv_cache_dtype",
+        "quantization_param_path",
+        "speculative_algorithm",
+        "enable_deterministic_inference",
+        "enable_torch_compile",
+        "rl_on_policy_target",
+    )
+    extra = [(name, str(value)) for name in options if (value := getattr(arguments, name, None))]
+    if device.startswith("cpu"):
+        extra.append(("threads", str(torch.get_num_threads())))
+    return Numerics(
+        engine="sglang",
+        engine_version=f"{_version()} torch {torch.__version__}",
+        attention_backend=", ".join(sorted(set(map(str, _attention_backends(arguments))))),
+        isa=isa,
+        dtype=_dtype(arguments),
+        quantization=str(getattr(arguments, "quantization", None) or ""),
+        tp=tp,
+        pp=pp,
+        extra=tuple(extra),
+    )
+
+
+def _arguments() -> Any:
+    try:
+        from sglang.srt.runtime_context import get_server_args
+
+        return get_server_args()
+    except Exception:  # a host pool without a server around it, or another release
+        return None
+
+
+def _attention_backends(arguments: Any) -> tuple[Any, ...]:
+    try:
+        from sglang.srt.runtime_context import attention_backends
+
+        return tuple(attention_backends())
+    except Exception:
+        return (getattr(arguments, "attention_backend", None) or "",)
+
+
+def _dtype(arguments: Any) -> str:
+    try:
+        return dtype_name(torch.get_default_dtype()) if arguments is None else str(arguments.dtype)
+    except Exception:
+        return ""
+
+
+_watchers: list[weakref.WeakMethod[Callable[[], None]]] = []
+"""Of this process. SGLang hooks a function once, and storages come and go (`attach_hicache_storage`)."""
+
+
+def watch_weights(changed: Callable[[], None]) -> None:
+    """Have the method `changed` called whenever this process's weights were replaced under their name, or may have been.
+
+    By SGLang's own hooks for plugins: HiCache flushes its radix tree and its queues then, but tells no storage.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    _watchers.append(weakref.WeakMethod(changed))
+    if len(_watchers) > 1:
+        return
+
+    def around(update: Any, *arguments: Any, **named: Any) -> Any:
+        try:
+            return update(*arguments, **named)
+        finally:
+            for watcher in _watchers:
+                if (told := watcher()) is not None:
+                    told()
+
+    for name in ("disk", "distributed", "tensor", "ipc"):
+        HookRegistry.register(f"{_UPDATER}.update_weights_from_{name}", around, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+class Text(NamedTuple):
+    """What a request or a node of SGLang's tree is about.
+
+    Attributes:
+        tokens: from the first one on, uint32, up to the first that is no token but stands for a picture.
+        salt: the request's `cache_salt`.
+        extra: its `extra_key`, which is also where SGLang puts the LoRA adapter.
+    """
+
+    tokens: npt.NDArray[np.uint32]
+    salt: str
+    extra: str
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """A linker that is told what SGLang's own interface does not say: it passes page hashes, and no tokens."""
+
+    def asking(self, text: Text, device_tokens: int, tree: Any) -> None:
+        """The next `lookup` is about this text, of which the device has the first `device_tokens`."""
+
+    def offering(self, text: Text, slots: torch.Tensor) -> None:
+        """The next `offload` is about the end of this text, which lies in `slots`, one per token from the first one on."""
+
+
+_watching = False
+"""Of this process. Hooks stay."""
+
+
+def watch_tokens() -> None:
+    """Have every linker of this process that is a `Listener` told what it is asked and offered. By SGLang's hooks."""
+    global _watching
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if _watching:
+        return
+    _watching = True
+    inserting: list[Any] = []
+
+    def match(plain: Any, link: Any, key: Any, req: Any, result: Any) -> Any:
+        if isinstance(link.cache_linker, Listener):
+            link.cache_linker.asking(_text(key), int(result.device_prefix_len), link.cache)
+        return plain(link, key, req, result)
+
+    def insert(plain: Any, tree: Any, params: Any) -> Any:
+        inserting.append(params.key)
+        try:
+            return plain(tree, params)
+        finally:
+            inserting.pop()
+
+    def offload(plain: Any, link: Any, node: Any, transfers: Any) -> Any:
+        if inserting and isinstance(link.cache_linker, Listener):
+            key, core = inserting[-1], link.cache.tree_core
+            slots = core.collect_full_device_indices(node, link.cache.root_node_handle(key.extra_key))
+            link.cache_linker.offering(_text(key, len(slots)), slots)
+        return plain(link, node, transfers)
+
+    HookRegistry.register(f"{_LINK}.match", match, HookType.AROUND)
+    HookRegistry.register(f"{_TREE}.insert", insert, HookType.AROUND)
+    HookRegistry.register(f"{_LINK}._offload_node", offload, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+def _text(key: Any, length: int | None = None) -> Text:
+    """The text of a `RadixKey`, or its first `length` tokens."""
+    tokens = np.asarray(key.raw_token_ids()[:length], dtype=np.int64)
+    pictures = np.flatnonzero(tokens >= PICTURE)
+    if len(pictures):
+        tokens = tokens[: pictures[0]]
+    return Text(tokens.astype(np.uint32), key.cache_salt or "", key.extra_key or "")
+
+
+def check_linking(params: Any, components: Any) -> None:
+    """Refuse ways of running in which attention's KV is not all there is to restore, or not whole on each rank.
+
+    Args:
+        params: SGLang's `CacheInitParams`.
+        components: what its tree keeps per node.
+
+    Raises:
+        UnsupportedError: naming what it is.
+    """
+    others = sorted(str(getattr(part, "name", part)) for part in components if getattr(part, "name", "") != "FULL")
+    if others:
+        raise UnsupportedError(f"the model keeps {', '.join(others)} beside full attention's KV; use HiCache for it")
+    if params.attn_cp_size > 1:
+        raise UnsupportedError("context parallelism (attn_cp_size) gives each rank a part of every page: not supported")
+    if params.pp_size > 1:
+        raise UnsupportedError("pipeline stages do not agree about what a linker has loaded; use HiCache for them")
+    if params.is_eagle or params.mtp_draft_device_pools or params.sidecar_draft_device_pools:
+        raise UnsupportedError("speculative decoding keeps a draft's KV beside the model's; use HiCache for it")
+
+
+def rank_of(params: Any) -> tuple[int, int]:
+    """This process's place among those that hold a request's heads, and their number."""
+    group = params.attn_tp_cache_group or params.tp_cache_group
+    if group is None or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(group=group), torch.distributed.get_world_size(group=group)
+
+
+def agreed(tree: Any, fine: bool) -> bool:
+    """Whether it is fine on every rank; all of them ask at the same point."""
+    verdict = torch.tensor([int(fine)], dtype=torch.int32)
+    tree._all_reduce_attn_groups(verdict, torch.distributed.ReduceOp.MIN)
+    return bool(verdict.item())

@@ -1,0 +1,17 @@
+"""Imports everything that a session imports sooner or later, once, before many sessions fork. See `conformance`."""
+
+import gc
+from importlib import import_module
+
+for _name in (
+    "lmcache_sglang.testing.environment",  # before anything of SGLang
+    "sglang.srt.entrypoints.engine",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.models.registry",  # which imports every model
+    "lmcache_sglang.testing.observed",
+    "lmcache_sglang.testing.session",
+    "lmcache.tiers.disk",
+):
+    import_module(_name)
+
+gc.freeze()  # SGLang collects garbage whenever its cache is flushed, and a million objects of imports take it 0.4 s

@@ -1,0 +1,1 @@
+"""The command behind `lmcache conformance`: find targets, run them in child processes, add up, report."""

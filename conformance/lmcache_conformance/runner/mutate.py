@@ -1,0 +1,134 @@
+"""Runs every mutant through its suite: a suite that a mutant survives has a hole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from lmcache_conformance.mutants import ROWS, Mutant, SkippedRow, all_mutants, skipped_rows
+from lmcache_conformance.runner.discover import DiscoveryError, nearest
+from lmcache_conformance.runner.records import Event, TestResult
+from lmcache_conformance.runner.run import Job, Limits, RowResult, run_job
+
+__all__ = ["SkippedRow", "Verdict", "choose_mutants", "judge", "run_mutants", "uncovered"]
+
+_OPTIONS = ("-o", "python_classes=Mutant*", "-p", "lmcache_conformance.runner.onefailure")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant.
+
+    Attributes:
+        name: `module.Class`; of a row that has no mutant, its text.
+        killed: a test failed by assertion; None: it was not run.
+        by: that test.
+        reason: why it was not killed, or not run.
+        row, project: see `Mutant`.
+    """
+
+    name: str
+    killed: bool | None
+    by: str = ""
+    reason: str = ""
+    row: str = ""
+    project: str = ""
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, object]:
+        """For `--json`."""
+        return {
+            "name": self.name,
+            "killed": self.killed,
+            "by": self.by,
+            "reason": self.reason,
+            "row": self.row,
+            "project": self.project,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def run_mutants(
+    mutants: Sequence[Mutant],
+    limits: Limits,
+    *,
+    options: Sequence[str] = (),
+    progress: Callable[[Verdict], None] = lambda verdict: None,
+) -> list[Verdict]:
+    """Run each until its first failure, those of one module in one process. `progress` is told of each as it is known."""
+    found = []
+    for module in dict.fromkeys(mutant.file for mutant in mutants):
+        found += _run_module([mutant for mutant in mutants if mutant.file == module], limits, options, progress)
+    return found
+
+
+def _run_module(
+    mutants: Sequence[Mutant], limits: Limits, options: Sequence[str], progress: Callable[[Verdict], None]
+) -> list[Verdict]:
+    by_class = {mutant.suite.__name__: mutant for mutant in mutants}
+    told: dict[str, Verdict] = {}
+
+    def watch(row: RowResult, event: Event) -> None:
+        if isinstance(event, TestResult) and event.by_assertion:
+            mutant = by_class.get(_class_of(event))
+            if mutant is not None and mutant.name not in told:
+                told[mutant.name] = judge(mutant, row)
+                progress(told[mutant.name])
+
+    first, *others = [f"{mutant.file}::{mutant.suite.__name__}" for mutant in mutants]
+    job = Job(mutants[0].name.partition(".")[0], first, (*others, *_OPTIONS, *options))
+    row = run_job(job, replace(limits, job=limits.job * len(mutants)), progress=watch)
+    verdicts = [judge(mutant, row) for mutant in mutants]
+    for verdict in verdicts:
+        if verdict.name not in told:
+            progress(verdict)
+    return verdicts
+
+
+def judge(mutant: Mutant, row: RowResult) -> Verdict:
+    """Killed, if a test failed because something checked was untrue; one that merely could not be run proves nothing."""
+    mine = [result for result in row.results if _class_of(result) == mutant.suite.__name__]
+    seconds = sum(result.seconds for result in mine)
+    absent = [result.reason for result in mine if "not installed here" in result.reason]
+    if absent and all(result.outcome == "skipped" for result in mine):  # its engine is not on this machine
+        return Verdict(mutant.name, None, reason=absent[0], row=mutant.row, project=mutant.project)
+    failed = [result for result in mine if result.outcome == "failed"]
+    kills = [result for result in failed if result.by_assertion]
+    reason, by = "", ""
+    if kills:
+        by = kills[0].case.rpartition("::")[2]
+    elif failed:
+        reason = f"{failed[0].case} failed, but not by assertion: {failed[0].message}"
+    elif mine:
+        reason = f"none of {sum(result.outcome == 'passed' for result in mine)} tests failed"
+    else:
+        messages = [result.message for result in row.results if not _class_of(result)]
+        reason = "; ".join(messages) or row.problem or row.nothing or "it has no tests"
+    return Verdict(mutant.name, bool(kills), by, reason, mutant.row, mutant.project, seconds)
+
+
+def _class_of(result: TestResult) -> str:
+    return result.nodeid.partition("::")[2].partition("::")[0]
+
+
+def uncovered() -> list[Verdict]:
+    """Known failures without a mutant: those skipped with a reason, and those that were forgotten."""
+    skipped = {skip.row: skip.reason for skip in skipped_rows()}
+    covered = {mutant.row for mutant in all_mutants()}
+    found = [Verdict(row, None, reason=reason, row=row) for row, reason in skipped.items() if row not in covered]
+    forgotten = [row for row in ROWS if row not in covered and row not in skipped]
+    return found + [Verdict(row, False, reason="no mutant has this row", row=row) for row in forgotten]
+
+
+def choose_mutants(modules: Sequence[str]) -> list[Mutant]:
+    """Those of the given modules (`tiers`, `layouts`, …), or single ones by name (`tiers.MutantEmptyValue`); all by default.
+
+    Raises:
+        DiscoveryError: there is none of that name.
+    """
+    found = all_mutants()
+    for name in modules:
+        names = [m.name for m in found] + sorted({m.name.partition(".")[0] for m in found})
+        if name not in names:
+            raise DiscoveryError(f"no mutant is called {name!r}{nearest(name, names)} There are: {', '.join(names)}")
+    return [m for m in found if not modules or m.name in modules or m.name.partition(".")[0] in modules]

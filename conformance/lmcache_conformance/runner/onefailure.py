@@ -1,0 +1,30 @@
+"""A pytest plugin (`-p lmcache_conformance.runner.onefailure`): once a test of a class has failed, the rest is left out.
+
+So that many mutants run in one process, each until it is killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave it out."""
+    parent = item.getparent(pytest.Class)
+    if parent is not None and parent.stash.get(_FAILED, False):
+        pytest.skip("another test of this class has failed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
+    """Remember the first."""
+    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    parent = item.getparent(pytest.Class)
+    if report.failed and parent is not None:
+        parent.stash[_FAILED] = True
+    return report  # type: ignore[return-value]

@@ -1,0 +1,262 @@
+"""A cache under faults: right bits or a miss, nothing hangs, nothing that was flushed is lost, and it works again."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from lmcache.plan import Status
+from lmcache.tiers.base import Read, Result
+from lmcache_conformance.contract import Level
+from lmcache_conformance.labs.elsewhere import started
+from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.moody import DAMAGE, TOKENS, Case, Moody, MoodyFactory, quiet, within
+from lmcache_conformance.labs.ours import enospc
+from lmcache_conformance.runner.marks import level
+
+
+class CacheFaultTests(MoodyFactory):
+    """Damage, failures, and tiers that are slow, dead or full."""
+
+    # ---------------------------------------------------------------- what lies there is not what was stored
+
+    @level(Level.FAULTS)
+    def test_a_healthy_tier_serves(self, case: Case) -> None:
+        assert case.load() == len(TOKENS)
+        case.quiet()
+
+    @level(Level.FAULTS)
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_damaged_objects_are_misses_are_counted_and_are_replaced(self, case: Case, damage: str) -> None:
+        for id, data in list(case.tier.contents().items()):
+            content = bytearray(data)
+            DAMAGE[damage](content)
+            case.tier.contents()[id] = bytes(content)
+        assert case.load() == 0, "nothing there is whole, and something is called loaded"
+        assert case.cache.stats()['lmcache_corruptions_total{tier="remote"}'] >= 1, "nobody is told"
+        case.quiet()  # by then the damaged copies are removed
+        case.cache.store(TOKENS, case.source.kv, case.slots)
+        case.quiet()
+        case.cache.close()
+        case.cache = self.reopen(case.tier)
+        assert case.load() == len(TOKENS), "good copies did not take the place of the damaged ones"
+
+    @level(Level.FAULTS)
+    def test_objects_under_each_others_names_are_never_served(self, case: Case) -> None:
+        contents = case.tier.contents()
+        ids, data = list(contents), list(contents.values())
+        contents.update(zip(ids, data[1:] + data[:1], strict=True))
+        assert case.load() == 0
+
+    @level(Level.FAULTS)
+    def test_a_tier_that_says_it_read_and_did_not_is_found_out(self, case: Case) -> None:
+        """The buffers still hold what they held before: perhaps the right header of another read."""
+        assert case.load() == len(TOKENS)
+        case.cache.close()
+        case.cache = self.reopen(case.tier)
+        case.tier.reads = lambda reads: [Result(Status.OK, sum(r.length for r in read.ranges)) for read in reads]
+        assert case.load() == 0, "a read that moved nothing is called a success"
+
+    @level(Level.FAULTS)
+    def test_a_tier_that_moves_half_and_says_all_is_found_out(self, case: Case) -> None:
+        def half(reads: Sequence[Read]) -> list[Result]:
+            results = []
+            for read in reads:
+                data = case.tier.contents()[read.id]
+                data = data[: len(data) // 2]
+                for buffer, (offset, length) in zip(read.buffers, read.ranges, strict=True):
+                    part = data[offset : offset + length]
+                    buffer[: len(part)] = part
+                results.append(Result(Status.OK, sum(r.length for r in read.ranges)))
+            return results
+
+        case.tier.reads = half
+        assert case.load() == 0, "half an object is called loaded; the rest is what lay in the buffer before"
+
+    @level(Level.FAULTS)
+    def test_objects_that_vanish_after_the_lookup_shorten_the_load(self, case: Case) -> None:
+        with case.cache.lookup(TOKENS) as hit:
+            assert hit.tokens == len(TOKENS)
+            doomed = sorted(case.tier.contents(), key=lambda id: id.depth)[2]
+            del case.tier.contents()[doomed]
+            loaded = within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots))
+        assert loaded == 2 * CHUNK, f"chunk 2 is gone, and {loaded} tokens are called loaded"
+        held = case.slots[:loaded]
+        assert case.target.sequence(held) == case.source.sequence(held)
+        assert case.load() == 2 * CHUNK
+
+    @level(Level.FAULTS)
+    @pytest.mark.parametrize("status", [Status.FAILED, Status.FULL, Status.MISSING, Status.LATE])
+    def test_a_read_that_fails_is_a_miss_and_what_is_computed_anew_is_right(self, case: Case, status: Status) -> None:
+        case.tier.reads = lambda reads: [Result(status, 0, "injected")] * len(reads)
+        assert case.load() == 0
+        case.tier.reads = None
+        case.quiet()
+        other = Pool("packed", 40, seed=1)  # the engine recomputes the same values
+        case.cache.store(TOKENS, other.kv, case.slots)
+        assert case.load() == len(TOKENS), "after a failed load the prompt can't be cached any more"
+
+    @level(Level.FAULTS)
+    def test_a_tier_that_raises_is_a_miss(self, case: Case) -> None:
+        def boom(_: object) -> list[Result]:
+            raise RuntimeError("a bug in somebody's tier")
+
+        case.tier.reads = boom
+        assert case.load() == 0
+        case.tier.writes = boom
+        pool = Pool("packed", 40, seed=9)
+        case.cache.store(TOKENS + 1, pool.kv, case.slots)
+        case.quiet()
+        with case.cache.lookup(TOKENS + 1) as hit:
+            assert hit.by_tier == {"dram": len(TOKENS)}, "DRAM serves on"
+
+    @level(Level.FAULTS)
+    def test_a_write_that_failed_is_never_offered_by_a_fresh_cache(self, case: Case) -> None:
+        pool = Pool("packed", 40, seed=9)
+        for number, status in enumerate((Status.FAILED, Status.FULL, Status.LATE), 1):
+            case.tier.writes = lambda writes, status=status: [Result(status, 0, "injected")] * len(writes)
+            case.cache.store(TOKENS + number, pool.kv, case.slots)
+            case.quiet()
+        case.tier.writes = None
+        case.cache.close()
+        case.cache = self.reopen(case.tier)
+        for number in range(1, 4):
+            with case.cache.lookup(TOKENS + number) as hit:
+                assert hit.tokens == 0, "a store that failed is visible"
+
+    # ---------------------------------------------------------------- slow and dead
+
+    @level(Level.FAULTS)
+    def test_a_hanging_read_is_a_miss_in_bounded_time_and_never_writes_engine_memory_later(self, case: Case) -> None:
+        case.cache.close()
+        case.cache = self.reopen(case.tier, load_timeout_s=0.3)
+        case.tier.answers.clear()
+        before = case.target.snapshot()
+        with case.cache.lookup(TOKENS) as hit:
+            assert hit.tokens == len(TOKENS)
+            assert within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots)) == 0
+        case.tier.answers.set()
+        case.quiet()
+        same = all(torch.equal(a, b) for a, b in zip(before, case.target.snapshot(), strict=True))
+        assert same, "the engine's memory was written after the load had been given up"
+        assert case.load_at_last() == len(TOKENS), "the tier answers again, and nothing is loaded from it"
+
+    @level(Level.FAULTS)
+    def test_slots_under_a_hung_read_are_not_reused_while_it_hangs(self, case: Case) -> None:
+        case.cache.close()
+        case.cache = self.reopen(case.tier, load_timeout_s=0.3)
+        case.tier.answers.clear()
+        with case.cache.lookup(TOKENS) as hit:
+            assert within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots)) == 0
+        pools, prompts = [], []
+        for n in range(30):  # far more than the arena holds
+            pool, tokens = Pool("packed", 40, seed=100 + n), TOKENS + 1000 * (n + 1)
+            within(self.patience, lambda tokens=tokens, pool=pool: case.cache.store(tokens, pool.kv, case.slots))  # type: ignore[misc]
+            pools.append(pool)
+            prompts.append(tokens)
+        case.tier.answers.set()
+        case.quiet()
+        found = 0
+        for pool, tokens in zip(pools, prompts, strict=True):
+            with case.cache.lookup(tokens) as hit:
+                loaded = case.cache.retrieve(hit, case.target.kv, case.slots)
+            got, want = case.target.sequence(case.slots[:loaded]), pool.sequence(case.slots[:loaded])
+            assert got == want, "a read that hung has filled a slot that holds something else by now"
+            found += loaded
+        assert found
+
+    @level(Level.FAULTS)
+    def test_a_shared_tier_that_does_not_answer_is_a_miss_in_bounded_time(self) -> None:
+        tier = Moody(shared=True)
+        with self.open_cache(tiny_config(probe_timeout_s=0.1), tiny_spec(), [tier]) as cache:
+            tier.answers.clear()
+            try:
+                assert within(self.patience, lambda: cache.lookup(TOKENS).tokens) == 0
+            finally:
+                tier.answers.set()
+
+    @level(Level.FAULTS)
+    def test_a_dead_tier_keeps_neither_store_nor_close_waiting(self) -> None:
+        tier = Moody()
+        cache = self.open_cache(tiny_config(load_timeout_s=0.1), tiny_spec(), [tier])
+        pool = Pool("packed", 40)
+        slots = scattered(len(TOKENS), pool)
+        tier.answers.clear()
+        try:
+            for n in range(3):
+                within(self.patience, lambda n=n: cache.store(TOKENS + n, pool.kv, slots))  # type: ignore[misc]
+            assert not within(self.patience, lambda: cache.flush(timeout=0.1)), (
+                "nothing was written, and flush says it was"
+            )
+            with mock.patch("lmcache.engine._CLOSE_S", 0.5):
+                within(self.patience, cache.close)
+        finally:
+            tier.answers.set()
+
+    @level(Level.FAULTS)
+    def test_a_full_disk_costs_the_copies_on_disk_and_is_recovered_from(self, place: Path) -> None:
+        pool = Pool("packed", 40, seed=1)
+        slots = scattered(len(TOKENS), pool)
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
+            with enospc():
+                for n in range(30):
+                    tokens = TOKENS + n
+                    stored = within(self.patience, lambda tokens=tokens: cache.store(tokens, pool.kv, slots))  # type: ignore[misc]
+                    assert stored == len(TOKENS), f"store {n}"
+                    assert within(self.patience, cache.flush), "flush hangs on a full disk"
+                quiet(cache, self.patience)
+                assert not list(place.rglob("*.safetensors"))
+            until = time.monotonic() + self.patience
+            n = 100
+            while not list(place.rglob("*.safetensors")):
+                assert time.monotonic() < until, "there is space again, and nothing is written any more"
+                n += 1
+                cache.store(TOKENS + n, pool.kv, slots)
+                cache.flush()
+                time.sleep(0.02)
+
+    # ---------------------------------------------------------------- another process
+
+    @level(Level.FAULTS)
+    def test_a_killed_process_leaves_only_right_bits_and_all_that_it_had_flushed(self, place: Path) -> None:
+        child = started(self, "store_for_ever", str(place))
+        flushed = -1
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith("FLUSHED"):
+                    flushed = int(line.split()[1])
+                if flushed >= 4:
+                    break
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+        assert flushed >= 4, f"the process ended by itself: {(child.stderr.read() if child.stderr else '')[-2000:]}"
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
+            for n in range(flushed + 5):
+                source, target = Pool("packed", 40, seed=n), Pool("packed", 40, seed=5000)
+                slots = scattered(len(TOKENS), source, seed=3)
+                with cache.lookup(TOKENS + n) as hit:
+                    loaded = cache.retrieve(hit, target.kv, slots)
+                assert target.sequence(slots[:loaded]) == source.sequence(slots[:loaded]), f"prompt {n} came back wrong"
+                assert n > flushed or loaded == len(TOKENS), (
+                    f"prompt {n} was flushed, and {loaded} tokens of it are left"
+                )
+
+    def store_for_ever(self, place: str) -> None:
+        """Store one prompt after another and say how far it is. Runs in another process, until it is killed."""
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
+            for n in range(10_000):
+                pool = Pool("packed", 40, seed=n)
+                cache.store(TOKENS + n, pool.kv, scattered(len(TOKENS), pool, seed=3))
+                if n % 2 == 0:
+                    cache.flush()
+                    sys.stdout.write(f"FLUSHED {n}\n")
+                    sys.stdout.flush()

@@ -1,0 +1,219 @@
+"""Random histories of whole caches against a function: several caches on one folder, tenants, restarts, damage, clears.
+
+The truth is a function: the KV of a chunk = bits seeded by (salt, everything up to its end). So any hit of any cache can be
+judged bit for bit, and a dictionary of what was stored and cleared says whether it may be a hit at all.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lmcache import CacheEngine, Config
+from lmcache.hit import Hit
+from lmcache.spec import KVSpec
+from lmcache_conformance.contract import Level
+from lmcache_conformance.labs.kvlab import (
+    CHUNK,
+    DIM,
+    HEADS,
+    KINDS,
+    LAYERS,
+    Pool,
+    bits,
+    scattered,
+    tiny_config,
+    tiny_spec,
+)
+from lmcache_conformance.runner.marks import level
+from lmcache_conformance.suites.cachefactory import CacheFactory
+from lmcache_conformance.suites.machine import run_machine
+
+Name = tuple[str, tuple[str, ...]]
+"""A chunk: salt, and the letters of the prompt up to its end."""
+
+SALTS = st.sampled_from(["", "a", "b"])
+PROMPTS = st.lists(st.sampled_from("xyz"), min_size=1, max_size=5)
+"""Prompts that share prefixes: each letter is a chunk of its own tokens."""
+TAILS = st.integers(0, CHUNK - 1)
+SESSIONS = st.integers(0, 1)
+DAMAGE = st.sampled_from(["truncate", "flip", "delete", "empty", "swap"])
+
+
+def tokens_of(prompt: Sequence[str], tail: int = 0) -> list[int]:
+    """Token ids of a prompt, and some more that fill no chunk."""
+    return [ord(letter) * 1000 + i for letter in prompt for i in range(CHUNK)] + [7] * tail
+
+
+def chunks_of(salt: str, prompt: Sequence[str]) -> list[Name]:
+    """The names of a prompt's chunks."""
+    return [(salt, tuple(prompt[: i + 1])) for i in range(len(prompt))]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Two caches on one folder (or one without a disk), and what they may serve.
+
+    Args:
+        open_cache: opens a cache.
+    """
+
+    def __init__(self, open_cache: Callable[[Config, KVSpec], CacheEngine]) -> None:
+        super().__init__()
+        self.open_cache = open_cache
+        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        self.spec = tiny_spec()
+        self.caches: list[CacheEngine] = []
+        self.own: list[set[Name]] = []  # what each cache may hold in DRAM
+        self.shared: set[Name] = set()  # what may be on disk
+        self.hits: list[Hit] = []
+
+    @initialize(disk=st.booleans(), room=st.integers(0, 12), order=st.sampled_from(["canonical", "native"]))
+    def open(self, disk: bool, room: int, order: str) -> None:
+        size = self.spec.object_bytes(0, CHUNK)
+        where = {"disk_path": self.folder, "disk_order": order} if disk else {}
+        self.config = tiny_config(dram_bytes=room * size, **where)
+        self.disk = disk
+        self.caches = [self.open_cache(self.config, self.spec) for _ in range(2 if disk else 1)]
+        self.own = [set() for _ in self.caches]
+
+    def teardown(self) -> None:
+        for cache in self.caches:
+            cache.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def truth(self, salt: str, prompt: Sequence[str], kind: str) -> tuple[Pool, torch.Tensor]:
+        """A pool in which the KV of this prompt lies, and where."""
+        pool = Pool(kind, 24, seed=1)
+        slots = scattered(len(prompt) * CHUNK, pool, seed=2)
+        for i in range(len(prompt)):
+            seed = random.Random(f"{salt}|{''.join(prompt[: i + 1])}").randrange(1 << 30)
+            content = bits((CHUNK, LAYERS, 2, HEADS, DIM), torch.bfloat16, seed)
+            for slot, value in zip(slots[i * CHUNK : (i + 1) * CHUNK].tolist(), content, strict=True):
+                pool.put(slot, value)
+        return pool, slots
+
+    @rule(session=SESSIONS, salt=SALTS, prompt=PROMPTS, tail=TAILS, kind=st.sampled_from(KINDS))
+    def store(self, session: int, salt: str, prompt: list[str], tail: int, kind: str) -> None:
+        at = session % len(self.caches)
+        pool, slots = self.truth(salt, prompt, kind)
+        slots = torch.cat([slots, torch.full((tail,), -1)])
+        accepted = self.caches[at].store(tokens_of(prompt, tail), pool.kv, slots, salt=salt)
+        assert accepted % CHUNK == 0
+        assert 0 <= accepted <= len(prompt) * CHUNK
+        self.own[at].update(chunks_of(salt, prompt))
+        if self.disk:
+            self.shared.update(chunks_of(salt, prompt))
+        with self.caches[at].lookup(tokens_of(prompt), salt=salt) as hit:
+            assert hit.tokens >= accepted, "what was accepted is there"
+
+    @rule(
+        session=SESSIONS,
+        salt=SALTS,
+        prompt=PROMPTS,
+        tail=TAILS,
+        kind=st.sampled_from(KINDS),
+        layered=st.booleans(),
+    )
+    def retrieve(self, session: int, salt: str, prompt: list[str], tail: int, kind: str, layered: bool) -> None:
+        at = session % len(self.caches)
+        cache = self.caches[at]
+        target = Pool(kind, 24, seed=77)
+        slots = scattered(len(prompt) * CHUNK, target, seed=3)
+        with cache.lookup(tokens_of(prompt, tail), salt=salt) as hit:
+            assert hit.tokens == sum(hit.by_tier.values())
+            names = chunks_of(salt, prompt)
+            held = [name in self.own[at] or name in self.shared for name in names]
+            load = cache.retrieve_layers if layered else cache.retrieve
+            got = load(hit, target.kv, slots)
+            loaded = got if isinstance(got, int) else got.finish()
+        assert loaded <= hit.tokens
+        # What counts is what was served: a cache may still believe in a file that another one has cleared, and miss it then.
+        served = loaded // CHUNK
+        wrong = [name for name, there in zip(names[:served], held[:served], strict=True) if not there]
+        assert not wrong, f"served {wrong}: never stored, or cleared"
+        self.own[at].update(name for name, there in zip(names, held, strict=True) if there)
+        truth, where = self.truth(salt, prompt, kind)
+        assert target.sequence(slots[:loaded]) == truth.sequence(where[:loaded]), "wrong bits"
+
+    @rule(session=SESSIONS, salt=SALTS, prompt=PROMPTS)
+    def lease_and_forget(self, session: int, salt: str, prompt: list[str]) -> None:
+        """A request that was aborted: its lease stays until it is released much later."""
+        self.hits.append(self.caches[session % len(self.caches)].lookup(tokens_of(prompt), salt=salt))
+        if len(self.hits) > 3:
+            self.hits.pop(0).release()
+
+    @rule(session=SESSIONS, salt=SALTS, prompt=PROMPTS)
+    def prefetch(self, session: int, salt: str, prompt: list[str]) -> None:
+        at = session % len(self.caches)
+        with self.caches[at].lookup(tokens_of(prompt), salt=salt) as hit:
+            self.caches[at].prefetch(hit)
+            found = chunks_of(salt, prompt)[: hit.tokens // CHUNK]
+            self.own[at].update(name for name in found if name in self.shared)
+
+    @rule(session=SESSIONS, salt=st.one_of(st.none(), SALTS))
+    def clear(self, session: int, salt: str | None) -> None:
+        """What the other cache holds in DRAM stays its own."""
+        for cache in self.caches:
+            assert cache.flush()
+        at = session % len(self.caches)
+        self.caches[at].clear(salt)
+        for names in (self.own[at], self.shared):
+            names.intersection_update({name for name in names if salt is not None and name[0] != salt})
+
+    @rule(session=SESSIONS, flush=st.booleans())
+    def restart(self, session: int, flush: bool) -> None:
+        at = session % len(self.caches)
+        if flush:
+            assert self.caches[at].flush()
+        self.hits.clear()
+        self.caches[at].close()
+        self.caches[at] = self.open_cache(self.config, self.spec)
+        self.own[at] = set()
+
+    @precondition(lambda self: self.disk)
+    @rule(data=st.data(), damage=DAMAGE)
+    def damage_a_file(self, data: st.DataObject, damage: str) -> None:
+        for cache in self.caches:
+            cache.flush()
+        files = sorted(self.folder.rglob("*.safetensors"))
+        if not files:
+            return
+        file = data.draw(st.sampled_from(files))
+        content = bytearray(file.read_bytes())
+        at = data.draw(st.integers(0, len(content) - 1)) if content else 0
+        if damage == "delete":
+            file.unlink()
+        elif damage == "swap":
+            data.draw(st.sampled_from(files)).write_bytes(bytes(content))
+        elif damage == "truncate":
+            file.write_bytes(bytes(content[:at]))
+        elif damage == "empty":
+            file.write_bytes(b"")
+        elif content:
+            content[at] ^= 1 << data.draw(st.integers(0, 7))
+            file.write_bytes(bytes(content))
+
+    @invariant()
+    def nothing_is_inconsistent(self) -> None:
+        for cache in self.caches:
+            check = getattr(getattr(cache, "_index", None), "check", None)
+            if check is not None:
+                check()
+
+
+class CacheMachineTests(CacheFactory):
+    """Random histories of the cache that a subclass opens."""
+
+    machine_examples: int = 40
+    """How many histories."""
+
+    @level(Level.CONCURRENCY)
+    def test_any_history_of_caches_serves_right_bits_or_misses(self) -> None:
+        run_machine(lambda: CacheMachine(self.open_cache), examples=self.machine_examples, steps=25)

@@ -1,0 +1,245 @@
+"""A cache offers what belongs to the request and nothing else: keys, isolation, miss, reset; and is a quiet guest of its host."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from lmcache import CacheEngine, Layout, PagedKV
+from lmcache.keys import Extra
+from lmcache.spec import KVSpec, Numerics
+from lmcache_conformance.contract import Level
+from lmcache_conformance.labs.kvlab import CHUNK, DIM, Pool, bits, scattered, tiny_config, tiny_spec
+from lmcache_conformance.runner.marks import level
+from lmcache_conformance.suites.cachefactory import CacheFactory, tokens_of
+
+
+class CacheNameTests(CacheFactory):
+    """Keys, isolation, miss, reset."""
+
+    # ---------------------------------------------------------------- keys and isolation
+
+    @level(Level.ISOLATION)
+    def test_two_tenants_never_share_a_hit(self, place: Path) -> None:
+        tokens = tokens_of(2 * CHUNK)
+        pools = {salt: Pool("nhd", 40, seed=seed) for seed, salt in enumerate(["", "a", "b"])}
+        slots = scattered(2 * CHUNK, pools["a"])
+        config = tiny_config(disk_path=place)
+        with self.open_cache(config, tiny_spec()) as cache:
+            cache.store(tokens, pools["a"].kv, slots, salt="a")
+            with cache.lookup(tokens_of(2 * CHUNK, seed=9)) as hit:
+                unknown = hit.stop
+            for other in ({"salt": "b"}, {}, {"salt": "a", "lora": "x"}, {"salt": "A"}):
+                with cache.lookup(tokens, **other) as hit:  # type: ignore[arg-type]
+                    assert hit.tokens == 0, f"{other} is offered what belongs to salt 'a'"
+                    assert hit.stop == unknown, "the reason of a miss tells one tenant what another has stored"
+            for salt in ("b", ""):
+                cache.store(tokens, pools[salt].kv, slots, salt=salt)
+            cache.flush()
+            self._each_its_own(cache, tokens, pools, slots)
+        with self.open_cache(config, tiny_spec()) as cache:
+            self._each_its_own(cache, tokens, pools, slots)
+
+    def _each_its_own(
+        self, cache: CacheEngine, tokens: torch.Tensor, pools: Mapping[str, Pool], slots: torch.Tensor
+    ) -> None:
+        for salt, pool in pools.items():
+            target = Pool("nhd", 40, seed=50)
+            with cache.lookup(tokens, salt=salt) as hit:
+                assert cache.retrieve(hit, target.kv, slots) == 2 * CHUNK
+            assert target.sequence(slots) == pool.sequence(slots), f"salt {salt!r} got another tenant's KV"
+
+    @level(Level.KEYS)
+    def test_new_weights_under_an_old_name_hit_nothing_old(self, place: Path) -> None:
+        tokens = tokens_of(2 * CHUNK)
+        pool = Pool("nhd", 40)
+        slots = scattered(2 * CHUNK, pool)
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
+            cache.store(tokens, pool.kv, slots)
+            with cache.lookup(tokens) as hit:
+                assert hit.tokens == 2 * CHUNK
+            for version in (1, "step-2"):
+                cache.set_weights_version(version)
+                with cache.lookup(tokens) as hit:
+                    assert hit.tokens == 0, f"weights {version!r} are offered what older weights computed"
+            cache.set_weights_version("")
+            with cache.lookup(tokens) as hit:
+                assert hit.tokens == 2 * CHUNK
+
+    @level(Level.KEYS)
+    def test_what_decides_the_bits_decides_the_hit(self, place: Path) -> None:
+        """Two caches on one folder that differ in one thing share nothing."""
+        tokens = tokens_of(2 * CHUNK)
+        base = tiny_spec()
+        specs = {
+            "another dtype": tiny_spec(torch.float16),
+            "another model": tiny_spec(model="other"),
+            "another engine": KVSpec(base.model, base.groups, base.rects, Numerics(engine="other")),
+            "another instruction set": KVSpec(base.model, base.groups, base.rects, Numerics(engine="test", isa="amx")),
+            "another backend": KVSpec(
+                base.model, base.groups, base.rects, Numerics(engine="test", attention_backend="b")
+            ),
+            "quantised": KVSpec(base.model, base.groups, base.rects, Numerics(engine="test", quantization="fp8")),
+        }
+        pool = Pool("nhd", 40)
+        config = tiny_config(disk_path=place)
+        with self.open_cache(config, base) as cache:
+            cache.store(tokens, pool.kv, scattered(2 * CHUNK, pool))
+            cache.flush()
+        for what, spec in specs.items():
+            with self.open_cache(config, spec) as cache, cache.lookup(tokens) as hit:
+                assert hit.tokens == 0, f"{what}: offered what {base.numerics} computed"
+
+    @level(Level.KEYS)
+    def test_each_rank_reads_its_own_part(self, place: Path) -> None:
+        tokens = tokens_of(2 * CHUNK)
+        spec = KVSpec.uniform("tp", layers=2, kv_heads=4, head_dim=DIM, dtype="bfloat16", numerics=Numerics(tp=2))
+        layout = Layout.parse({"k": "slot head dim", "v": "slot head dim"})
+        slots = torch.arange(2 * CHUNK)
+
+        def memory(seed: int) -> dict[str, list[torch.Tensor]]:
+            return {
+                p: [bits((64, 2, DIM), torch.bfloat16, seed + 10 * i + n) for n in range(2)] for i, p in enumerate("kv")
+            }
+
+        held = [memory(100 * rank) for rank in range(2)]
+        for rank in range(2):
+            with self.open_cache(tiny_config(disk_path=place), spec.shard(tp_rank=rank, tp_size=2)) as cache:
+                cache.store(tokens, PagedKV(held[rank], layout), slots)
+                cache.flush()
+        for rank in range(2):
+            got = memory(5000)
+            with (
+                self.open_cache(tiny_config(disk_path=place), spec.shard(tp_rank=rank, tp_size=2)) as cache,
+                cache.lookup(tokens) as hit,
+            ):
+                assert cache.retrieve(hit, PagedKV(got, layout), slots) == 2 * CHUNK
+            for plane in "kv":
+                for layer in range(2):
+                    same = _same(got[plane][layer][slots], held[rank][plane][layer][slots])
+                    assert same, f"rank {rank} read another rank's heads"
+
+    @level(Level.KEYS)
+    def test_another_image_behind_the_same_tokens_is_another_prompt(self) -> None:
+        tokens = tokens_of(3 * CHUNK)
+        pool = Pool("nhd", 40)
+        digest = bytes(range(32))
+        with self.open_cache(tiny_config(), tiny_spec()) as cache:
+            cache.store(tokens, pool.kv, scattered(3 * CHUNK, pool), extras=[Extra(CHUNK + 2, 4, digest)])
+            for at in range(32):
+                other = digest[:at] + bytes([digest[at] ^ 1]) + digest[at + 1 :]
+                with cache.lookup(tokens, extras=[Extra(CHUNK + 2, 4, other)]) as hit:
+                    assert hit.tokens == CHUNK, (
+                        f"an image whose digest differs in byte {at} is offered another image's KV"
+                    )
+            with cache.lookup(tokens, extras=[Extra(CHUNK + 2, 4, digest)]) as hit:
+                assert hit.tokens == 3 * CHUNK
+
+    # ---------------------------------------------------------------- miss
+
+    @level(Level.MISS)
+    def test_what_was_never_stored_is_never_a_hit(self, place: Path) -> None:
+        pool = Pool("nhd", 40)
+        slots = scattered(2 * CHUNK, pool)
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
+            for seed in range(5):
+                cache.store(tokens_of(2 * CHUNK, seed), pool.kv, slots)
+            for seed in range(100, 200):
+                with cache.lookup(tokens_of(4 * CHUNK, seed)) as hit:
+                    assert hit.tokens == 0
+                    assert cache.retrieve(hit, pool.kv, slots) == 0
+            with cache.lookup(tokens_of(CHUNK - 1)) as hit:
+                assert hit.tokens == 0, "less than a chunk has no name"
+
+    # ---------------------------------------------------------------- reset
+
+    @level(Level.RESET)
+    def test_after_clear_nothing_is_served_from_any_tier_now_or_after_a_restart(self, place: Path) -> None:
+        tokens = tokens_of(2 * CHUNK)
+        pool = Pool("nhd", 40)
+        slots = scattered(2 * CHUNK, pool)
+        config = tiny_config(disk_path=place)
+        with self.open_cache(config, tiny_spec()) as cache:
+            for salt in ("a", "b"):
+                cache.store(tokens, pool.kv, slots, salt=salt)
+            assert cache.clear(salt="a") > 0
+            self._offered(cache, tokens, a=0, b=2 * CHUNK)
+        with self.open_cache(config, tiny_spec()) as cache:
+            self._offered(cache, tokens, a=0, b=2 * CHUNK)
+            cache.clear()
+            self._offered(cache, tokens, a=0, b=0)
+        assert not list(place.rglob("*.safetensors")), "files are left"
+        with self.open_cache(config, tiny_spec()) as cache:
+            self._offered(cache, tokens, a=0, b=0)
+            assert cache.store(tokens, pool.kv, slots, salt="a") == 2 * CHUNK, "cleared, and no use any more"
+            self._offered(cache, tokens, a=2 * CHUNK, b=0)
+
+    def _offered(self, cache: CacheEngine, tokens: torch.Tensor, **wanted: int) -> None:
+        for salt, count in wanted.items():
+            with cache.lookup(tokens, salt=salt) as hit:
+                assert hit.tokens == count, f"salt {salt!r} is offered {hit.tokens} tokens, not {count}"
+
+    # ---------------------------------------------------------------- a host as it is
+
+    @level(Level.FAULTS)
+    def test_where_memory_cannot_be_pinned_it_starts_and_works_all_the_same(self) -> None:
+        """WSL2, containers with a locked-memory limit: a GPU is there, and pinning fails."""
+
+        def refuse(nbytes: int) -> torch.Tensor:
+            raise RuntimeError("CUDA error: OS call failed or operation not supported on this OS")
+
+        tokens = tokens_of(CHUNK)
+        pool = Pool("nhd", 40)
+        slots = scattered(CHUNK, pool)
+        with (
+            mock.patch("torch.cuda.is_available", return_value=True),
+            mock.patch("lmcache.memory.pinned", refuse),
+        ):
+            try:
+                with self.open_cache(tiny_config(), tiny_spec()) as cache:
+                    stored = cache.store(tokens, pool.kv, slots)
+            except Exception as error:
+                raise AssertionError(f"memory can't be pinned, and so it does not start: {error}") from error
+        assert stored == CHUNK
+
+    @level(Level.FAULTS)
+    def test_it_listens_on_no_network_address(self, place: Path) -> None:
+        if not Path("/proc/net/tcp").exists():
+            pytest.skip("this host does not tell who listens")
+        before = _listening()
+        with self.open_cache(tiny_config(disk_path=place), tiny_spec()):
+            opened = _listening() - before
+        assert not opened, f"it listens on {', '.join(sorted(opened))}: nobody asked for that"
+
+
+def _listening() -> set[str]:
+    """Addresses on which this host's network namespace listens for TCP, as `address:port`."""
+    found = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        file = Path("/proc/net") / name
+        if not file.exists():
+            continue
+        mine = {link for link in map(_readlink, Path("/proc/self/fd").iterdir()) if link}
+        for line in file.read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in mine:
+                address, port = fields[1].split(":")
+                words = [bytes.fromhex(address)[i : i + 4][::-1] for i in range(0, len(address) // 2, 4)]
+                found.add(f"{socket.inet_ntop(family, b''.join(words))}:{int(port, 16)}")
+    return found
+
+
+def _readlink(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except OSError:
+        return ""
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

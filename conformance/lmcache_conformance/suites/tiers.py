@@ -1,0 +1,23 @@
+"""What every tier must do, as tests. Subclass `TierTests`, say how to open your tier, and run pytest:
+
+    class TestMyTier(TierTests):
+        capabilities = TierCapabilities(persistent=True, bounded=True)
+
+        def open_tier(self, place, capacity):
+            return MyTier(place, capacity)
+
+The suite knows nothing of how a tier works; what a tier can't do it does not claim, and the tests that need it are skipped
+with that reason. Where you offer a way around the tier (`raw_get`, `raw_put`, `raw_files`), the suite uses it as its oracle.
+"""
+
+from __future__ import annotations
+
+from lmcache_conformance.suites.tierbytes import TierBytesTests
+from lmcache_conformance.suites.tierfactory import TierCapabilities
+from lmcache_conformance.suites.tierfaults import TierFaultTests
+
+__all__ = ["TierCapabilities", "TierTests"]
+
+
+class TierTests(TierFaultTests, TierBytesTests):
+    """The contract of `lmcache.tiers.base.Tier`."""

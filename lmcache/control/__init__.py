@@ -1,0 +1,6 @@
+"""The control plane: decides what exists where, what is leased, and what leaves; see `lmcache.control.index`."""
+
+from lmcache.control.index import Index
+from lmcache.control.outcomes import Finished, Lookup, Owner, Store, TierInfo
+
+__all__ = ["Finished", "Index", "Lookup", "Owner", "Store", "TierInfo"]

@@ -1,0 +1,103 @@
+"""What goes to the tiers, as configured: the rule, and what it has to know of the tiers' room and speed.
+
+The rules are in `lmcache.control.admission.rules`; their figures come from the data plane, as `TierFacts`. In between, what
+was let through is counted on top.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lmcache.config import Config
+from lmcache.control.admission.rules import Adaptive, BreakEven, SecondSight
+from lmcache.control.state import Admit
+from lmcache.plan import Name, TierFacts
+from lmcache.spec import KVSpec
+
+_HEADER_BYTES = 4096
+"""Of an object in a file, at least: its payload is aligned to that."""
+
+_SAMPLE_BYTES = 8 << 20
+"""Loads are one measurement of a tier's speed when they come to so much together."""
+
+
+class Admission:
+    """The rule for `Index(admit=…)` of one engine.
+
+    Args:
+        config: `admission`, `prefill_tokens_per_s`.
+        specs: what the KV of each rank is that this engine decides for. The objects of all ranks of the model, its own or
+            those of its peers, are taken to lie in one folder.
+        chunk_tokens: tokens per object.
+        capacities: usable bytes of each tier, nearest first; None: no limit, so there is always room.
+    """
+
+    def __init__(
+        self, config: Config, specs: Sequence[KVSpec], chunk_tokens: int, capacities: Sequence[int | None]
+    ) -> None:
+        self._bounds = {tier: size for tier, size in enumerate(capacities) if size is not None}
+        whole = KVSpec.of_groups(specs[0].model, specs[0].groups)
+        groups = range(len(whole.groups))
+        self._sizes = [whole.object_bytes(group, chunk_tokens) + _HEADER_BYTES for group in groups]
+        self._used: Counter[int] = Counter()
+        self._facts: dict[tuple[int, int], TierFacts] = {}
+        self._pace: BreakEven | None = None
+        chunks = {tier: max(1, size // sum(self._sizes)) for tier, size in self._bounds.items()}
+        rule: Admit | None = None
+        if config.admission == "second":
+            # Each group has marks of its own; they share one memory.
+            rule = SecondSight(self.has_room, {tier: n * len(groups) for tier, n in chunks.items()})
+        elif config.admission == "adaptive":
+            lead = next((g for g in groups if whole.groups[g].rule.kind == "all"), 0)
+            rule = Adaptive(self.has_room, chunks, group=lead, groups=len(groups))
+        if config.prefill_tokens_per_s is not None:
+            # Every rank loads its own part of a chunk, all groups of it, while the others load theirs.
+            part = max(sum(spec.object_bytes(g, chunk_tokens) for g in groups) for spec in specs)
+            rule = self._pace = BreakEven(lambda group: part, rule)
+            for _ in range(BreakEven.FEW):
+                self._pace.computed(chunk_tokens, chunk_tokens / config.prefill_tokens_per_s)
+        self._rule = rule
+
+    @property
+    def bounded(self) -> list[int]:
+        """Tiers whose room has to be known; none if nobody asks."""
+        return list(self._bounds) if self.active else []
+
+    @property
+    def active(self) -> bool:
+        """See `admits`."""
+        return self._rule is not None
+
+    def __call__(self, tier: int, name: Name) -> bool:
+        """See `Admit`."""
+        if self._rule is not None and not self._rule(tier, name):
+            return False
+        self._used[tier] += self._sizes[name.group]
+        return True
+
+    def asked(self, digests: Sequence[bytes], near: int, found: int) -> None:
+        """See `lmcache.control.admission.rules.Learns`."""
+        told = getattr(self._rule, "asked", None)
+        if told is not None:
+            told(digests, near, found)
+
+    def has_room(self, tier: int) -> bool:
+        """Whether another object fits without the janitor evicting one for it."""
+        bound = self._bounds.get(tier)
+        return bound is None or self._used[tier] + max(self._sizes) <= bound
+
+    def measured(self, rank: int, facts: Sequence[TierFacts]) -> None:
+        """What a rank found out about its tiers."""
+        for tier, new in enumerate(facts):
+            self._used[tier] = new.used  # ranks share the folder, or have folders that fill alike
+            old = self._facts.setdefault((rank, tier), new)
+            if new.loaded - old.loaded >= _SAMPLE_BYTES:
+                if self._pace is not None:
+                    self._pace.loaded(tier, new.loaded - old.loaded, new.busy - old.busy)
+                self._facts[rank, tier] = new
+
+
+def admits(config: Config) -> bool:
+    """Whether anything may be refused under these settings; otherwise nobody has to ask, or to tell."""
+    return config.admission != "all" or config.prefill_tokens_per_s is not None

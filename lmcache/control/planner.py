@@ -1,0 +1,155 @@
+"""Building jobs: which ops a load, a prefetch or a store of a chain needs, and which slots they get."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
+
+from lmcache.control.extents import Run, pieces
+from lmcache.control.jobs import Wanted, Work
+from lmcache.control.lookup import Found, find, stretches
+from lmcache.control.outcomes import Owner
+from lmcache.control.state import State
+from lmcache.plan import Chain, Copy, Engine, Place, Slot, Tier
+
+ENGINE = Engine()
+
+
+def load(state: State, owner: Owner, chain: Chain, limit: int, skip: int) -> Work | None:
+    """A job that brings chunks [skip, longest hit ≤ limit) into the engine, or None if that is nothing."""
+    found = find(state, chain, limit)
+    chunk = state.chunk_tokens
+    if found.chunks * chunk <= skip:
+        return None
+    work = Work("load", owner, chain.namespace)
+    near = _pin(state, work, found)
+    hops = _hops(state, work, chain, found, skip // chunk)
+    targets: list[tuple[int, int, int]] = []
+    for i in range(skip // chunk, found.chunks):
+        for group, need in enumerate(found.needs):
+            if i not in need:
+                continue
+            name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
+            source: Place | None = near[group].get(i)
+            if source is None:  # straight into the engine if no slot can be freed, or another job is filling one
+                source = Tier(found.below[group][i])
+                if i in hops[group]:
+                    work.ops.append(Copy(name, source, hops[group][i]))
+                    source = hops[group][i]
+            work.ops.append(Copy(name, source, ENGINE, i * chunk))
+            targets.append((len(work.ops) - 1, group, i))
+    work.wanted = Wanted(found.chunks, skip, targets)
+    return work
+
+
+def prefetch(state: State, owner: Owner, chain: Chain, limit: int, skip: int = 0) -> Work:
+    """A job that brings what the hit needs from tiers into DRAM, as far as slots can be freed; maybe without ops."""
+    found = find(state, chain, limit)
+    work = Work("prefetch", owner, chain.namespace)
+    _pin(state, work, found)
+    hops = _hops(state, work, chain, found, skip // state.chunk_tokens)
+    for i in range(skip // state.chunk_tokens, found.chunks):
+        for group, slots in enumerate(hops):
+            if i in slots:
+                name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
+                work.ops.append(Copy(name, Tier(found.below[group][i]), slots[i]))
+    return work
+
+
+def store(
+    state: State,
+    owner: Owner,
+    chain: Chain,
+    first: int,
+    last: int,
+    resident: Sequence[Sequence[bool]] | None,
+) -> tuple[Work, set[int], Counter[str]]:
+    """A job that copies chunks [first, last) into DRAM; the positions it copies something of; skipped objects by reason."""
+    work = Work("store", owner, chain.namespace)
+    skipped: Counter[str] = Counter()
+    ops: list[tuple[int, Copy]] = []
+    gaps: set[int] = set()  # positions of which a group of rule `all` has nothing: nobody can reach what lies behind it
+    digests = list(chain.digests[:last])
+    for group in sorted(range(len(state.pools)), key=lambda g: not state.pools[g].chained):
+        pool = state.pools[group]
+        end = min(last, 1) if state.rules[group].kind == "whole" else last
+        barred = [i for i in range(first, end) if i in gaps or (resident is not None and not resident[group][i])]
+        barred.append(end)
+        touched: list[bytes] = []
+        i = first
+        while i < end:
+            ready = next(pool.walk(chain.namespace, digests, i, end), None)
+            if ready is not None or pool.find(chain.namespace, digests[i], chain.depth(i)) is not None:
+                there = ready.size if ready else 1
+                skipped["present"] += there
+                touched += digests[i : i + there]
+                i += there
+                continue
+            if i in gaps or (pool.chained and chain.parent(i) and not _reachable(state, chain, group, i - 1)):
+                skipped["parent"] += 1
+            elif resident is not None and not resident[group][i]:
+                skipped["resident"] += 1
+            else:
+                stop = barred[bisect_left(barred, i)]
+                slots = _take(state, work, chain, group, i, pool.absent(chain, i, stop))
+                for slot in slots:
+                    name = state.name(chain.namespace, digests[i], group, chain.depth(i))
+                    ops.append((i, Copy(name, ENGINE, slot, i * state.chunk_tokens)))
+                    i += 1
+                if slots:
+                    continue
+                skipped["full"] += 1
+            if pool.chained and chain.linked and state.tier_with(chain.namespace, digests[i], group) is None:
+                gaps.add(i)
+            i += 1
+        pool.touch(pool.carve(pool.present(chain.namespace, touched, 0, len(touched))))
+    ops.sort(key=itemgetter(0))
+    work.ops.extend(op for _, op in ops)
+    return work, {i for i, _ in ops}, skipped
+
+
+def _reachable(state: State, chain: Chain, group: int, i: int) -> bool:
+    digest = chain.digests[i]
+    if state.pools[group].find(chain.namespace, digest, chain.depth(i)) is not None:
+        return True
+    return state.tier_with(chain.namespace, digest, group) is not None
+
+
+def _pin(state: State, work: Work, found: Found) -> list[dict[int, Slot]]:
+    """Hold what is in DRAM, before a slot for anything else is taken from there; per group, where each position of it lies."""
+    near: list[dict[int, Slot]] = []
+    for group, pool in enumerate(state.pools):
+        runs = pool.carve(found.parts(group))
+        work.pins.append((pool, pool.pin(runs)))
+        positions = (i for i in found.needs[group] if i not in found.below[group])
+        near.append(dict(zip(positions, _slots(runs), strict=True)))
+    return near
+
+
+def _hops(state: State, work: Work, chain: Chain, found: Found, first: int) -> list[dict[int, Slot]]:
+    """Per group, slots for what lies in tiers from chunk `first` on, as far as there are any and no other job fills one."""
+    hops: list[dict[int, Slot]] = []
+    for group, pool in enumerate(state.pools):
+        slots: dict[int, Slot] = {}
+        for start, stop in stretches(sorted(i for i in found.below[group] if i >= first)):
+            while start < stop:
+                end = pool.absent(chain, start, stop)
+                slots.update(enumerate(_take(state, work, chain, group, start, end), start))
+                start = end + 1
+        hops.append(slots)
+    return hops
+
+
+def _take(state: State, work: Work, chain: Chain, group: int, first: int, last: int) -> list[Slot]:
+    """Slots that the job fills with as much of the beginning of chunks [first, last), which are absent, as can be freed."""
+    pool = state.pools[group]
+    spans = pool.insert(chain, first, last)
+    work.fills.setdefault(group, []).extend(spans)
+    work.pins.append((pool, spans))
+    return list(_slots(pieces(spans)))
+
+
+def _slots(runs: Iterable[Run]) -> Iterator[Slot]:
+    return (Slot(slot, generation) for run in runs for _, slot, generation, _ in run.objects())

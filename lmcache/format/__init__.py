@@ -1,0 +1,1 @@
+"""The bytes of an object on a tier: header, payload, checksums, and how they are read back."""

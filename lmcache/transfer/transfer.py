@@ -1,0 +1,576 @@
+"""The data plane of one rank: executes plans, moves bytes, decides nothing.
+
+`execute` starts a plan and never waits for a tier: copies between engine memory and arena slots happen at once, in large
+batches; tier calls go to worker threads. `poll` answers with what the index has not acknowledged yet. `fence` waits until
+jobs no longer touch engine memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
+from threading import Lock
+
+import torch
+
+from lmcache.format.codec import Loaded, ObjectIO
+from lmcache.keys import Name, ObjectId
+from lmcache.layout import BoundKV, ObjectLayout
+from lmcache.observe.log import Throttle
+from lmcache.observe.metrics import Metrics
+from lmcache.plan import Copy, Delete, Engine, Plan, Probe, Report, Slot, Status, TierFacts
+from lmcache.plan import Tier as TierPlace
+from lmcache.spec import KVSpec
+from lmcache.tiers.base import Result, Tier
+from lmcache.transfer.arena import Arena
+from lmcache.transfer.engine_copy import Arrival, Mover, StagingFullError, open_mover
+from lmcache.transfer.jobs import EngineView, Ledger, Run, SlotKey
+from lmcache.transfer.tier_stats import Meter
+from lmcache.transfer.workers import Workers
+from lmcache_kernels import fallbacks
+
+__all__ = ["EngineView", "Transfer"]
+
+_ALARMS = frozenset({Status.CORRUPT, Status.FAILED, Status.FULL, Status.LATE})
+"""Statuses worth a warning; a vanished object or a cancelled op is everyday business."""
+
+_LOOK_S = 0.25
+"""Seconds between two looks at how full a tier is, on its own threads."""
+
+
+class Transfer:
+    """Executes plans on one rank.
+
+    Args:
+        spec: what this rank's KV is.
+        chunk_tokens: tokens per object.
+        arenas: one per group, host memory.
+        tiers: nearest first; positions are those in `plan.Tier`.
+        io: reads and writes objects of `tiers`.
+        metrics, log: where failures are counted and told.
+        rank: this rank's number in reports.
+        read_threads, write_threads: per tier.
+        queue_bytes: write-behind data waiting at most; beyond that a spill is skipped and counted.
+        open_mover: device of engine memory → what moves bytes in and out of it; called once for each.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        chunk_tokens: int,
+        arenas: Sequence[Arena],
+        tiers: Sequence[Tier],
+        *,
+        io: ObjectIO,
+        metrics: Metrics,
+        log: Throttle,
+        rank: int = 0,
+        read_threads: int = 2,
+        write_threads: int = 1,
+        queue_bytes: int = 1 << 30,
+        open_mover: Callable[[torch.device], Mover] = open_mover,
+    ) -> None:
+        self._spec = spec
+        self._chunk_tokens = chunk_tokens
+        self._arenas = arenas
+        self._tiers = tiers
+        self._io = io
+        self._metrics = metrics
+        metrics.kernel_fallbacks(lambda: float(len(fallbacks())))
+        self._log = log
+        self._queue_bytes = queue_bytes
+        self._open_mover = open_mover
+        self._movers: dict[torch.device, Mover] = {}
+        self._ledger = Ledger(rank)
+        self._meters = [Meter() for _ in tiers]
+        self._used = [0] * len(tiers)
+        self._owed = [0] * len(tiers)  # bytes waiting to be written
+        self._look_at = [math.inf] * len(tiers)
+        self._readers = [Workers(f"lmcache-{t.name}-read", read_threads) for t in tiers]
+        self._writers = [Workers(f"lmcache-{t.name}-write", write_threads) for t in tiers]
+        self._copiers = Workers("lmcache-copy", 1)
+        self._stored = Workers("lmcache-stored", 1)  # apart, so that a load is not told late because of stores
+        self._loaded = Workers("lmcache-loaded", 1)
+        self._lock = Lock()
+        self._write_bytes = 0
+        self._native: dict[int, ObjectLayout] = {}
+
+    # ---------------------------------------------------------------- plans in, reports out
+
+    def point(self, kv: BoundKV) -> object:
+        """This point of the engine's stream, for `execute(after=…)`."""
+        return self._mover(kv).now()
+
+    def execute(self, plan: Plan, views: Mapping[int, EngineView] | None = None, after: object = None) -> None:
+        """Start every job of `plan`. `views[job id]` is needed by jobs that copy from or to the engine.
+
+        Loads begin once the engine's stream has passed `after` (default: where it is now); their pages are free from there.
+
+        On return the sources of its stores may be overwritten by whatever the engine enqueues later, and loads from ready
+        slots of host memory are complete (on a device, when they are reported). A job that was seen before is ignored, so a
+        plan may be delivered twice.
+        """
+        for run in self._ledger.begin(plan, views or {}):
+            self._guard(run, range(len(run.job.ops)), partial(self._begin, run, after))
+
+    def _begin(self, run: Run, after: object) -> None:
+        if run.view is not None:
+            run.after = self.point(run.view.kv) if after is None else after
+        self._start(run)
+
+    def poll(self) -> Report:
+        """Everything this rank has to report and the index has not acknowledged."""
+        return self._ledger.report()
+
+    @property
+    def news(self) -> int:
+        """Grows whenever a job becomes reportable; lets a caller skip `poll` when nothing happened."""
+        return self._ledger.news
+
+    def wait(self, seen: int, timeout: float) -> None:
+        """Return when `news` is no longer `seen`, when a deadline passes, or after `timeout` seconds."""
+        self._ledger.wait(seen, timeout)
+
+    def fence(self, jobs: Sequence[int], timeout: float | None = None) -> bool:
+        """Wait until none of `jobs` writes engine memory, now or later; loads that have not begun are cancelled."""
+        return self._ledger.fence(jobs, timeout)
+
+    def running(self, kind: str | None = None) -> int:
+        """How many jobs (of one kind) are under way."""
+        return self._ledger.running(kind)
+
+    def queue(self) -> tuple[int, int]:
+        """Tier calls waiting for a thread, and bytes waiting to be written."""
+        return sum(w.queued for w in (*self._readers, *self._writers)), self._write_bytes
+
+    def facts(self) -> list[TierFacts]:
+        """What is known of each tier, for the rule of admission. Asks nobody."""
+        with self._lock:
+            used = [a + b for a, b in zip(self._used, self._owed, strict=True)]
+        return [TierFacts(n, *meter.read()) for n, meter in zip(used, self._meters, strict=True)]
+
+    def look(self, tier: int) -> None:
+        """Find out how full a tier is, now and from then on: `facts` counts on from there. Takes as long as the tier takes."""
+        self._look_at[tier] = time.monotonic() + _LOOK_S
+        used = self._tiers[tier].used_bytes()
+        with self._lock:
+            self._used[tier] = used
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Finish queued work and end the threads; False if some tier call still hangs."""
+        until = time.monotonic() + timeout
+        pools = (*self._readers, *self._writers, self._copiers, self._stored, self._loaded)
+        ended = [workers.close(max(0.0, until - time.monotonic())) for workers in pools]
+        return all(ended)
+
+    def _finish(self, run: Run, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = "") -> None:
+        self._ledger.finish(run, indices, status, nbytes, detail)
+        if indices and status in _ALARMS:
+            self._metrics.failed(run.job.kind, status.name.lower(), len(indices))
+            self._log.warning(f"{run.job.kind}-{status.name.lower()}", objects=len(indices), detail=detail)
+
+    # ---------------------------------------------------------------- the start of a job
+
+    def _start(self, run: Run) -> None:
+        """Sort the ops of a job by kind of hop and set each kind going."""
+        stores: dict[int, list[int]] = {}
+        ready: dict[int, list[int]] = {}
+        fills: list[int] = []
+        direct: list[int] = []
+        spills: list[int] = []
+        tier_ops: dict[tuple[int, bool], list[int]] = {}
+        followers: dict[SlotKey, list[int]] = {}
+        unsupported: list[int] = []
+        for i, op in enumerate(run.job.ops):
+            if isinstance(op, (Probe, Delete)):
+                tier_ops.setdefault((op.tier, isinstance(op, Probe)), []).append(i)
+                continue
+            group = op.name.group
+            if isinstance(op.src, Engine) and isinstance(op.dst, Slot):
+                stores.setdefault(group, []).append(i)
+            elif isinstance(op.src, Slot) and isinstance(op.dst, Engine):
+                key = (group, op.src.index)
+                if key in followers:
+                    followers[key].append(i)
+                else:
+                    ready.setdefault(group, []).append(i)
+            elif isinstance(op.src, TierPlace) and isinstance(op.dst, Slot):
+                fills.append(i)
+                followers[group, op.dst.index] = []
+            elif isinstance(op.src, TierPlace) and isinstance(op.dst, Engine):
+                direct.append(i)
+            elif isinstance(op.src, Slot) and isinstance(op.dst, TierPlace):
+                spills.append(i)
+            else:
+                unsupported.append(i)
+        self._finish(run, unsupported, Status.FAILED, detail="this transfer has no such hop")
+
+        for group, indices in stores.items():
+            self._guard(run, indices, partial(self._store, run, group, indices))
+        for i in spills:
+            self._queue_spill(run, i)
+        for (tier, probe), indices in tier_ops.items():
+            call = self._probe if probe else self._delete
+            self._submit(self._readers[tier], run, indices, partial(call, run, tier, indices))
+
+        if run.view is not None and run.view.layer_done is not None:
+            self._start_layerwise(run, ready, fills, direct, followers)
+            return
+        for i in fills:
+            op = run.copy(i)
+            assert isinstance(op.dst, Slot)
+            after = followers[op.name.group, op.dst.index]
+            self._submit(self._reader(op), run, [i, *after], partial(self._fill_and_scatter, run, i, after))
+        for i in direct:
+            self._submit(self._reader(run.copy(i)), run, [i], partial(self._load_direct, run, i))
+        for group, indices in ready.items():
+            self._guard(run, indices, partial(self._scatter, run, group, indices))
+
+    def _mover(self, kv: BoundKV) -> Mover:
+        device = kv.device
+        with self._lock:
+            found = self._movers.get(device)
+            if found is None:
+                found = self._movers[device] = self._open_mover(device)
+            return found
+
+    def _reader(self, op: Copy) -> Workers:
+        assert isinstance(op.src, TierPlace)
+        return self._readers[op.src.index]
+
+    def _submit(self, workers: Workers, run: Run, indices: Sequence[int], task: Callable[[], object]) -> bool:
+        queued = workers.submit(partial(self._guard, run, indices, task))
+        if not queued:
+            self._finish(run, indices, Status.CANCELLED, detail="the cache is closed, or no thread can be started")
+        return queued
+
+    def _guard(self, run: Run, indices: Sequence[int], task: Callable[[], object]) -> None:
+        """The one place where whatever goes wrong in the data plane turns into a status instead of an exception."""
+        try:
+            task()
+        except Exception as error:
+            left = [i for i in indices if i in run.unfinished]
+            self._finish(run, left, Status.FAILED, detail=f"{type(error).__name__}: {error}")
+
+    # ---------------------------------------------------------------- hops
+
+    def _store(self, run: Run, group: int, indices: Sequence[int]) -> None:
+        """Engine → slots, all objects of a group in one gather. On return the engine may overwrite the source."""
+        view = _view_of(run)
+        layout = view.kv.native(group, self._chunk_tokens)
+        arena = self._arenas[group]
+        live, outs, starts = [], [], []
+        for i in indices:
+            op = run.copy(i)
+            assert isinstance(op.dst, Slot)
+            try:
+                self._ledger.claim(group, op.dst.index)
+                outs.append(arena.view(op.dst.index))
+            except MemoryError as error:
+                self._finish(run, [i], Status.FULL, detail=str(error))
+                continue
+            live.append(i)
+            starts.append(op.start)
+        if not live:
+            return
+        self._native[group] = layout
+        slots = _slots_at(view.slots[group], starts, self._chunk_tokens)
+        try:
+            arrival = self._mover(view.kv).store(view.kv, group, slots, outs, layout)
+        except StagingFullError as full:
+            self._metrics.skipped_store("staging", len(live))
+            self._finish(run, live, Status.SKIPPED, detail=str(full))
+            return
+
+        def stored() -> None:
+            self._ledger.tag(run, live, layout)
+            nbytes = layout.nbytes * len(live)
+            self._metrics.moved("engine", "dram", nbytes)
+            self._finish(run, live, Status.OK, nbytes)
+
+        self._when_there(self._stored, run, live, [] if arrival is None else [arrival], stored)
+
+    def _scatter(self, run: Run, group: int, indices: Sequence[int], layers: slice | None = None) -> bool:
+        """Slots → engine. With `layers`, only those, and the ops stay open. False if nothing may be written any more."""
+        view = _view_of(run)
+        batches: dict[ObjectLayout, list[int]] = {}
+        stale: list[int] = []
+        for i, held in zip(indices, self._ledger.layouts(run, indices), strict=True):
+            if held is None:
+                stale.append(i)
+            else:
+                batches.setdefault(held, []).append(i)
+        self._finish(run, stale, Status.SKIPPED, detail="the slot does not hold this object")
+        if not self._ledger.begin_engine_write(run):
+            self._finish(run, [i for i in indices if i not in stale], Status.CANCELLED)
+            return False
+        arrivals: list[Arrival] = []
+        end = partial(self._ledger.end_engine_write, run)
+        try:
+            for layout, batch in batches.items():
+                copies = [run.copy(i) for i in batch]
+                srcs = [self._arenas[group].view(op.src.index) for op in copies if isinstance(op.src, Slot)]
+                slots = _slots_at(view.slots[group], [op.start for op in copies], self._chunk_tokens)
+                arrival = self._mover(view.kv).load(srcs, layout, view.kv, group, slots, layers, run.after)
+                arrivals += [] if arrival is None else [arrival]
+        except BaseException:
+            _settle(arrivals, end)
+            raise
+        if layers is not None:
+            _settle(arrivals, end)
+            return True
+
+        def loaded() -> None:
+            for layout, batch in batches.items():
+                self._metrics.moved("dram", "engine", layout.nbytes * len(batch))
+                self._finish(run, batch, Status.OK, layout.nbytes * len(batch))
+
+        self._when_there(self._loaded, run, [i for batch in batches.values() for i in batch], arrivals, loaded, end)
+        return True
+
+    def _when_there(
+        self,
+        waiters: Workers,
+        run: Run,
+        indices: Sequence[int],
+        arrivals: Sequence[Arrival],
+        then: Callable[[], None],
+        end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`end()`, and `then()` if all went well, when everything has arrived: now, or on a thread of `waiters`."""
+
+        def settle() -> None:
+            _settle(arrivals, end)
+            then()
+
+        if not arrivals:
+            settle()
+        elif not waiters.submit(partial(self._guard, run, indices, settle)):
+            self._guard(run, indices, settle)  # closing: nothing is left running
+
+    def _fill_and_scatter(self, run: Run, index: int, after: Sequence[int]) -> None:
+        if self._fill(run, index):
+            if after:
+                self._scatter(run, run.job.ops[after[0]].name.group, after)
+        else:
+            self._finish(run, after, Status.SKIPPED)
+
+    def _fill(self, run: Run, index: int) -> bool:
+        """Tier → slot: read, verify, and tag the slot if all is well."""
+        op = run.copy(index)
+        assert isinstance(op.src, TierPlace)
+        assert isinstance(op.dst, Slot)
+        if run.late:
+            self._finish(run, [index], Status.CANCELLED)
+            return False
+        group = op.name.group
+        try:
+            self._ledger.claim(group, op.dst.index)
+            out = self._arenas[group].view(op.dst.index)
+        except MemoryError as error:
+            self._finish(run, [index], Status.FULL, detail=str(error))
+            return False
+        tier = self._tiers[op.src.index]
+        loaded = self._load(op.src.index, op.name, out, self._native.get(group), run.deadline)
+        if loaded.layout is None:
+            self._lost(run, index, tier, loaded.result)
+            return False
+        self._ledger.tag(run, [index], loaded.layout)
+        self._metrics.moved(tier.name, "dram", loaded.result.nbytes)
+        self._finish(run, [index], Status.OK, loaded.result.nbytes)
+        return True
+
+    def _load_direct(self, run: Run, index: int) -> None:
+        """Tier → engine by way of this thread's bounce buffer, when the arena has no slot to spare."""
+        op = run.copy(index)
+        assert isinstance(op.src, TierPlace)
+        view = _view_of(run)
+        group = op.name.group
+        if run.late:
+            self._finish(run, [index], Status.CANCELLED)
+            return
+        tier = self._tiers[op.src.index]
+        out = self._io.bounce(group)
+        loaded = self._load(op.src.index, op.name, out, None, run.deadline)
+        if loaded.layout is None:
+            self._lost(run, index, tier, loaded.result)
+            return
+        if not self._ledger.begin_engine_write(run):
+            self._finish(run, [index], Status.CANCELLED)
+            return
+        arrivals: list[Arrival] = []
+        try:
+            slots = _slots_at(view.slots[group], [op.start], self._chunk_tokens)
+            arrival = self._mover(view.kv).load([out], loaded.layout, view.kv, group, slots, after=run.after)
+            arrivals += [] if arrival is None else [arrival]
+        finally:
+            _settle(arrivals, partial(self._ledger.end_engine_write, run))
+        self._metrics.moved(tier.name, "engine", loaded.result.nbytes)
+        self._finish(run, [index], Status.OK, loaded.result.nbytes)
+
+    def _load(
+        self, tier: int, name: Name, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
+    ) -> Loaded:
+        with self._meters[tier].load() as count:
+            loaded = self._io.load(self._tiers[tier], self._object_id(name), out, want, deadline)
+            if loaded.layout is not None:
+                count(loaded.result.nbytes)
+        if time.monotonic() >= self._look_at[tier]:
+            self.look(tier)
+        return loaded
+
+    def _lost(self, run: Run, index: int, tier: Tier, result: Result) -> None:
+        if result.status is Status.CORRUPT:
+            self._metrics.corrupted(tier.name)
+        self._finish(run, [index], result.status, detail=f"{tier.name}: {result.detail}")
+
+    def _queue_spill(self, run: Run, index: int) -> None:
+        """Slot → tier, write-behind. What does not fit into the queue is dropped: a slow disk never slows the engine."""
+        op = run.copy(index)
+        assert isinstance(op.dst, TierPlace)
+        nbytes = self._arenas[op.name.group].slot_bytes
+        with self._lock:
+            fits = self._write_bytes + nbytes <= max(self._queue_bytes, nbytes)
+            if fits:
+                self._write_bytes += nbytes
+                self._owed[op.dst.index] += nbytes
+        if not fits:
+            self._metrics.skipped_store("queue")
+            self._finish(run, [index], Status.SKIPPED, detail="write-behind queue is full")
+            return
+        self._submit(self._writers[op.dst.index], run, [index], partial(self._spill, run, index, nbytes))
+
+    def _spill(self, run: Run, index: int, queued: int) -> None:
+        op = run.copy(index)
+        assert isinstance(op.src, Slot)
+        assert isinstance(op.dst, TierPlace)
+        tier = self._tiers[op.dst.index]
+        try:
+            [held] = self._ledger.layouts(run, [index])
+            if held is None:
+                self._finish(run, [index], Status.SKIPPED, detail="the slot does not hold this object")
+                return
+            payload = self._arenas[op.name.group].view(op.src.index)
+            result = self._io.save(tier, self._object_id(op.name), payload, held)
+            if result.status is Status.OK:
+                self._metrics.moved("dram", tier.name, result.nbytes)
+                self._wrote(op.dst.index, result.nbytes)
+            else:
+                self._metrics.skipped_store(result.status.name.lower())
+            self._finish(run, [index], result.status, result.nbytes, f"{tier.name}: {result.detail}")
+        finally:
+            with self._lock:
+                self._write_bytes -= queued
+                self._owed[op.dst.index] -= queued
+
+    def _wrote(self, tier: int, nbytes: int) -> None:
+        with self._lock:
+            self._used[tier] += nbytes
+        if time.monotonic() >= self._look_at[tier]:  # others write too, and somebody evicts
+            self.look(tier)
+
+    def _probe(self, run: Run, tier: int, indices: Sequence[int]) -> None:
+        ids = [self._object_id(run.job.ops[i].name) for i in indices]
+        for i, result in zip(indices, self._io.contains(self._tiers[tier], ids, run.deadline), strict=True):
+            self._finish(run, [i], result.status, detail=result.detail)
+
+    def _delete(self, run: Run, tier: int, indices: Sequence[int]) -> None:
+        ids = [self._object_id(run.job.ops[i].name) for i in indices]
+        for i, result in zip(indices, self._tiers[tier].delete(ids, deadline=run.deadline), strict=True):
+            self._finish(run, [i], result.status, detail=result.detail)
+
+    def _object_id(self, name: Name) -> ObjectId:
+        return ObjectId.of(name, self._spec.rects[name.group])
+
+    # ---------------------------------------------------------------- layer by layer
+
+    def _start_layerwise(
+        self,
+        run: Run,
+        ready: Mapping[int, list[int]],
+        fills: Sequence[int],
+        direct: Sequence[int],
+        followers: Mapping[SlotKey, list[int]],
+    ) -> None:
+        """Fill slots first; when the last tier call has returned, write layer after layer across all objects."""
+        waiting = {group: list(indices) for group, indices in ready.items()}
+        left = len(fills) + len(direct)
+
+        def arrived(more: Sequence[int] = ()) -> None:
+            nonlocal left
+            with self._lock:
+                for i in more:
+                    waiting.setdefault(run.job.ops[i].name.group, []).append(i)
+                left -= 1
+                last = left <= 0
+            if last:
+                every = [i for indices in waiting.values() for i in indices]
+                self._submit(self._copiers, run, every, partial(self._scatter_layers, run, waiting))
+
+        def fill(index: int, after: Sequence[int]) -> None:
+            try:
+                filled = self._fill(run, index)
+            finally:
+                if index in run.unfinished:  # it raised: the guard reports this op and its followers
+                    arrived()
+            if not filled:
+                self._finish(run, after, Status.SKIPPED)
+            arrived(after if filled else ())
+
+        def load(index: int) -> None:
+            try:
+                self._load_direct(run, index)
+            finally:
+                arrived()
+
+        for i in fills:
+            op = run.copy(i)
+            assert isinstance(op.dst, Slot)
+            after = followers[op.name.group, op.dst.index]
+            if not self._submit(self._reader(op), run, [i, *after], partial(fill, i, after)):
+                arrived()
+        for i in direct:
+            if not self._submit(self._reader(run.copy(i)), run, [i], partial(load, i)):
+                arrived()
+        if not fills and not direct:
+            arrived()
+
+    def _scatter_layers(self, run: Run, waiting: Mapping[int, list[int]]) -> None:
+        view = _view_of(run)
+        assert view.layer_done is not None
+        for group, indices in sorted(waiting.items()):
+            for layer in range(len(self._spec.local_layers(group))):
+                live = [i for i in indices if i in run.unfinished]
+                if not self._scatter(run, group, live, slice(layer, layer + 1)):
+                    break
+                view.layer_done(group, layer)
+            live = [i for i in indices if i in run.unfinished]
+            nbytes = self._arenas[group].slot_bytes * len(live)
+            self._metrics.moved("dram", "engine", nbytes)
+            self._finish(run, live, Status.OK, nbytes)
+
+
+def _settle(arrivals: Sequence[Arrival], end: Callable[[], None]) -> None:
+    """Wait for all, whatever happens to one of them, then `end`."""
+    with ExitStack() as last:
+        last.callback(end)
+        for arrival in arrivals:
+            last.callback(arrival)
+
+
+def _view_of(run: Run) -> EngineView:
+    if run.view is None:
+        raise ValueError(f"job {run.job.id} ({run.job.kind}) copies engine memory, but no view of it was passed")
+    return run.view
+
+
+def _slots_at(slots: torch.Tensor, starts: Sequence[int], tokens: int) -> torch.Tensor:
+    """The slots of the objects that start at `starts` (multiples of `tokens`), one after another."""
+    first, count = starts[0], len(starts)
+    if starts[-1] == first + (count - 1) * tokens and all(b - a == tokens for a, b in pairwise(starts)):
+        return slots[first : first + count * tokens]
+    return torch.cat([slots[start : start + tokens] for start in starts])

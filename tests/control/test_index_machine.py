@@ -1,0 +1,9 @@
+"""Longer random histories of the index than the conformance suite takes time for."""
+
+from __future__ import annotations
+
+from lmcache_conformance.suites.indexmachine import IndexMachineTests
+
+
+class TestHistories(IndexMachineTests):
+    machine_examples = 300

@@ -1,9 +1,0 @@
-"""Longer random histories of the index than the conformance suite takes time for."""
-
-from __future__ import annotations
-
-from lmcache_conformance.indexmachine import IndexMachineTests
-
-
-class TestHistories(IndexMachineTests):
-    machine_examples = 300

@@ -1,0 +1,104 @@
+"""Metrics count what they are told, in a registry of their own; their names keep the naming rules."""
+
+from __future__ import annotations
+
+import re
+import threading
+import urllib.request
+
+import pytest
+from prometheus_client import REGISTRY, generate_latest
+
+from lmcache.observe.metrics import Metrics
+
+
+def test_every_method_moves_its_own_sample_and_no_other() -> None:
+    metrics = Metrics()
+    calls = {
+        'lmcache_hit_tokens_total{tier="dram"}': lambda: metrics.hit("dram", 5),
+        "lmcache_requested_tokens_total": lambda: metrics.requested(5),
+        'lmcache_miss_tokens_total{reason="tail"}': lambda: metrics.missed("tail", 5),
+        "lmcache_loaded_tokens_total": lambda: metrics.loaded(5),
+        "lmcache_stored_tokens_total": lambda: metrics.stored(5),
+        'lmcache_moved_bytes_total{src="dram",dst="disk"}': lambda: metrics.moved("dram", "disk", 5),
+        'lmcache_evictions_total{tier="dram"}': lambda: metrics.evicted("dram", 5),
+        'lmcache_corruptions_total{tier="disk"}': lambda: metrics.corrupted("disk", 5),
+        'lmcache_failures_total{op="load",reason="late"}': lambda: metrics.failed("load", "late", 5),
+        'lmcache_skipped_stores_total{reason="queue"}': lambda: metrics.skipped_store("queue", 5),
+        'lmcache_uncached_requests_total{reason="beam-search"}': lambda: metrics.uncached("beam-search", 5),
+        'lmcache_tier_bytes{tier="disk"}': lambda: metrics.tier("disk", 5),
+    }
+    for name, call in calls.items():
+        before = metrics.snapshot()
+        call()
+        after = metrics.snapshot()
+        assert {k: v for k, v in after.items() if before.get(k, 0.0) != v} == {name: 5.0}
+
+
+def test_counters_add_up_and_gauges_replace() -> None:
+    metrics = Metrics()
+    for _ in range(3):
+        metrics.hit("dram", 256)
+        metrics.queue(2, 4096)
+        metrics.arena(0, free=1, writing=2, ready=3, evicting=4)
+    values = metrics.snapshot()
+    assert values['lmcache_hit_tokens_total{tier="dram"}'] == 768
+    assert values["lmcache_queue_depth"] == 2
+    assert values["lmcache_queue_bytes"] == 4096
+    assert [
+        values[f'lmcache_arena_slots{{group="0",state="{s}"}}'] for s in ("free", "writing", "ready", "evicting")
+    ] == [1, 2, 3, 4]
+
+
+def test_durations_are_counted_even_if_the_body_raises() -> None:
+    metrics = Metrics()
+    metrics.took("lookup", 0.25)
+    with pytest.raises(KeyError), metrics.timed("store"):
+        raise KeyError
+    values = metrics.snapshot()
+    assert values["lmcache_lookup_seconds_count"] == 1
+    assert values["lmcache_lookup_seconds_sum"] == 0.25
+    assert values["lmcache_store_seconds_count"] == 1
+    assert values["lmcache_retrieve_seconds_count"] == 0
+
+
+def test_two_caches_do_not_share_counters_nor_touch_the_global_registry() -> None:
+    one, two = Metrics(), Metrics()
+    one.stored(7)
+    assert two.snapshot()["lmcache_stored_tokens_total"] == 0
+    assert b"lmcache" not in generate_latest(REGISTRY)
+
+
+def test_names_have_the_prefix_and_end_in_their_unit() -> None:
+    metrics = Metrics()
+    families = [
+        (f.name + ("_total" if f.type == "counter" else ""), f.type, f.documentation)
+        for f in metrics.registry.collect()
+    ]
+    assert len(families) >= 15
+    for name, _, documentation in families:
+        assert re.fullmatch(r"lmcache_[a-z_]+_(total|seconds|bytes|depth|slots|fallbacks)", name)
+        assert documentation.endswith(".")
+
+
+def test_threads_lose_no_count() -> None:
+    metrics = Metrics()
+
+    def work() -> None:
+        for i in range(500):
+            metrics.hit(f"tier{i % 3}", 1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(v for k, v in metrics.snapshot().items() if k.startswith("lmcache_hit_tokens_total")) == 2000
+
+
+def test_serving_answers_on_the_local_machine_only_when_asked() -> None:
+    metrics = Metrics()
+    metrics.hit("dram", 3)
+    port = metrics.serve(0)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        assert b'lmcache_hit_tokens_total{tier="dram"} 3.0' in answer.read()
