@@ -7,7 +7,7 @@ import torch
 
 from lmcache.errors import ConfigError
 from lmcache.memory import anonymous, host_provider
-from lmcache.transfer import arena as arenas
+from lmcache import memory as arenas
 from lmcache.transfer.arena import Arena
 
 
