@@ -24,7 +24,7 @@ from random import Random
 
 from lmcache.config.settings import parse_size
 from lmcache.control import Index, TierInfo
-from lmcache.control.admission.rules import Adaptive, SecondSight
+from lmcache.control.admission.rules import Adaptive, SecondHit
 from lmcache.plan import Chain, Name
 from lmcache.simulate.replay import Replay
 from lmcache.simulate.run import Disk
@@ -106,7 +106,7 @@ def run(tokens: float, seed: int, dram: int, disk: int, admit: str) -> dict[str,
 
     rule = {
         "all": lambda: None,
-        "second": lambda: SecondSight(names.has_room, {0: disk}),
+        "second": lambda: SecondHit(names.has_room, {0: disk}),
         "adaptive": lambda: Adaptive(names.has_room, {0: disk}),
     }[admit]()
     index = Index([("kv", ALL)], CHUNK_TOKENS, [dram], tiers=[TierInfo("disk")], admit=rule)

@@ -25,7 +25,7 @@ from lmcache.control.admission import Admission
 from lmcache.control.outcomes import FAILED, FAILED_BEFORE, GROUP, LATE, MAX_TOKENS, PROBING, WRITING
 from lmcache.driver import ControlLoop
 from lmcache.errors import LMCacheError, SlotError, TierError
-from lmcache.format.codec import ObjectIO
+from lmcache.format.codec import ObjectCodec
 from lmcache.hit import Hit, LayerLoad
 from lmcache.keys import Chain, Extra, Name, TokenIds, as_tokens, chain_of, namespace_of, scoped
 from lmcache.layout import BoundKV, PagedKV, validate_slots
@@ -39,7 +39,7 @@ from lmcache.tiers.base import Tier, usable_bytes
 from lmcache.tiers.configured import open_tiers
 from lmcache.transfer import Transfer
 from lmcache.transfer.arena import Arena, share_out
-from lmcache.transfer.engine_copy import open_mover
+from lmcache.transfer.engine_copy import open_copier
 from lmcache.transfer.jobs import EngineView
 
 __all__ = ["CacheEngine", "Hit", "LayerLoad"]
@@ -51,7 +51,7 @@ Slots = torch.Tensor | Mapping[int, torch.Tensor]
 _MISS_REASONS = {MAX_TOKENS: "tail", PROBING: "pending", WRITING: "pending", LATE: "failed", FAILED_BEFORE: "failed"}
 """The index's reasons in the metrics' coarser words; what is not listed is the same in both."""
 
-_CHANGING: tuple[JobKind, ...] = ("store", "spill", "delete")
+_CHANGING: tuple[JobKind, ...] = ("store", "write_back", "delete")
 """Jobs that change the tiers below. A removal may be followed by the write that had to wait for it."""
 
 _NAMESPACES_KEPT = 1 << 16
@@ -105,14 +105,14 @@ class CacheEngine:
             chunk,
             self._arenas,
             self._tiers,
-            io=ObjectIO(spec, chunk, order=self.config.disk_order, reslice=self.config.share == "semantic"),
+            io=ObjectCodec(spec, chunk, order=self.config.disk_order, reslice=self.config.share == "semantic"),
             metrics=self.metrics,
             log=self._log,
             read_threads=self.config.io_threads,
             write_threads=self.config.io_threads,
             queue_bytes=self.config.queue_bytes,
-            open_mover=partial(
-                open_mover,
+            open_copier=partial(
+                open_copier,
                 staging_bytes=self.config.staging_bytes,
                 copy_engine_bytes=self.config.copy_engine_bytes,
             ),

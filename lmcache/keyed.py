@@ -8,11 +8,11 @@ from lmcache.engine import CacheEngine, Slots
 from lmcache.keys import chain_of_keys
 from lmcache.layout import PagedKV
 
-__all__ = ["Objects"]
+__all__ = ["KeyedCache"]
 
 
-class Objects:
-    """Objects of an engine's cache under keys of the caller's own.
+class KeyedCache:
+    """KeyedCache of an engine's cache under keys of the caller's own.
 
     One key names the KV of `chunk_tokens` tokens; the engine is opened with the page size as `chunk_tokens`. Keys come in
     sequence, and a miss ends it: `exists` and `load` answer with how many *leading* keys are there.

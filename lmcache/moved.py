@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import MappingProxyType, ModuleType
@@ -60,7 +60,22 @@ MODULES: Mapping[str, str] = MappingProxyType(
 )
 """Old module → new module."""
 
-NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "lmcache.control.admission.rules": {"SecondSight": "SecondHit"},
+        "lmcache.driver": {"ControlLoop": "Driver"},
+        "lmcache.format.codec": {"ObjectIO": "ObjectCodec"},
+        "lmcache.keyed": {"Objects": "KeyedCache"},
+        "lmcache.plan": {"Slot": "ArenaSlot"},
+        "lmcache.transfer.engine_copy": {
+            "DeviceMover": "DeviceCopier",
+            "HostMover": "HostCopier",
+            "Mover": "EngineCopier",
+            "open_mover": "open_copier",
+        },
+        "lmcache.transfer.jobs": {"Ledger": "JobTracker", "Run": "ActiveJob"},
+    }
+)
 """New module → old name → new name of what was renamed in it."""
 
 
@@ -90,6 +105,19 @@ class _Finder(MetaPathFinder):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(name, _Alias()) if name in MODULES else None
+
+
+def renamed(module: str) -> Callable[[str], object]:
+    """The `__getattr__` of a module that stayed where it was: hands out old names of what was renamed in it."""
+
+    def look_up(name: str) -> object:
+        new = NAMES[module].get(name)
+        if new is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now {module}.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], new)
+
+    return look_up
 
 
 def install() -> None:

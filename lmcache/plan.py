@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from lmcache.moved import renamed
+
 
 class Name(NamedTuple):
     """An object without its rank: what the index knows. A rank adds its rect and gets an `ObjectId`."""
@@ -52,7 +54,7 @@ class Engine(msgspec.Struct, frozen=True, tag="engine", array_like=True):
     """The engine's own KV memory, at the slots passed along with the plan for this job."""
 
 
-class Slot(msgspec.Struct, frozen=True, tag="slot", array_like=True):
+class ArenaSlot(msgspec.Struct, frozen=True, tag="slot", array_like=True):
     """An arena slot of the object's group. `generation` grows each time the index assigns the slot anew."""
 
     index: int
@@ -65,7 +67,7 @@ class Tier(msgspec.Struct, frozen=True, tag="tier", array_like=True):
     index: int
 
 
-Place = Engine | Slot | Tier
+Place = Engine | ArenaSlot | Tier
 
 
 class Copy(msgspec.Struct, frozen=True, tag="copy", array_like=True):
@@ -108,7 +110,7 @@ class Status(IntEnum):
     CANCELLED = 8
 
 
-JobKind = Literal["store", "load", "prefetch", "spill", "probe", "delete"]
+JobKind = Literal["store", "load", "prefetch", "write_back", "probe", "delete"]
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True):
@@ -162,3 +164,6 @@ class TierFacts(NamedTuple):
     used: int
     loaded: int
     busy: float
+
+
+__getattr__ = renamed(__name__)

@@ -109,7 +109,7 @@ def of_piece(copies: Sequence[RowCopy], shape: ObjectShape, piece: Piece, starts
     return out
 
 
-class Arrival:
+class Completion:
     """When everything of one call is there."""
 
     def __init__(self, streams: Streams, event: Any, layers: dict[int, Any]) -> None:
@@ -211,7 +211,7 @@ class Pipeline:
 
     # ---------------------------------------------------------------- pages → host
 
-    def store(self, copies: Sequence[RowCopy], shape: ObjectShape, outs: Sequence[torch.Tensor]) -> Arrival | None:
+    def store(self, copies: Sequence[RowCopy], shape: ObjectShape, outs: Sequence[torch.Tensor]) -> Completion | None:
         """Copy objects out of pages.
 
         Args:
@@ -239,7 +239,7 @@ class Pipeline:
                 ring.free[part] = self._streams.record(side)
             event = self._streams.record(side)
             self._stores.append((event, total, outs))
-            return Arrival(self._streams, event, {})
+            return Completion(self._streams, event, {})
 
     def _let_go(self, under_way: deque[tuple[Any, int, object]]) -> None:
         while under_way and self._streams.done(under_way[0][0]):
@@ -271,7 +271,7 @@ class Pipeline:
         layers: range | None = None,
         by_layer: bool = False,
         direct: bool = False,
-    ) -> Arrival:
+    ) -> Completion:
         """Copy objects into pages.
 
         Args:
@@ -301,7 +301,7 @@ class Pipeline:
                 events |= dict.fromkeys(some, event)
             event = self._streams.record(scatter)
             self._loads.append((event, 0, srcs))
-            return Arrival(self._streams, event, events)
+            return Completion(self._streams, event, events)
 
     def _straight(
         self,

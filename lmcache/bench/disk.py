@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 import xxhash
 
-from lmcache.format.codec import ObjectIO
+from lmcache.format.codec import ObjectCodec
 from lmcache.keys import ObjectId
 from lmcache.layout import ObjectLayout
 from lmcache.plan import Status
@@ -66,7 +66,7 @@ def measure(
     for i, payload in enumerate(payloads):
         payload.fill_(i)
     ids = [ObjectId(b"bench" * 6, i.to_bytes(32, "big"), 0, spec.rects[0], native.tokens, i) for i in range(objects)]
-    io = ObjectIO(spec, native.tokens, order=order)
+    io = ObjectCodec(spec, native.tokens, order=order)
     best = dict.fromkeys(("write", "raw_write", "read", "raw_read"), float("inf"))
     try:
         for _ in range(repeat):
@@ -123,7 +123,7 @@ def _raw_read(folder: Path, payloads: Sequence[torch.Tensor]) -> float:
 
 
 def _write(
-    io: ObjectIO, tier: DiskTier, ids: Sequence[ObjectId], payloads: Sequence[torch.Tensor], native: ObjectLayout
+    io: ObjectCodec, tier: DiskTier, ids: Sequence[ObjectId], payloads: Sequence[torch.Tensor], native: ObjectLayout
 ) -> float:
     began = time.perf_counter()
     for id, payload in zip(ids, payloads, strict=True):
@@ -134,7 +134,7 @@ def _write(
 
 
 def _read(
-    io: ObjectIO, tier: DiskTier, ids: Sequence[ObjectId], payloads: Sequence[torch.Tensor], native: ObjectLayout
+    io: ObjectCodec, tier: DiskTier, ids: Sequence[ObjectId], payloads: Sequence[torch.Tensor], native: ObjectLayout
 ) -> float:
     began = time.perf_counter()
     for id, payload in zip(ids, payloads, strict=True):

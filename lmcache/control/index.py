@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from lmcache.control import invariants, outcomes, planner, reports
 from lmcache.control.eviction import PolicyFactory, hears, policy_factory
-from lmcache.control.extents import Span
-from lmcache.control.jobs import Work
+from lmcache.control.extents import ExtentPin
+from lmcache.control.jobs import TrackedJob
 from lmcache.control.lookup import Found, by_tier, find, stop_of
 from lmcache.control.outcomes import Finished, Lookup, Owner, Store, TierInfo
-from lmcache.control.slot_pool import Pool
+from lmcache.control.slot_pool import SlotPool
 from lmcache.control.state import Admit, State
 from lmcache.errors import ConfigError
 from lmcache.plan import Chain, Delete, Name, Plan, Probe, Report, Status
@@ -39,7 +39,7 @@ class Lease:
 
     __slots__ = ("chain", "chunks", "expires", "pins", "queued_until")
 
-    def __init__(self, chain: Chain, chunks: int, expires: float, pins: list[tuple[Pool, list[Span]]]) -> None:
+    def __init__(self, chain: Chain, chunks: int, expires: float, pins: list[tuple[SlotPool, list[ExtentPin]]]) -> None:
         self.chain = chain
         self.chunks = chunks
         self.expires = self.queued_until = expires
@@ -203,7 +203,7 @@ class Index:
         if not work.ops:
             reports.release(work)
             return None
-        for group, spans in work.fills.items():
+        for group, spans in work.inserted.items():
             pool = self.state.pools[group]
             lease.pins.append((pool, pool.pin([run for run, _ in spans])))
         return self.state.jobs.start(work, self._load_deadline)
@@ -248,7 +248,7 @@ class Index:
 
     def announce(self, tier: int, rank: int, names: Iterable[Name], present: bool, now: float) -> None:
         """`rank` found (or removed) its part of these objects in a tier by other means: a scan, a janitor."""
-        known = self.state.known[tier]
+        known = self.state.directories[tier]
         for name in names:
             if name.tokens != self.state.chunk_tokens or not 0 <= name.group < len(self.state.pools):
                 continue
@@ -267,12 +267,12 @@ class Index:
         for owner in [o for o, lease in self.leases.items() if namespace in (None, lease.chain.namespace)]:
             self.release(owner)
         dropped = sum(pool.clear(namespace) for pool in state.pools)
-        for known in state.known:
+        for known in state.directories:
             known.clear(namespace)
         for work in list(state.jobs.live.values()):
             if namespace in (None, work.namespace):
                 work.cleared = True
-                if work.kind == "spill" and state.jobs.withdraw(work):
+                if work.kind == "write_back" and state.jobs.withdraw(work):
                     reports.release(work)
         return dropped
 
@@ -312,7 +312,7 @@ class Index:
         for work in void:
             reports.release(work)
             deletes += [(op.tier, op.name) for op in work.ops if isinstance(op, Delete)]
-            if work.kind == "spill" and work.cleared:
+            if work.kind == "write_back" and work.cleared:
                 deletes += reports.written(work)
             if work.kind == "load" and not work.told:
                 state.load_ended(work.owner, work.id, failed=True)
@@ -331,7 +331,7 @@ class Index:
         """Have `notice` told of every object that becomes usable in a place, on all ranks, and of all that cease to be."""
         for group, pool in enumerate(self.state.pools):
             pool.notice = partial(_in_dram, notice, group)
-        for tier, known in zip(self.state.tiers, self.state.known, strict=True):
+        for tier, known in zip(self.state.tiers, self.state.directories, strict=True):
             known.notice = partial(_in_tier, notice, tier.name)
 
     def where(self, name: Name) -> tuple[str, ...]:
@@ -339,7 +339,7 @@ class Index:
         state = self.state
         found = state.pools[name.group].find(name.namespace, name.chain, name.depth)
         places = ["dram"] if found is not None and found.ready else []
-        below = zip(state.tiers, state.known, strict=True)
+        below = zip(state.tiers, state.directories, strict=True)
         return (*places, *(t.name for t, known in below if known.has(name.namespace, name.group, name.chain)))
 
     def stats(self) -> dict[str, int]:
@@ -400,7 +400,7 @@ class Index:
         """Lease a hit; returns whether all of it is in DRAM."""
         old = self.leases.get(owner)
         again = old is not None and old.chunks == found.chunks and old.chain == chain
-        pins: list[tuple[Pool, list[Span]]] = []
+        pins: list[tuple[SlotPool, list[ExtentPin]]] = []
         in_dram = True
         for group, pool in enumerate(self.state.pools):
             runs = pool.carve(found.parts(group))
@@ -451,9 +451,9 @@ class Index:
             return False, False
         return now < question.until, now >= question.until
 
-    def _probe(self, owner: Owner, chain: Chain, limit: int, found: Found) -> Work:
+    def _probe(self, owner: Owner, chain: Chain, limit: int, found: Found) -> TrackedJob:
         state = self.state
-        work = Work("probe", owner, chain.namespace)
+        work = TrackedJob("probe", owner, chain.namespace)
         for group, rule in enumerate(state.rules):
             for i in range(1 if rule.kind == "whole" else limit):
                 digest, depth = chain.digests[i], chain.depth(i)

@@ -7,23 +7,23 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Protocol
 
-from lmcache.control.extents import EVICTING, LONGEST, READY, WRITING, Run, Space, Span, pieces
-from lmcache.control.jobs import Work
+from lmcache.control.extents import EVICTING, LONGEST, READY, WRITING, Extent, ExtentPin, NamespaceTable, pieces
+from lmcache.control.jobs import TrackedJob
 from lmcache.control.outcomes import Owner
-from lmcache.control.slot_pool import Pool
+from lmcache.control.slot_pool import SlotPool
 from lmcache.control.state import State
-from lmcache.plan import Copy, Name, Slot
+from lmcache.plan import ArenaSlot, Copy, Name
 
 
 class HasPins(Protocol):
     """A lease."""
 
-    pins: list[tuple[Pool, list[Span]]]
+    pins: list[tuple[SlotPool, list[ExtentPin]]]
 
 
 def check(state: State, leases: Mapping[Owner, HasPins]) -> None:
     """Raise `AssertionError` naming the first broken invariant."""
-    refs: Counter[Run] = Counter()
+    refs: Counter[Extent] = Counter()
     for holder in (*leases.values(), *state.jobs.live.values()):
         refs.update(_held(holder))
     for group, pool in enumerate(state.pools):
@@ -34,83 +34,89 @@ def check(state: State, leases: Mapping[Owner, HasPins]) -> None:
         _check_job(state, work)
 
 
-def _held(holder: HasPins) -> Iterator[Run]:
+def _held(holder: HasPins) -> Iterator[Extent]:
     for _, spans in holder.pins:
         for span in spans:
-            runs = list(pieces([span]))
-            held = sum(len(run.digests) for run in runs)
+            extents = list(pieces([span]))
+            held = sum(len(extent.digests) for extent in extents)
             assert held == span[1], f"{span[1]} objects were taken hold of, {held} are held"
-            for run, rest in pairwise(runs):
-                assert run.generation + len(run.digests) == rest.generation, "held parts of a run do not join"
-            yield from runs
+            for extent, rest in pairwise(extents):
+                assert extent.generation + len(extent.digests) == rest.generation, "held parts of an extent do not join"
+            yield from extents
 
 
-def _check_job(state: State, work: Work) -> None:
+def _check_job(state: State, work: TrackedJob) -> None:
     label = f"{work.kind} job {work.id}"
     assert work.final != state.jobs.everyone, f"{label} is final on every rank, but still there"
-    held = {(run.space.namespace, digest, slot, gen) for run in _held(work) for digest, slot, gen, _ in run.objects()}
+    held = {
+        (extent.space.namespace, digest, slot, gen)
+        for extent in _held(work)
+        for digest, slot, gen, _ in extent.objects()
+    }
     for i, op in enumerate(work.ops):
         for place in (op.src, op.dst) if isinstance(op, Copy) else ():
-            if isinstance(place, Slot):
+            if isinstance(place, ArenaSlot):
                 there = (op.name.namespace, op.name.chain, place.index, place.generation)
                 assert there in held, f"{label} op {i} uses slot {place.index} without a reference"
-        if isinstance(op, Copy) and isinstance(op.dst, Slot):
+        if isinstance(op, Copy) and isinstance(op.dst, ArenaSlot):
             ready = _is_ready(state, op.name, op.dst)
             assert work.told or not ready, f"{label} op {i}: ready before every rank has acknowledged it"
 
 
-def _is_ready(state: State, name: Name, slot: Slot) -> bool:
+def _is_ready(state: State, name: Name, slot: ArenaSlot) -> bool:
     found = state.pools[name.group].find(name.namespace, name.chain, name.depth)
     return found is not None and found.ready and found.generation == slot.generation
 
 
-def check_pool(label: str, pool: Pool, refs: Counter[Run]) -> None:
-    """The same for one arena, of whose runs `refs` counts who holds them."""
+def check_pool(label: str, pool: SlotPool, refs: Counter[Extent]) -> None:
+    """The same for one arena, of whose extents `refs` counts who holds them."""
     slots: Counter[int] = Counter(pool.free)
-    runs = [run for space in pool.spaces.values() for run in dict.fromkeys(space.held.values())]
+    extents = [extent for space in pool.spaces.values() for extent in dict.fromkeys(space.held.values())]
     queued = Counter(map(id, pool.policy.members()))
-    for run in (*runs, *pool.leaving):
-        where = f"{label} slot {run.slots[0]}"
-        slots.update(run.slots)
-        assert len(run.digests) == len(run.slots), f"{where}: {len(run.digests)} objects, {len(run.slots)} slots"
-        assert 0 < len(run.digests) <= LONGEST, f"{where}: a run of {len(run.digests)} objects"
-        assert run.digest == run.digests[0], f"{where}: shown to the policy under another name"
-        assert run.refs or run.rest is None, f"{where}: remembers what was split off though nothing holds it"
-        assert run.refs == refs[run], f"{where}: {run.refs} references counted, {refs[run]} held"
+    for extent in (*extents, *pool.leaving):
+        where = f"{label} slot {extent.slots[0]}"
+        slots.update(extent.slots)
+        assert len(extent.digests) == len(extent.slots), (
+            f"{where}: {len(extent.digests)} objects, {len(extent.slots)} slots"
+        )
+        assert 0 < len(extent.digests) <= LONGEST, f"{where}: an extent of {len(extent.digests)} objects"
+        assert extent.digest == extent.digests[0], f"{where}: shown to the policy under another name"
+        assert extent.refs or extent.rest is None, f"{where}: remembers what was split off though nothing holds it"
+        assert extent.refs == refs[extent], f"{where}: {extent.refs} references counted, {refs[extent]} held"
     for slot, times in slots.items():
         assert times == 1, f"{label}: slot {slot} is in use {times} times"
         assert 0 <= slot < pool.slots, f"{label}: slot {slot} is outside of [0, {pool.slots})"
-    used = sum(len(run.slots) for run in (*runs, *pool.leaving))
+    used = sum(len(extent.slots) for extent in (*extents, *pool.leaving))
     assert used + pool.unused == pool.slots, f"{label}: {used} used + {pool.unused} unused ≠ {pool.slots} slots"
-    writing = sum(len(run.slots) for run in runs if run.state == WRITING)
+    writing = sum(len(extent.slots) for extent in extents if extent.state == WRITING)
     assert writing == pool.writing, f"{label}: {pool.writing} objects being written counted, {writing} are"
-    for run in pool.leaving:
-        where = f"{label} slot {run.slots[0]}"
-        assert run.state == EVICTING, f"{where}: leaving in state {run.state}"
-        assert run.refs, f"{where}: left, and not freed though nothing holds it"
-        assert not queued[id(run)], f"{where}: left, but the policy still has it"
+    for extent in pool.leaving:
+        where = f"{label} slot {extent.slots[0]}"
+        assert extent.state == EVICTING, f"{where}: leaving in state {extent.state}"
+        assert extent.refs, f"{where}: left, and not freed though nothing holds it"
+        assert not queued[id(extent)], f"{where}: left, but the policy still has it"
     for namespace, space in pool.spaces.items():
         assert space.namespace == namespace, f"{label}: a space is filed under another namespace"
         assert space.held, f"{label}: an empty space is kept"
         _check_space(label, space, queued)
 
 
-def _check_space(label: str, space: Space, queued: Counter[int]) -> None:
-    runs = list(dict.fromkeys(space.held.values()))
-    filed = {digest: run for run in runs for digest in run.digests}
-    assert filed == space.held, f"{label}: an object is filed under a run that does not have it"
-    assert len(filed) == sum(len(run.digests) for run in runs), f"{label}: an object is there twice"
-    children = Counter(run.parent for run in runs if run.parent is not None)
-    for run in runs:
-        where = f"{label} slot {run.slots[0]}"
-        assert run.space is space, f"{where}: belongs to another namespace"
-        assert run.state in (WRITING, READY), f"{where}: can be found in state {run.state}"
-        assert run.state == READY or run.refs, f"{where}: being written by nobody"
-        inner = [digest for digest in run.digests[:-1] if digest in children]
-        assert not inner, f"{where}: something hangs off an object that is not the last of its run"
-        expected = children.pop(run.digests[-1], 0)
-        assert run.children == expected, f"{where}: {run.children} children counted, {expected} resident"
-        assert queued[id(run)] == (1 if run.stamp else 0), f"{where}: queued {queued[id(run)]} times"
-        idle = run.state == READY and not run.refs and not run.children
-        assert run.stamp or not idle, f"{where}: could be evicted, but the policy does not have it"
+def _check_space(label: str, space: NamespaceTable, queued: Counter[int]) -> None:
+    extents = list(dict.fromkeys(space.held.values()))
+    filed = {digest: extent for extent in extents for digest in extent.digests}
+    assert filed == space.held, f"{label}: an object is filed under an extent that does not have it"
+    assert len(filed) == sum(len(extent.digests) for extent in extents), f"{label}: an object is there twice"
+    children = Counter(extent.parent for extent in extents if extent.parent is not None)
+    for extent in extents:
+        where = f"{label} slot {extent.slots[0]}"
+        assert extent.space is space, f"{where}: belongs to another namespace"
+        assert extent.state in (WRITING, READY), f"{where}: can be found in state {extent.state}"
+        assert extent.state == READY or extent.refs, f"{where}: being written by nobody"
+        inner = [digest for digest in extent.digests[:-1] if digest in children]
+        assert not inner, f"{where}: something hangs off an object that is not the last of its extent"
+        expected = children.pop(extent.digests[-1], 0)
+        assert extent.children == expected, f"{where}: {extent.children} children counted, {expected} resident"
+        assert queued[id(extent)] == (1 if extent.stamp else 0), f"{where}: queued {queued[id(extent)]} times"
+        idle = extent.state == READY and not extent.refs and not extent.children
+        assert extent.stamp or not idle, f"{where}: could be evicted, but the policy does not have it"
     assert space.orphans == children, f"{label}: orphans {space.orphans} counted, {dict(children)} resident"

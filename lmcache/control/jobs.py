@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from lmcache.control.extents import Span
+from lmcache.control.extents import ExtentPin
 from lmcache.control.outcomes import Owner
-from lmcache.control.slot_pool import Pool
+from lmcache.control.slot_pool import SlotPool
 from lmcache.plan import Job, JobKind, JobReport, Op, Plan, Report, Status
 
 
-class Wanted:
+class LoadTarget:
     """What a load is for: chunks [first, chunks) beyond `skip` tokens; `targets[i]` = (op, group, position)."""
 
     __slots__ = ("chunks", "skip", "targets")
@@ -26,14 +26,14 @@ class Wanted:
         self.targets = targets
 
 
-class Work:
+class TrackedJob:
     """One job and everything it holds on to until every rank called it final."""
 
     __slots__ = (
         "cleared",
-        "fills",
         "final",
         "id",
+        "inserted",
         "kind",
         "namespace",
         "ok_tokens",
@@ -58,28 +58,30 @@ class Work:
         self.reported = 0  # bit mask of ranks
         self.final = 0  # bit mask of ranks
         self.until = math.inf  # when a rank that has said nothing counts as late
-        self.pins: list[tuple[Pool, list[Span]]] = []
-        self.fills: dict[int, list[Span]] = {}  # group → what it copies into slots, parents first; `pins` has it too
-        self.wanted: Wanted | None = None
+        self.pins: list[tuple[SlotPool, list[ExtentPin]]] = []
+        self.inserted: dict[
+            int, list[ExtentPin]
+        ] = {}  # group → what it copies into slots, parents first; `pins` has it too
+        self.wanted: LoadTarget | None = None
         self.ok_tokens = 0
         self.cleared = False  # its namespace was cleared meanwhile: nothing it did may become known
         self.told = False
         self.told_final = False
 
 
-class Jobs:
+class JobTable:
     """All jobs of this epoch. Ids are never used twice, in any epoch."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
         self.everyone = (1 << ranks) - 1
         self.epoch = 0
-        self.live: dict[int, Work] = {}
+        self.live: dict[int, TrackedJob] = {}
         self._acked = [0] * ranks
         self._outgoing: list[Job] = []
         self._last_id = 0
 
-    def start(self, work: Work, deadline: float = 0.0) -> int:
+    def start(self, work: TrackedJob, deadline: float = 0.0) -> int:
         """Queue the job for the next plan. `deadline`: seconds the data plane has, 0 = no limit."""
         self._last_id += 1
         work.id = self._last_id
@@ -88,7 +90,7 @@ class Jobs:
         self._outgoing.append(Job(work.id, work.kind, tuple(work.ops), deadline))
         return work.id
 
-    def withdraw(self, work: Work) -> bool:
+    def withdraw(self, work: TrackedJob) -> bool:
         """Take back a job that no plan has carried yet; False if one has."""
         kept = [job for job in self._outgoing if job.id != work.id]
         if len(kept) == len(self._outgoing):
@@ -102,7 +104,7 @@ class Jobs:
         jobs, self._outgoing = tuple(self._outgoing), []
         return Plan(self.epoch, jobs, tuple(self._acked))
 
-    def news(self, report: Report) -> Iterator[tuple[Work, JobReport]]:
+    def news(self, report: Report) -> Iterator[tuple[TrackedJob, JobReport]]:
         """The job reports in it that may be news; the report counts as applied."""
         if report.epoch != self.epoch or not 0 <= report.rank < self.ranks or report.seq <= self._acked[report.rank]:
             return
@@ -112,7 +114,7 @@ class Jobs:
             if work is not None:
                 yield work, job
 
-    def reset(self) -> list[Work]:
+    def reset(self) -> list[TrackedJob]:
         """A new epoch without jobs; returns the old ones."""
         void = list(self.live.values())
         self.epoch += 1

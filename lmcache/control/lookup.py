@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from lmcache.control import outcomes
-from lmcache.control.extents import Part
+from lmcache.control.extents import ExtentSlice
 from lmcache.control.hits import Longest, fixpoint, longest, needed
 from lmcache.control.state import DRAM, State
 from lmcache.plan import Chain
@@ -24,7 +24,7 @@ class Found:
         chunks: int,
         limiter: int,
         below: list[dict[int, int]],
-        walked: list[list[Part] | None],
+        walked: list[list[ExtentSlice] | None],
     ) -> None:
         self.chunks = chunks
         self.limiter = limiter
@@ -34,7 +34,7 @@ class Found:
         self._chain = chain
         self._walked = walked
 
-    def parts(self, group: int) -> Iterable[Part]:
+    def parts(self, group: int) -> Iterable[ExtentSlice]:
         """Where the needed objects of a group that are in DRAM lie, parents first; to be used before the arena changes."""
         walked, stop = self._walked[group], self.chunks
         if walked is None:
@@ -58,7 +58,7 @@ def find(state: State, chain: Chain, limit: int, *, near: int | None = None) -> 
     distant = limit if near is None else near
     longests: list[Longest] = []
     below: list[dict[int, int]] = []
-    walked: list[list[Part] | None] = []
+    walked: list[list[ExtentSlice] | None] = []
     for group, rule in enumerate(state.rules):
         places: dict[int, int] = {}
         below.append(places)
@@ -86,16 +86,16 @@ def listed(chain: Chain) -> list[bytes]:
 
 def _prefix(
     state: State, chain: Chain, limit: int, group: int, distant: int, below: dict[int, int]
-) -> tuple[list[Part], int]:
+) -> tuple[list[ExtentSlice], int]:
     """Where the first objects of a chain lie in DRAM, and how many there are up to the first that cannot be had. Notes in
-    `below` which come from a tier. A few steps per run where all is in DRAM.
+    `below` which come from a tier. A few steps per extent where all is in DRAM.
     """
     pool, digests = state.pools[group], listed(chain)
     parts = list(pool.walk(chain.namespace, digests, 0, limit))
     count = parts[-1].start + parts[-1].size if parts else 0
-    if count < min(limit, distant) and state.known:
+    if count < min(limit, distant) and state.directories:
         full = state.jobs.everyone
-        tiers = [known.masks(chain.namespace, group) for known in state.known]
+        tiers = [known.masks(chain.namespace, group) for known in state.directories]
         while count < min(limit, distant):
             source = next((t for t, masks in enumerate(tiers) if masks.get(digests[count]) == full), None)
             if source is None:

@@ -7,23 +7,23 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 
-from lmcache.control.extents import Run, pieces
-from lmcache.control.jobs import Wanted, Work
+from lmcache.control.extents import Extent, pieces
+from lmcache.control.jobs import LoadTarget, TrackedJob
 from lmcache.control.lookup import Found, find, stretches
 from lmcache.control.outcomes import Owner
 from lmcache.control.state import State
-from lmcache.plan import Chain, Copy, Engine, Place, Slot, Tier
+from lmcache.plan import ArenaSlot, Chain, Copy, Engine, Place, Tier
 
 ENGINE = Engine()
 
 
-def load(state: State, owner: Owner, chain: Chain, limit: int, skip: int) -> Work | None:
+def load(state: State, owner: Owner, chain: Chain, limit: int, skip: int) -> TrackedJob | None:
     """A job that brings chunks [skip, longest hit ≤ limit) into the engine, or None if that is nothing."""
     found = find(state, chain, limit)
     chunk = state.chunk_tokens
     if found.chunks * chunk <= skip:
         return None
-    work = Work("load", owner, chain.namespace)
+    work = TrackedJob("load", owner, chain.namespace)
     near = _pin(state, work, found)
     hops = _hops(state, work, chain, found, skip // chunk)
     targets: list[tuple[int, int, int]] = []
@@ -40,14 +40,14 @@ def load(state: State, owner: Owner, chain: Chain, limit: int, skip: int) -> Wor
                     source = hops[group][i]
             work.ops.append(Copy(name, source, ENGINE, i * chunk))
             targets.append((len(work.ops) - 1, group, i))
-    work.wanted = Wanted(found.chunks, skip, targets)
+    work.wanted = LoadTarget(found.chunks, skip, targets)
     return work
 
 
-def prefetch(state: State, owner: Owner, chain: Chain, limit: int, skip: int = 0) -> Work:
+def prefetch(state: State, owner: Owner, chain: Chain, limit: int, skip: int = 0) -> TrackedJob:
     """A job that brings what the hit needs from tiers into DRAM, as far as slots can be freed; maybe without ops."""
     found = find(state, chain, limit)
-    work = Work("prefetch", owner, chain.namespace)
+    work = TrackedJob("prefetch", owner, chain.namespace)
     _pin(state, work, found)
     hops = _hops(state, work, chain, found, skip // state.chunk_tokens)
     for i in range(skip // state.chunk_tokens, found.chunks):
@@ -65,9 +65,9 @@ def store(
     first: int,
     last: int,
     resident: Sequence[Sequence[bool]] | None,
-) -> tuple[Work, set[int], Counter[str]]:
+) -> tuple[TrackedJob, set[int], Counter[str]]:
     """A job that copies chunks [first, last) into DRAM; the positions it copies something of; skipped objects by reason."""
-    work = Work("store", owner, chain.namespace)
+    work = TrackedJob("store", owner, chain.namespace)
     skipped: Counter[str] = Counter()
     ops: list[tuple[int, Copy]] = []
     gaps: set[int] = set()  # positions of which a group of rule `all` has nothing: nobody can reach what lies behind it
@@ -117,22 +117,22 @@ def _reachable(state: State, chain: Chain, group: int, i: int) -> bool:
     return state.tier_with(chain.namespace, digest, group) is not None
 
 
-def _pin(state: State, work: Work, found: Found) -> list[dict[int, Slot]]:
+def _pin(state: State, work: TrackedJob, found: Found) -> list[dict[int, ArenaSlot]]:
     """Hold what is in DRAM, before a slot for anything else is taken from there; per group, where each position of it lies."""
-    near: list[dict[int, Slot]] = []
+    near: list[dict[int, ArenaSlot]] = []
     for group, pool in enumerate(state.pools):
-        runs = pool.carve(found.parts(group))
-        work.pins.append((pool, pool.pin(runs)))
+        extents = pool.carve(found.parts(group))
+        work.pins.append((pool, pool.pin(extents)))
         positions = (i for i in found.needs[group] if i not in found.below[group])
-        near.append(dict(zip(positions, _slots(runs), strict=True)))
+        near.append(dict(zip(positions, _slots(extents), strict=True)))
     return near
 
 
-def _hops(state: State, work: Work, chain: Chain, found: Found, first: int) -> list[dict[int, Slot]]:
+def _hops(state: State, work: TrackedJob, chain: Chain, found: Found, first: int) -> list[dict[int, ArenaSlot]]:
     """Per group, slots for what lies in tiers from chunk `first` on, as far as there are any and no other job fills one."""
-    hops: list[dict[int, Slot]] = []
+    hops: list[dict[int, ArenaSlot]] = []
     for group, pool in enumerate(state.pools):
-        slots: dict[int, Slot] = {}
+        slots: dict[int, ArenaSlot] = {}
         for start, stop in stretches(sorted(i for i in found.below[group] if i >= first)):
             while start < stop:
                 end = pool.absent(chain, start, stop)
@@ -142,14 +142,14 @@ def _hops(state: State, work: Work, chain: Chain, found: Found, first: int) -> l
     return hops
 
 
-def _take(state: State, work: Work, chain: Chain, group: int, first: int, last: int) -> list[Slot]:
+def _take(state: State, work: TrackedJob, chain: Chain, group: int, first: int, last: int) -> list[ArenaSlot]:
     """Slots that the job fills with as much of the beginning of chunks [first, last), which are absent, as can be freed."""
     pool = state.pools[group]
     spans = pool.insert(chain, first, last)
-    work.fills.setdefault(group, []).extend(spans)
+    work.inserted.setdefault(group, []).extend(spans)
     work.pins.append((pool, spans))
     return list(_slots(pieces(spans)))
 
 
-def _slots(runs: Iterable[Run]) -> Iterator[Slot]:
-    return (Slot(slot, generation) for run in runs for _, slot, generation, _ in run.objects())
+def _slots(extents: Iterable[Extent]) -> Iterator[ArenaSlot]:
+    return (ArenaSlot(slot, generation) for extent in extents for _, slot, generation, _ in extent.objects())

@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import partial
 
 from lmcache.control.hits import fixpoint, longest
-from lmcache.control.jobs import Work
+from lmcache.control.jobs import TrackedJob
 from lmcache.control.outcomes import CORRUPT, EVICTED, FAILED, Finished
 from lmcache.control.state import State
-from lmcache.plan import Copy, Delete, Engine, JobReport, Name, Probe, Report, Slot, Status, Tier
+from lmcache.plan import ArenaSlot, Copy, Delete, Engine, JobReport, Name, Probe, Report, Status, Tier
 
 _GONE = (Status.MISSING, Status.CORRUPT, Status.FAILED)
 """After these the object counts as no longer in the tier it was read from."""
@@ -32,7 +32,7 @@ def apply(state: State, report: Report) -> list[Finished]:
     return finished
 
 
-def overdue(state: State, work: Work) -> list[Finished]:
+def overdue(state: State, work: TrackedJob) -> list[Finished]:
     """Ranks that have said nothing by now count as late; what they still send matters only for its finality."""
     for rank in range(state.jobs.ranks):
         if not work.reported >> rank & 1:
@@ -42,14 +42,14 @@ def overdue(state: State, work: Work) -> list[Finished]:
     return finished
 
 
-def release(work: Work) -> None:
+def release(work: TrackedJob) -> None:
     """Let go of everything the job held."""
     for pool, spans in work.pins:
         pool.unpin(spans)
     work.pins = []
 
 
-def _statuses(state: State, work: Work, job: JobReport, rank: int) -> None:
+def _statuses(state: State, work: TrackedJob, job: JobReport, rank: int) -> None:
     work.reported |= 1 << rank
     statuses = job.statuses if len(job.statuses) == len(work.ops) else (int(Status.FAILED),) * len(work.ops)
     for i, code in enumerate(statuses):
@@ -61,42 +61,42 @@ def _statuses(state: State, work: Work, job: JobReport, rank: int) -> None:
         _observe(state, work, i, status, rank)
 
 
-def _observe(state: State, work: Work, i: int, status: Status, rank: int) -> None:
+def _observe(state: State, work: TrackedJob, i: int, status: Status, rank: int) -> None:
     """One op on one rank: what it says about the places involved."""
     op = work.ops[i]
     if isinstance(op, Probe):
         if not work.cleared and status is Status.OK:
-            state.known[op.tier].add(op.name, rank)
+            state.directories[op.tier].add(op.name, rank)
         elif status is Status.MISSING:
-            state.known[op.tier].remove(op.name, rank)
+            state.directories[op.tier].remove(op.name, rank)
         return
     if not isinstance(op, Copy):
         return
     if status is Status.OK:
         if isinstance(op.dst, Tier) and not work.cleared:
-            state.known[op.dst.index].add(op.name, rank)
+            state.directories[op.dst.index].add(op.name, rank)
         return
     reason = _REASONS.get(status, FAILED)
-    if isinstance(op.dst, Slot):
+    if isinstance(op.dst, ArenaSlot):
         _drop(state, op.name, op.dst, reason)
         state.counts["dropped"] += 1
     if isinstance(op.src, Tier) and status in _GONE:
-        known = state.known[op.src.index]
+        known = state.directories[op.src.index]
         if known.remove(op.name, None if status is Status.CORRUPT else rank):
             state.pools[op.name.group].gone.put(op.name.chain, reason)
             if status is Status.CORRUPT:
                 state.counts["corrupt"] += 1
                 state.delete(op.src.index, [op.name])
-    elif isinstance(op.src, Slot) and isinstance(op.dst, Engine) and (status in _GONE or status is Status.SKIPPED):
+    elif isinstance(op.src, ArenaSlot) and isinstance(op.dst, Engine) and (status in _GONE or status is Status.SKIPPED):
         # A rank whose slot does not hold the object (any more) says SKIPPED.
         _drop(state, op.name, op.src, reason)
 
 
-def _drop(state: State, name: Name, slot: Slot, reason: str) -> None:
+def _drop(state: State, name: Name, slot: ArenaSlot, reason: str) -> None:
     state.pools[name.group].drop(name.namespace, name.chain, name.depth, slot.generation, reason)
 
 
-def _advance(state: State, work: Work, finished: list[Finished]) -> None:
+def _advance(state: State, work: TrackedJob, finished: list[Finished]) -> None:
     everyone = state.jobs.everyone
     final = work.final == everyone
     if work.reported == everyone and not work.told:
@@ -111,22 +111,22 @@ def _advance(state: State, work: Work, finished: list[Finished]) -> None:
         for op in work.ops:
             if isinstance(op, Delete):
                 state.deleted(op.tier, op.name)
-        if work.kind == "spill" and work.cleared:
+        if work.kind == "write_back" and work.cleared:
             for tier, name in written(work):  # it came back after the clear: away with it
                 state.delete(tier, [name])
         if not work.told_final:
             finished.append(_finished(work, True))
 
 
-def _conclude(state: State, work: Work) -> None:
+def _conclude(state: State, work: TrackedJob) -> None:
     """Every rank has spoken."""
     below = len(state.tiers)
     for op, status in zip(work.ops, work.results, strict=True):
         # What came from a tier is promoted to the nearer ones only.
-        if status is Status.OK and isinstance(op, Copy) and isinstance(op.dst, Slot) and isinstance(op.src, Tier):
+        if status is Status.OK and isinstance(op, Copy) and isinstance(op.dst, ArenaSlot) and isinstance(op.src, Tier):
             below = min(below, op.src.index)
-    for group, spans in work.fills.items():  # what failed has left
-        state.spill(work.namespace, group, state.pools[group].publish(spans), range(below))
+    for group, spans in work.inserted.items():  # what failed has left
+        state.write_back(work.namespace, group, state.pools[group].publish(spans), range(below))
     if work.wanted is not None:
         work.ok_tokens = _loaded(state, work)
         failed = any(status is not Status.OK for status in work.results)
@@ -137,7 +137,7 @@ def _conclude(state: State, work: Work) -> None:
         work.ok_tokens = len(chunks) * state.chunk_tokens
 
 
-def _loaded(state: State, work: Work) -> int:
+def _loaded(state: State, work: TrackedJob) -> int:
     """Largest boundary up to which every group has what its rule needs, of what was loaded and what the engine had."""
     wanted = work.wanted
     assert wanted is not None
@@ -156,11 +156,11 @@ def _loaded(state: State, work: Work) -> int:
     return max(wanted.skip, chunks * chunk)
 
 
-def written(work: Work) -> list[tuple[int, Name]]:
+def written(work: TrackedJob) -> list[tuple[int, Name]]:
     """Tier and name of what a spill may have written."""
     copies = [op for op in work.ops if isinstance(op, Copy)]
     return [(op.dst.index, op.name) for op in copies if isinstance(op.dst, Tier)]
 
 
-def _finished(work: Work, final: bool) -> Finished:
+def _finished(work: TrackedJob, final: bool) -> Finished:
     return Finished(work.id, work.kind, work.owner, work.ok_tokens, tuple(work.results), final)

@@ -2,10 +2,10 @@
 
     absent → WRITING → READY → EVICTING → absent
 
-Objects come, are used and go in runs (`lmcache.control.extents`). One that *leaves* is found by nobody any more, at once; its
+Objects come, are used and go in extents (`lmcache.control.extents`). One that *leaves* is found by nobody any more, at once; its
 slot follows when the last reference is gone. References are leases and jobs; a job lets go only when every rank called it
 final. So a slot is never handed out under a reader or a hung writer. In groups of rule `all` an object with a resident
-child stays: runs lose their objects from the end, and children leave before their parents.
+child stays: extents lose their objects from the end, and children leave before their parents.
 """
 
 from __future__ import annotations
@@ -14,25 +14,36 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lmcache.control.eviction import Policy, Recent
-from lmcache.control.extents import EVICTING, LONGEST, READY, WRITING, Object, Part, Run, Space, Span, pieces
+from lmcache.control.extents import (
+    EVICTING,
+    LONGEST,
+    READY,
+    WRITING,
+    Extent,
+    ExtentPin,
+    ExtentSlice,
+    NamespaceTable,
+    ResidentObject,
+    pieces,
+)
 from lmcache.plan import Chain
 
 REMEMBERED = 16_384
 """How many vanished objects are remembered with the reason, at least."""
 
 
-class Pool:
+class SlotPool:
     """The arena of one group: `slots` equal slots, numbered alike on every rank."""
 
     def __init__(self, slots: int, policy: Policy, *, chained: bool) -> None:
         self.slots = slots
         self.chained = chained
-        self.spaces: dict[bytes, Space] = {}
+        self.spaces: dict[bytes, NamespaceTable] = {}
         self.gone: Recent[str] = Recent(REMEMBERED)
         self.policy = policy
         self.evictions = 0
         self.writing = 0  # objects in state WRITING
-        self.leaving: set[Run] = set()  # EVICTING, still referenced
+        self.leaving: set[Extent] = set()  # EVICTING, still referenced
         # Called with (there, namespace, digest) for what becomes ready, and for what was and leaves.
         self.notice: Callable[[bool, bytes, bytes], None] | None = None
         self.free: array[int] = array("I")
@@ -41,18 +52,18 @@ class Pool:
 
     # ---------------------------------------------------------------- finding
 
-    def find(self, namespace: bytes, digest: bytes, depth: int = 0) -> Object | None:
+    def find(self, namespace: bytes, digest: bytes, depth: int = 0) -> ResidentObject | None:
         """The object, ready or being written. `depth` only makes it faster."""
         space = self.spaces.get(namespace)
-        run = space.held.get(digest) if space else None
-        return Object(run, run.find(digest, depth)) if run else None
+        extent = space.held.get(digest) if space else None
+        return ResidentObject(extent, extent.find(digest, depth)) if extent else None
 
-    def walk(self, namespace: bytes, digests: list[bytes], start: int, stop: int) -> Iterator[Part]:
+    def walk(self, namespace: bytes, digests: list[bytes], start: int, stop: int) -> Iterator[ExtentSlice]:
         """Where `digests[start:stop]` lie, up to the first that is not ready."""
         space = self.spaces.get(namespace)
         return space.walk(digests, start, stop) if space else iter(())
 
-    def present(self, namespace: bytes, digests: list[bytes], start: int, stop: int) -> Iterator[Part]:
+    def present(self, namespace: bytes, digests: list[bytes], start: int, stop: int) -> Iterator[ExtentSlice]:
         """Where those of `digests[start:stop]` lie that are ready."""
         while start < stop:
             for part in self.walk(namespace, digests, start, stop):
@@ -65,7 +76,7 @@ class Pool:
         `stop` at the latest. No name is in it twice.
         """
         digests, space = chain.digests, self.spaces.get(chain.namespace)
-        held: Mapping[bytes, Run] = space.held if space else {}
+        held: Mapping[bytes, Extent] = space.held if space else {}
         if chain.linked and held.keys().isdisjoint(map(digests.__getitem__, range(start, stop))):
             return stop
         met: set[bytes] = set()
@@ -76,15 +87,15 @@ class Pool:
                 met.add(digests[i])
         return stop
 
-    def residents(self) -> Iterator[Object]:
+    def residents(self) -> Iterator[ResidentObject]:
         """All objects that can be found, ready or being written."""
         for space in self.spaces.values():
-            for digest, run in space.held.items():
-                yield Object(run, run.find(digest, 0))
+            for digest, extent in space.held.items():
+                yield ResidentObject(extent, extent.find(digest, 0))
 
     # ---------------------------------------------------------------- arriving
 
-    def insert(self, chain: Chain, start: int, stop: int) -> list[Span]:
+    def insert(self, chain: Chain, start: int, stop: int) -> list[ExtentPin]:
         """Assign slots to a stretch of a chain, which is `absent`: to as much of its beginning as slots can be freed.
 
         The objects are in state WRITING, and held once: what this returns is to be given to `unpin`.
@@ -96,12 +107,12 @@ class Pool:
         if above:
             above.refs += 1  # its slot must not be the one that is freed for its child
         slots = self._take_slots(stop - start)
-        spans: list[Span] = []
+        spans: list[ExtentPin] = []
         if slots:
             space = self.spaces.get(namespace)
             if space is None:
-                space = self.spaces[namespace] = Space(namespace, chained=self.chained)
-            spans = self._runs(space, chain, start, slots)
+                space = self.spaces[namespace] = NamespaceTable(namespace, chained=self.chained)
+            spans = self._extents(space, chain, start, slots)
             self._generation += len(slots)
             self.writing += len(slots)
             if above:
@@ -113,55 +124,55 @@ class Pool:
             self._settle(above)
         return spans
 
-    def publish(self, spans: Iterable[Span]) -> list[Run]:
+    def publish(self, spans: Iterable[ExtentPin]) -> list[Extent]:
         """Make ready what of it is still being written, parents first; returns that."""
-        fresh: list[Run] = []
-        for run in pieces(spans):
-            if run.state == WRITING:
-                run.state = READY
-                self.writing -= len(run.digests)
-                fresh.append(run)
-                cuts = self.policy.cuts(run.digests)
+        fresh: list[Extent] = []
+        for extent in pieces(spans):
+            if extent.state == WRITING:
+                extent.state = READY
+                self.writing -= len(extent.digests)
+                fresh.append(extent)
+                cuts = self.policy.cuts(extent.digests)
                 if cuts:
-                    fresh += reversed([run.split(at) for at in reversed(cuts)])
+                    fresh += reversed([extent.split(at) for at in reversed(cuts)])
         if fresh:
             self.policy.add(fresh)
             if self.notice is not None:
-                for run in fresh:
-                    self._tell(True, run.space.namespace, run.digests)
+                for extent in fresh:
+                    self._tell(True, extent.space.namespace, extent.digests)
         return fresh
 
     # ---------------------------------------------------------------- being used
 
-    def carve(self, parts: Iterable[Part]) -> list[Run]:
-        """Runs of exactly these objects, each part one; splits where it has to."""
-        runs = []
-        for _, run, at, size in parts:
-            assert at + size <= len(run.digests), "a part that is no longer good"
-            if at + size < len(run.digests):
-                self._split(run, at + size)
-            runs.append(self._split(run, at) if at else run)
-        return runs
+    def carve(self, parts: Iterable[ExtentSlice]) -> list[Extent]:
+        """Extents of exactly these objects, each part one; splits where it has to."""
+        extents = []
+        for _, extent, at, size in parts:
+            assert at + size <= len(extent.digests), "a part that is no longer good"
+            if at + size < len(extent.digests):
+                self._split(extent, at + size)
+            extents.append(self._split(extent, at) if at else extent)
+        return extents
 
-    def pin(self, runs: Sequence[Run]) -> list[Span]:
+    def pin(self, extents: Sequence[Extent]) -> list[ExtentPin]:
         """One more reference each; to be given to `unpin`."""
-        for run in runs:
-            run.refs += 1
-        return [(run, len(run.digests)) for run in runs]
+        for extent in extents:
+            extent.refs += 1
+        return [(extent, len(extent.digests)) for extent in extents]
 
-    def unpin(self, spans: Iterable[Span]) -> None:
+    def unpin(self, spans: Iterable[ExtentPin]) -> None:
         """One reference less each, to whatever parts they are in by now."""
-        for run in pieces(spans):
-            run.refs -= 1
-            if not run.refs:
-                run.rest = None
-                if not run.stamp:
-                    self._settle(run)
+        for extent in pieces(spans):
+            extent.refs -= 1
+            if not extent.refs:
+                extent.rest = None
+                if not extent.stamp:
+                    self._settle(extent)
 
-    def touch(self, runs: Sequence[Run]) -> None:
+    def touch(self, extents: Sequence[Extent]) -> None:
         """Those ready objects were used. Parents first."""
-        if runs:
-            self.policy.touch(runs)
+        if extents:
+            self.policy.touch(extents)
 
     # ---------------------------------------------------------------- leaving
 
@@ -173,17 +184,17 @@ class Pool:
         """
         found = self.find(namespace, digest, depth)
         if found is not None and found.generation == generation:
-            [run] = self.carve([found.part])
-            self._leave(run)
+            [extent] = self.carve([found.part])
+            self._leave(extent)
             self.gone.put(digest, reason)
 
     def clear(self, namespace: bytes | None) -> int:
         """Drop everything (of one namespace) without a trace; returns how many objects left."""
         spaces = [space for space in self.spaces.values() if namespace in (None, space.namespace)]
-        doomed = [run for space in spaces for run in dict.fromkeys(space.held.values())]
-        for run in reversed(doomed):
-            self._leave(run)
-        return sum(len(run.digests) for run in doomed)
+        doomed = [extent for space in spaces for extent in dict.fromkeys(space.held.values())]
+        for extent in reversed(doomed):
+            self._leave(extent)
+        return sum(len(extent.digests) for extent in doomed)
 
     def reset(self) -> None:
         """Every slot is free at once, whoever used it. Generations go on."""
@@ -195,29 +206,29 @@ class Pool:
         """Slots that hold nothing."""
         return len(self.free) + self.slots - self._fresh
 
-    def _leave(self, run: Run) -> None:
-        space = run.space
-        if run.state == READY:
+    def _leave(self, extent: Extent) -> None:
+        space = extent.space
+        if extent.state == READY:
             if self.notice is not None:
-                self._tell(False, space.namespace, run.digests)
-            self.policy.discard(run)
+                self._tell(False, space.namespace, extent.digests)
+            self.policy.discard(extent)
         else:
-            self.writing -= len(run.digests)
-        run.state = EVICTING
-        for digest in run.digests:
+            self.writing -= len(extent.digests)
+        extent.state = EVICTING
+        for digest in extent.digests:
             del space.held[digest]
-        if run.children:
-            space.orphans[run.digests[-1]] = run.children
-            run.children = 0
-        if run.refs:
-            self.leaving.add(run)
+        if extent.children:
+            space.orphans[extent.digests[-1]] = extent.children
+            extent.children = 0
+        if extent.refs:
+            self.leaving.add(extent)
         else:
-            self.free.extend(run.slots)
-        self._left(run)
+            self.free.extend(extent.slots)
+        self._left(extent)
 
-    def _left(self, run: Run) -> None:
+    def _left(self, extent: Extent) -> None:
         """It is found no more: so much for its parent, and for a space that was all its own."""
-        space, parent = run.space, run.parent
+        space, parent = extent.space, extent.parent
         if parent is not None:
             above = space.held.get(parent)
             if above is not None:
@@ -230,15 +241,15 @@ class Pool:
         if not space.held:
             del self.spaces[space.namespace]
 
-    def _settle(self, run: Run) -> None:
+    def _settle(self, extent: Extent) -> None:
         """It lost a reference or a child: if it is in none of the policy's queues, it may be evictable, or its slots free."""
-        if run.refs or run.stamp or run.children:
+        if extent.refs or extent.stamp or extent.children:
             return
-        if run.state == READY:
-            self.policy.restore(run)
-        elif run.state == EVICTING:
-            self.leaving.discard(run)
-            self.free.extend(run.slots)
+        if extent.state == READY:
+            self.policy.restore(extent)
+        elif extent.state == EVICTING:
+            self.leaving.discard(extent)
+            self.free.extend(extent.slots)
 
     # ---------------------------------------------------------------- slots
 
@@ -257,71 +268,73 @@ class Pool:
         """Bring `slots` to `count` with those of the coldest ready objects that nothing holds, as far as there are any. This
         is what a full arena does all day.
         """
-        pop: Callable[[], Run | None] = self.policy.pop  # type: ignore[assignment]  # it holds what it was given
+        pop: Callable[[], Extent | None] = self.policy.pop  # type: ignore[assignment]  # it holds what it was given
         before = len(slots)
-        while len(slots) < count and (run := pop()) is not None:
-            if run.refs or run.children:
+        while len(slots) < count and (extent := pop()) is not None:
+            if extent.refs or extent.children:
                 continue  # it stays aside (stamp 0) until `_settle` finds that nothing holds it any more
-            want = min(count - len(slots), self.policy.most(run))
-            digests = run.digests
+            want = min(count - len(slots), self.policy.most(extent))
+            digests = extent.digests
             if want < len(digests):
                 last = digests[-want:]
-                slots.extend(run.slots[-want:])
-                del digests[-want:], run.slots[-want:]
+                slots.extend(extent.slots[-want:])
+                del digests[-want:], extent.slots[-want:]
             else:
                 last = digests
-                slots.extend(run.slots)
-                run.state = EVICTING
-            held = run.space.held
+                slots.extend(extent.slots)
+                extent.state = EVICTING
+            held = extent.space.held
             for digest in last:
                 del held[digest]
             if self.notice is not None:
-                self._tell(False, run.space.namespace, last)
+                self._tell(False, extent.space.namespace, last)
             self.gone.put_all(last, "evicted")
-            self.policy.evicted(run, last)
-            if run.state == READY:
-                self.policy.restore(run)
+            self.policy.evicted(extent, last)
+            if extent.state == READY:
+                self.policy.restore(extent)
             else:
-                self._left(run)
+                self._left(extent)
         self.evictions += len(slots) - before
 
-    # ---------------------------------------------------------------- runs
+    # ---------------------------------------------------------------- extents
 
-    def _runs(self, space: Space, chain: Chain, start: int, slots: array[int]) -> list[Span]:
-        """New runs for as many objects from `start` on as there are slots, cut where one has children already."""
+    def _extents(self, space: NamespaceTable, chain: Chain, start: int, slots: array[int]) -> list[ExtentPin]:
+        """New extents for as many objects from `start` on as there are slots, cut where one has children already."""
         digests, held, orphans = chain.digests, space.held, space.orphans
         stop = start + len(slots)
         ends = [*range(start + LONGEST, stop, LONGEST), stop]
         if orphans:
             ends = sorted({*ends, *(i for i in range(start + 1, stop) if digests[i - 1] in orphans)})
-        spans: list[Span] = []
+        spans: list[ExtentPin] = []
         first, generation = start, self._generation + 1
         for end in ends:
             names, mine = list(digests[start:end]), slots[start - first : end - first]
             parent = chain.parent(start) if self.chained else None
-            run = Run(space, names, mine, generation + start - first, parent, chain.depth(start), int(chain.linked))
+            extent = Extent(
+                space, names, mine, generation + start - first, parent, chain.depth(start), int(chain.linked)
+            )
             for digest in names:
-                held[digest] = run
-            run.children = int(run.tied and end < stop)
+                held[digest] = extent
+            extent.children = int(extent.tied and end < stop)
             if orphans:
-                run.children += orphans.pop(names[-1], 0)
-            spans.append((run, end - start))
+                extent.children += orphans.pop(names[-1], 0)
+            spans.append((extent, end - start))
             start = end
         return spans
 
-    def _split(self, run: Run, at: int) -> Run:
-        rest = run.split(at)
-        if run.stamp:
-            self.policy.split(run, rest)
+    def _split(self, extent: Extent, at: int) -> Extent:
+        rest = extent.split(at)
+        if extent.stamp:
+            self.policy.split(extent, rest)
         return rest
 
-    def _ending_with(self, namespace: bytes, digest: bytes, depth: int) -> Run | None:
-        """The run whose last object this is, split if need be, so that something can hang off it."""
+    def _ending_with(self, namespace: bytes, digest: bytes, depth: int) -> Extent | None:
+        """The extent whose last object this is, split if need be, so that something can hang off it."""
         space = self.spaces.get(namespace)
-        run = space.held.get(digest) if space else None
-        if run is not None and run.digests[-1] != digest:
-            self._split(run, run.find(digest, depth) + 1)
-        return run
+        extent = space.held.get(digest) if space else None
+        if extent is not None and extent.digests[-1] != digest:
+            self._split(extent, extent.find(digest, depth) + 1)
+        return extent
 
     def _tell(self, there: bool, namespace: bytes, digests: Iterable[bytes]) -> None:
         assert self.notice is not None

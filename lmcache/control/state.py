@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from lmcache.control.eviction import PolicyFactory
-from lmcache.control.extents import Run
-from lmcache.control.jobs import Jobs, Work
+from lmcache.control.extents import Extent
+from lmcache.control.jobs import JobTable, TrackedJob
 from lmcache.control.outcomes import Owner, TierInfo
-from lmcache.control.slot_pool import Pool
-from lmcache.control.tier_directory import Known
-from lmcache.plan import Copy, Delete, Name, Slot, Tier
+from lmcache.control.slot_pool import SlotPool
+from lmcache.control.tier_directory import TierDirectory
+from lmcache.plan import ArenaSlot, Copy, Delete, Name, Tier
 from lmcache.spec import HitRule
 
 DRAM = -1
@@ -20,7 +20,7 @@ DRAM = -1
 Admit = Callable[[int, Name], bool]
 """Whether an object that became ready in DRAM should be written to a tier."""
 
-SPILL_BATCH = 16
+WRITE_BACK_BATCH = 16
 """Objects per spill job. Its slots are freed together, when the last of them is written."""
 
 
@@ -42,11 +42,11 @@ class State:
         self.chunk_tokens = chunk_tokens
         self.tiers = list(tiers)
         self.pools = [
-            Pool(count, policy(count), chained=rule.kind == "all")
+            SlotPool(count, policy(count), chained=rule.kind == "all")
             for count, rule in zip(slots, self.rules, strict=True)
         ]
-        self.known = [Known(ranks) for _ in tiers]
-        self.jobs = Jobs(ranks)
+        self.directories = [TierDirectory(ranks) for _ in tiers]
+        self.jobs = JobTable(ranks)
         self.failed: set[Owner] = set()
         self.loading: dict[Owner, set[int]] = {}  # load jobs whose failure counts against their owner
         self.counts: Counter[str] = Counter()
@@ -66,30 +66,32 @@ class State:
 
     def tier_with(self, namespace: bytes, digest: bytes, group: int) -> int | None:
         """The nearest tier that is known to hold the object on every rank."""
-        return next((t for t, known in enumerate(self.known) if known.has(namespace, group, digest)), None)
+        return next((t for t, known in enumerate(self.directories) if known.has(namespace, group, digest)), None)
 
-    def spill(self, namespace: bytes, group: int, runs: Sequence[Run], tiers: Sequence[int]) -> None:
+    def write_back(self, namespace: bytes, group: int, extents: Sequence[Extent], tiers: Sequence[int]) -> None:
         """Queue write-behind of ready objects to those of `tiers` that are not known to hold them.
 
         An object whose damaged copy is being removed waits for that: see `deleted`.
         """
         pool = self.pools[group]
         for t in tiers:
-            objects = self.spillable(namespace, group, runs, t)
-            for first in range(0, len(objects), SPILL_BATCH):
-                batch = objects[first : first + SPILL_BATCH]
-                work = Work("spill", None, namespace)
+            objects = self.to_write_back(namespace, group, extents, t)
+            for first in range(0, len(objects), WRITE_BACK_BATCH):
+                batch = objects[first : first + WRITE_BACK_BATCH]
+                work = TrackedJob("write_back", None, namespace)
                 work.ops.extend(Copy(name, slot, Tier(t)) for _, name, slot in batch)
-                work.pins.append((pool, pool.pin(list(dict.fromkeys(run for run, _, _ in batch)))))
+                work.pins.append((pool, pool.pin(list(dict.fromkeys(extent for extent, _, _ in batch)))))
                 self.jobs.start(work)
 
-    def spillable(self, namespace: bytes, group: int, runs: Sequence[Run], t: int) -> list[tuple[Run, Name, Slot]]:
-        """Those objects of `runs` that tier `t` should hold and does not."""
+    def to_write_back(
+        self, namespace: bytes, group: int, extents: Sequence[Extent], t: int
+    ) -> list[tuple[Extent, Name, ArenaSlot]]:
+        """Those objects of `extents` that tier `t` should hold and does not."""
         wanted = [
-            (run, name, Slot(slot, generation))
-            for run in runs
-            for digest, slot, generation, depth in run.objects()
-            if not self.known[t].has(namespace, group, digest)
+            (extent, name, ArenaSlot(slot, generation))
+            for extent in extents
+            for digest, slot, generation, depth in extent.objects()
+            if not self.directories[t].has(namespace, group, digest)
             and (name := self.name(namespace, digest, group, depth))
             and (not self.deleting or not self.deleting[t, name])
         ]
@@ -112,7 +114,7 @@ class State:
 
     def delete(self, tier: int, names: Sequence[Name]) -> None:
         """Queue the removal of objects from a tier."""
-        work = Work("delete", None, names[0].namespace)
+        work = TrackedJob("delete", None, names[0].namespace)
         work.ops.extend(Delete(name, tier) for name in names)
         self.deleting.update((tier, name) for name in names)
         self.jobs.start(work)
@@ -124,8 +126,8 @@ class State:
         if self.deleting[tier, name] > 0:
             return
         del self.deleting[tier, name]
-        self.known[tier].remove(name, None)
+        self.directories[tier].remove(name, None)
         pool = self.pools[name.group]
         found = pool.find(name.namespace, name.chain, name.depth)
         if found is not None and found.ready:
-            self.spill(name.namespace, name.group, pool.carve([found.part]), [tier])
+            self.write_back(name.namespace, name.group, pool.carve([found.part]), [tier])

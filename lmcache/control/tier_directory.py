@@ -10,7 +10,7 @@ from lmcache.plan import Name
 _NOTHING: Mapping[bytes, int] = MappingProxyType({})
 
 
-class Known:
+class TierDirectory:
     """Contents of one tier: per namespace and group, digest → bit mask of the ranks that hold their part."""
 
     __slots__ = ("_full", "_masks", "notice")

@@ -1,6 +1,6 @@
 """Objects between an arena slot and a tier: encode on the way down, verify and translate on the way up.
 
-Every byte that comes from a tier passes `ObjectIO.load`, which checks the header (magic, caps, own digest, that it is *this*
+Every byte that comes from a tier passes `ObjectCodec.load`, which checks the header (magic, caps, own digest, that it is *this*
 object), the length and each segment's checksum before the slot counts as filled. What fails is a status, never an
 exception.
 """
@@ -34,7 +34,7 @@ class Loaded(NamedTuple):
     layout: ObjectLayout | None = None
 
 
-class ObjectIO:
+class ObjectCodec:
     """Encodes, verifies and translates the objects of one rank. Thread-safe; each thread has its own buffers.
 
     Args:
@@ -59,7 +59,7 @@ class ObjectIO:
         self._canonical = [ObjectLayout.canonical(spec, g, chunk_tokens) for g in range(len(spec.groups))]
         self._forms: dict[ObjectLayout, Form] = {}
         self._layouts: dict[bytes, ObjectLayout] = {}
-        self._others: dict[Rect, ObjectIO] = {}
+        self._others: dict[Rect, ObjectCodec] = {}
         self._local = threading.local()
 
     def save(self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout) -> Result:
@@ -101,7 +101,7 @@ class ObjectIO:
         rect = spec.rects[id.group]
         io = self._others.get(rect)
         if io is None:
-            io = self._others.setdefault(rect, ObjectIO(spec, self._chunk_tokens))
+            io = self._others.setdefault(rect, ObjectCodec(spec, self._chunk_tokens))
         return io.load(tier, id, out, ObjectLayout.canonical(spec, id.group, self._chunk_tokens), deadline).result
 
     def _load(

@@ -128,7 +128,7 @@ class Metrics:
         self._child(self._corruptions, tier).inc(objects)
 
     def failed(self, op: str, reason: str, count: int = 1) -> None:
-        """An operation (`load`, `spill`, `probe`, …) ended badly: `failed`, `late`, `full`, …"""
+        """An operation (`load`, `write_back`, `probe`, …) ended badly: `failed`, `late`, `full`, …"""
         self._child(self._failures, op, reason).inc(count)
 
     def skipped_store(self, reason: str, objects: int = 1) -> None:

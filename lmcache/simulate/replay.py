@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from lmcache.control.eviction import hears
-from lmcache.control.extents import Span
+from lmcache.control.extents import ExtentPin
 from lmcache.control.index import Index
 from lmcache.control.lookup import find, stretches
 from lmcache.control.outcomes import EVICTED
@@ -83,7 +83,7 @@ class Replay:
 
     def lost(self, tier: int, name: Name) -> None:
         """A tier no longer holds an object, see `Index.announce`."""
-        if self._state.known[tier].remove(name, 0):
+        if self._state.directories[tier].remove(name, 0):
             self._pool.gone.put(name.chain, EVICTED)
 
     def _promote(self, chain: Chain, positions: list[int], tier: int) -> None:
@@ -93,9 +93,9 @@ class Replay:
                 self._used(tier, self._state.name(chain.namespace, chain.digests[i], 0, chain.depth(i)))
         self._publish(chain.namespace, self._pool.insert(chain, positions[0], positions[-1] + 1), tier)
 
-    def _take(self, chain: Chain, first: int) -> tuple[list[Span], list[bytes]]:
+    def _take(self, chain: Chain, first: int) -> tuple[list[ExtentPin], list[bytes]]:
         """Take in the chunks from `first` on that are not there, until no slot can be freed. (Those, what was there.)"""
-        spans: list[Span] = []
+        spans: list[ExtentPin] = []
         there: list[bytes] = []
         digests = chain.digests
         while first < len(digests):
@@ -108,13 +108,13 @@ class Replay:
             first = last + 1
         return spans, there
 
-    def _publish(self, namespace: bytes, spans: list[Span], below: int) -> int:
+    def _publish(self, namespace: bytes, spans: list[ExtentPin], below: int) -> int:
         """They are ready, and what the index wants written to the first `below` tiers is written. Returns how many objects."""
         state, pool = self._state, self._pool
         ready = pool.publish(spans)
         for tier in range(below):
-            for _, name, _ in state.spillable(namespace, 0, ready, tier):
-                state.known[tier].add(name, 0)
+            for _, name, _ in state.to_write_back(namespace, 0, ready, tier):
+                state.directories[tier].add(name, 0)
                 if self._written is not None:
                     self._written(tier, name)
         pool.unpin(spans)

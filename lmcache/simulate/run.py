@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lmcache.config.settings import named
 from lmcache.control import Index, TierInfo
-from lmcache.control.admission.rules import Adaptive, BreakEven, SecondSight
+from lmcache.control.admission.rules import Adaptive, BreakEven, SecondHit
 from lmcache.control.eviction import POLICIES
 from lmcache.control.state import Admit
 from lmcache.errors import ConfigError
@@ -211,7 +211,7 @@ def _admission(admit: str, disk: Disk, profile: Profile, chunk_tokens: int) -> A
     if admit == "all":
         return None
     if admit == "second":
-        return SecondSight(disk.has_room, {0: disk.capacity})
+        return SecondHit(disk.has_room, {0: disk.capacity})
     adaptive = Adaptive(disk.has_room, {0: disk.capacity})
     if admit == "adaptive":
         return adaptive

@@ -20,7 +20,7 @@ from lmcache_kernels.pipeline import CopyEngine, ObjectShape, Pipeline
 from lmcache_kernels.rowcopy import Ints
 from lmcache_kernels.streams import TorchStreams
 
-Arrival = Callable[[], None]
+Completion = Callable[[], None]
 """Blocks until the bytes are there. Called once, on a thread that may wait; raises what went wrong underway."""
 
 
@@ -31,7 +31,7 @@ class StagingFullError(Exception):
     """There is no room to store through now; the caller counts a skipped store and goes on."""
 
 
-class Mover(Protocol):
+class EngineCopier(Protocol):
     """Moves objects between engine memory and host buffers. No call waits for a device."""
 
     def now(self) -> object:
@@ -40,7 +40,7 @@ class Mover(Protocol):
 
     def store(
         self, kv: BoundKV, group: int, slots: torch.Tensor, outs: Sequence[torch.Tensor], layout: ObjectLayout
-    ) -> Arrival | None:
+    ) -> Completion | None:
         """Engine → `outs`. On return, work enqueued later on the engine's stream may overwrite the source.
 
         None: the bytes are there. Otherwise `outs` must not be read before the arrival.
@@ -59,7 +59,7 @@ class Mover(Protocol):
         slots: torch.Tensor,
         layers: slice | None = None,
         after: object = None,
-    ) -> Arrival | None:
+    ) -> Completion | None:
         """`srcs` → engine, once its stream has passed `after` (default: now), from when on the pages are free.
 
         None: the bytes are there; otherwise `srcs` must stay as they are until the arrival.
@@ -67,16 +67,16 @@ class Mover(Protocol):
         ...
 
 
-class HostMover:
+class HostCopier:
     """Engine memory that the host reaches: `gather` and `scatter`, done when they return."""
 
     def now(self) -> None:
-        """See `Mover`."""
+        """See `EngineCopier`."""
 
     def store(
         self, kv: BoundKV, group: int, slots: torch.Tensor, outs: Sequence[torch.Tensor], layout: ObjectLayout
     ) -> None:
-        """See `Mover`."""
+        """See `EngineCopier`."""
         gather(kv, group, slots, outs, layout)
 
     def load(
@@ -89,11 +89,11 @@ class HostMover:
         layers: slice | None = None,
         after: object = None,
     ) -> None:
-        """See `Mover`."""
+        """See `EngineCopier`."""
         scatter(srcs, layout, kv, group, slots, layers)
 
 
-class DeviceMover:
+class DeviceCopier:
     """Engine memory of an accelerator: in stream order, through `lmcache_kernels.pipeline`.
 
     Where kernels turn out not to run, `gather` and `scatter` do the work by tensor operations, and wait for it.
@@ -106,16 +106,16 @@ class DeviceMover:
     def __init__(self, device: torch.device, pipeline: Pipeline) -> None:
         self._device = device
         self._pipeline = pipeline
-        self._plain = HostMover()
+        self._plain = HostCopier()
 
     def now(self) -> object:
-        """See `Mover`."""
+        """See `EngineCopier`."""
         return self._pipeline.now()
 
     def store(
         self, kv: BoundKV, group: int, slots: torch.Tensor, outs: Sequence[torch.Tensor], layout: ObjectLayout
-    ) -> Arrival | None:
-        """See `Mover`."""
+    ) -> Completion | None:
+        """See `EngineCopier`."""
         self._here()
         if not served_by_torch(self._device):
             copies = self._copies(kv, group, slots, len(outs), layout, missing=False)
@@ -142,8 +142,8 @@ class DeviceMover:
         slots: torch.Tensor,
         layers: slice | None = None,
         after: object = None,
-    ) -> Arrival | None:
-        """See `Mover`."""
+    ) -> Completion | None:
+        """See `EngineCopier`."""
         self._here()
         if not served_by_torch(self._device):
             copies = self._copies(kv, group, slots, len(srcs), layout, missing=True)
@@ -176,7 +176,7 @@ class DeviceMover:
         give_up(self._device, error)
         self._pipeline.drain()
 
-    def _arrival(self, arrival: arrivals.Arrival) -> Arrival:
+    def _arrival(self, arrival: arrivals.Completion) -> Completion:
         def wait() -> None:
             self._here()
             arrival.wait()
@@ -222,7 +222,9 @@ def copy_engine(copies: Dma, device: torch.device) -> CopyEngine:
     return engine
 
 
-def open_mover(device: torch.device, *, staging_bytes: int = 256 << 20, copy_engine_bytes: int = DMA_BYTES) -> Mover:
+def open_copier(
+    device: torch.device, *, staging_bytes: int = 256 << 20, copy_engine_bytes: int = DMA_BYTES
+) -> EngineCopier:
     """What moves bytes in and out of this device's memory.
 
     Args:
@@ -230,7 +232,7 @@ def open_mover(device: torch.device, *, staging_bytes: int = 256 << 20, copy_eng
         staging_bytes, copy_engine_bytes: see `lmcache.Config`.
     """
     if device.type == "cpu":
-        return HostMover()
+        return HostCopier()
 
     def say(line: str) -> None:
         info("copy-engine", detail=line)
@@ -247,4 +249,4 @@ def open_mover(device: torch.device, *, staging_bytes: int = 256 << 20, copy_eng
         # The limit is that of batched copies; one by one, every piece costs a call.
         dma_bytes=copy_engine_bytes if copies.driver is not None else max(copy_engine_bytes, _ALONE_BYTES),
     )
-    return DeviceMover(device, pipeline)
+    return DeviceCopier(device, pipeline)

@@ -17,7 +17,7 @@ import torch
 
 from lmcache.keys import Name
 from lmcache.layout import BoundKV, ObjectLayout
-from lmcache.plan import Copy, Job, JobReport, Op, Plan, Report, Slot, Status
+from lmcache.plan import ArenaSlot, Copy, Job, JobReport, Op, Plan, Report, Status
 
 LayerDone = Callable[[int, int], None]
 """Called as `layer_done(group, layer)` when a layer (local position) of all objects of a load is in engine memory."""
@@ -40,7 +40,7 @@ class EngineView(NamedTuple):
     layer_done: LayerDone | None = None
 
 
-class Run:
+class ActiveJob:
     """One job under way. Only the ledger changes it."""
 
     __slots__ = (
@@ -83,7 +83,7 @@ class _Tag(NamedTuple):
     layout: ObjectLayout
 
 
-class Ledger:
+class JobTracker:
     """Thread-safe bookkeeping of one rank's jobs and slot contents."""
 
     def __init__(self, rank: int) -> None:
@@ -92,7 +92,7 @@ class Ledger:
         self._changed = threading.Condition(self._lock)
         self._epoch = 0
         self._seq = 0
-        self._running: dict[int, Run] = {}
+        self._running: dict[int, ActiveJob] = {}
         self._reports: dict[int, JobReport] = {}
         self._first_sent: dict[int, int] = {}
         self._tags: dict[SlotKey, _Tag] = {}
@@ -101,10 +101,10 @@ class Ledger:
 
     # ---------------------------------------------------------------- plans and reports
 
-    def begin(self, plan: Plan, views: Mapping[int, EngineView]) -> list[Run]:
+    def begin(self, plan: Plan, views: Mapping[int, EngineView]) -> list[ActiveJob]:
         """Take up the jobs of `plan` that are new; a plan may come twice. A new epoch voids everything older."""
         now = time.monotonic()
-        runs = []
+        started = []
         with self._lock:
             if plan.epoch != self._epoch:
                 self._reset(plan.epoch)
@@ -112,9 +112,9 @@ class Ledger:
                 self._acknowledge(plan.acked[self._rank])
             for job in plan.jobs:
                 if job.id not in self._running and job.id not in self._reports:
-                    self._running[job.id] = run = Run(job, views.get(job.id), self._epoch, now)
-                    runs.append(run)
-        return runs
+                    self._running[job.id] = active = ActiveJob(job, views.get(job.id), self._epoch, now)
+                    started.append(active)
+        return started
 
     def report(self) -> Report:
         """Everything the index has not acknowledged, deadlines applied."""
@@ -125,20 +125,22 @@ class Ledger:
                 self._first_sent.setdefault(job, self._seq)
             return Report(self._epoch, self._rank, self._seq, tuple(self._reports.values()))
 
-    def finish(self, run: Run, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = "") -> None:
+    def finish(
+        self, active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
+    ) -> None:
         """Record how ops ended. From here on they touch no memory."""
         with self._lock:
             for index in indices:
-                run.unfinished.discard(index)
-                if run.statuses[index] is Status.PENDING:  # else it was declared late
-                    run.statuses[index] = status
-                if run.epoch != self._epoch and (key := slot_of(run.job.ops[index])) is not None:
+                active.unfinished.discard(index)
+                if active.statuses[index] is Status.PENDING:  # else it was declared late
+                    active.statuses[index] = status
+                if active.epoch != self._epoch and (key := slot_of(active.job.ops[index])) is not None:
                     self._stale[key] -= 1
-            run.nbytes += nbytes
+            active.nbytes += nbytes
             if status is not Status.OK:
-                run.detail = run.detail or detail
-            if indices and not run.unfinished:
-                self._publish(run)
+                active.detail = active.detail or detail
+            if indices and not active.unfinished:
+                self._publish(active)
 
     def wait(self, seen: int, timeout: float) -> None:
         """Return when `news` is no longer `seen`, when a deadline passes, or after `timeout` seconds."""
@@ -153,32 +155,32 @@ class Ledger:
     def running(self, kind: str | None = None) -> int:
         """How many jobs (of one kind) are under way."""
         with self._lock:
-            return sum(1 for run in self._running.values() if kind is None or run.job.kind == kind)
+            return sum(1 for active in self._running.values() if kind is None or active.job.kind == kind)
 
     # ---------------------------------------------------------------- engine memory
 
-    def begin_engine_write(self, run: Run) -> bool:
+    def begin_engine_write(self, active: ActiveJob) -> bool:
         """From here until `end_engine_write` the job counts as writing; False once it is late or fenced."""
         with self._lock:
-            if run.late or (run.deadline is not None and time.monotonic() >= run.deadline):
+            if active.late or (active.deadline is not None and time.monotonic() >= active.deadline):
                 return False
-            run.moving += 1
+            active.moving += 1
             return True
 
-    def end_engine_write(self, run: Run) -> None:
+    def end_engine_write(self, active: ActiveJob) -> None:
         """See `begin_engine_write`."""
         with self._lock:
-            run.moving -= 1
-            if run.moving == 0:
+            active.moving -= 1
+            if active.moving == 0:
                 self._changed.notify_all()
 
     def fence(self, jobs: Sequence[int], timeout: float | None) -> bool:
         """Forbid new writes of `jobs` to engine memory and wait for the current ones; False after `timeout` seconds."""
         with self._lock:
-            runs = [self._running[job] for job in jobs if job in self._running]
-            for run in runs:
-                run.late = True
-            return self._changed.wait_for(lambda: all(run.moving == 0 for run in runs), timeout)
+            started = [self._running[job] for job in jobs if job in self._running]
+            for active in started:
+                active.late = True
+            return self._changed.wait_for(lambda: all(active.moving == 0 for active in started), timeout)
 
     # ---------------------------------------------------------------- slot contents
 
@@ -193,24 +195,24 @@ class Ledger:
             if self._stale[group, slot] > 0:
                 raise MemoryError(f"slot {slot} of group {group} is still used by a call from before the last reset")
 
-    def tag(self, run: Run, indices: Sequence[int], layout: ObjectLayout) -> None:
+    def tag(self, active: ActiveJob, indices: Sequence[int], layout: ObjectLayout) -> None:
         """The destination slots of these ops now hold their objects, in `layout`."""
         with self._lock:
-            if run.epoch != self._epoch:
+            if active.epoch != self._epoch:
                 return
-            for copy in map(run.copy, indices):
-                assert isinstance(copy.dst, Slot)
+            for copy in map(active.copy, indices):
+                assert isinstance(copy.dst, ArenaSlot)
                 self._tags[copy.name.group, copy.dst.index] = _Tag(copy.name, copy.dst.generation, layout)
 
-    def layouts(self, run: Run, indices: Sequence[int]) -> list[ObjectLayout | None]:
+    def layouts(self, active: ActiveJob, indices: Sequence[int]) -> list[ObjectLayout | None]:
         """In which layout the source slot of each op holds its object; None where it does not hold exactly that object."""
         with self._lock:
             found: list[ObjectLayout | None] = []
-            for copy in map(run.copy, indices):
-                assert isinstance(copy.src, Slot)
+            for copy in map(active.copy, indices):
+                assert isinstance(copy.src, ArenaSlot)
                 tag = self._tags.get((copy.name.group, copy.src.index))
                 right = tag is not None and tag.name == copy.name and tag.generation == copy.src.generation
-                found.append(tag.layout if right and tag is not None and run.epoch == self._epoch else None)
+                found.append(tag.layout if right and tag is not None and active.epoch == self._epoch else None)
             return found
 
     # ---------------------------------------------------------------- lock held
@@ -218,9 +220,9 @@ class Ledger:
     def _reset(self, epoch: int) -> None:
         self._epoch = epoch
         self._seq = 0
-        for run in self._running.values():
-            run.late = True
-            self._stale.update(key for i in run.unfinished if (key := slot_of(run.job.ops[i])) is not None)
+        for active in self._running.values():
+            active.late = True
+            self._stale.update(key for i in active.unfinished if (key := slot_of(active.job.ops[i])) is not None)
         self._running = {}
         self._reports = {}
         self._first_sent = {}
@@ -232,22 +234,22 @@ class Ledger:
             del self._reports[job]
 
     def _expire(self, now: float) -> None:
-        for run in list(self._running.values()):
-            if run.deadline is None or run.late or now < run.deadline or run.moving:
+        for active in list(self._running.values()):
+            if active.deadline is None or active.late or now < active.deadline or active.moving:
                 continue
-            run.late = True
-            run.statuses = [Status.LATE if s is Status.PENDING else s for s in run.statuses]
-            self._publish(run)
+            active.late = True
+            active.statuses = [Status.LATE if s is Status.PENDING else s for s in active.statuses]
+            self._publish(active)
 
-    def _publish(self, run: Run) -> None:
-        if self._running.get(run.job.id) is not run:  # of an epoch that is over
+    def _publish(self, active: ActiveJob) -> None:
+        if self._running.get(active.job.id) is not active:  # of an epoch that is over
             return
-        final = not run.unfinished
-        statuses = tuple(int(status) for status in run.statuses)
-        self._reports[run.job.id] = JobReport(run.job.id, statuses, final, run.nbytes, run.detail)
-        self._first_sent.pop(run.job.id, None)
+        final = not active.unfinished
+        statuses = tuple(int(status) for status in active.statuses)
+        self._reports[active.job.id] = JobReport(active.job.id, statuses, final, active.nbytes, active.detail)
+        self._first_sent.pop(active.job.id, None)
         if final:
-            del self._running[run.job.id]
+            del self._running[active.job.id]
         self.news += 1
         self._changed.notify_all()
 
@@ -256,6 +258,6 @@ def slot_of(op: Op) -> SlotKey | None:
     """The slot an op reads or writes."""
     if isinstance(op, Copy):
         for place in (op.src, op.dst):
-            if isinstance(place, Slot):
+            if isinstance(place, ArenaSlot):
                 return op.name.group, place.index
     return None

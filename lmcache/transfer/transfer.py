@@ -17,18 +17,18 @@ from threading import Lock
 
 import torch
 
-from lmcache.format.codec import Loaded, ObjectIO
+from lmcache.format.codec import Loaded, ObjectCodec
 from lmcache.keys import Name, ObjectId
 from lmcache.layout import BoundKV, ObjectLayout
 from lmcache.observe.log import Throttle
 from lmcache.observe.metrics import Metrics
-from lmcache.plan import Copy, Delete, Engine, Plan, Probe, Report, Slot, Status, TierFacts
+from lmcache.plan import ArenaSlot, Copy, Delete, Engine, Plan, Probe, Report, Status, TierFacts
 from lmcache.plan import Tier as TierPlace
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Result, Tier
 from lmcache.transfer.arena import Arena
-from lmcache.transfer.engine_copy import Arrival, Mover, StagingFullError, open_mover
-from lmcache.transfer.jobs import EngineView, Ledger, Run, SlotKey
+from lmcache.transfer.engine_copy import Completion, EngineCopier, StagingFullError, open_copier
+from lmcache.transfer.jobs import ActiveJob, EngineView, JobTracker, SlotKey
 from lmcache.transfer.tier_stats import Meter
 from lmcache.transfer.workers import Workers
 from lmcache_kernels import fallbacks
@@ -55,7 +55,7 @@ class Transfer:
         rank: this rank's number in reports.
         read_threads, write_threads: per tier.
         queue_bytes: write-behind data waiting at most; beyond that a spill is skipped and counted.
-        open_mover: device of engine memory → what moves bytes in and out of it; called once for each.
+        open_copier: device of engine memory → what moves bytes in and out of it; called once for each.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Transfer:
         arenas: Sequence[Arena],
         tiers: Sequence[Tier],
         *,
-        io: ObjectIO,
+        io: ObjectCodec,
         metrics: Metrics,
         log: Throttle,
         rank: int = 0,
         read_threads: int = 2,
         write_threads: int = 1,
         queue_bytes: int = 1 << 30,
-        open_mover: Callable[[torch.device], Mover] = open_mover,
+        open_copier: Callable[[torch.device], EngineCopier] = open_copier,
     ) -> None:
         self._spec = spec
         self._chunk_tokens = chunk_tokens
@@ -83,9 +83,9 @@ class Transfer:
         metrics.kernel_fallbacks(lambda: float(len(fallbacks())))
         self._log = log
         self._queue_bytes = queue_bytes
-        self._open_mover = open_mover
-        self._movers: dict[torch.device, Mover] = {}
-        self._ledger = Ledger(rank)
+        self._open_copier = open_copier
+        self._engine_copiers: dict[torch.device, EngineCopier] = {}
+        self._tracker = JobTracker(rank)
         self._meters = [Meter() for _ in tiers]
         self._used = [0] * len(tiers)
         self._owed = [0] * len(tiers)  # bytes waiting to be written
@@ -103,7 +103,7 @@ class Transfer:
 
     def point(self, kv: BoundKV) -> object:
         """This point of the engine's stream, for `execute(after=…)`."""
-        return self._mover(kv).now()
+        return self._engine_copier(kv).now()
 
     def execute(self, plan: Plan, views: Mapping[int, EngineView] | None = None, after: object = None) -> None:
         """Start every job of `plan`. `views[job id]` is needed by jobs that copy from or to the engine.
@@ -114,34 +114,34 @@ class Transfer:
         slots of host memory are complete (on a device, when they are reported). A job that was seen before is ignored, so a
         plan may be delivered twice.
         """
-        for run in self._ledger.begin(plan, views or {}):
-            self._guard(run, range(len(run.job.ops)), partial(self._begin, run, after))
+        for active in self._tracker.begin(plan, views or {}):
+            self._guard(active, range(len(active.job.ops)), partial(self._begin, active, after))
 
-    def _begin(self, run: Run, after: object) -> None:
-        if run.view is not None:
-            run.after = self.point(run.view.kv) if after is None else after
-        self._start(run)
+    def _begin(self, active: ActiveJob, after: object) -> None:
+        if active.view is not None:
+            active.after = self.point(active.view.kv) if after is None else after
+        self._start(active)
 
     def poll(self) -> Report:
         """Everything this rank has to report and the index has not acknowledged."""
-        return self._ledger.report()
+        return self._tracker.report()
 
     @property
     def news(self) -> int:
         """Grows whenever a job becomes reportable; lets a caller skip `poll` when nothing happened."""
-        return self._ledger.news
+        return self._tracker.news
 
     def wait(self, seen: int, timeout: float) -> None:
         """Return when `news` is no longer `seen`, when a deadline passes, or after `timeout` seconds."""
-        self._ledger.wait(seen, timeout)
+        self._tracker.wait(seen, timeout)
 
     def fence(self, jobs: Sequence[int], timeout: float | None = None) -> bool:
         """Wait until none of `jobs` writes engine memory, now or later; loads that have not begun are cancelled."""
-        return self._ledger.fence(jobs, timeout)
+        return self._tracker.fence(jobs, timeout)
 
     def running(self, kind: str | None = None) -> int:
         """How many jobs (of one kind) are under way."""
-        return self._ledger.running(kind)
+        return self._tracker.running(kind)
 
     def queue(self) -> tuple[int, int]:
         """Tier calls waiting for a thread, and bytes waiting to be written."""
@@ -167,111 +167,113 @@ class Transfer:
         ended = [workers.close(max(0.0, until - time.monotonic())) for workers in pools]
         return all(ended)
 
-    def _finish(self, run: Run, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = "") -> None:
-        self._ledger.finish(run, indices, status, nbytes, detail)
+    def _finish(
+        self, active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
+    ) -> None:
+        self._tracker.finish(active, indices, status, nbytes, detail)
         if indices and status in _ALARMS:
-            self._metrics.failed(run.job.kind, status.name.lower(), len(indices))
-            self._log.warning(f"{run.job.kind}-{status.name.lower()}", objects=len(indices), detail=detail)
+            self._metrics.failed(active.job.kind, status.name.lower(), len(indices))
+            self._log.warning(f"{active.job.kind}-{status.name.lower()}", objects=len(indices), detail=detail)
 
     # ---------------------------------------------------------------- the start of a job
 
-    def _start(self, run: Run) -> None:
+    def _start(self, active: ActiveJob) -> None:
         """Sort the ops of a job by kind of hop and set each kind going."""
         stores: dict[int, list[int]] = {}
         ready: dict[int, list[int]] = {}
-        fills: list[int] = []
+        promotions: list[int] = []
         direct: list[int] = []
-        spills: list[int] = []
+        write_backs: list[int] = []
         tier_ops: dict[tuple[int, bool], list[int]] = {}
         followers: dict[SlotKey, list[int]] = {}
         unsupported: list[int] = []
-        for i, op in enumerate(run.job.ops):
+        for i, op in enumerate(active.job.ops):
             if isinstance(op, (Probe, Delete)):
                 tier_ops.setdefault((op.tier, isinstance(op, Probe)), []).append(i)
                 continue
             group = op.name.group
-            if isinstance(op.src, Engine) and isinstance(op.dst, Slot):
+            if isinstance(op.src, Engine) and isinstance(op.dst, ArenaSlot):
                 stores.setdefault(group, []).append(i)
-            elif isinstance(op.src, Slot) and isinstance(op.dst, Engine):
+            elif isinstance(op.src, ArenaSlot) and isinstance(op.dst, Engine):
                 key = (group, op.src.index)
                 if key in followers:
                     followers[key].append(i)
                 else:
                     ready.setdefault(group, []).append(i)
-            elif isinstance(op.src, TierPlace) and isinstance(op.dst, Slot):
-                fills.append(i)
+            elif isinstance(op.src, TierPlace) and isinstance(op.dst, ArenaSlot):
+                promotions.append(i)
                 followers[group, op.dst.index] = []
             elif isinstance(op.src, TierPlace) and isinstance(op.dst, Engine):
                 direct.append(i)
-            elif isinstance(op.src, Slot) and isinstance(op.dst, TierPlace):
-                spills.append(i)
+            elif isinstance(op.src, ArenaSlot) and isinstance(op.dst, TierPlace):
+                write_backs.append(i)
             else:
                 unsupported.append(i)
-        self._finish(run, unsupported, Status.FAILED, detail="this transfer has no such hop")
+        self._finish(active, unsupported, Status.FAILED, detail="this transfer has no such hop")
 
         for group, indices in stores.items():
-            self._guard(run, indices, partial(self._store, run, group, indices))
-        for i in spills:
-            self._queue_spill(run, i)
+            self._guard(active, indices, partial(self._store, active, group, indices))
+        for i in write_backs:
+            self._queue_write_back(active, i)
         for (tier, probe), indices in tier_ops.items():
             call = self._probe if probe else self._delete
-            self._submit(self._readers[tier], run, indices, partial(call, run, tier, indices))
+            self._submit(self._readers[tier], active, indices, partial(call, active, tier, indices))
 
-        if run.view is not None and run.view.layer_done is not None:
-            self._start_layerwise(run, ready, fills, direct, followers)
+        if active.view is not None and active.view.layer_done is not None:
+            self._start_layerwise(active, ready, promotions, direct, followers)
             return
-        for i in fills:
-            op = run.copy(i)
-            assert isinstance(op.dst, Slot)
+        for i in promotions:
+            op = active.copy(i)
+            assert isinstance(op.dst, ArenaSlot)
             after = followers[op.name.group, op.dst.index]
-            self._submit(self._reader(op), run, [i, *after], partial(self._fill_and_scatter, run, i, after))
+            self._submit(self._reader(op), active, [i, *after], partial(self._promote_and_scatter, active, i, after))
         for i in direct:
-            self._submit(self._reader(run.copy(i)), run, [i], partial(self._load_direct, run, i))
+            self._submit(self._reader(active.copy(i)), active, [i], partial(self._load_from_tier, active, i))
         for group, indices in ready.items():
-            self._guard(run, indices, partial(self._scatter, run, group, indices))
+            self._guard(active, indices, partial(self._scatter, active, group, indices))
 
-    def _mover(self, kv: BoundKV) -> Mover:
+    def _engine_copier(self, kv: BoundKV) -> EngineCopier:
         device = kv.device
         with self._lock:
-            found = self._movers.get(device)
+            found = self._engine_copiers.get(device)
             if found is None:
-                found = self._movers[device] = self._open_mover(device)
+                found = self._engine_copiers[device] = self._open_copier(device)
             return found
 
     def _reader(self, op: Copy) -> Workers:
         assert isinstance(op.src, TierPlace)
         return self._readers[op.src.index]
 
-    def _submit(self, workers: Workers, run: Run, indices: Sequence[int], task: Callable[[], object]) -> bool:
-        queued = workers.submit(partial(self._guard, run, indices, task))
+    def _submit(self, workers: Workers, active: ActiveJob, indices: Sequence[int], task: Callable[[], object]) -> bool:
+        queued = workers.submit(partial(self._guard, active, indices, task))
         if not queued:
-            self._finish(run, indices, Status.CANCELLED, detail="the cache is closed, or no thread can be started")
+            self._finish(active, indices, Status.CANCELLED, detail="the cache is closed, or no thread can be started")
         return queued
 
-    def _guard(self, run: Run, indices: Sequence[int], task: Callable[[], object]) -> None:
+    def _guard(self, active: ActiveJob, indices: Sequence[int], task: Callable[[], object]) -> None:
         """The one place where whatever goes wrong in the data plane turns into a status instead of an exception."""
         try:
             task()
         except Exception as error:
-            left = [i for i in indices if i in run.unfinished]
-            self._finish(run, left, Status.FAILED, detail=f"{type(error).__name__}: {error}")
+            left = [i for i in indices if i in active.unfinished]
+            self._finish(active, left, Status.FAILED, detail=f"{type(error).__name__}: {error}")
 
     # ---------------------------------------------------------------- hops
 
-    def _store(self, run: Run, group: int, indices: Sequence[int]) -> None:
+    def _store(self, active: ActiveJob, group: int, indices: Sequence[int]) -> None:
         """Engine → slots, all objects of a group in one gather. On return the engine may overwrite the source."""
-        view = _view_of(run)
+        view = _view_of(active)
         layout = view.kv.native(group, self._chunk_tokens)
         arena = self._arenas[group]
         live, outs, starts = [], [], []
         for i in indices:
-            op = run.copy(i)
-            assert isinstance(op.dst, Slot)
+            op = active.copy(i)
+            assert isinstance(op.dst, ArenaSlot)
             try:
-                self._ledger.claim(group, op.dst.index)
+                self._tracker.claim(group, op.dst.index)
                 outs.append(arena.view(op.dst.index))
             except MemoryError as error:
-                self._finish(run, [i], Status.FULL, detail=str(error))
+                self._finish(active, [i], Status.FULL, detail=str(error))
                 continue
             live.append(i)
             starts.append(op.start)
@@ -280,42 +282,42 @@ class Transfer:
         self._native[group] = layout
         slots = _slots_at(view.slots[group], starts, self._chunk_tokens)
         try:
-            arrival = self._mover(view.kv).store(view.kv, group, slots, outs, layout)
+            arrival = self._engine_copier(view.kv).store(view.kv, group, slots, outs, layout)
         except StagingFullError as full:
             self._metrics.skipped_store("staging", len(live))
-            self._finish(run, live, Status.SKIPPED, detail=str(full))
+            self._finish(active, live, Status.SKIPPED, detail=str(full))
             return
 
         def stored() -> None:
-            self._ledger.tag(run, live, layout)
+            self._tracker.tag(active, live, layout)
             nbytes = layout.nbytes * len(live)
             self._metrics.moved("engine", "dram", nbytes)
-            self._finish(run, live, Status.OK, nbytes)
+            self._finish(active, live, Status.OK, nbytes)
 
-        self._when_there(self._stored, run, live, [] if arrival is None else [arrival], stored)
+        self._when_there(self._stored, active, live, [] if arrival is None else [arrival], stored)
 
-    def _scatter(self, run: Run, group: int, indices: Sequence[int], layers: slice | None = None) -> bool:
+    def _scatter(self, active: ActiveJob, group: int, indices: Sequence[int], layers: slice | None = None) -> bool:
         """Slots → engine. With `layers`, only those, and the ops stay open. False if nothing may be written any more."""
-        view = _view_of(run)
+        view = _view_of(active)
         batches: dict[ObjectLayout, list[int]] = {}
         stale: list[int] = []
-        for i, held in zip(indices, self._ledger.layouts(run, indices), strict=True):
+        for i, held in zip(indices, self._tracker.layouts(active, indices), strict=True):
             if held is None:
                 stale.append(i)
             else:
                 batches.setdefault(held, []).append(i)
-        self._finish(run, stale, Status.SKIPPED, detail="the slot does not hold this object")
-        if not self._ledger.begin_engine_write(run):
-            self._finish(run, [i for i in indices if i not in stale], Status.CANCELLED)
+        self._finish(active, stale, Status.SKIPPED, detail="the slot does not hold this object")
+        if not self._tracker.begin_engine_write(active):
+            self._finish(active, [i for i in indices if i not in stale], Status.CANCELLED)
             return False
-        arrivals: list[Arrival] = []
-        end = partial(self._ledger.end_engine_write, run)
+        arrivals: list[Completion] = []
+        end = partial(self._tracker.end_engine_write, active)
         try:
             for layout, batch in batches.items():
-                copies = [run.copy(i) for i in batch]
-                srcs = [self._arenas[group].view(op.src.index) for op in copies if isinstance(op.src, Slot)]
+                copies = [active.copy(i) for i in batch]
+                srcs = [self._arenas[group].view(op.src.index) for op in copies if isinstance(op.src, ArenaSlot)]
                 slots = _slots_at(view.slots[group], [op.start for op in copies], self._chunk_tokens)
-                arrival = self._mover(view.kv).load(srcs, layout, view.kv, group, slots, layers, run.after)
+                arrival = self._engine_copier(view.kv).load(srcs, layout, view.kv, group, slots, layers, active.after)
                 arrivals += [] if arrival is None else [arrival]
         except BaseException:
             _settle(arrivals, end)
@@ -327,17 +329,17 @@ class Transfer:
         def loaded() -> None:
             for layout, batch in batches.items():
                 self._metrics.moved("dram", "engine", layout.nbytes * len(batch))
-                self._finish(run, batch, Status.OK, layout.nbytes * len(batch))
+                self._finish(active, batch, Status.OK, layout.nbytes * len(batch))
 
-        self._when_there(self._loaded, run, [i for batch in batches.values() for i in batch], arrivals, loaded, end)
+        self._when_there(self._loaded, active, [i for batch in batches.values() for i in batch], arrivals, loaded, end)
         return True
 
     def _when_there(
         self,
         waiters: Workers,
-        run: Run,
+        active: ActiveJob,
         indices: Sequence[int],
-        arrivals: Sequence[Arrival],
+        arrivals: Sequence[Completion],
         then: Callable[[], None],
         end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -349,68 +351,68 @@ class Transfer:
 
         if not arrivals:
             settle()
-        elif not waiters.submit(partial(self._guard, run, indices, settle)):
-            self._guard(run, indices, settle)  # closing: nothing is left running
+        elif not waiters.submit(partial(self._guard, active, indices, settle)):
+            self._guard(active, indices, settle)  # closing: nothing is left running
 
-    def _fill_and_scatter(self, run: Run, index: int, after: Sequence[int]) -> None:
-        if self._fill(run, index):
+    def _promote_and_scatter(self, active: ActiveJob, index: int, after: Sequence[int]) -> None:
+        if self._promote(active, index):
             if after:
-                self._scatter(run, run.job.ops[after[0]].name.group, after)
+                self._scatter(active, active.job.ops[after[0]].name.group, after)
         else:
-            self._finish(run, after, Status.SKIPPED)
+            self._finish(active, after, Status.SKIPPED)
 
-    def _fill(self, run: Run, index: int) -> bool:
+    def _promote(self, active: ActiveJob, index: int) -> bool:
         """Tier → slot: read, verify, and tag the slot if all is well."""
-        op = run.copy(index)
+        op = active.copy(index)
         assert isinstance(op.src, TierPlace)
-        assert isinstance(op.dst, Slot)
-        if run.late:
-            self._finish(run, [index], Status.CANCELLED)
+        assert isinstance(op.dst, ArenaSlot)
+        if active.late:
+            self._finish(active, [index], Status.CANCELLED)
             return False
         group = op.name.group
         try:
-            self._ledger.claim(group, op.dst.index)
+            self._tracker.claim(group, op.dst.index)
             out = self._arenas[group].view(op.dst.index)
         except MemoryError as error:
-            self._finish(run, [index], Status.FULL, detail=str(error))
+            self._finish(active, [index], Status.FULL, detail=str(error))
             return False
         tier = self._tiers[op.src.index]
-        loaded = self._load(op.src.index, op.name, out, self._native.get(group), run.deadline)
+        loaded = self._load(op.src.index, op.name, out, self._native.get(group), active.deadline)
         if loaded.layout is None:
-            self._lost(run, index, tier, loaded.result)
+            self._lost(active, index, tier, loaded.result)
             return False
-        self._ledger.tag(run, [index], loaded.layout)
+        self._tracker.tag(active, [index], loaded.layout)
         self._metrics.moved(tier.name, "dram", loaded.result.nbytes)
-        self._finish(run, [index], Status.OK, loaded.result.nbytes)
+        self._finish(active, [index], Status.OK, loaded.result.nbytes)
         return True
 
-    def _load_direct(self, run: Run, index: int) -> None:
+    def _load_from_tier(self, active: ActiveJob, index: int) -> None:
         """Tier → engine by way of this thread's bounce buffer, when the arena has no slot to spare."""
-        op = run.copy(index)
+        op = active.copy(index)
         assert isinstance(op.src, TierPlace)
-        view = _view_of(run)
+        view = _view_of(active)
         group = op.name.group
-        if run.late:
-            self._finish(run, [index], Status.CANCELLED)
+        if active.late:
+            self._finish(active, [index], Status.CANCELLED)
             return
         tier = self._tiers[op.src.index]
         out = self._io.bounce(group)
-        loaded = self._load(op.src.index, op.name, out, None, run.deadline)
+        loaded = self._load(op.src.index, op.name, out, None, active.deadline)
         if loaded.layout is None:
-            self._lost(run, index, tier, loaded.result)
+            self._lost(active, index, tier, loaded.result)
             return
-        if not self._ledger.begin_engine_write(run):
-            self._finish(run, [index], Status.CANCELLED)
+        if not self._tracker.begin_engine_write(active):
+            self._finish(active, [index], Status.CANCELLED)
             return
-        arrivals: list[Arrival] = []
+        arrivals: list[Completion] = []
         try:
             slots = _slots_at(view.slots[group], [op.start], self._chunk_tokens)
-            arrival = self._mover(view.kv).load([out], loaded.layout, view.kv, group, slots, after=run.after)
+            arrival = self._engine_copier(view.kv).load([out], loaded.layout, view.kv, group, slots, after=active.after)
             arrivals += [] if arrival is None else [arrival]
         finally:
-            _settle(arrivals, partial(self._ledger.end_engine_write, run))
+            _settle(arrivals, partial(self._tracker.end_engine_write, active))
         self._metrics.moved(tier.name, "engine", loaded.result.nbytes)
-        self._finish(run, [index], Status.OK, loaded.result.nbytes)
+        self._finish(active, [index], Status.OK, loaded.result.nbytes)
 
     def _load(
         self, tier: int, name: Name, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
@@ -423,14 +425,14 @@ class Transfer:
             self.look(tier)
         return loaded
 
-    def _lost(self, run: Run, index: int, tier: Tier, result: Result) -> None:
+    def _lost(self, active: ActiveJob, index: int, tier: Tier, result: Result) -> None:
         if result.status is Status.CORRUPT:
             self._metrics.corrupted(tier.name)
-        self._finish(run, [index], result.status, detail=f"{tier.name}: {result.detail}")
+        self._finish(active, [index], result.status, detail=f"{tier.name}: {result.detail}")
 
-    def _queue_spill(self, run: Run, index: int) -> None:
-        """Slot → tier, write-behind. What does not fit into the queue is dropped: a slow disk never slows the engine."""
-        op = run.copy(index)
+    def _queue_write_back(self, active: ActiveJob, index: int) -> None:
+        """ArenaSlot → tier, write-behind. What does not fit into the queue is dropped: a slow disk never slows the engine."""
+        op = active.copy(index)
         assert isinstance(op.dst, TierPlace)
         nbytes = self._arenas[op.name.group].slot_bytes
         with self._lock:
@@ -440,19 +442,19 @@ class Transfer:
                 self._owed[op.dst.index] += nbytes
         if not fits:
             self._metrics.skipped_store("queue")
-            self._finish(run, [index], Status.SKIPPED, detail="write-behind queue is full")
+            self._finish(active, [index], Status.SKIPPED, detail="write-behind queue is full")
             return
-        self._submit(self._writers[op.dst.index], run, [index], partial(self._spill, run, index, nbytes))
+        self._submit(self._writers[op.dst.index], active, [index], partial(self._write_back, active, index, nbytes))
 
-    def _spill(self, run: Run, index: int, queued: int) -> None:
-        op = run.copy(index)
-        assert isinstance(op.src, Slot)
+    def _write_back(self, active: ActiveJob, index: int, queued: int) -> None:
+        op = active.copy(index)
+        assert isinstance(op.src, ArenaSlot)
         assert isinstance(op.dst, TierPlace)
         tier = self._tiers[op.dst.index]
         try:
-            [held] = self._ledger.layouts(run, [index])
+            [held] = self._tracker.layouts(active, [index])
             if held is None:
-                self._finish(run, [index], Status.SKIPPED, detail="the slot does not hold this object")
+                self._finish(active, [index], Status.SKIPPED, detail="the slot does not hold this object")
                 return
             payload = self._arenas[op.name.group].view(op.src.index)
             result = self._io.save(tier, self._object_id(op.name), payload, held)
@@ -461,7 +463,7 @@ class Transfer:
                 self._wrote(op.dst.index, result.nbytes)
             else:
                 self._metrics.skipped_store(result.status.name.lower())
-            self._finish(run, [index], result.status, result.nbytes, f"{tier.name}: {result.detail}")
+            self._finish(active, [index], result.status, result.nbytes, f"{tier.name}: {result.detail}")
         finally:
             with self._lock:
                 self._write_bytes -= queued
@@ -473,15 +475,15 @@ class Transfer:
         if time.monotonic() >= self._look_at[tier]:  # others write too, and somebody evicts
             self.look(tier)
 
-    def _probe(self, run: Run, tier: int, indices: Sequence[int]) -> None:
-        ids = [self._object_id(run.job.ops[i].name) for i in indices]
-        for i, result in zip(indices, self._io.contains(self._tiers[tier], ids, run.deadline), strict=True):
-            self._finish(run, [i], result.status, detail=result.detail)
+    def _probe(self, active: ActiveJob, tier: int, indices: Sequence[int]) -> None:
+        ids = [self._object_id(active.job.ops[i].name) for i in indices]
+        for i, result in zip(indices, self._io.contains(self._tiers[tier], ids, active.deadline), strict=True):
+            self._finish(active, [i], result.status, detail=result.detail)
 
-    def _delete(self, run: Run, tier: int, indices: Sequence[int]) -> None:
-        ids = [self._object_id(run.job.ops[i].name) for i in indices]
-        for i, result in zip(indices, self._tiers[tier].delete(ids, deadline=run.deadline), strict=True):
-            self._finish(run, [i], result.status, detail=result.detail)
+    def _delete(self, active: ActiveJob, tier: int, indices: Sequence[int]) -> None:
+        ids = [self._object_id(active.job.ops[i].name) for i in indices]
+        for i, result in zip(indices, self._tiers[tier].delete(ids, deadline=active.deadline), strict=True):
+            self._finish(active, [i], result.status, detail=result.detail)
 
     def _object_id(self, name: Name) -> ObjectId:
         return ObjectId.of(name, self._spec.rects[name.group])
@@ -490,71 +492,71 @@ class Transfer:
 
     def _start_layerwise(
         self,
-        run: Run,
+        active: ActiveJob,
         ready: Mapping[int, list[int]],
-        fills: Sequence[int],
+        promotions: Sequence[int],
         direct: Sequence[int],
         followers: Mapping[SlotKey, list[int]],
     ) -> None:
         """Fill slots first; when the last tier call has returned, write layer after layer across all objects."""
         waiting = {group: list(indices) for group, indices in ready.items()}
-        left = len(fills) + len(direct)
+        left = len(promotions) + len(direct)
 
         def arrived(more: Sequence[int] = ()) -> None:
             nonlocal left
             with self._lock:
                 for i in more:
-                    waiting.setdefault(run.job.ops[i].name.group, []).append(i)
+                    waiting.setdefault(active.job.ops[i].name.group, []).append(i)
                 left -= 1
                 last = left <= 0
             if last:
                 every = [i for indices in waiting.values() for i in indices]
-                self._submit(self._copiers, run, every, partial(self._scatter_layers, run, waiting))
+                self._submit(self._copiers, active, every, partial(self._scatter_layers, active, waiting))
 
         def fill(index: int, after: Sequence[int]) -> None:
             try:
-                filled = self._fill(run, index)
+                filled = self._promote(active, index)
             finally:
-                if index in run.unfinished:  # it raised: the guard reports this op and its followers
+                if index in active.unfinished:  # it raised: the guard reports this op and its followers
                     arrived()
             if not filled:
-                self._finish(run, after, Status.SKIPPED)
+                self._finish(active, after, Status.SKIPPED)
             arrived(after if filled else ())
 
         def load(index: int) -> None:
             try:
-                self._load_direct(run, index)
+                self._load_from_tier(active, index)
             finally:
                 arrived()
 
-        for i in fills:
-            op = run.copy(i)
-            assert isinstance(op.dst, Slot)
+        for i in promotions:
+            op = active.copy(i)
+            assert isinstance(op.dst, ArenaSlot)
             after = followers[op.name.group, op.dst.index]
-            if not self._submit(self._reader(op), run, [i, *after], partial(fill, i, after)):
+            if not self._submit(self._reader(op), active, [i, *after], partial(fill, i, after)):
                 arrived()
         for i in direct:
-            if not self._submit(self._reader(run.copy(i)), run, [i], partial(load, i)):
+            if not self._submit(self._reader(active.copy(i)), active, [i], partial(load, i)):
                 arrived()
-        if not fills and not direct:
+        if not promotions and not direct:
             arrived()
 
-    def _scatter_layers(self, run: Run, waiting: Mapping[int, list[int]]) -> None:
-        view = _view_of(run)
+    def _scatter_layers(self, active: ActiveJob, waiting: Mapping[int, list[int]]) -> None:
+        view = _view_of(active)
         assert view.layer_done is not None
         for group, indices in sorted(waiting.items()):
             for layer in range(len(self._spec.local_layers(group))):
-                live = [i for i in indices if i in run.unfinished]
-                if not self._scatter(run, group, live, slice(layer, layer + 1)):
+                live = [i for i in indices if i in active.unfinished]
+                if not self._scatter(active, group, live, slice(layer, layer + 1)):
                     break
                 view.layer_done(group, layer)
-            live = [i for i in indices if i in run.unfinished]
+            live = [i for i in indices if i in active.unfinished]
             nbytes = self._arenas[group].slot_bytes * len(live)
             self._metrics.moved("dram", "engine", nbytes)
-            self._finish(run, live, Status.OK, nbytes)
+            self._finish(active, live, Status.OK, nbytes)
 
 
-def _settle(arrivals: Sequence[Arrival], end: Callable[[], None]) -> None:
+def _settle(arrivals: Sequence[Completion], end: Callable[[], None]) -> None:
     """Wait for all, whatever happens to one of them, then `end`."""
     with ExitStack() as last:
         last.callback(end)
@@ -562,10 +564,10 @@ def _settle(arrivals: Sequence[Arrival], end: Callable[[], None]) -> None:
             last.callback(arrival)
 
 
-def _view_of(run: Run) -> EngineView:
-    if run.view is None:
-        raise ValueError(f"job {run.job.id} ({run.job.kind}) copies engine memory, but no view of it was passed")
-    return run.view
+def _view_of(active: ActiveJob) -> EngineView:
+    if active.view is None:
+        raise ValueError(f"job {active.job.id} ({active.job.kind}) copies engine memory, but no view of it was passed")
+    return active.view
 
 
 def _slots_at(slots: torch.Tensor, starts: Sequence[int], tokens: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ class Workers:
             return self._queued
 
     def submit(self, task: Task) -> bool:
-        """Run `task` soon; False if it will never run: the pool is closed, or has no thread and cannot start one."""
+        """Runs `task` soon; False if it will never run: the pool is closed, or has no thread and cannot start one."""
         with self._lock:
             if self._closed:
                 return False

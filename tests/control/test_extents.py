@@ -13,8 +13,8 @@ from indexdriver import FAILED, OK, Lab
 from lmcache.control import invariants
 from lmcache.control import slot_pool as arenas
 from lmcache.control.eviction import POLICIES, Lru, S3Fifo, policy_factory
-from lmcache.control.extents import READY, Run, Span, pieces
-from lmcache.control.slot_pool import Pool
+from lmcache.control.extents import READY, Extent, ExtentPin, pieces
+from lmcache.control.slot_pool import SlotPool
 from lmcache.plan import Chain
 from lmcache.spec import HitRule
 from lmcache_conformance.labs.indexlab import CHUNK, chain
@@ -30,18 +30,18 @@ STEPS = st.lists(
     max_size=40,
 )
 Held = dict[bytes, tuple[int, int]]
-"""Object → (slot, generation), as somebody took hold of it."""
+"""ResidentObject → (slot, generation), as somebody took hold of it."""
 
 
 class Arena:
     """A pool, and what is known of it object by object."""
 
     def __init__(self, slots: int, policy: str, *, chained: bool, linked: bool) -> None:
-        self.pool = Pool(slots, policy_factory(policy)(slots), chained=chained)
+        self.pool = SlotPool(slots, policy_factory(policy)(slots), chained=chained)
         self.pool.notice = self.notice
         self.linked = linked
         self.there: set[bytes] = set()
-        self.holders: list[tuple[list[Span], Held, bool]] = []
+        self.holders: list[tuple[list[ExtentPin], Held, bool]] = []
 
     def notice(self, there: bool, namespace: bytes, digest: bytes) -> None:
         assert (digest in self.there) != there, "told twice"
@@ -63,12 +63,12 @@ class Arena:
         names = about.digests[first : first + sum(size for _, size in spans)]
         self.hold(spans, list(names), writes=True)
 
-    def hold(self, spans: list[Span], names: list[bytes], *, writes: bool) -> None:
+    def hold(self, spans: list[ExtentPin], names: list[bytes], *, writes: bool) -> None:
         held = {digest: (slot, gen) for run in pieces(spans) for digest, slot, gen, _ in run.objects()}
         assert sorted(held) == sorted(set(names)), "something else was taken hold of"
         self.holders.append((spans, held, writes))
 
-    def runs(self, text: str, first: int, last: int) -> tuple[list[Run], list[bytes]]:
+    def runs(self, text: str, first: int, last: int) -> tuple[list[Extent], list[bytes]]:
         about = self.chain(text)
         digests = list(about.digests)
         last = min(last, len(digests))
@@ -244,7 +244,7 @@ def test_a_window_in_the_middle_of_a_run_is_held_without_its_ends() -> None:
 
 
 def test_a_long_stretch_is_a_few_runs_and_a_lookup_is_a_few_steps() -> None:
-    pool = Pool(1000, Lru(1000), chained=True)
+    pool = SlotPool(1000, Lru(1000), chained=True)
     about = Chain(b"n" * 32, [b"%032d" % i for i in range(1000)])
     spans = pool.insert(about, 0, 1000)
     assert [size for _, size in spans] == [256, 256, 256, 232]
@@ -257,7 +257,7 @@ def test_a_long_stretch_is_a_few_runs_and_a_lookup_is_a_few_steps() -> None:
 
 
 def test_what_left_is_remembered_with_its_reason_one_by_one() -> None:
-    pool = Pool(4, Lru(4), chained=True)
+    pool = SlotPool(4, Lru(4), chained=True)
     for text in ("abcd", "xyz"):
         about = chain("one", text)
         spans = pool.insert(about, 0, len(text))

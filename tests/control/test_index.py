@@ -14,7 +14,7 @@ from lmcache.control import Index, TierInfo
 from lmcache.control.eviction import POLICIES, Lru, hears
 from lmcache.control.extents import READY
 from lmcache.errors import ConfigError
-from lmcache.plan import Chain, Copy, Slot
+from lmcache.plan import ArenaSlot, Chain, Copy
 from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.labs.indexlab import CHUNK, chain, name_at
 
@@ -25,7 +25,7 @@ def test_what_was_stored_is_a_hit_once_every_rank_has_acknowledged_it() -> None:
     lab = Lab(ranks=2)
     assert lab.look() == ("miss", 0, "absent")
     job = lab.store()
-    assert places(job) == [("Engine", "Slot", i * CHUNK) for i in range(4)]
+    assert places(job) == [("Engine", "ArenaSlot", i * CHUNK) for i in range(4)]
     assert lab.look() == ("miss", 0, "writing")
     assert lab.answer(job, OK, rank=1) == []
     assert lab.look() == ("miss", 0, "writing")
@@ -60,8 +60,8 @@ def test_a_slot_is_not_reused_while_a_hung_write_may_still_reach_it() -> None:
     before, after = hung.ops[0], again.ops[0]
     assert isinstance(before, Copy)
     assert isinstance(after, Copy)
-    assert isinstance(before.dst, Slot)
-    assert isinstance(after.dst, Slot)
+    assert isinstance(before.dst, ArenaSlot)
+    assert isinstance(after.dst, ArenaSlot)
     assert after.dst.index == before.dst.index
     assert after.dst.generation > before.dst.generation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from indexdriver import ABCD, DISK, OK, REDIS, Lab
 
 from lmcache.control import Finished
-from lmcache.plan import Copy, Delete, Job, JobReport, Plan, Report, Slot
+from lmcache.plan import ArenaSlot, Copy, Delete, Job, JobReport, Plan, Report
 from lmcache.spec import ALL, trailing
 from lmcache_conformance.labs.indexlab import chain, name_at
 
@@ -91,7 +91,7 @@ def test_what_was_being_stored_when_its_namespace_was_cleared_never_appears() ->
 def test_what_reaches_a_tier_after_a_clear_is_deleted_again_and_what_has_not_left_is_withdrawn() -> None:
     lab = Lab(tiers=[DISK])
     lab.answer(lab.store(chain("one", "a")), OK)
-    [spill] = lab.jobs("spill")
+    [spill] = lab.jobs("write_back")
     lab.index.begin_store("x", chain("one", "b"), first=0, last=1, now=0.0)
     [store] = lab.jobs("store")
     lab.answer(store, OK)  # its spill waits for the next plan
@@ -138,15 +138,15 @@ def test_generations_go_on_after_a_reset() -> None:
     after = lab.store(chain("one", "a")).ops[0]
     assert isinstance(before, Copy)
     assert isinstance(after, Copy)
-    assert isinstance(before.dst, Slot)
-    assert isinstance(after.dst, Slot)
+    assert isinstance(before.dst, ArenaSlot)
+    assert isinstance(after.dst, ArenaSlot)
     assert after.dst.generation > before.dst.generation
 
 
 def test_deletions_that_a_reset_interrupts_are_planned_anew() -> None:
     lab = Lab(tiers=[DISK])
     lab.answer(lab.store(chain("one", "a")), OK)
-    lab.jobs("spill")
+    lab.jobs("write_back")
     lab.index.clear(None, 0.0)
     lab.index.reset(0.0)
     [delete] = lab.jobs()

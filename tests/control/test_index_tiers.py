@@ -17,7 +17,7 @@ def test_a_ready_object_is_written_to_every_tier_that_is_not_known_to_hold_it() 
     lab = Lab(tiers=[DISK, REDIS])
     lab.index.announce(0, 0, [name_at(ABCD, 0, 0)], True, 0.0)
     lab.answer(lab.store(), OK)
-    spills = lab.jobs("spill")
+    spills = lab.jobs("write_back")
     assert [[(op.name.depth, op.dst) for op in job.ops if isinstance(op, Copy)] for job in spills] == [
         [(i, Tier(0)) for i in (1, 2, 3)],
         [(i, Tier(1)) for i in (0, 1, 2, 3)],
@@ -34,7 +34,7 @@ def test_a_ready_object_is_written_to_every_tier_that_is_not_known_to_hold_it() 
 def test_a_slot_is_held_while_it_is_written_to_a_tier() -> None:
     lab = Lab(slots=1, tiers=[DISK])
     lab.answer(lab.store(chain("one", "a")), OK)
-    [spill] = lab.jobs("spill")
+    [spill] = lab.jobs("write_back")
     assert lab.index.begin_store("x", chain("one", "b"), first=0, last=1, now=0.0).skipped == {"full": 1}
     lab.answer(spill, SKIPPED)
     lab.store(chain("one", "b"))
@@ -44,7 +44,7 @@ def test_a_slot_is_held_while_it_is_written_to_a_tier() -> None:
 def test_admission_decides_what_is_written_to_a_tier() -> None:
     lab = Lab(tiers=[DISK, TierInfo("far")], admit=lambda tier, name: tier == 1 and name.depth < 2)
     lab.answer(lab.store(), OK)
-    [spill] = lab.jobs("spill")
+    [spill] = lab.jobs("write_back")
     assert [(op.name.depth, op.dst) for op in spill.ops if isinstance(op, Copy)] == [(0, Tier(1)), (1, Tier(1))]
 
 
@@ -53,7 +53,7 @@ def test_what_comes_from_a_far_tier_is_promoted_to_the_nearer_ones() -> None:
     lab.on_tier(chain("one", "a"), tier=1)
     lab.look(chain("one", "a"))
     lab.answer(lab.load(), OK)
-    [spill] = lab.jobs("spill")
+    [spill] = lab.jobs("write_back")
     assert [op.dst for op in spill.ops if isinstance(op, Copy)] == [Tier(0)]
 
 

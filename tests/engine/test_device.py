@@ -18,7 +18,7 @@ from lmcache.keys import Chain
 from lmcache.layout import PagedKV
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
-from lmcache.transfer.engine_copy import DeviceMover, copy_engine
+from lmcache.transfer.engine_copy import DeviceCopier, copy_engine
 from lmcache_conformance.labs.kvlab import CHUNK, KINDS, Pool, tiny_config, tiny_spec
 from lmcache_conformance.suites.cache import CacheTests
 from lmcache_conformance.suites.cachemachine import CacheMachineTests
@@ -30,14 +30,14 @@ CPU = torch.device("cpu")
 
 
 class Opened:
-    """`open_mover` of a device whose work is put off; `movers` counts what was opened."""
+    """`open_copier` of a device whose work is put off; `movers` counts what was opened."""
 
     def __init__(self, kernel: Kernel = copy_rows, *, direct: bool = False) -> None:
         self.kernel = kernel
         self.direct = direct
         self.movers = 0
 
-    def __call__(self, device: torch.device, *, staging_bytes: int, copy_engine_bytes: int) -> DeviceMover:
+    def __call__(self, device: torch.device, *, staging_bytes: int, copy_engine_bytes: int) -> DeviceCopier:
         self.movers += 1
         streams = Deferred(random.Random(self.movers).randrange)
         pipeline = Pipeline(
@@ -52,7 +52,7 @@ class Opened:
         if self.direct:
             load = pipeline.load
             pipeline.load = lambda *args, **more: load(*args, **(more | {"direct": True}))  # type: ignore[method-assign]
-        return DeviceMover(device, pipeline)
+        return DeviceCopier(device, pipeline)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ class OnADevice:
     @pytest.fixture(autouse=True)
     def opened(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         opened = Opened(direct=self.direct)
-        monkeypatch.setattr(lmcache.engine, "open_mover", opened)
+        monkeypatch.setattr(lmcache.engine, "open_copier", opened)
         yield
         assert not dispatch.fallbacks()
 
@@ -101,7 +101,7 @@ def test_kernels_that_do_not_run_are_replaced_and_counted(monkeypatch: pytest.Mo
     def broken(copy: RowCopy, **_: object) -> None:
         raise RuntimeError("no binary for this GPU")
 
-    monkeypatch.setattr(lmcache.engine, "open_mover", Opened(broken))
+    monkeypatch.setattr(lmcache.engine, "open_copier", Opened(broken))
     tokens, source, target = (
         list(range(3 * CHUNK)),
         Pool(KINDS[0], 40, torch.bfloat16, seed=1),
@@ -119,7 +119,7 @@ def test_kernels_that_do_not_run_are_replaced_and_counted(monkeypatch: pytest.Mo
 
 def test_a_link_too_far_behind_skips_the_store_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Opened()
-    monkeypatch.setattr(lmcache.engine, "open_mover", opened)
+    monkeypatch.setattr(lmcache.engine, "open_copier", opened)
     source, slots = Pool(KINDS[0], 40, torch.bfloat16, seed=1), torch.arange(2 * CHUNK)
     with CacheEngine(tiny_config(), tiny_spec(torch.bfloat16)) as cache:
         monkeypatch.setattr(Pipeline, "store", lambda self, copies, shape, outs: None)

@@ -9,7 +9,7 @@ import torch
 
 from lmcache import CacheEngine
 from lmcache.errors import TokenError
-from lmcache.keyed import Objects
+from lmcache.keyed import KeyedCache
 from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 KEYS = [f"page-{n}" for n in range(6)]
@@ -20,7 +20,7 @@ def test_objects_come_back_in_any_grouping_and_from_disk(tmp_path: Path) -> None
     slots = scattered(6 * CHUNK, source)
     config = tiny_config(disk_path=tmp_path)
     with CacheEngine(config, tiny_spec()) as engine:
-        objects = Objects(engine, scope="test")
+        objects = KeyedCache(engine, scope="test")
         assert objects.exists(KEYS) == 0
         assert objects.store(KEYS[3:], source.kv, slots[3 * CHUNK :]) == 3, "later pages may come first"
         assert objects.store(KEYS[:3], source.kv, slots) == 3
@@ -28,7 +28,7 @@ def test_objects_come_back_in_any_grouping_and_from_disk(tmp_path: Path) -> None
         assert objects.exists([*KEYS[:2], "other", *KEYS[2:]]) == 2
         engine.flush()
     with CacheEngine(config, tiny_spec()) as engine:
-        objects = Objects(engine, scope="test")
+        objects = KeyedCache(engine, scope="test")
         assert objects.exists(KEYS[2:5]) == 3
         assert objects.load([KEYS[4], KEYS[1]], target.kv, torch.arange(2 * CHUNK)) == 2
         assert target.sequence(torch.arange(CHUNK)) == source.sequence(slots[4 * CHUNK : 5 * CHUNK])
@@ -39,21 +39,21 @@ def test_scopes_salts_and_tokens_never_meet() -> None:
     pool = Pool("packed", 40)
     slots = scattered(6 * CHUNK, pool)
     with CacheEngine(tiny_config(), tiny_spec()) as engine:
-        Objects(engine, scope="a").store(KEYS, pool.kv, slots)
-        assert Objects(engine, scope="a").exists([k.encode() for k in KEYS]) == 6
-        assert Objects(engine, scope="b").exists(KEYS) == 0
-        assert Objects(engine, scope="a", salt="x").exists(KEYS) == 0
+        KeyedCache(engine, scope="a").store(KEYS, pool.kv, slots)
+        assert KeyedCache(engine, scope="a").exists([k.encode() for k in KEYS]) == 6
+        assert KeyedCache(engine, scope="b").exists(KEYS) == 0
+        assert KeyedCache(engine, scope="a", salt="x").exists(KEYS) == 0
         engine.clear(salt="")
-        assert Objects(engine, scope="a").exists(KEYS) == 0
+        assert KeyedCache(engine, scope="a").exists(KEYS) == 0
         with pytest.raises(TokenError, match="empty"):
-            Objects(engine, scope="a").exists([""])
+            KeyedCache(engine, scope="a").exists([""])
 
 
 def test_objects_without_parents_are_evicted_one_by_one() -> None:
     pool = Pool("packed", 40)
     slots = scattered(CHUNK, pool)
     with CacheEngine(tiny_config(dram_bytes=8 * tiny_spec().object_bytes(0, CHUNK)), tiny_spec()) as engine:
-        objects = Objects(engine, scope="a")
+        objects = KeyedCache(engine, scope="a")
         for n in range(50):
             assert objects.store([f"{n}"], pool.kv, slots) == 1
         assert [n for n in range(50) if objects.exists([f"{n}"])] == list(range(42, 50))

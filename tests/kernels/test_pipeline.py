@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rowlab import copy_rows
 from simulated import Event, OrderError, Simulated
 
-from lmcache_kernels.pipeline import Arrival, ObjectShape, Pipeline, pieces
+from lmcache_kernels.pipeline import Completion, ObjectShape, Pipeline, pieces
 from lmcache_kernels.rowcopy import Ints, RowCopy
 from lmcache_kernels.streams import Touches
 
@@ -103,7 +103,7 @@ class Lab:
                 made[number][inside : inside + copy.run] = self.truth[at : at + copy.run]
         return made
 
-    def store(self, pages: Sequence[int]) -> tuple[Arrival, list[torch.Tensor], list[torch.Tensor]] | None:
+    def store(self, pages: Sequence[int]) -> tuple[Completion, list[torch.Tensor], list[torch.Tensor]] | None:
         outs = [torch.zeros(self.shape.nbytes, dtype=torch.uint8) for _ in range(len(pages) // UNITS)]
         wanted = self.objects_of(pages)
         arrival = self.pipeline.store(self.copies(pages), self.shape, outs)
@@ -117,7 +117,7 @@ class Lab:
         by_layer: bool,
         direct: bool,
         after: Event | None = None,
-    ) -> Arrival:
+    ) -> Completion:
         srcs = [item.clone() for item in objects]
         arrival = self.pipeline.load(
             self.copies(pages), self.shape, srcs, pages=[self.pages], by_layer=by_layer, direct=direct, after=after
@@ -151,7 +151,7 @@ def test_any_history_gives_the_right_bytes_and_leaves_nothing_to_chance(
     rng = random.Random(data.draw(st.integers(0, 1 << 30)))
     lab = Lab(Simulated(choose=rng.randrange), planes, staging=staging)
     kept: list[torch.Tensor] = []
-    under_way: list[tuple[Arrival, list[torch.Tensor], list[torch.Tensor]]] = []
+    under_way: list[tuple[Completion, list[torch.Tensor], list[torch.Tensor]]] = []
     for number in range(data.draw(st.integers(1, 10))):
         pages = data.draw(PAGE_LISTS)
         action = data.draw(st.sampled_from(["compute", "store", "load", "go on", "arrive"]))

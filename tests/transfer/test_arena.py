@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lmcache import memory as arenas
 from lmcache.errors import ConfigError
 from lmcache.memory import anonymous, host_provider
-from lmcache import memory as arenas
 from lmcache.transfer.arena import Arena
 
 

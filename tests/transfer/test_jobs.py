@@ -8,16 +8,16 @@ import time
 import pytest
 import torch
 
-from lmcache.format.codec import ObjectIO
+from lmcache.format.codec import ObjectCodec
 from lmcache.layout import ObjectLayout
 from lmcache.observe.log import Throttle
 from lmcache.observe.metrics import Metrics
-from lmcache.plan import Copy, Engine, Job, Name, Plan, Probe, Slot, Status, Tier
+from lmcache.plan import ArenaSlot, Copy, Engine, Job, Name, Plan, Probe, Status, Tier
 from lmcache.tiers.base import Read, Result
 from lmcache.tiers.memory import MemoryTier
 from lmcache.transfer import Transfer
 from lmcache.transfer.arena import Arena
-from lmcache.transfer.jobs import EngineView, Ledger
+from lmcache.transfer.jobs import EngineView, JobTracker
 from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_spec
 
 LAYOUT = ObjectLayout.canonical(tiny_spec(), 0, CHUNK)
@@ -28,7 +28,7 @@ def name(n: int) -> Name:
 
 
 def fill(n: int, slot: int, generation: int = 1) -> Copy:
-    return Copy(name(n), Tier(0), Slot(slot, generation))
+    return Copy(name(n), Tier(0), ArenaSlot(slot, generation))
 
 
 def plan(*jobs: Job, epoch: int = 0, acked: int = 0) -> Plan:
@@ -36,99 +36,101 @@ def plan(*jobs: Job, epoch: int = 0, acked: int = 0) -> Plan:
 
 
 def test_a_report_is_repeated_until_a_plan_acknowledges_it() -> None:
-    ledger = Ledger(0)
-    [run] = ledger.begin(plan(Job(1, "prefetch", (fill(1, 0),))), {})
-    assert ledger.report().jobs == ()
-    ledger.finish(run, [0], Status.OK, 10)
-    first, second = ledger.report(), ledger.report()
+    tracker = JobTracker(0)
+    [run] = tracker.begin(plan(Job(1, "prefetch", (fill(1, 0),))), {})
+    assert tracker.report().jobs == ()
+    tracker.finish(run, [0], Status.OK, 10)
+    first, second = tracker.report(), tracker.report()
     assert first.jobs == second.jobs
     assert [j.job for j in first.jobs] == [1]
     assert (first.jobs[0].final, first.jobs[0].nbytes) == (True, 10)
-    ledger.begin(plan(acked=first.seq - 1), {})
-    assert ledger.report().jobs, "an older acknowledgement says nothing about it"
-    ledger.begin(plan(acked=second.seq), {})
-    assert not ledger.report().jobs
+    tracker.begin(plan(acked=first.seq - 1), {})
+    assert tracker.report().jobs, "an older acknowledgement says nothing about it"
+    tracker.begin(plan(acked=second.seq), {})
+    assert not tracker.report().jobs
 
 
 def test_a_plan_that_comes_twice_is_executed_once() -> None:
-    ledger = Ledger(0)
+    tracker = JobTracker(0)
     job = Job(1, "prefetch", (fill(1, 0),))
-    [run] = ledger.begin(plan(job), {})
-    assert ledger.begin(plan(job), {}) == []
-    ledger.finish(run, [0], Status.OK)
-    assert ledger.begin(plan(job), {}) == [], "not after it is done either, as long as the report may be lost"
+    [run] = tracker.begin(plan(job), {})
+    assert tracker.begin(plan(job), {}) == []
+    tracker.finish(run, [0], Status.OK)
+    assert tracker.begin(plan(job), {}) == [], "not after it is done either, as long as the report may be lost"
 
 
 def test_what_is_late_is_reported_twice_and_cannot_begin_to_write() -> None:
-    ledger = Ledger(0)
-    [run] = ledger.begin(plan(Job(1, "load", (fill(1, 0), fill(2, 1)), deadline=0.01)), {})
-    ledger.finish(run, [0], Status.OK)
+    tracker = JobTracker(0)
+    [run] = tracker.begin(plan(Job(1, "load", (fill(1, 0), fill(2, 1)), deadline=0.01)), {})
+    tracker.finish(run, [0], Status.OK)
     time.sleep(0.02)
-    assert not ledger.begin_engine_write(run), "the deadline alone decides, whether or not somebody polled"
-    [late] = ledger.report().jobs
+    assert not tracker.begin_engine_write(run), "the deadline alone decides, whether or not somebody polled"
+    [late] = tracker.report().jobs
     assert (late.statuses, late.final) == ((Status.OK, Status.LATE), False)
-    ledger.begin(plan(acked=ledger.report().seq), {})
-    ledger.finish(run, [1], Status.OK)
-    [end] = ledger.report().jobs
+    tracker.begin(plan(acked=tracker.report().seq), {})
+    tracker.finish(run, [1], Status.OK)
+    [end] = tracker.report().jobs
     assert (end.statuses, end.final) == ((Status.OK, Status.LATE), True)
 
 
 def test_a_job_that_writes_engine_memory_is_not_called_late_in_the_middle() -> None:
-    ledger = Ledger(0)
-    [run] = ledger.begin(plan(Job(1, "load", (fill(1, 0),), deadline=0.01)), {})
-    assert ledger.begin_engine_write(run)
+    tracker = JobTracker(0)
+    [run] = tracker.begin(plan(Job(1, "load", (fill(1, 0),), deadline=0.01)), {})
+    assert tracker.begin_engine_write(run)
     time.sleep(0.02)
-    assert ledger.report().jobs == ()
-    ledger.finish(run, [0], Status.OK)
-    ledger.end_engine_write(run)
-    assert ledger.report().jobs[0].statuses == (Status.OK,)
+    assert tracker.report().jobs == ()
+    tracker.finish(run, [0], Status.OK)
+    tracker.end_engine_write(run)
+    assert tracker.report().jobs[0].statuses == (Status.OK,)
 
 
 def test_a_fence_waits_for_the_copy_under_way_and_forbids_the_next() -> None:
-    ledger = Ledger(0)
-    [run] = ledger.begin(plan(Job(1, "load", (fill(1, 0), fill(2, 1)))), {})
-    assert ledger.begin_engine_write(run)
-    assert not ledger.fence([1], 0.01)
-    threading.Timer(0.05, lambda: ledger.end_engine_write(run)).start()
-    assert ledger.fence([1], 30)
-    assert not ledger.begin_engine_write(run)
-    assert ledger.fence([99], 0), "unknown jobs write nothing"
+    tracker = JobTracker(0)
+    [run] = tracker.begin(plan(Job(1, "load", (fill(1, 0), fill(2, 1)))), {})
+    assert tracker.begin_engine_write(run)
+    assert not tracker.fence([1], 0.01)
+    threading.Timer(0.05, lambda: tracker.end_engine_write(run)).start()
+    assert tracker.fence([1], 30)
+    assert not tracker.begin_engine_write(run)
+    assert tracker.fence([99], 0), "unknown jobs write nothing"
 
 
 def test_tags_are_exact_and_a_claim_removes_them() -> None:
-    ledger = Ledger(0)
-    [run] = ledger.begin(plan(Job(1, "prefetch", (fill(1, 0, 7),))), {})
-    ledger.tag(run, [0], LAYOUT)
+    tracker = JobTracker(0)
+    [run] = tracker.begin(plan(Job(1, "prefetch", (fill(1, 0, 7),))), {})
+    tracker.tag(run, [0], LAYOUT)
 
     def held(n: int, slot: int, generation: int) -> bool:
-        [reader] = ledger.begin(plan(Job(held.jobs, "load", (Copy(name(n), Slot(slot, generation), Engine()),))), {})  # type: ignore[attr-defined]
+        [reader] = tracker.begin(
+            plan(Job(held.jobs, "load", (Copy(name(n), ArenaSlot(slot, generation), Engine()),))), {}
+        )  # type: ignore[attr-defined]
         held.jobs += 1  # type: ignore[attr-defined]
-        return ledger.layouts(reader, [0]) == [LAYOUT]
+        return tracker.layouts(reader, [0]) == [LAYOUT]
 
     held.jobs = 10  # type: ignore[attr-defined]
     assert held(1, 0, 7)
     assert not held(1, 0, 6), "another generation"
     assert not held(2, 0, 7), "another object"
     assert not held(1, 1, 7), "another slot"
-    ledger.claim(0, 0)
+    tracker.claim(0, 0)
     assert not held(1, 0, 7)
 
 
 def test_after_a_reset_a_slot_waits_for_the_call_that_still_uses_it() -> None:
-    ledger = Ledger(0)
-    [old] = ledger.begin(plan(Job(1, "prefetch", (fill(1, 0),))), {})
-    [new] = ledger.begin(plan(Job(1, "prefetch", (fill(2, 0),)), epoch=1), {})
-    assert ledger.report().epoch == 1
-    assert not ledger.begin_engine_write(old)
+    tracker = JobTracker(0)
+    [old] = tracker.begin(plan(Job(1, "prefetch", (fill(1, 0),))), {})
+    [new] = tracker.begin(plan(Job(1, "prefetch", (fill(2, 0),)), epoch=1), {})
+    assert tracker.report().epoch == 1
+    assert not tracker.begin_engine_write(old)
     with pytest.raises(MemoryError, match="slot 0"):
-        ledger.claim(0, 0)
-    ledger.tag(old, [0], LAYOUT)
-    ledger.finish(old, [0], Status.OK)
-    assert ledger.report().jobs == (), "the old job is nobody's business any more"
-    ledger.claim(0, 0)
-    ledger.tag(new, [0], LAYOUT)
-    ledger.finish(new, [0], Status.OK)
-    assert [j.job for j in ledger.report().jobs] == [1]
+        tracker.claim(0, 0)
+    tracker.tag(old, [0], LAYOUT)
+    tracker.finish(old, [0], Status.OK)
+    assert tracker.report().jobs == (), "the old job is nobody's business any more"
+    tracker.claim(0, 0)
+    tracker.tag(new, [0], LAYOUT)
+    tracker.finish(new, [0], Status.OK)
+    assert [j.job for j in tracker.report().jobs] == [1]
 
 
 class Hanging(MemoryTier):
@@ -144,7 +146,7 @@ class Hanging(MemoryTier):
 def transfer(tier: MemoryTier) -> tuple[Transfer, Arena]:
     spec = tiny_spec()
     arena = Arena(4, spec.object_bytes(0, CHUNK))
-    io = ObjectIO(spec, CHUNK)
+    io = ObjectCodec(spec, CHUNK)
     return Transfer(spec, CHUNK, [arena], [tier], io=io, metrics=Metrics(), log=Throttle()), arena
 
 
@@ -165,18 +167,18 @@ def test_a_hung_read_from_before_a_reset_cannot_spoil_what_is_stored_after_it() 
     slots = scattered(CHUNK, pool)
     view = EngineView(pool.kv.bind(tiny_spec()), {0: slots})
     machine.execute(plan(Job(1, "prefetch", (fill(1, 0),))))
-    store = Job(2, "store", (Copy(name(2), Engine(), Slot(0, 2)),))
+    store = Job(2, "store", (Copy(name(2), Engine(), ArenaSlot(0, 2)),))
     machine.execute(plan(store, epoch=1), {2: view})
     assert wait_for(machine, 2) == (Status.FULL,), "the hung call may still write this slot"
     tier.go.set()
     for epoch in range(2, 1000):
-        again = Job(3, "store", (Copy(name(3), Engine(), Slot(0, 3)),))
+        again = Job(3, "store", (Copy(name(3), Engine(), ArenaSlot(0, 3)),))
         machine.execute(plan(again, epoch=epoch), {3: view})
         if wait_for(machine, 3) == (Status.OK,):
             break
         time.sleep(0.005)
     back = EngineView(target.kv.bind(tiny_spec()), {0: slots})
-    load = Job(4, "load", (Copy(name(3), Slot(0, 3), Engine()),))
+    load = Job(4, "load", (Copy(name(3), ArenaSlot(0, 3), Engine()),))
     machine.execute(plan(load, epoch=epoch), {4: back})
     assert wait_for(machine, 4) == (Status.OK,)
     assert target.sequence(slots) == pool.sequence(slots)
@@ -189,13 +191,15 @@ def test_ops_that_make_no_sense_fail_one_by_one() -> None:
     pool = Pool("packed", 8)
     view = EngineView(pool.kv.bind(tiny_spec()), {0: scattered(CHUNK, pool)})
     jobs = (
-        Job(1, "store", (Copy(name(1), Engine(), Slot(0, 1)),)),  # no view was passed
-        Job(2, "load", (Copy(name(2), Slot(1, 1), Engine()),)),  # the slot is empty
-        Job(3, "spill", (Copy(name(3), Slot(1, 1), Tier(0)),)),
+        Job(1, "store", (Copy(name(1), Engine(), ArenaSlot(0, 1)),)),  # no view was passed
+        Job(2, "load", (Copy(name(2), ArenaSlot(1, 1), Engine()),)),  # the slot is empty
+        Job(3, "write_back", (Copy(name(3), ArenaSlot(1, 1), Tier(0)),)),
         Job(4, "load", (Copy(name(4), Engine(), Engine()),)),  # no such hop
-        Job(5, "store", (Copy(name(5), Engine(), Slot(99, 1)),)),  # no such slot
+        Job(5, "store", (Copy(name(5), Engine(), ArenaSlot(99, 1)),)),  # no such slot
         Job(6, "probe", (Probe(name(6), 0),)),
-        Job(7, "load", (Copy(name(7), Tier(0), Slot(2, 1)), Copy(name(7), Slot(2, 1), Engine()))),  # not there
+        Job(
+            7, "load", (Copy(name(7), Tier(0), ArenaSlot(2, 1)), Copy(name(7), ArenaSlot(2, 1), Engine()))
+        ),  # not there
     )
     machine.execute(plan(*jobs), {job.id: view for job in jobs if job.id != 1})
     expected = {
@@ -229,16 +233,16 @@ def test_the_write_behind_queue_is_bounded_in_bytes() -> None:
         CHUNK,
         [arena],
         [Slow()],
-        io=ObjectIO(spec, CHUNK),
+        io=ObjectCodec(spec, CHUNK),
         metrics=Metrics(),
         log=Throttle(),
         queue_bytes=2 * size,
     )
     pool = Pool("packed", 40)
     view = EngineView(pool.kv.bind(spec), {0: scattered(4 * CHUNK, pool)})
-    ops = tuple(Copy(name(i), Engine(), Slot(i, 1), i * CHUNK) for i in range(4))
+    ops = tuple(Copy(name(i), Engine(), ArenaSlot(i, 1), i * CHUNK) for i in range(4))
     machine.execute(plan(Job(1, "store", ops)), {1: view})
-    machine.execute(plan(Job(2, "spill", tuple(Copy(name(i), Slot(i, 1), Tier(0)) for i in range(4)))))
+    machine.execute(plan(Job(2, "write_back", tuple(Copy(name(i), ArenaSlot(i, 1), Tier(0)) for i in range(4)))))
     assert machine.queue()[1] == 2 * size
     go.set()
     assert sorted(wait_for(machine, 2)) == [Status.OK, Status.OK, Status.SKIPPED, Status.SKIPPED]
@@ -251,7 +255,7 @@ def test_slots_of_a_partial_job_need_not_be_consecutive() -> None:
     pool = Pool("nhd", 40, seed=3)
     slots = scattered(4 * CHUNK, pool)
     view = EngineView(pool.kv.bind(tiny_spec()), {0: slots})
-    ops = (Copy(name(0), Engine(), Slot(0, 1), 0), Copy(name(3), Engine(), Slot(1, 1), 3 * CHUNK))
+    ops = (Copy(name(0), Engine(), ArenaSlot(0, 1), 0), Copy(name(3), Engine(), ArenaSlot(1, 1), 3 * CHUNK))
     machine.execute(plan(Job(1, "store", ops)), {1: view})
     assert wait_for(machine, 1) == (Status.OK, Status.OK)
     k = pool.tensors["k"]  # type: ignore[index]

@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
 from lmcache.errors import ConfigError
-from lmcache.keyed import Objects
+from lmcache.keyed import KeyedCache
 from lmcache.observe.log import info
 from lmcache.spec import Numerics
 from lmcache_sglang import compat
@@ -50,7 +50,7 @@ class Store:
         config: settings; `chunk_tokens` is replaced by the tokens of a page.
     """
 
-    objects_of = Objects
+    objects_of = KeyedCache
     """What deliberately broken backends replace."""
 
     def __init__(self, pages: Pages, config: Config, scope: str) -> None:
@@ -330,7 +330,7 @@ def settings_of(extra: Mapping[str, Any] | None) -> Config:
 
 
 def check_chunk(config: Config, page_tokens: int) -> None:
-    """Objects are SGLang's pages; a chunk that was asked for must at least be made of them.
+    """KeyedCache are SGLang's pages; a chunk that was asked for must at least be made of them.
 
     Raises:
         ConfigError: it is not.

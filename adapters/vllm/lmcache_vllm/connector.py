@@ -23,9 +23,9 @@ from lmcache.observe.log import Throttle, info
 from lmcache.plan import Plan
 from lmcache_vllm import compat
 from lmcache_vllm.messages import BlockView, Handshake, Offer, RankMeta, StepMeta
-from lmcache_vllm.scheduler import SchedulerHalf
+from lmcache_vllm.scheduler import ConnectorScheduler
 from lmcache_vllm.stats import CacheStats, Increments, PromMetrics
-from lmcache_vllm.worker import Carrier, Landed, WorkerHalf
+from lmcache_vllm.worker import ConnectorWorker, LoadResults, Worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 T = TypeVar("T")
-H = TypeVar("H", SchedulerHalf, Carrier)
+H = TypeVar("H", ConnectorScheduler, Worker)
 
 
 class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
@@ -48,8 +48,8 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._throttle = Throttle()
-        self._scheduler: SchedulerHalf | None = None
-        self._worker: Carrier | None = None
+        self._scheduler: ConnectorScheduler | None = None
+        self._worker: Worker | None = None
         self._offered: dict[str, int] = {}  # request → tokens that vLLM had itself when it was offered more
         self._unsent: list[BlockView] = []  # loads that vLLM counts on and that no step has carried to the workers
         self._refused: set[str] = set()  # requests that are offered nothing any more: it would be refused again
@@ -75,10 +75,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 info("cache-settings", **said)
                 events = vllm_config.kv_events_config
                 told = bool(events is not None and events.enable_kv_cache_events)
-                self._scheduler = SchedulerHalf(kv_cache_config, config, events=told)
+                self._scheduler = ConnectorScheduler(kv_cache_config, config, events=told)
                 self._increments = Increments(self._scheduler.metrics)
             else:
-                self._worker = WorkerHalf(vllm_config, kv_cache_config, config)
+                self._worker = ConnectorWorker(vllm_config, kv_cache_config, config)
                 self._increments = Increments(self._worker.metrics)
         except Exception as error:
             if strict:
@@ -104,7 +104,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
             half.metrics.failed("connector", "internal")
             if self._scheduler is half:
                 self._scheduler = None
-            elif self._worker is half and isinstance(half, WorkerHalf):
+            elif self._worker is half and isinstance(half, ConnectorWorker):
                 self._worker = half.switch_off(self._unanswered)
             return default
 
@@ -155,10 +155,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Loads that ended."""
-        nothing: Landed | None = None
+        nothing: LoadResults | None = None
         landed = self._ask(self._worker, lambda half: half.landed(), nothing)
         if landed is None:  # there is no half, or its stand-in has to answer
-            landed = self._ask(self._worker, lambda half: half.landed(), Landed())
+            landed = self._ask(self._worker, lambda half: half.landed(), LoadResults())
         self._unanswered = None
         several = len(self._kv_cache_config.kv_cache_groups) > 1
         self._lost_blocks = set() if several else landed.blocks

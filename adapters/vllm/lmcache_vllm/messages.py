@@ -35,7 +35,7 @@ class BlockView(msgspec.Struct, frozen=True, array_like=True):
     tokens: int
 
 
-class Wish(msgspec.Struct, frozen=True, array_like=True):
+class ClearRequest(msgspec.Struct, frozen=True, array_like=True):
     """Empty the tiers: of these namespaces, or of everything. Wishes are numbered and repeated until all ranks are done."""
 
     number: int
@@ -50,7 +50,7 @@ class StepMeta(KVConnectorMetadata):
         plan: for `Transfer`; loads and tier traffic run beside the forward pass, stores after it.
         views: job id → engine memory of that job.
         refused: loads that vLLM waits for and that the index could not plan any more.
-        wishes: tiers to empty, oldest first.
+        clear_requests: tiers to empty, oldest first.
         idle: the step has no forward pass.
         quiet: nor is any request left; it may be the last step for long.
     """
@@ -58,7 +58,7 @@ class StepMeta(KVConnectorMetadata):
     plan: Plan
     views: dict[int, BlockView] = field(default_factory=dict)
     refused: list[BlockView] = field(default_factory=list)
-    wishes: tuple[Wish, ...] = ()
+    clear_requests: tuple[ClearRequest, ...] = ()
     idle: bool = False
     quiet: bool = False
 
@@ -68,7 +68,7 @@ class RankMeta(KVConnectorWorkerMetadata):
     """What one rank, or after aggregation several, report.
 
     Attributes:
-        cleared: rank → the newest wish that is done.
+        cleared: rank → the newest request that is done.
         facts: rank → what it knows of each tier, where somebody wants to know.
     """
 

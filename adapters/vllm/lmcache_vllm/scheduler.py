@@ -27,7 +27,7 @@ from lmcache.spec import KVSpec
 from lmcache_vllm import compat, names
 from lmcache_vllm.events import Events
 from lmcache_vllm.geometry import rounded_chunk
-from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta, Wish, agreed
+from lmcache_vllm.messages import BlockView, ClearRequest, Offer, RankMeta, StepMeta, agreed
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -77,7 +77,7 @@ class Tracked:
         self.counted = False
 
 
-class SchedulerHalf:
+class ConnectorScheduler:
     """See the module.
 
     Args:
@@ -104,8 +104,8 @@ class SchedulerHalf:
         self._version = ""
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
-        self._wishes: list[Wish] = []
-        self._wished = 0
+        self._clear_requests: list[ClearRequest] = []
+        self._clears_asked = 0
         self._cleared: dict[int, int] = {}
         self._ranks = 1
         self._evictions = self._not_written = 0
@@ -268,7 +268,7 @@ class SchedulerHalf:
         views, self._views = self._views, {}
         idle = output.total_num_scheduled_tokens == 0
         quiet = idle and not self._requests
-        return StepMeta(plan, views, self._take_refused(), tuple(self._wishes), idle, quiet)
+        return StepMeta(plan, views, self._take_refused(), tuple(self._clear_requests), idle, quiet)
 
     def _store(self, index: Index, tracked: Tracked, scheduled: int, output: SchedulerOutput, now: float) -> None:
         """Chunks whose last token is computed in this step, and whose token ids are all known."""
@@ -297,7 +297,7 @@ class SchedulerHalf:
         index, now = self._index, time.monotonic()
         self._cleared.update(meta.cleared)
         done = min(self._cleared.get(rank, 0) for rank in range(self._ranks))
-        self._wishes = [wish for wish in self._wishes if wish.number > done]
+        self._clear_requests = [request for request in self._clear_requests if request.number > done]
         if index is None:
             return
         self._measured(meta.facts)
@@ -342,8 +342,8 @@ class SchedulerHalf:
             namespaces = tuple(found for (owner, _), found in self._namespaces.items() if owner == salt)
         for namespace in (None,) if namespaces is None else namespaces:
             index.clear(namespace, time.monotonic())
-        self._wished += 1
-        self._wishes.append(Wish(self._wished, namespaces))
+        self._clears_asked += 1
+        self._clear_requests.append(ClearRequest(self._clears_asked, namespaces))
         self._news = time.monotonic()
         for tracked in self._requests.values():
             tracked.stored = 0
@@ -361,7 +361,7 @@ class SchedulerHalf:
 
     @property
     def _clearing(self) -> bool:
-        return bool(self._wishes)
+        return bool(self._clear_requests)
 
     def stats(self) -> dict[str, float]:
         """The half's own metrics and the index's counts."""

@@ -17,7 +17,7 @@ import torch
 from lmcache.config import Config
 from lmcache.control.admission import admits
 from lmcache.errors import LMCacheError
-from lmcache.format.codec import ObjectIO
+from lmcache.format.codec import ObjectCodec
 from lmcache.layout.bound import BoundKV
 from lmcache.memory import anonymous, host_provider, pinned
 from lmcache.observe.log import Throttle, info
@@ -28,13 +28,13 @@ from lmcache.tiers.base import Tier, usable_bytes
 from lmcache.tiers.configured import open_tiers
 from lmcache.transfer import Transfer
 from lmcache.transfer.arena import Arena, share_out
-from lmcache.transfer.engine_copy import open_mover
+from lmcache.transfer.engine_copy import open_copier
 from lmcache.transfer.jobs import EngineView
 from lmcache_vllm import compat
 from lmcache_vllm.compat import UnsupportedError
 from lmcache_vllm.geometry import identity_of, rounded_chunk, spec_of
 from lmcache_vllm.layouts import prove_layout
-from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta, Wish
+from lmcache_vllm.messages import BlockView, ClearRequest, Offer, RankMeta, StepMeta
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +48,7 @@ _IDLE_WAIT_S = 0.002
 """How long a step without a forward pass may wait for news, rather than spin."""
 
 
-class Landed:
+class LoadResults:
     """Loads that ended in the step: all of them, those that failed, and the blocks that hold nothing now."""
 
     __slots__ = ("blocks", "failed", "requests")
@@ -67,7 +67,7 @@ class Landed:
         self.blocks.discard(0)
 
 
-class Carrier(Protocol):
+class Worker(Protocol):
     """What a connector asks of a worker: the half, or its stand-in."""
 
     metrics: Metrics
@@ -92,7 +92,7 @@ class Carrier(Protocol):
         """What the forward pass has computed."""
         ...
 
-    def landed(self) -> Landed:
+    def landed(self) -> LoadResults:
         """Loads that ended since the last call."""
         ...
 
@@ -105,7 +105,7 @@ class Carrier(Protocol):
         ...
 
 
-class WorkerHalf:
+class ConnectorWorker:
     """See the module.
 
     Args:
@@ -175,15 +175,15 @@ class WorkerHalf:
             self._chunk,
             arenas,
             self._tiers,
-            io=ObjectIO(spec, self._chunk, order=self._config.disk_order, reslice=self._config.share == "semantic"),
+            io=ObjectCodec(spec, self._chunk, order=self._config.disk_order, reslice=self._config.share == "semantic"),
             metrics=self.metrics,
             log=self._log,
             rank=self.rank,
             read_threads=self._config.io_threads,
             write_threads=self._config.io_threads,
             queue_bytes=self._config.queue_bytes // self.ranks,
-            open_mover=partial(
-                open_mover,
+            open_copier=partial(
+                open_copier,
                 staging_bytes=self._config.staging_bytes,
                 copy_engine_bytes=self._config.copy_engine_bytes,
             ),
@@ -226,7 +226,7 @@ class WorkerHalf:
         """Everything but stores."""
         if self._step is not None:
             self._execute(self._step, stores=False)
-            self._clear(self._step.wishes)
+            self._clear(self._step.clear_requests)
 
     def start_stores(self) -> None:
         """What the forward pass has computed. On return vLLM may overwrite it."""
@@ -258,9 +258,9 @@ class WorkerHalf:
 
     # ---------------------------------------------------------------- what has come of it
 
-    def landed(self) -> Landed:
+    def landed(self) -> LoadResults:
         """Loads that ended since the last call. After it no call of theirs writes into vLLM's memory."""
-        found = Landed()
+        found = LoadResults()
         step = self._step
         for view in step.refused if step is not None else ():
             self._lost(found, view)
@@ -280,14 +280,14 @@ class WorkerHalf:
             del self._loads[report.job]
         return found
 
-    def _ended(self, found: Landed, load: BlockView, report: JobReport) -> None:
+    def _ended(self, found: LoadResults, load: BlockView, report: JobReport) -> None:
         if all(status == Status.OK for status in report.statuses):
             found.requests.add(load.request)
         else:
             self._log.warning("load-failed", request=load.request, reason=_reason(report))
             self._lost(found, load)
 
-    def _lost(self, found: Landed, view: BlockView) -> None:
+    def _lost(self, found: LoadResults, view: BlockView) -> None:
         found.lost(view, self._sizes)
 
     def report(self) -> RankMeta | None:
@@ -299,23 +299,23 @@ class WorkerHalf:
 
     # ---------------------------------------------------------------- the rest
 
-    def _clear(self, wishes: Sequence[Wish]) -> None:
+    def _clear(self, clear_requests: Sequence[ClearRequest]) -> None:
         """Empty the tiers in a thread of its own: a large folder takes a while."""
-        new = [wish for wish in wishes if wish.number > self._cleared]
+        new = [request for request in clear_requests if request.number > self._cleared]
         if not new or (self._clearing is not None and self._clearing.is_alive()):
             return
         self._clearing = threading.Thread(target=partial(self._clear_tiers, new), name="lmcache-clear", daemon=True)
         self._clearing.start()
 
-    def _clear_tiers(self, wishes: Sequence[Wish]) -> None:
-        for wish in wishes:
+    def _clear_tiers(self, clear_requests: Sequence[ClearRequest]) -> None:
+        for request in clear_requests:
             for position, tier in enumerate(self._tiers):
-                self._clear_tier(position, tier, wish)
-            self._cleared = wish.number
+                self._clear_tier(position, tier, request)
+            self._cleared = request.number
 
-    def _clear_tier(self, position: int, tier: Tier, wish: Wish) -> None:
+    def _clear_tier(self, position: int, tier: Tier, request: ClearRequest) -> None:
         try:
-            for namespace in (None,) if wish.namespaces is None else wish.namespaces:
+            for namespace in (None,) if request.namespaces is None else request.namespaces:
                 tier.clear(namespace)
             if self._transfer is not None and admits(self._config) and usable_bytes(tier) is not None:
                 self._transfer.look(position)
@@ -339,14 +339,14 @@ class WorkerHalf:
         else:
             self._log.warning("close-incomplete", reason="a tier call still hangs; its threads are left behind")
 
-    def switch_off(self, step: StepMeta | None) -> SwitchedOff:
+    def switch_off(self, step: StepMeta | None) -> FailedWorker:
         """What answers in place of this half, which has raised; with `step`, from within that step on."""
         if self._transfer is not None:
             self._transfer.fence(tuple(self._loads), _CLOSE_S)  # no load of ours may write what vLLM computes anew
-        return SwitchedOff(self, self._loads, self._sizes, self._transfer, step)
+        return FailedWorker(self, self._loads, self._sizes, self._transfer, step)
 
 
-class SwitchedOff:
+class FailedWorker:
     """Stands in for a worker half that raised: all that is asked of it fails at once, so that nobody waits.
 
     To vLLM, loads that the half owed an answer and loads of later steps have failed; to the index, all jobs that the
@@ -362,7 +362,7 @@ class SwitchedOff:
 
     def __init__(
         self,
-        half: WorkerHalf,
+        half: ConnectorWorker,
         owed: Mapping[int, BlockView],
         sizes: Sequence[int],
         transfer: Transfer | None,
@@ -396,9 +396,9 @@ class SwitchedOff:
     def start_stores(self) -> None:
         """Nothing."""
 
-    def landed(self) -> Landed:
+    def landed(self) -> LoadResults:
         """All that is owed, as failed."""
-        found = Landed()
+        found = LoadResults()
         refused = self._step.refused if self._step is not None else ()
         for view in (*refused, *self._owed.values()):
             found.lost(view, self._sizes)

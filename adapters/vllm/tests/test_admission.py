@@ -16,7 +16,7 @@ from lmcache.config import Config
 from lmcache.plan import Copy, JobReport, Report, Status, Tier, TierFacts
 from lmcache.spec import KVSpec
 from lmcache_vllm.messages import Handshake, Offer, RankMeta
-from lmcache_vllm.scheduler import SchedulerHalf
+from lmcache_vllm.scheduler import ConnectorScheduler
 
 Plain = SimpleNamespace
 CHUNK, BLOCK, CHUNKS = 64, 32, 4
@@ -38,7 +38,7 @@ class Workers:
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
         groups = [KVCacheGroupSpec(["model.layers.0.self_attn"], spec)]
         kv_config = KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=groups)
-        self.half = SchedulerHalf(kv_config, Config(chunk_tokens=CHUNK, admission=admission))
+        self.half = ConnectorScheduler(kv_config, Config(chunk_tokens=CHUNK, admission=admission))
         self.used = used
         self.written: list[bytes] = []
         self._seq = 0

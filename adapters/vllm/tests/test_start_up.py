@@ -31,9 +31,9 @@ from lmcache_vllm.connector import KVConnectorRole, LMCacheConnector
 from lmcache_vllm.geometry import layer_number
 from lmcache_vllm.layouts import prove_layout
 from lmcache_vllm.messages import Handshake, Offer, StepMeta, agreed
-from lmcache_vllm.scheduler import SchedulerHalf, last_of, resident_chunks
+from lmcache_vllm.scheduler import ConnectorScheduler, last_of, resident_chunks
 from lmcache_vllm.stats import Increments
-from lmcache_vllm.worker import WorkerHalf, slots_of
+from lmcache_vllm.worker import ConnectorWorker, slots_of
 
 Plain = SimpleNamespace
 CHUNK, BLOCK = 64, 32
@@ -283,7 +283,7 @@ def test_a_half_that_raises_is_switched_off_and_says_so_once(said: Callable[[], 
 
 
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch, one_rank: None) -> Callable[..., tuple[WorkerHalf, Offer]]:
+def worker(monkeypatch: pytest.MonkeyPatch, one_rank: None) -> Callable[..., tuple[ConnectorWorker, Offer]]:
     """Opens a worker half on fake layers."""
 
     def opened(write: Callable[..., None] = write_packed, impl: str = "FakeImpl", **cache: Any) -> Any:
@@ -291,15 +291,15 @@ def worker(monkeypatch: pytest.MonkeyPatch, one_rank: None) -> Callable[..., tup
         layers = {name: Layer(write, impl) for name in caches}
         monkeypatch.setattr(compat, "attention_layers", lambda config: layers)
         settings = {"dram_bytes": "4MiB", "model_identity": "m", "chunk_tokens": CHUNK, **cache}
-        half = WorkerHalf(engine_config(), kv_config(list(caches)), Config(**settings))
+        half = ConnectorWorker(engine_config(), kv_config(list(caches)), Config(**settings))
         half.register(caches)
         return half, Handshake.of(half.offer()).read()
 
     return opened
 
 
-def met(*offers: Offer) -> SchedulerHalf:
-    half = SchedulerHalf(kv_config(["model.layers.0.self_attn"]), Config(chunk_tokens=CHUNK))
+def met(*offers: Offer) -> ConnectorScheduler:
+    half = ConnectorScheduler(kv_config(["model.layers.0.self_attn"]), Config(chunk_tokens=CHUNK))
     half.meet(offers)
     return half
 
@@ -593,7 +593,7 @@ def test_a_lora_is_named_by_its_weights_not_by_its_path(tmp_path: Path) -> None:
 
 
 def test_what_was_counted_is_told_now_and_then_and_all_of_it_when_the_engine_falls_quiet() -> None:
-    half = SchedulerHalf(kv_config(["model.layers.0.self_attn"]), Config())
+    half = ConnectorScheduler(kv_config(["model.layers.0.self_attn"]), Config())
     told = Increments(half.metrics)
     half.metrics.requested(5)
     first = told.take()

@@ -11,7 +11,22 @@ from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import NamedTuple
 
-from lmcache.plan import Chain, Copy, Delete, Engine, Job, JobReport, Name, Op, Plan, Probe, Report, Slot, Status, Tier
+from lmcache.plan import (
+    ArenaSlot,
+    Chain,
+    Copy,
+    Delete,
+    Engine,
+    Job,
+    JobReport,
+    Name,
+    Op,
+    Plan,
+    Probe,
+    Report,
+    Status,
+    Tier,
+)
 
 CHUNK = 4
 
@@ -35,7 +50,7 @@ def name_at(chain: Chain, group: int, i: int) -> Name:
     return Name(chain.namespace, chain.digests[i], group, CHUNK, i)
 
 
-class Run:
+class RunningJob:
     """A job on one rank."""
 
     def __init__(self, job: Job, version: int) -> None:
@@ -63,7 +78,7 @@ def slot_of(op: Op) -> tuple[int, int] | None:
     """(group, slot) that an op reads or writes."""
     if isinstance(op, Copy):
         for place in (op.src, op.dst):
-            if isinstance(place, Slot):
+            if isinstance(place, ArenaSlot):
                 return op.name.group, place.index
     return None
 
@@ -83,8 +98,8 @@ class Rank:
         self.arena: dict[tuple[int, int], Content | None] = {}
         self.generations: dict[tuple[int, int], int] = {}  # newest assignment of each slot
         self.engine: dict[int, dict[tuple[int, int], Content]] = {}
-        self.runs: dict[int, Run] = {}
-        self.ghosts: list[tuple[Run, int]] = []  # hung ops of an epoch that is over
+        self.runs: dict[int, RunningJob] = {}
+        self.ghosts: list[tuple[RunningJob, int]] = []  # hung ops of an epoch that is over
         self.reports: dict[int, JobReport] = {}
         self.first_sent: dict[int, int] = {}
         self.seq = 0
@@ -103,7 +118,7 @@ class Rank:
         for job in plan.jobs:
             fresh = set()
             for op in job.ops:
-                if isinstance(op, Copy) and isinstance(op.dst, Slot):
+                if isinstance(op, Copy) and isinstance(op.dst, ArenaSlot):
                     key = slot_of(op)
                     users = [run.job.id for run in self.runs.values() if key in map(slot_of, run.job.ops)]
                     assert not users, f"job {job.id} reuses {key} while jobs {users} are not final on rank {self.rank}"
@@ -115,12 +130,12 @@ class Rank:
                         f"{key} is assigned anew, but its generation {newest} did not grow"
                     )
                     self.generations[key] = op.dst.generation
-                elif isinstance(op, Copy) and isinstance(op.src, Slot):
+                elif isinstance(op, Copy) and isinstance(op.src, ArenaSlot):
                     newest = self.generations.get((op.name.group, op.src.index), 0)
                     assert op.src.generation == newest, (
                         f"job {job.id} reads generation {op.src.generation}, not {newest}"
                     )
-            self.runs[job.id] = Run(job, versions.get(job.id, 0))
+            self.runs[job.id] = RunningJob(job, versions.get(job.id, 0))
             self._publish(self.runs[job.id])
 
     def report(self) -> Report:
@@ -129,7 +144,7 @@ class Rank:
             self.first_sent.setdefault(job, self.seq)
         return Report(self.epoch, self.rank, self.seq, tuple(self.reports.values()))
 
-    def _publish(self, run: Run) -> None:
+    def _publish(self, run: RunningJob) -> None:
         if Status.PENDING in run.statuses or self.runs.get(run.job.id) is not run:
             return
         final = not run.undone
@@ -140,11 +155,11 @@ class Rank:
 
     # ------------------------------------------------------------ execution
 
-    def pending(self) -> list[tuple[Run, int]]:
+    def pending(self) -> list[tuple[RunningJob, int]]:
         """Ops that could run now, hung ones included."""
         return [(run, i) for run in self.runs.values() for i in run.next_ops()] + self.ghosts
 
-    def step(self, run: Run, i: int, fault: Status | str | None = None) -> None:
+    def step(self, run: RunningJob, i: int, fault: Status | str | None = None) -> None:
         """Run one op. `fault`: fail with that status, or "hang" (it goes on at the next step)."""
         if (run, i) in self.ghosts:
             self.ghosts.remove((run, i))
@@ -160,7 +175,7 @@ class Rank:
             run.statuses[i] = status
         self._publish(run)
 
-    def expire(self, run: Run) -> None:
+    def expire(self, run: RunningJob) -> None:
         """The job's deadline passed: what is not done is late, and may still touch memory."""
         run.late = True
         run.statuses = [Status.LATE if s is Status.PENDING else s for s in run.statuses]
@@ -170,14 +185,14 @@ class Rank:
     def _stale(self, key: tuple[int, int]) -> bool:
         return any(slot_of(run.job.ops[i]) == key for run, i in self.ghosts)
 
-    def _fail(self, run: Run, i: int, fault: Status | str) -> Status:
+    def _fail(self, run: RunningJob, i: int, fault: Status | str) -> Status:
         op = run.job.ops[i]
-        if isinstance(op, Copy) and isinstance(op.dst, Slot):
+        if isinstance(op, Copy) and isinstance(op.dst, ArenaSlot):
             self.arena[op.name.group, op.dst.index] = None  # half written
         assert isinstance(fault, Status)
         return fault
 
-    def _execute(self, run: Run, i: int) -> Status:
+    def _execute(self, run: RunningJob, i: int) -> Status:
         op = run.job.ops[i]
         if isinstance(op, Probe):
             return Status.OK if op.name in self.tiers[op.tier] else Status.MISSING
@@ -185,7 +200,7 @@ class Rank:
             self.tiers[op.tier].pop(op.name, None)
             return Status.OK
         key = slot_of(op)
-        if isinstance(op.dst, Slot) and key is not None and run.job.id in self.runs and self._stale(key):
+        if isinstance(op.dst, ArenaSlot) and key is not None and run.job.id in self.runs and self._stale(key):
             return Status.FULL
         content: Content | None
         if isinstance(op.src, Engine):
@@ -207,12 +222,12 @@ class Rank:
                     f"{run.job.kind} job {run.job.id}: {key} holds {held}, not {op.name}"
                 )
         if content is None:
-            if isinstance(op.dst, Slot) and key is not None:
+            if isinstance(op.dst, ArenaSlot) and key is not None:
                 self.arena[key] = None
             return Status.CORRUPT
         if isinstance(op.dst, Engine):
             self.engine.setdefault(run.job.id, {})[op.name.group, op.start] = content
-        elif isinstance(op.dst, Slot):
+        elif isinstance(op.dst, ArenaSlot):
             assert key is not None
             self.arena[key] = content
         else:

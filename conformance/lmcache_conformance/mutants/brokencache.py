@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmcache import CacheEngine, Config
-from lmcache.format.codec import ObjectIO
+from lmcache.format.codec import ObjectCodec
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
 from lmcache_conformance.suites.cachebytes import CacheBytesTests
@@ -22,7 +22,7 @@ class _BrokenCache(CacheFactory):
     """Opens a broken cache."""
 
     cache_class: type[CacheEngine] = CacheEngine
-    io_class: type[ObjectIO] | None = None
+    io_class: type[ObjectCodec] | None = None
     settings: Mapping[str, Any] = {}
     """Put in place of what the test asks for."""
 

@@ -9,7 +9,7 @@ from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Slots
 from lmcache.hit import Hit
 from lmcache.plan import Status
-from lmcache.transfer.jobs import Run
+from lmcache.transfer.jobs import ActiveJob
 from lmcache_conformance.labs.kvlab import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant
 from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
@@ -51,8 +51,10 @@ class _BlindOptimist(CacheEngine):
         super().__init__(*args, **settings)
         finish = self._transfer._finish
 
-        def pretend(run: Run, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = "") -> None:
-            finish(run, indices, Status.OK if run.job.kind == "store" else status, nbytes, detail)
+        def pretend(
+            active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
+        ) -> None:
+            finish(active, indices, Status.OK if active.job.kind == "store" else status, nbytes, detail)
 
         self._transfer._finish = pretend  # type: ignore[method-assign]
 
@@ -67,15 +69,15 @@ class MutantFailedStoreIsOffered(BrokenCacheFaultTests):
 class _WritesLate(CacheEngine):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        ledger = self._transfer._ledger
-        begin = ledger.begin_engine_write
+        tracker = self._transfer._tracker
+        begin = tracker.begin_engine_write
 
-        def always(run: Run) -> bool:
-            if not begin(run):
-                run.moving += 1
+        def always(active: ActiveJob) -> bool:
+            if not begin(active):
+                active.moving += 1
             return True
 
-        ledger.begin_engine_write = always  # type: ignore[method-assign]
+        tracker.begin_engine_write = always  # type: ignore[method-assign]
 
 
 @mutant(row="slot evicted or reused while a slow read is in flight", project="Mooncake #850")
@@ -98,9 +100,11 @@ class _LosesFull(CacheEngine):
         super().__init__(*args, **settings)
         finish = self._transfer._finish
 
-        def forget(run: Run, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = "") -> None:
-            if not (run.job.kind == "spill" and status is Status.FULL):
-                finish(run, indices, status, nbytes, detail)
+        def forget(
+            active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
+        ) -> None:
+            if not (active.job.kind == "write_back" and status is Status.FULL):
+                finish(active, indices, status, nbytes, detail)
 
         self._transfer._finish = forget  # type: ignore[method-assign]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lmcache.errors import FormatError
-from lmcache.format.codec import Loaded, ObjectIO
+from lmcache.format.codec import Loaded, ObjectCodec
 from lmcache.format.file import HEADER_PROBE, Form, Header, decode_header, verify
 from lmcache.keys import ObjectId
 from lmcache.layout import ObjectLayout, translate
@@ -15,7 +15,7 @@ from lmcache_conformance.mutants import mutant
 from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
 
 
-class _Careless(ObjectIO):
+class _Careless(ObjectCodec):
     """Reads header and payload where its own would lie, and checks what it is told to check."""
 
     checks_id = checks_length = checks_segments = True
@@ -79,7 +79,7 @@ class MutantFlippedIsAHit(BrokenCacheFaultTests):
     io_class = _NoChecksums
 
 
-class _MyOrder(ObjectIO):
+class _MyOrder(ObjectCodec):
     def _layout_of(self, header: Header) -> ObjectLayout:
         super()._layout_of(header)
         native = [layout for layout in self._forms if layout.order == "native"]
@@ -93,7 +93,7 @@ class MutantIgnoresTheWritersOrder(BrokenCacheTests):
     io_class = _MyOrder
 
 
-class _Mislabels(ObjectIO):
+class _Mislabels(ObjectCodec):
     """Pages go to disk as they are, under a header that calls them canonical."""
 
     def save(self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout) -> Result:

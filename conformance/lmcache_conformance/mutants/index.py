@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from lmcache.control import Finished, Index, Lookup, Owner, Store
-from lmcache.control.extents import Run, Span, pieces
+from lmcache.control.extents import Extent, ExtentPin, pieces
 from lmcache.plan import Chain, JobReport, Plan, Report, Status
 from lmcache.spec import HitRule
 from lmcache_conformance.labs.indexlab import CHUNK
@@ -90,7 +90,7 @@ class _ReadyAtOnce(Index):
     def begin_store(self, owner: Owner, chain: Chain, **settings: Any) -> Store:
         store = super().begin_store(owner, chain, **settings)
         if store.job is not None:
-            for group, spans in self.state.jobs.live[store.job].fills.items():
+            for group, spans in self.state.jobs.live[store.job].inserted.items():
                 self.state.pools[group].publish(spans)
         return store
 
@@ -156,16 +156,16 @@ class MutantLateIsOver(_Tests):
 
 class _AnyEpoch(Index):
     def report(self, report: Report, now: float) -> list[Finished]:
-        for run in self.__dict__.pop("_lost", []):
+        for extent in self.__dict__.pop("_lost", []):
             pool = self.state.pools[0]
-            fresh = pool.insert(Chain(run.space.namespace, run.digests), 0, len(run.digests))
+            fresh = pool.insert(Chain(extent.space.namespace, extent.digests), 0, len(extent.digests))
             pool.publish(fresh)
             pool.unpin(fresh)
         return super().report(report, now)
 
     def reset(self, now: float) -> list[Finished]:
-        fills = [spans for work in self.state.jobs.live.values() for spans in work.fills.values()]
-        lost = [run for spans in fills for run in pieces(spans)]
+        fills = [spans for work in self.state.jobs.live.values() for spans in work.inserted.values()]
+        lost = [extent for spans in fills for extent in pieces(spans)]
         ended = super().reset(now)
         self.__dict__["_lost"] = lost
         return ended
@@ -214,11 +214,11 @@ class _PinsNothing(Index):
         for pool in self.state.pools:
             unpin = pool.unpin
 
-            def pin(runs: Sequence[Run]) -> list[Span]:
-                return [(run, len(run.digests)) for run in runs]
+            def pin(extents: Sequence[Extent]) -> list[ExtentPin]:
+                return [(extent, len(extent.digests)) for extent in extents]
 
-            def release(spans: Iterable[Span], unpin: Any = unpin) -> None:
-                unpin([(run, len(run.digests)) for run in pieces(spans) if run.refs > 0])
+            def release(spans: Iterable[ExtentPin], unpin: Any = unpin) -> None:
+                unpin([(extent, len(extent.digests)) for extent in pieces(spans) if extent.refs > 0])
 
             pool.pin = pin  # type: ignore[method-assign]
             pool.unpin = release  # type: ignore[method-assign]
@@ -299,12 +299,12 @@ class MutantStoresPlaceholders(_Tests):
 
 class _ClearsDram(Index):
     def clear(self, namespace: bytes | None, now: float) -> int:
-        kept = self.state.known
-        self.state.known = []
+        kept = self.state.directories
+        self.state.directories = []
         try:
             return super().clear(namespace, now)
         finally:
-            self.state.known = kept
+            self.state.directories = kept
 
 
 @mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")

@@ -17,7 +17,7 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from lmcache.control import TierInfo
 from lmcache.control.eviction import POLICIES
-from lmcache.plan import Chain, Copy, Slot, Status
+from lmcache.plan import ArenaSlot, Chain, Copy, Status
 from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.contract import Level
 from lmcache_conformance.labs.indexlab import CHUNK, Content, chain, drain, name_at
@@ -152,7 +152,7 @@ class IndexMachine(IndexModel):
         self.load(owner, None, have)
         for job in set(self.loads) - before:
             sources = [op.src for op in self.index.state.jobs.live[job].ops if isinstance(op, Copy)]
-            assert all(isinstance(source, Slot) for source in sources), f"to be loaded from elsewhere: {sources}"
+            assert all(isinstance(source, ArenaSlot) for source in sources), f"to be loaded from elsewhere: {sources}"
 
     @rule(owner=OWNERS, about=CHAINS, ask=st.booleans(), skip=st.sampled_from([0, 0, 4, 9]))
     def prefetch(self, owner: int, about: Chain, ask: bool, skip: int) -> None:

@@ -190,6 +190,6 @@ class IndexModel(RuleBasedStateMachine):
         stats = self.index.stats()
         assert stats["jobs"] == stats["leases"] == stats["slots_leaving"] == stats["failed_owners"] == 0
         for pool in self.index.state.pools:
-            assert all(found.ready and found.run.refs == 0 for found in pool.residents())
+            assert all(found.ready and found.extent.refs == 0 for found in pool.residents())
         unfinished = [job for job, load in self.loads.items() if load.ended is None or not load.ended.final]
         assert not unfinished, f"loads {unfinished} never ended"

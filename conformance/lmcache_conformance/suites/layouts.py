@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lmcache.errors import LayoutError, LMCacheError, SlotError
-from lmcache.format.codec import ObjectIO
+from lmcache.format.codec import ObjectCodec
 from lmcache.keys import ObjectId
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter, translate
 from lmcache.layout.proof import prove
@@ -265,7 +265,7 @@ class LayoutTests:
         self.gather(memory.bound, slots, [out], native)
         id = ObjectId(b"n" * 32, b"c" * 32, 0, memory.spec.rects[0], memory.tokens, 0)
         tier = MemoryTier()
-        writer, reader = (ObjectIO(memory.spec, memory.tokens, order=order) for order in ("native", "canonical"))
+        writer, reader = (ObjectCodec(memory.spec, memory.tokens, order=order) for order in ("native", "canonical"))
         assert writer.save(tier, id, out, native).status is Status.OK
         back = torch.empty(canonical.nbytes, dtype=torch.uint8)
         loaded = reader.load(tier, id, back, canonical, None)

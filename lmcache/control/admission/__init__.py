@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lmcache.config import Config
-from lmcache.control.admission.rules import Adaptive, BreakEven, SecondSight
+from lmcache.control.admission.rules import Adaptive, BreakEven, SecondHit
 from lmcache.control.state import Admit
 from lmcache.plan import Name, TierFacts
 from lmcache.spec import KVSpec
@@ -47,7 +47,7 @@ class Admission:
         rule: Admit | None = None
         if config.admission == "second":
             # Each group has marks of its own; they share one memory.
-            rule = SecondSight(self.has_room, {tier: n * len(groups) for tier, n in chunks.items()})
+            rule = SecondHit(self.has_room, {tier: n * len(groups) for tier, n in chunks.items()})
         elif config.admission == "adaptive":
             lead = next((g for g in groups if whole.groups[g].rule.kind == "all"), 0)
             rule = Adaptive(self.has_room, chunks, group=lead, groups=len(groups))

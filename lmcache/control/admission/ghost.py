@@ -23,7 +23,7 @@ def sampled(digest: bytes, share: int) -> bool:
     return int.from_bytes(digest, "little") % _PRIME * _MIX & _WORD < share << 48
 
 
-class Marks:
+class BloomFilter:
     """Which digests were marked lately: at least the last `size`, at most twice as many. 4 bytes each, once there is one.
 
     A Bloom filter (Bloom 1970) in two generations. It never forgets one of them, and takes one stranger in 400 for one.
@@ -61,7 +61,7 @@ class Marks:
         return in_old or not fresh
 
 
-class Shadow:
+class GhostCache:
     """A tier of `capacity` names, the least recently used out first. `memory`: names it remembers to have seen; None: it takes
     everything in.
     """
@@ -71,7 +71,7 @@ class Shadow:
     def __init__(self, capacity: int, memory: int | None = None) -> None:
         self._capacity = capacity
         self._names: OrderedDict[bytes, None] = OrderedDict()
-        self._seen = None if memory is None else Marks(memory)
+        self._seen = None if memory is None else BloomFilter(memory)
         self.written = 0
 
     def __len__(self) -> int:

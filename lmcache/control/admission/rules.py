@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Protocol
 
-from lmcache.control.admission.ghost import Marks, Shadow, Verdict, sampled
+from lmcache.control.admission.ghost import BloomFilter, GhostCache, Verdict, sampled
 from lmcache.control.state import Admit
 from lmcache.plan import Name
 
@@ -44,7 +44,7 @@ class Learns(Protocol):
         """See `Admit`."""
 
 
-class SecondSight:
+class SecondHit:
     """While a tier has room, everything. When it is full, an object whose writing costs another its place: only what became
     ready before and so was evicted from DRAM, and computed again, since. (Most chunks of a prompt never come again.)
 
@@ -55,7 +55,7 @@ class SecondSight:
 
     def __init__(self, has_room: HasRoom, capacities: Mapping[int, int]) -> None:
         self._has_room = has_room
-        self._seen = {tier: Marks(min(MOST, MEMORY * objects)) for tier, objects in capacities.items()}
+        self._seen = {tier: BloomFilter(min(MOST, MEMORY * objects)) for tier, objects in capacities.items()}
 
     def __call__(self, tier: int, name: Name) -> bool:
         """See `Admit`."""
@@ -89,7 +89,7 @@ class Adaptive:
         groups: int = 1,
         sample: int = SAMPLE,
     ) -> None:
-        self._second = SecondSight(has_room, {tier: chunks * groups for tier, chunks in capacities.items()})
+        self._second = SecondHit(has_room, {tier: chunks * groups for tier, chunks in capacities.items()})
         self._group = group
         self._trials = {tier: _Trial(max(1, objects), sample) for tier, objects in capacities.items()}
         self._told: dict[tuple[bytes, int], None] = {}
@@ -126,8 +126,8 @@ class _Trial:
     def __init__(self, capacity: int, sample: int) -> None:
         self._share = 65536 if capacity <= sample else max(1, 65536 * sample // capacity)
         size = max(1, capacity * self._share // 65536)
-        self._everything = Shadow(size)
-        self._some = Shadow(size, max(1, min(MEMORY * size, MOST * size // capacity)))
+        self._everything = GhostCache(size)
+        self._some = GhostCache(size, max(1, min(MEMORY * size, MOST * size // capacity)))
         self._warm = WARM_UP * size
         self._verdict = Verdict()
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lmcache.config import Config
 from lmcache.control.admission import Admission, admits
-from lmcache.control.admission.ghost import Marks, Shadow, Verdict, sampled
-from lmcache.control.admission.rules import Adaptive, BreakEven, SecondSight
+from lmcache.control.admission.ghost import BloomFilter, GhostCache, Verdict, sampled
+from lmcache.control.admission.rules import Adaptive, BreakEven, SecondHit
 from lmcache.errors import ConfigError
 from lmcache.plan import Name, TierFacts
 from lmcache.spec import ALL, KVSpec, LayerGroup, Plane, trailing
@@ -40,7 +40,7 @@ def roomy(tier: int) -> bool:
 
 @given(st.lists(st.integers(0, 400), max_size=300))
 def test_the_last_marks_are_never_forgotten(order: list[int]) -> None:
-    marks = Marks(64)
+    marks = BloomFilter(64)
     for at, i in enumerate(order):
         known = marks.add(digest(i))
         if i in order[max(0, at - 64) : at]:
@@ -48,14 +48,14 @@ def test_the_last_marks_are_never_forgotten(order: list[int]) -> None:
 
 
 def test_marks_outlive_a_change_of_generations() -> None:
-    marks = Marks(64)
+    marks = BloomFilter(64)
     for i in range(100):
         marks.add(digest(i))
     assert all(marks.add(digest(i)) for i in range(36, 100))
 
 
 def test_marks_know_few_strangers_take_no_more_room_and_forget() -> None:
-    marks = Marks(1000)
+    marks = BloomFilter(1000)
     assert sum(marks.add(digest(i)) for i in range(20_000)) < 200
     assert len(marks._new) == len(marks._old) == 2000
     assert sum(marks.add(digest(i)) for i in range(1000)) < 20  # long gone
@@ -63,13 +63,13 @@ def test_marks_know_few_strangers_take_no_more_room_and_forget() -> None:
 
 
 def test_marks_do_not_mind_digests_that_are_counters() -> None:
-    marks = Marks(1000)
+    marks = BloomFilter(1000)
     assert sum(marks.add(i.to_bytes(32, "little")) for i in range(900)) < 20
     assert 300 < sum(sampled(i.to_bytes(32, "little"), 32768) for i in range(900)) < 600
 
 
 def test_groups_are_marked_apart() -> None:
-    rule = SecondSight(full, {0: 100})
+    rule = SecondHit(full, {0: 100})
     assert not rule(0, name(1, group=0))
     assert not rule(0, name(1, group=1)), "the second group's object has not been ready before either"
     assert rule(0, name(1, group=0))
@@ -77,7 +77,7 @@ def test_groups_are_marked_apart() -> None:
 
 
 def test_a_tier_without_bound_gets_everything() -> None:
-    for rule in (SecondSight(full, {0: 100}), Adaptive(full, {0: 100})):
+    for rule in (SecondHit(full, {0: 100}), Adaptive(full, {0: 100})):
         assert rule(1, name(1))
         assert rule(1, name(2))
 
@@ -113,7 +113,7 @@ def test_a_large_tier_is_judged_by_a_sample() -> None:
 
 def serve(rule: Adaptive, prompts: list[list[int]], capacity: int) -> tuple[int, int]:
     """Everything passes memory at once and is written where `rule` says so; (chunks found, chunks written)."""
-    disk = Shadow(capacity)
+    disk = GhostCache(capacity)
     hits = writes = 0
     for prompt in prompts:
         digests = [digest(i) for i in prompt]

@@ -14,16 +14,16 @@ import torch
 
 from lmcache.config import Config
 from lmcache.control import Index
-from lmcache.format.codec import Loaded, ObjectIO
+from lmcache.format.codec import Loaded, ObjectCodec
 from lmcache.keys import Chain, ObjectId, as_tokens, chain_of
 from lmcache.layout import ObjectLayout
-from lmcache.plan import Copy, Job, JobReport, Slot
+from lmcache.plan import ArenaSlot, Copy, Job, JobReport
 from lmcache.tiers.base import Tier
 from lmcache.transfer.jobs import EngineView
 from lmcache_vllm.messages import BlockView
-from lmcache_vllm.scheduler import SchedulerHalf, Tracked
+from lmcache_vllm.scheduler import ConnectorScheduler, Tracked
 from lmcache_vllm.testing.session import Observed, ObservedConnector
-from lmcache_vllm.worker import Landed, WorkerHalf
+from lmcache_vllm.worker import ConnectorWorker, LoadResults
 
 SEPARATOR = "\0"
 
@@ -31,8 +31,8 @@ SEPARATOR = "\0"
 class Broken(ObservedConnector):
     """A connector with other halves, or with `settings` that nobody asked for."""
 
-    scheduler: ClassVar[type[SchedulerHalf]] = SchedulerHalf
-    worker: ClassVar[type[WorkerHalf]] = WorkerHalf
+    scheduler: ClassVar[type[ConnectorScheduler]] = ConnectorScheduler
+    worker: ClassVar[type[ConnectorWorker]] = ConnectorWorker
     settings: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -47,8 +47,8 @@ class Broken(ObservedConnector):
 # ---------------------------------------------------------------- loads that fail
 
 
-class LosesSlots(WorkerHalf):
-    """Slot `lost` of a load holds something else by now, as after a failure that nobody has noticed; `times` times."""
+class LosesSlots(ConnectorWorker):
+    """ArenaSlot `lost` of a load holds something else by now, as after a failure that nobody has noticed; `times` times."""
 
     lost: ClassVar[int] = 0
     times = 1 << 30
@@ -58,12 +58,12 @@ class LosesSlots(WorkerHalf):
         for job in loads_of(self)[: self.times]:
             self.times -= 1
             op = job.ops[self.lost % len(job.ops)]
-            if isinstance(op, Copy) and isinstance(op.src, Slot) and self._transfer is not None:
-                self._transfer._ledger.claim(op.name.group, op.src.index)
+            if isinstance(op, Copy) and isinstance(op.src, ArenaSlot) and self._transfer is not None:
+                self._transfer._tracker.claim(op.name.group, op.src.index)
         super().start_loads()
 
 
-def loads_of(half: WorkerHalf) -> list[Job]:
+def loads_of(half: ConnectorWorker) -> list[Job]:
     """The loads of this step."""
     return [job for job in half._step.plan.jobs if job.kind == "load"] if half._step is not None else []
 
@@ -99,7 +99,7 @@ class IgnoresFailedLoads(Broken):
     class _Worker(LosesSlots):
         lost = 2
 
-        def _ended(self, found: Landed, load: BlockView, report: JobReport) -> None:
+        def _ended(self, found: LoadResults, load: BlockView, report: JobReport) -> None:
             found.requests.add(load.request)
 
     worker = _Worker
@@ -111,7 +111,7 @@ class ReportsTooLittleLost(Broken):
     class _Worker(LosesSlots):
         lost = 2
 
-        def _lost(self, found: Landed, view: BlockView) -> None:
+        def _lost(self, found: LoadResults, view: BlockView) -> None:
             super()._lost(found, view)
             found.blocks = {view.blocks[0][-(-view.tokens // self._sizes[0]) - 1]}
 
@@ -121,7 +121,7 @@ class ReportsTooLittleLost(Broken):
 class OffersAgain(Broken):
     """Forgets that a load of this very request has failed, and fetches and offers the same again; it fails again."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def _offer(self, tracked: Tracked, local: int, *, counted: bool = True) -> int | None:
             if self._index is not None and tracked.request.request_id in self._index.state.failed:
                 self._index.state.failed.discard(tracked.request.request_id)
@@ -137,7 +137,7 @@ class OffersAgain(Broken):
 class NamesByLength(Broken):
     """KV is found by how long a prompt is, not by what it says: another request's is served."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def _named(self, tracked: Tracked) -> Chain:
             if len(tracked.chain.digests) < tracked.request.num_tokens // self._chunk:
                 tracked.chain = chain_of(tracked.namespace, as_tokens([7] * tracked.request.num_tokens), self._chunk)
@@ -149,7 +149,7 @@ class NamesByLength(Broken):
 class NamesByProcess(Broken):
     """A new process finds nothing of what others have written."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def _namespace(self, salt: str, lora: str) -> bytes:
             return super()._namespace(f"{salt}{SEPARATOR}{os.getpid()}", lora)
 
@@ -159,7 +159,7 @@ class NamesByProcess(Broken):
 class NamesByHashSeed(Broken):
     """Names depend on PYTHONHASHSEED, which forks share and processes do not."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def _namespace(self, salt: str, lora: str) -> bytes:
             return super()._namespace(f"{salt}{SEPARATOR}{hash('none')}", lora)
 
@@ -169,7 +169,7 @@ class NamesByHashSeed(Broken):
 class KnowsNoTenants(Broken):
     """The salt is left out of the name."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def _namespace(self, salt: str, lora: str) -> bytes:
             return super()._namespace("", lora)
 
@@ -188,7 +188,7 @@ class TrustsTheName(Broken):
 class TakesTheWrongEnd(Broken):
     """A prefix's blocks are counted from the end of the request: what is stored for its beginning is its end."""
 
-    class _Worker(WorkerHalf):
+    class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
             if job.kind == "store":
                 counts = [-(-view.tokens // size) for size in self._sizes]
@@ -202,7 +202,7 @@ class TakesTheWrongEnd(Broken):
 class CountsFromItsOwn(Broken):
     """A load's blocks are taken for those beyond vLLM's own hit, though they are all of the request's."""
 
-    class _Worker(WorkerHalf):
+    class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
             if job.kind == "load" and view.skip:
                 own = [view.skip // size for size in self._sizes]
@@ -216,7 +216,7 @@ class CountsFromItsOwn(Broken):
 class MixesGroups(Broken):
     """Each group is loaded into the blocks of the next one."""
 
-    class _Worker(WorkerHalf):
+    class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
             if job.kind == "load":
                 view = BlockView(view.request, (*view.blocks[1:], view.blocks[0]), view.skip, view.tokens)
@@ -228,7 +228,7 @@ class MixesGroups(Broken):
 class ForgetsWindows(Broken):
     """A hit restores full attention; sliding windows hold what their blocks held before."""
 
-    class _Worker(WorkerHalf):
+    class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
             found = super()._view(job, view)
             assert self._spec is not None
@@ -244,14 +244,14 @@ class ForgetsWindows(Broken):
 class StoresTheNullBlock(Broken):
     """What a sliding window has left behind is stored all the same, out of the block that stands for nothing."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def meet(self, offers: Any) -> None:
             super().meet(offers)
             index = self._index
             assert index is not None
             index.begin_store = _Anything(index).begin_store  # type: ignore[method-assign]
 
-    class _Worker(WorkerHalf):
+    class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
             found = super()._view(job, view)
             if job.kind == "store":
@@ -275,7 +275,7 @@ class _Anything:
 class StoresOneTooMany(Broken):
     """A chunk is stored as soon as its first token is computed."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def _store(self, index: Index, tracked: Tracked, scheduled: int, output: Any, now: float) -> None:
             super()._store(index, tracked, scheduled + self._chunk - 1, output, now)
 
@@ -285,7 +285,7 @@ class StoresOneTooMany(Broken):
 # ---------------------------------------------------------------- contents
 
 
-class _TouchesPages(WorkerHalf):
+class _TouchesPages(ConnectorWorker):
     """Does something to vLLM's blocks when they have been loaded."""
 
     caches: Mapping[str, torch.Tensor] = {}
@@ -334,7 +334,7 @@ class SwapsKeysAndValues(Broken):
 class BelievesTheShape(Broken):
     """No layout is proven: what a tensor's shape suggests is taken for true, K and V of a token side by side."""
 
-    class _Worker(WorkerHalf):
+    class _Worker(ConnectorWorker):
         def _open(self, caches: Mapping[str, torch.Tensor]) -> None:
             super()._open(caches)
             from lmcache.layout import Layout, PagedKV
@@ -351,7 +351,7 @@ class BelievesTheShape(Broken):
 class MisreadsTheDisk(Broken):
     """What comes from memory is right; what lies on disk in canonical order is taken for vLLM's own."""
 
-    class _Worker(WorkerHalf):
+    class _Worker(ConnectorWorker):
         def _open(self, caches: Mapping[str, torch.Tensor]) -> None:
             super()._open(caches)
             assert self._transfer is not None
@@ -361,8 +361,8 @@ class MisreadsTheDisk(Broken):
     worker = _Worker
 
 
-class _TakesItForNative(ObjectIO):
-    def __init__(self, half: WorkerHalf, *args: Any) -> None:
+class _TakesItForNative(ObjectCodec):
+    def __init__(self, half: ConnectorWorker, *args: Any) -> None:
         super().__init__(*args)
         self._half = half
 
@@ -395,10 +395,10 @@ class ReportsWhatItDoesNotUse(Broken):
 class ClearsMemoryOnly(Broken):
     """`clear` returns, and the disk still serves."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def clear(self, salt: str | None = None) -> bool:
             done = super().clear(salt)
-            self._wishes = []
+            self._clear_requests = []
             return done
 
     scheduler = _Scheduler
@@ -407,7 +407,7 @@ class ClearsMemoryOnly(Broken):
 class DeafToFullMemory(Broken):
     """A store that finds no room is an error for whoever asked; the guard then switches the cache off for good."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def _store(self, index: Index, tracked: Tracked, scheduled: int, output: Any, now: float) -> None:
             evicted = index.evictions
             super()._store(index, tracked, scheduled, output, now)
@@ -423,7 +423,7 @@ class DeafToFullMemory(Broken):
 class ForgetsLeases(Broken):
     """What was offered is gone when vLLM has made room for it."""
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         def allocated(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
             if tokens and self._index is not None:
                 self._index.release(request.request_id)
@@ -437,7 +437,7 @@ class SchedulerRaises(Broken):
 
     method: ClassVar[str] = "matched"
 
-    class _Scheduler(SchedulerHalf):
+    class _Scheduler(ConnectorScheduler):
         method = "matched"
         hit = False
 
@@ -496,7 +496,7 @@ class RaisesInReported(SchedulerRaises):
 class WorkerRaises(Broken):
     """The worker half fails in `method`, in every step that has a load."""
 
-    class _Worker(WorkerHalf):
+    class _Worker(ConnectorWorker):
         method = "start_loads"
 
         def _raise(self, method: str) -> None:
@@ -520,7 +520,7 @@ class WorkerRaises(Broken):
             super().start_stores()
             self._raise("start_stores")
 
-        def _ended(self, found: Landed, load: BlockView, report: JobReport) -> None:
+        def _ended(self, found: LoadResults, load: BlockView, report: JobReport) -> None:
             super()._ended(found, load, report)
             if self.method == "landed":
                 raise RuntimeError("broken on purpose, in landed")
