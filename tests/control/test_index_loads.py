@@ -17,7 +17,7 @@ def test_a_load_copies_from_slots_and_tells_how_many_tokens_arrived() -> None:
     lab.have()
     lab.look()
     job = lab.load()
-    assert places(job) == [("Slot", "Engine", i * CHUNK) for i in range(4)]
+    assert places(job) == [("ArenaSlot", "Engine", i * CHUNK) for i in range(4)]
     assert job.deadline == 7.0
     assert lab.index.stats()["leases"] == 0
     [ended] = lab.answer(job, OK)
@@ -69,7 +69,7 @@ def test_what_lies_in_a_tier_passes_through_a_slot_and_is_a_dram_hit_afterwards(
     lab.on_tier(chain("one", "a"))
     lab.look(chain("one", "a"))
     job = lab.load()
-    assert places(job) == [("Tier", "Slot", 0), ("Slot", "Engine", 0)]
+    assert places(job) == [("Tier", "ArenaSlot", 0), ("ArenaSlot", "Engine", 0)]
     lab.answer(job, OK)
     assert lab.index.where(name_at(ABCD, 0, 0)) == ("dram", "disk")
     assert lab.jobs() == []  # the disk is known to hold it: no spill
@@ -88,7 +88,7 @@ def test_a_load_does_not_evict_what_it_is_about_to_read() -> None:
     lab.index.announce(0, 0, [name_at(ABCD, 0, i) for i in (2, 3)], True, 0.0)
     lab.look()
     kinds = [src for src, _, _ in places(lab.load())]
-    assert kinds == ["Slot", "Slot", "Tier", "Tier"]
+    assert kinds == ["ArenaSlot", "ArenaSlot", "Tier", "Tier"]
 
 
 def test_an_object_that_another_job_is_filling_is_read_from_its_tier() -> None:
@@ -194,11 +194,11 @@ def test_a_prefetch_brings_a_hit_into_dram_and_keeps_it_there_for_its_owner() ->
     lab.look()
     assert lab.index.begin_prefetch("me", 0.0) is not None
     [job] = lab.jobs()
-    assert places(job) == [("Tier", "Slot", 0)] * 4
+    assert places(job) == [("Tier", "ArenaSlot", 0)] * 4
     [ended] = lab.answer(job, OK)
     assert (ended.kind, ended.ok_tokens) == ("prefetch", 16)
     assert lab.index.begin_store("x", chain("one", "q"), first=0, last=1, now=0.0).skipped == {"full": 1}
-    assert [src for src, _, _ in places(lab.load())] == ["Slot"] * 4
+    assert [src for src, _, _ in places(lab.load())] == ["ArenaSlot"] * 4
 
 
 def test_a_failed_prefetch_is_not_held_against_its_owner() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmcache import CacheEngine
-from lmcache.keyed import Objects
+from lmcache.keyed import KeyedCache
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.janitor import Timing
 from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
@@ -123,7 +123,7 @@ def test_objects_under_an_engines_own_keys_are_subject_to_it_too(tmp_path: Path)
     pool = Pool("packed", 100, seed=1)
     slots = scattered(PROMPT, pool)
     with engine(tmp_path, "second") as cache:
-        objects = Objects(cache, scope="test")
+        objects = KeyedCache(cache, scope="test")
         for i in range(80):
             assert objects.store([f"{i}-{k}" for k in range(4)], pool.kv, slots) == 4
             cache.flush()
