@@ -354,6 +354,6 @@ def test_a_store_with_many_holes_looks_at_each_chunk_a_few_times(linked: bool) -
 def test_the_audit_notices_a_leaked_reference() -> None:
     lab = Lab()
     lab.have()
-    next(lab.index.state.pools[0].residents()).run.refs += 1
+    next(lab.index.state.pools[0].residents()).extent.refs += 1
     with pytest.raises(AssertionError, match="1 references counted, 0 held"):
         lab.index.check()
