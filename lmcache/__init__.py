@@ -12,6 +12,7 @@ from lmcache import moved
 
 if TYPE_CHECKING:
     from lmcache.config import Config as Config
+    from lmcache.control.outcomes import StopReason as StopReason
     from lmcache.engine import CacheEngine as CacheEngine
     from lmcache.errors import ConfigError as ConfigError
     from lmcache.errors import FormatError as FormatError
@@ -49,6 +50,7 @@ _HOMES = {
     "Plane": "spec",
     "SlotError": "errors",
     "SpecError": "errors",
+    "StopReason": "control.outcomes",
     "TierError": "errors",
     "TokenError": "errors",
 }

@@ -203,6 +203,11 @@ class Config:
                 f"may use; give at most that, better half of it (dram_bytes='{max(1, limit // 2**30 // 2)}GiB'), or 'auto'"
             )
 
+    @property
+    def selective(self) -> bool:
+        """Whether admission may refuse to write an object to a tier, so that the tiers' room and speed have to be measured."""
+        return self.admission != "all" or self.prefill_tokens_per_s is not None
+
     @classmethod
     def settings(cls) -> tuple[Setting[Any, Any], ...]:
         """The declarations, in order."""

@@ -105,7 +105,7 @@ def test_what_a_hit_gives_is_what_was_stored_and_not_recomputed() -> None:
         ids = lab.prompt(70)
         out = lab.greedy(cached, ids)
         assert cached.engine is not None
-        for arena in cached.engine._arenas:
+        for arena in cached.engine._rank.arenas:
             for slab in arena._slabs.values():
                 slab.zero_()
         got = lab.greedy(cached, lab.continued(out, 9, seed=0))
