@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from lmcache.simulate.traces import SUITE, Trace, chats, documents, join, mix, sample, shuffle, stretch
+from synthetic_traces import SUITE, Trace, chats, documents, join, mix, sample, shuffle, stretch
 
 
 def check(trace: Trace) -> None:
