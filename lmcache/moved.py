@@ -34,6 +34,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "lmcache.recorder": "lmcache.observe.recorder",
         "lmcache.reslice": "lmcache.format.reslice",
         "lmcache.settings": "lmcache.config.settings",
+        "lmcache.tiers.configured": "lmcache.tiers",
         "lmcache.workers": "lmcache.transfer.workers",
         "lmcache_conformance.adopt": "lmcache_conformance.runner.adopt",
         "lmcache_conformance.cache": "lmcache_conformance.suites.cache",

@@ -24,8 +24,8 @@ from lmcache.observe.log import Throttle, info
 from lmcache.observe.metrics import Metrics
 from lmcache.plan import Job, JobReport, Plan, Report, Status, TierFacts
 from lmcache.spec import KVSpec
+from lmcache.tiers import open_tiers
 from lmcache.tiers.base import Tier, usable_bytes
-from lmcache.tiers.configured import open_tiers
 from lmcache.transfer import Transfer
 from lmcache.transfer.arena import Arena, share_out
 from lmcache.transfer.engine_copy import open_copier
