@@ -1,4 +1,4 @@
-"""`lmcache bench kernels`, as far as a machine without a GPU can tell."""
+"""`lmcache bench kernels`, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 
