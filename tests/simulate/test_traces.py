@@ -1,4 +1,4 @@
-"""Synthetic traces: what every one of them promises."""
+"""Synthetic traces: the properties that all of them have."""
 
 from __future__ import annotations
 
