@@ -31,7 +31,7 @@ def simulate(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE…", help="Mooncake or `record_trace` files.")],
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="Eviction policy; repeatable. Default: all, plus optimal and infinite caches."),
+        typer.Option("--policy", help="Eviction policy; repeatable. Default: all policies and baselines."),
     ] = None,
     capacity: Annotated[
         str | None,
