@@ -12,7 +12,7 @@ from lmcache.errors import LMCacheError
 
 app = typer.Typer(
     name="lmcache",
-    help="An engine-agnostic KV cache: a hit is bit-for-bit equal to recomputation, or it is a miss.",
+    help="An engine-agnostic KV cache: a hit is bit-for-bit what was computed, or it is a miss.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

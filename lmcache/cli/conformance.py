@@ -1,4 +1,4 @@
-"""`lmcache conformance`: tests that hits equal recomputation, for every installed adapter, tier and layout."""
+"""`lmcache conformance`: checks that a hit is bit-for-bit what was computed, for every installed adapter, tier and layout."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def conformance(
         Path | None, typer.Option("--junit", metavar="FILE", help="Write a JUnit XML report for CI systems.")
     ] = None,
 ) -> None:
-    """Run the conformance suite: is a hit bit-for-bit equal to recomputation?
+    """Run the conformance suite, which checks that a hit is bit-for-bit what was computed.
 
     Without names, everything installed is tested: tiers, layouts, kernels, keys, the cache, and every engine adapter.
     Tests of capabilities that an adapter or tier does not claim are skipped with that reason. Exit status 1 if a test
