@@ -38,9 +38,8 @@ from lmcache.tiers.janitor import HIGH, LOW, Janitor, Timing
 from lmcache.tiers.rawio import Late, read_all, write_all
 from lmcache.tiers.usage import Usage
 
-_OPEN_READ = (
-    os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-)  # non-blocking: opening a foreign FIFO must not hang
+# Non-blocking, because opening a foreign FIFO must not hang.
+_OPEN_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _OPEN_TEMP = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
