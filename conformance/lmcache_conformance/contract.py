@@ -21,7 +21,7 @@ PATIENT: Mapping[str, float] = MappingProxyType({"probe_timeout_s": 20.0})
 """Cache settings of tests: what a shared tier tells late is a miss, and nobody knows how busy the machine is."""
 
 
-class Level(str, Enum):
+class Level(str, Enum):  # noqa: UP042 (a StrEnum would print differently)
     """What is proven. Each test of the suite belongs to one level."""
 
     BYTES = "bytes"  # gather → any tiers → scatter returns every bit, and no other slot changed
