@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -48,7 +48,9 @@ class Counter:
             return None
         file = frame.f_code.co_filename
         if file not in self._product:
-            found = [p for p in PACKAGES if f"/{p}/" in file and "site-packages" not in file and "/testing/" not in file]
+            found = [
+                p for p in PACKAGES if f"/{p}/" in file and "site-packages" not in file and "/testing/" not in file
+            ]
             self._product[file] = file.rpartition(f"/{found[-1]}/")[2] if found else None
         return self._product[file]
 
@@ -113,10 +115,10 @@ def core() -> dict[str, Counter]:
 def hf() -> Counter:
     """The load part of `CachedModel.generate` for a prompt that is in DRAM."""
     import torch
-    from lmcache_conformance.labs.models import build
-    from lmcache_hf import CachedModel
 
     from lmcache import Config
+    from lmcache_conformance.labs.models import build
+    from lmcache_hf import CachedModel
 
     counter = Counter()
     model = build("llama")
@@ -138,11 +140,11 @@ def hf() -> Counter:
 
 def vllm() -> tuple[Counter, Counter]:
     """A prompt that vLLM's own cache has lost and ours has in DRAM; and one that nobody has seen."""
-    from lmcache_conformance.labs.models import model_folder
-
-    import lmcache_vllm.testing.environment  # noqa: F401  # before anything of vLLM
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
+
+    import lmcache_vllm.testing.environment  # noqa: F401  # before anything of vLLM
+    from lmcache_conformance.labs.models import model_folder
 
     transfer = KVTransferConfig(
         kv_connector="LMCacheConnector",
@@ -176,7 +178,6 @@ def vllm() -> tuple[Counter, Counter]:
     with miss.counting():
         llm.generate([prompt(9)], once, use_tqdm=False)
     return hit, miss
-
 
 
 def main() -> None:

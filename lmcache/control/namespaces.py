@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from lmcache.keys import Extra, chain_of, namespace_of, scoped
+from lmcache.keys import Extra, TokenArray, chain_of, namespace_of, scoped
 from lmcache.plan import Chain
 from lmcache.spec import KVSpec
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 _KEPT = 1 << 16
 """Namespaces remembered at most; a salt per request must not fill the memory."""
@@ -60,9 +56,7 @@ class Namespaces:
                 self._known[key] = found
         return found
 
-    def chain(
-        self, tokens: npt.NDArray[np.uint32], salt: str = "", lora: str = "", extras: Sequence[Extra] = ()
-    ) -> Chain:
+    def chain(self, tokens: TokenArray, salt: str = "", lora: str = "", extras: Sequence[Extra] = ()) -> Chain:
         """Names of every full chunk of a prompt; `tokens` comes from `lmcache.keys.as_tokens`."""
         return chain_of(self.of(salt, lora), tokens, self._chunk, extras)
 

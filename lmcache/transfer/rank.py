@@ -14,8 +14,8 @@ from lmcache.observe.log import Throttle
 from lmcache.observe.metrics import Metrics
 from lmcache.plan import TierFacts
 from lmcache.spec import KVSpec
-from lmcache.tiers.base import Tier, usable_bytes
 from lmcache.tiers import open_tiers
+from lmcache.tiers.base import Tier, usable_bytes
 from lmcache.transfer.arena import Arena, share_out
 from lmcache.transfer.engine_copy import open_copier
 from lmcache.transfer.transfer import Transfer
