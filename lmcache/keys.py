@@ -43,6 +43,9 @@ __all__ = [
 NAMES_VERSION = 1
 """Incremented when any formula here changes; objects of another version are never found."""
 
+TokenArray = npt.NDArray[np.uint32]
+"""Token ids as `as_tokens` returns them."""
+
 TokenIds: TypeAlias = "Sequence[int] | npt.NDArray[Any] | torch.Tensor | array.array[int]"
 """Any one-dimensional sequence of integers in [0, 2³²)."""
 
