@@ -17,7 +17,7 @@ VARIABLE = "TEST_LMCACHE_SHIMS"
 
 def shims() -> Path | None:
     """The folder of the shims, or None where there is none."""
-    folder = Path(os.environ.get(VARIABLE) or Path(__file__).parents[1] / "tests" / "shims")
+    folder = Path(os.environ.get(VARIABLE) or Path(__file__).parents[2] / "tests" / "shims")
     return folder if (folder / "sglang_cpu_shims.py").is_file() else None
 
 
