@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from lmcache.adapter import UnsupportedError
 from lmcache_hf import compat
-from lmcache_hf.geometry import UnsupportedError
 
 
 def refuse_by_call(model: Any, call: compat.Call) -> None:
@@ -22,36 +22,38 @@ def refuse_by_call(model: Any, call: compat.Call) -> None:
 def _refuse_mode(model: Any, call: compat.Call) -> None:
     if model.training:
         raise UnsupportedError(
-            "training", "the model is in training mode, where dropout makes KV random; call model.eval()"
+            "the model is in training mode, where dropout makes KV random; call model.eval()", reason="training"
         )
     if torch.is_autocast_enabled(model.device.type):
-        raise UnsupportedError("autocast", "autocast computes KV in another dtype than the model's own")
+        raise UnsupportedError("autocast computes KV in another dtype than the model's own", reason="autocast")
     if call.arguments.get("custom_generate") is not None:
-        raise UnsupportedError("custom_generate", "the call replaces the decoding loop")
+        raise UnsupportedError("the call replaces the decoding loop", reason="custom_generate")
     if call.arguments.get("assistant_model") is not None or getattr(call.settings, "prompt_lookup_num_tokens", None):
-        raise UnsupportedError("assisted", "assisted decoding puts tokens into the cache that it takes back later")
+        raise UnsupportedError(
+            "assisted decoding puts tokens into the cache that it takes back later", reason="assisted"
+        )
     if (call.settings.num_beams or 1) > 1:
-        raise UnsupportedError("beams", f"{call.settings.num_beams} beams reorder the rows of the cache")
+        raise UnsupportedError(f"{call.settings.num_beams} beams reorder the rows of the cache", reason="beams")
     if (call.settings.num_return_sequences or 1) > 1:
-        raise UnsupportedError("return_sequences", "several sequences a prompt repeat the rows of the cache")
+        raise UnsupportedError("several sequences a prompt repeat the rows of the cache", reason="return_sequences")
     if (mode := compat.decoding_mode(call)) != "":
-        raise UnsupportedError("mode", f"decoding mode {mode!r} is neither greedy search nor sampling")
+        raise UnsupportedError(f"decoding mode {mode!r} is neither greedy search nor sampling", reason="mode")
 
 
 def _refuse_settings(call: compat.Call) -> None:
     settings = call.settings
     if settings.use_cache is False:
-        raise UnsupportedError("use_cache", "the call says use_cache=False")
+        raise UnsupportedError("the call says use_cache=False", reason="use_cache")
     if settings.cache_implementation is not None:
-        raise UnsupportedError("cache_implementation", f"the call asks for {settings.cache_implementation!r}")
+        raise UnsupportedError(f"the call asks for {settings.cache_implementation!r}", reason="cache_implementation")
     if getattr(settings, "token_healing", False):
-        raise UnsupportedError("token_healing", "token healing changes the prompt inside generate")
+        raise UnsupportedError("token healing changes the prompt inside generate", reason="token_healing")
     if getattr(settings, "prefill_chunk_size", None) is not None:
         raise UnsupportedError(
-            "prefill_chunk_size", "chunked prefill starts at the first token whatever the cache holds"
+            "chunked prefill starts at the first token whatever the cache holds", reason="prefill_chunk_size"
         )
     if settings.output_attentions or settings.output_hidden_states:
-        raise UnsupportedError("hidden_states", "the call wants hidden states or attentions of all tokens")
+        raise UnsupportedError("the call wants hidden states or attentions of all tokens", reason="hidden_states")
 
 
 def _refuse_inputs(call: compat.Call) -> None:
@@ -59,13 +61,13 @@ def _refuse_inputs(call: compat.Call) -> None:
         if name in compat.NEUTRAL_INPUTS or name == "input_ids":
             continue
         if name == "inputs_embeds":
-            raise UnsupportedError("inputs_embeds", "embeddings instead of tokens have no name")
+            raise UnsupportedError("embeddings instead of tokens have no name", reason="inputs_embeds")
         if name == "position_ids":
-            raise UnsupportedError("position_ids", "the call places tokens at positions of its own")
+            raise UnsupportedError("the call places tokens at positions of its own", reason="position_ids")
         if name in compat.ZERO_IS_NEUTRAL and isinstance(value, torch.Tensor) and not bool(value.any()):
             continue
         kind = "multimodal" if _MULTIMODAL.intersection(name.split("_")) else "model_inputs"
-        raise UnsupportedError(kind, f"input {name!r} may decide KV, and is not part of its name")
+        raise UnsupportedError(f"input {name!r} may decide KV, and is not part of its name", reason=kind)
 
 
 _MULTIMODAL = frozenset({"pixel", "image", "images", "video", "videos", "audio", "features"})

@@ -16,16 +16,9 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from lmcache.adapter import UnsupportedError
 from lmcache.spec import ALL, KVSpec, LayerGroup, Numerics, Plane, dtype_name, host_isa, trailing
 from lmcache_hf import compat
-
-
-class UnsupportedError(Exception):
-    """This model cannot be cached; `reason` is a short slug for metrics, the message says more."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ def examine(model: Any) -> Geometry:
     refuse_by_config(model)
     template = compat.fresh_cache(model)
     if (unknown := compat.unsupported_layer(template)) is not None:
-        raise UnsupportedError("unsupported_cache", f"its cache has a layer of another kind: {unknown}")
+        raise UnsupportedError(f"its cache has a layer of another kind: {unknown}", reason="unsupported_cache")
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     a, b, c, d, e, f = ((vocabulary // 3 + 7 * i) % vocabulary for i in range(6))
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -126,7 +119,7 @@ def examine(model: Any) -> Geometry:
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.2
     error = float((plain - reused).abs().max() / plain.std().clamp_min(1e-6))
     if not error <= tolerance:
-        raise UnsupportedError("unproven", f"reused KV moves its logits by {error:.2g} standard deviations")
+        raise UnsupportedError(f"reused KV moves its logits by {error:.2g} standard deviations", reason="unproven")
     return geometry
 
 
@@ -134,15 +127,21 @@ def refuse_by_config(model: Any) -> None:
     """Raise `UnsupportedError` for what the configuration already rules out."""
     inner = compat.unwrapped(model)
     if inner.config.is_encoder_decoder:
-        raise UnsupportedError("encoder_decoder", "encoder-decoder models keep a second cache for the encoder's output")
+        raise UnsupportedError(
+            "encoder-decoder models keep a second cache for the encoder's output", reason="encoder_decoder"
+        )
     if compat.has_own_generate(model):
-        raise UnsupportedError("custom_generate", f"{type(inner).__name__} has a `generate` of its own")
+        raise UnsupportedError(f"{type(inner).__name__} has a `generate` of its own", reason="custom_generate")
     if not inner._supports_default_dynamic_cache() or "mamba" in type(inner).__name__.lower():
-        raise UnsupportedError("unsupported_cache", f"{type(inner).__name__} does not keep its state in a DynamicCache")
+        raise UnsupportedError(
+            f"{type(inner).__name__} does not keep its state in a DynamicCache", reason="unsupported_cache"
+        )
     if (kind := _rope_by_length(inner.config.to_dict())) is not None:
-        raise UnsupportedError("rope", f"rotary type {kind!r} makes keys depend on the length of the whole sequence")
+        raise UnsupportedError(
+            f"rotary type {kind!r} makes keys depend on the length of the whole sequence", reason="rope"
+        )
     if torch.distributed.is_available() and torch.distributed.is_initialized() and getattr(inner, "_tp_size", None):
-        raise UnsupportedError("tensor_parallel", "a model sharded over processes is not supported here")
+        raise UnsupportedError("a model sharded over processes is not supported here", reason="tensor_parallel")
 
 
 def _rope_by_length(config: Any) -> str | None:
@@ -177,7 +176,7 @@ def _measure(cache: DynamicCache, template: DynamicCache) -> Geometry:
     devices = set()
     if not cache.layers or len(cache.layers) != len(template.layers):
         raise UnsupportedError(
-            "unsupported_cache", f"its cache has {len(cache.layers)} layers, not {len(template.layers)}"
+            f"its cache has {len(cache.layers)} layers, not {len(template.layers)}", reason="unsupported_cache"
         )
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
@@ -188,13 +187,15 @@ def _measure(cache: DynamicCache, template: DynamicCache) -> Geometry:
             shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
             if len(shape) != 4 or (shape[0], shape[2]) != (1, want):
                 detail = f"layer {index} holds {shape} after four tokens, not (1, heads, {want}, dim)"
-                raise UnsupportedError("unsupported_cache", detail)
+                raise UnsupportedError(detail, reason="unsupported_cache")
         if keys.shape[1] != values.shape[1] or keys.dtype != values.dtype:
-            raise UnsupportedError("unsupported_cache", f"keys and values of layer {index} differ in heads or dtype")
+            raise UnsupportedError(
+                f"keys and values of layer {index} differ in heads or dtype", reason="unsupported_cache"
+            )
         devices.add(keys.device)
         kind = (window, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         found.setdefault(kind, []).append(index)
     if len(devices) > 1:
-        raise UnsupportedError("devices", f"its layers lie on several devices: {sorted(map(str, devices))}")
+        raise UnsupportedError(f"its layers lie on several devices: {sorted(map(str, devices))}", reason="devices")
     groups = tuple(GroupShape(tuple(members), *kind) for kind, members in found.items())
     return Geometry(groups, devices.pop())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from lmcache.adapter import UnsupportedError, describe, guarded
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
 from lmcache.errors import LMCacheError
@@ -22,7 +23,7 @@ from lmcache.spec import Numerics
 from lmcache_hf import compat
 from lmcache_hf.batch import Prompt
 from lmcache_hf.calls import refuse_by_call
-from lmcache_hf.geometry import Geometry, UnsupportedError, examine, numerics_of
+from lmcache_hf.geometry import Geometry, examine, numerics_of
 from lmcache_hf.reuse import Reuse
 from lmcache_hf.weights import Glance, glance, weights_digest
 
@@ -119,39 +120,50 @@ class CachedModel:
         return self._reuse(opened, digest, cache_salt).hit_tokens(ids)
 
     def _prepare(self, args: Sequence[Any], kwargs: dict[str, Any], salt: str) -> _Prepared | None:
-        """None: run the call as it is. Never raises, except `UncachedError` under `strict`."""
-        try:
+        """Looks the prompt up and fills a cache. Raises nothing but `UncachedError`, under `strict`.
+
+        Returns:
+            None if the call has to run as it is, uncached.
+        """
+
+        def load() -> _Prepared:
             call = compat.read_call(self._model, args, kwargs)
             refuse_by_call(self._model, call)
             ids = compat.prompt_of(self._model, call)
             if ids is None:
-                raise UnsupportedError("no_tokens", "the prompt is not a two-dimensional tensor of token ids")
+                raise UnsupportedError("the prompt is not a two-dimensional tensor of token ids", reason="no_tokens")
             mask = compat.mask_of(call, ids)
             if mask is None:
-                raise UnsupportedError("attention_mask", "its attention mask is not one 0 or 1 for each token")
+                raise UnsupportedError("its attention mask is not one 0 or 1 for each token", reason="attention_mask")
             with self._lock:
                 if self._closed:
-                    raise UnsupportedError("closed", "this CachedModel was closed")
+                    raise UnsupportedError("this CachedModel was closed", reason="closed")
                 opened, digest = self._current()
             prompt = Prompt(ids.to("cpu", torch.int64), mask.cpu())
             return self._load(call, prompt, opened, self._reuse(opened, digest, salt))
-        except UnsupportedError as error:
-            self._count_uncached(error)
-            if self.config.strict:
-                raise UncachedError(f"cannot cache this call of generate: {error}") from error
-        except Exception as error:  # a defect of ours must not cost the caller their answer
-            self._count_uncached(UnsupportedError("error", f"{type(error).__name__}: {error}"))
-        return None
+
+        return guarded(load, None, self._prepare_failed)
+
+    def _prepare_failed(self, error: Exception) -> None:
+        """Counts why a call runs uncached: it is unsupported, or the cache has a bug, which never raises, even under `strict`."""
+        if not isinstance(error, UnsupportedError):
+            self._count_uncached(UnsupportedError(describe(error), reason="error"))
+            return
+        self._count_uncached(error)
+        if self.config.strict:
+            raise UncachedError(f"cannot cache this call of generate: {error}") from error
 
     def _load(self, call: compat.Call, prompt: Prompt, opened: _Opened, reuse: Reuse) -> _Prepared:
         cache = call.inputs.get("past_key_values")
         if cache is None:
             cache = compat.fresh_cache(self._model)
         elif not compat.is_plain_empty(cache):
-            raise UnsupportedError("past_key_values", f"the call brings a used or special {type(cache).__name__}")
+            raise UnsupportedError(
+                f"the call brings a used or special {type(cache).__name__}", reason="past_key_values"
+            )
         layers = cache.layers
         if not compat.arm(cache, opened.template):
-            raise UnsupportedError("past_key_values", "the call's cache has other layers than this model's own")
+            raise UnsupportedError("the call's cache has other layers than this model's own", reason="past_key_values")
         try:
             columns = reuse.load(prompt, cache)
         except BaseException:
@@ -169,8 +181,9 @@ class CachedModel:
         return _Prepared(arguments, cache, prompt, columns, reuse, compat.end_tokens(call))
 
     def _keep(self, prepared: _Prepared, out: Any) -> None:
-        """Store what the call computed. Never raises."""
-        try:
+        """Stores what the call computed. Never raises."""
+
+        def store() -> None:
             sequences = out if isinstance(out, torch.Tensor) else out.sequences
             computed = prepared.cache.get_seq_length()
             if computed < prepared.prompt.columns or computed > sequences.shape[1]:
@@ -180,10 +193,13 @@ class CachedModel:
             accepted = prepared.reuse.store(grown, prepared.cache, prepared.columns)
             with self._lock:
                 self._counts["stored_tokens"] += accepted
-        except Exception as error:  # as above
-            with self._lock:
-                self._counts["store_errors"] += 1
-            self._log.warning("hf-store-failed", error=f"{type(error).__name__}: {error}")
+
+        guarded(store, None, self._store_failed)
+
+    def _store_failed(self, error: Exception) -> None:
+        with self._lock:
+            self._counts["store_errors"] += 1
+        self._log.warning("hf-store-failed", error=describe(error))
 
     # ------------------------------------------------------------------ the model as it is now
 
@@ -203,7 +219,7 @@ class CachedModel:
         try:
             return numerics_of(self._model), self._model.device, self._model.dtype
         except Exception as error:  # not a transformers model after all
-            raise UnsupportedError("unmeasured", f"{type(error).__name__}: {error}") from error
+            raise UnsupportedError(describe(error), reason="unmeasured") from error
 
     def _open(self) -> _Opened:
         with self._lock:
@@ -222,7 +238,7 @@ class CachedModel:
                 self._refused = situation, error
                 raise
             except Exception as error:  # whatever a foreign model raises when it is looked at
-                self._refused = situation, UnsupportedError("unmeasured", f"{type(error).__name__}: {error}")
+                self._refused = situation, UnsupportedError(describe(error), reason="unmeasured")
                 raise self._refused[1] from error
             name = self._identity or f"hf:{type(compat.unwrapped(self._model)).__name__}:{digest}"
             engine = CacheEngine(self.config, geometry.spec(name, situation[0]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,9 +11,10 @@ import numpy.typing as npt
 import torch
 from blake3 import blake3
 
+from lmcache import adapter
+from lmcache.adapter import UnsupportedError
 from lmcache.config import Config
 from lmcache.identity import model_identity
-from lmcache.observe.log import LOGGER
 from lmcache.spec import Numerics, dtype_name, host_isa
 
 TESTED = ("0.5.23",)
@@ -31,40 +31,19 @@ _LINK = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLin
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 
-class UnsupportedError(Exception):
-    """This SGLang, or this way of running it, cannot be cached; the message says why."""
-
-
 def check_version() -> str:
-    """A sentence to warn with if this release was never tested, or empty.
+    """Returns a warning if this release is untested, else an empty string.
 
     Raises:
-        UnsupportedError: it is known not to work.
+        UnsupportedError: this release is known not to work.
     """
-    version = _version()
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
-    if numbers and numbers < OLDEST:
-        raise UnsupportedError(f"SGLang {version} is too old; the backend needs {'.'.join(map(str, OLDEST))} or newer")
-    if version.split("+")[0] in TESTED:
-        return ""
-    return (
-        f"SGLang {version} was never tested with this backend, only {', '.join(TESTED)}; the layout proof still holds"
-    )
+    return adapter.check_version("SGLang", _version(), tested=TESTED, oldest=OLDEST, component="backend")
 
 
 def _version() -> str:
     import sglang
 
     return str(sglang.__version__)
-
-
-def join_log() -> None:
-    """Say things where SGLang says its own, unless the application has decided where our lines go.
-
-    SGLang configures the root logger in its scheduler processes, which is where ours go by themselves; only the level is set.
-    """
-    if LOGGER.level == logging.NOTSET and logging.getLogger().isEnabledFor(logging.INFO):
-        LOGGER.setLevel(logging.INFO)
 
 
 def check_config(config: Any) -> None:

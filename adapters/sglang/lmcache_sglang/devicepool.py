@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from lmcache.adapter import UnsupportedError
 from lmcache.errors import LMCacheError
 from lmcache.layout import Layout, PagedKV
 from lmcache.layout.proof import Proof, Values, prove
 from lmcache.spec import KVSpec, LayerGroup, Numerics, Plane, Rect, dtype_name
-from lmcache_sglang.compat import UnsupportedError
 from lmcache_sglang.pools import SCRATCH_PAGES, Rank
 
 MHA, MLA = "MHATokenToKVPool", "MLATokenToKVPool"

@@ -7,11 +7,10 @@ from typing import TypeVar
 
 import torch
 
+from lmcache.adapter import guarded, reason_of, record_failure
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
-from lmcache.errors import LMCacheError
 from lmcache.observe.log import Throttle
-from lmcache_sglang.compat import UnsupportedError
 
 T = TypeVar("T")
 
@@ -28,20 +27,19 @@ class Guarded:
         raise NotImplementedError
 
     def _switch_off(self, error: Exception) -> None:
-        foreseen = isinstance(error, (LMCacheError, UnsupportedError))
-        self._off = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        self._off = reason_of(error)
         self._log.warning("cache-disabled", reason=self._off)
         if self._config.strict:
             raise error
 
     def _safely(self, op: str, default: T, call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except Exception as error:
-            for engine in self._engines()[:1]:
-                engine.metrics.failed("connector", "internal")
-            self._log.warning("storage-failed", key=op, op=op, reason=f"{type(error).__name__}: {error}")
-            return default
+        """Returns `call()`, or `default` where it raises: counted, logged, and this request alone goes on uncached."""
+
+        def failed(error: Exception) -> None:
+            metrics = next((engine.metrics for engine in self._engines()), None)
+            record_failure(error, "storage-failed", self._log, metrics, key=op, op=op)
+
+        return guarded(call, default, failed)
 
     def _weights_changed(self) -> None:
         """Nothing stored before is found from here on, and nothing stored from here on is found by others."""

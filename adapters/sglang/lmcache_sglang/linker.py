@@ -23,6 +23,7 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
+from lmcache.adapter import join_log
 from lmcache.config import Config
 from lmcache.engine import CacheEngine, Hit
 from lmcache.errors import ConfigError
@@ -96,7 +97,7 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()  # as they expire
         self._storing = ThreadPoolExecutor(1, "lmcache-offload")
         self._offers: deque[Future[bool]] = deque()
-        compat.join_log()
+        join_log()
         try:
             self._config = linker_settings(extra_config, self._page)
             self._open(params, components)

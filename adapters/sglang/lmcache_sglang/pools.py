@@ -19,11 +19,11 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from lmcache.adapter import UnsupportedError
 from lmcache.errors import LMCacheError
 from lmcache.layout import Layout, PagedKV
 from lmcache.layout.proof import Proof, Values, prove
 from lmcache.spec import KVSpec, LayerGroup, Numerics, Plane, Rect, dtype_name
-from lmcache_sglang.compat import UnsupportedError
 
 MHA = {
     "layer_first": "kv layer slot head dim",

@@ -23,6 +23,7 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
+from lmcache.adapter import join_log
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
 from lmcache.errors import ConfigError
@@ -126,7 +127,7 @@ class LMCacheStorage(Guarded, HiCacheStorage):
             storage_config.tp_rank, storage_config.tp_size, storage_config.pp_rank, storage_config.pp_size
         )
         self._model, self._numerics = "", Numerics()
-        compat.join_log()
+        join_log()
         try:
             self._config = settings_of(storage_config.extra_config)
             if warning := compat.check_version():

@@ -19,9 +19,10 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.runtime_context import get_parallel
 
+from lmcache.adapter import UnsupportedError
 from lmcache_conformance.labs.damage import DAMAGES, object_files
 from lmcache_sglang import LMCacheLinker, compat
-from lmcache_sglang.compat import Text, UnsupportedError
+from lmcache_sglang.compat import Text
 from lmcache_sglang.devicepool import DevicePool
 from lmcache_sglang.pools import Rank
 

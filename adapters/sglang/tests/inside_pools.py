@@ -13,6 +13,7 @@ import torch
 from poollab import CASES, DTYPES, LAYERS, PAGE, PAGES, fill, host_pool, storage_config, tokens_of
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
+from lmcache.adapter import UnsupportedError
 from lmcache_conformance.labs.damage import object_files, poison
 from lmcache_sglang import LMCacheStorage, compat, launch, pools
 
@@ -278,7 +279,7 @@ def test_transposed_accessors_are_found_out() -> None:
         plain(index, False).transpose(2, 3).flatten() if flat else plain(index, False).transpose(2, 3)
     )
     spec_pages = pools.DirectPages
-    with pytest.raises(compat.UnsupportedError, match="contradict"):
+    with pytest.raises(UnsupportedError, match="contradict"):
         spec_pages(pool, "m", compat.numerics_of(1, 1), pools.Rank())
 
 
