@@ -1,9 +1,9 @@
-"""What a model's cache looks like, found by looking: a few tiny `generate` calls at start-up, and a proof that reuse works.
+"""Measures the shape of a model's KV cache with a few tiny `generate` calls at start-up, and proves that reuse works.
 
-The configuration names windows and layer types, but not what an attention class really caches (latents, shared layers,
-unequal head sizes). So a four-token prompt is run once and the cache it leaves is measured. Then the proof: KV of a
-prompt's first half, computed under *another* continuation, must give the logits of a plain run. That catches models whose
-keys depend on later tokens (bidirectional prefixes), or whose positions do not follow from a filled cache.
+The configuration lists windows and layer types, but not what an attention class actually caches (latents, shared layers,
+unequal head sizes). So a four-token prompt is run once and the resulting cache is measured. The proof: KV of a prompt's first
+half, computed with a *different* continuation, must give the logits of a plain run. This catches models whose keys depend on
+later tokens (bidirectional prefixes) and models whose positions do not follow from a filled cache.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lmcache_hf import compat
 
 @dataclass(frozen=True)
 class GroupShape:
-    """The tensors of one layer group: (batch, heads, columns, elems) each.
+    """Shape of the tensors of one layer group, (batch, heads, columns, elems) each.
 
     Attributes:
-        layers: positions in the cache's list of layers.
-        window: previous columns a sliding layer keeps, 0 = all.
-        heads: kv heads.
+        layers: indices into the cache's list of layers.
+        window: number of previous columns that a sliding layer keeps, 0 = all.
+        heads: number of kv heads.
         k_elems, v_elems: elements per head.
-        dtype: of both.
+        dtype: of keys and values.
     """
 
     layers: tuple[int, ...]
@@ -48,18 +48,18 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class Geometry:
-    """All groups of a model, on one device."""
+    """All layer groups of a model, on one device."""
 
     groups: tuple[GroupShape, ...]
     device: torch.device
 
     @property
     def slides(self) -> bool:
-        """Whether any group keeps a window only."""
+        """Whether any group has a sliding window."""
         return any(group.window for group in self.groups)
 
     def spec(self, model: str, numerics: Numerics) -> KVSpec:
-        """The `KVSpec` of a whole model on one rank."""
+        """Returns the `KVSpec` of the whole model on one rank."""
         groups = []
         for shape in self.groups:
             name = dtype_name(shape.dtype)
@@ -70,7 +70,7 @@ class Geometry:
 
 
 def numerics_of(model: Any) -> Numerics:
-    """Everything beside weights and tokens that decides the bits of KV in this process."""
+    """Returns everything besides weights and tokens that determines the bits of KV in this process."""
     config = compat.unwrapped(model).config
     device = model.device
     if device.type == "cuda":
@@ -93,45 +93,45 @@ def numerics_of(model: Any) -> Numerics:
 
 
 def examine(model: Any) -> Geometry:
-    """Measure and prove.
+    """Measures the model's cache and proves that its KV can be reused. Runs `generate` on three four-token prompts.
 
     Raises:
-        UnsupportedError: this model's cache cannot be reused correctly, or nobody can tell.
+        UnsupportedError: this model's cache cannot be reused correctly, or reuse could not be proven.
     """
     refuse_by_config(model)
     template = compat.fresh_cache(model)
     if (unknown := compat.unsupported_layer(template)) is not None:
-        raise UnsupportedError(f"its cache has a layer of another kind: {unknown}", reason="unsupported_cache")
+        raise UnsupportedError(f"its cache has an unsupported layer: {unknown}", reason="unsupported_cache")
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     a, b, c, d, e, f = ((vocabulary // 3 + 7 * i) % vocabulary for i in range(6))
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         other = compat.fresh_cache(model)
         compat.arm(other, template)
-        _tiny(model, [a, b, e, f], other)
+        _run_prompt(model, [a, b, e, f], other)
         geometry = _measure(other, template)
         half = compat.fresh_cache(model)
         for layer, donor in zip(half.layers, other.layers, strict=True):
             keep = min(2, compat.window_of(donor) or 2)
             keys, values = (x[:, :, 2 - keep : 2].clone() for x in compat.columns_of(donor))
             compat.fill(layer, keys, values, 2)
-        plain = _tiny(model, [a, b, c, d], compat.fresh_cache(model))
-        reused = _tiny(model, [a, b, c, d], half)
+        plain = _run_prompt(model, [a, b, c, d], compat.fresh_cache(model))
+        reused = _run_prompt(model, [a, b, c, d], half)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.2
     error = float((plain - reused).abs().max() / plain.std().clamp_min(1e-6))
     if not error <= tolerance:
-        raise UnsupportedError(f"reused KV moves its logits by {error:.2g} standard deviations", reason="unproven")
+        raise UnsupportedError(f"reused KV changes its logits by {error:.2g} standard deviations", reason="unproven")
     return geometry
 
 
 def refuse_by_config(model: Any) -> None:
-    """Raise `UnsupportedError` for what the configuration already rules out."""
+    """Raises `UnsupportedError` if the configuration alone rules the model out."""
     inner = compat.unwrapped(model)
     if inner.config.is_encoder_decoder:
         raise UnsupportedError(
             "encoder-decoder models keep a second cache for the encoder's output", reason="encoder_decoder"
         )
     if compat.has_own_generate(model):
-        raise UnsupportedError(f"{type(inner).__name__} has a `generate` of its own", reason="custom_generate")
+        raise UnsupportedError(f"{type(inner).__name__} overrides `generate`", reason="custom_generate")
     if not inner._supports_default_dynamic_cache() or "mamba" in type(inner).__name__.lower():
         raise UnsupportedError(
             f"{type(inner).__name__} does not keep its state in a DynamicCache", reason="unsupported_cache"
@@ -153,7 +153,7 @@ def _rope_by_length(config: Any) -> str | None:
     return None
 
 
-def _tiny(model: Any, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+def _run_prompt(model: Any, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
     ids = torch.tensor([list(tokens)], device=model.device)
     out = model.generate(
         input_ids=ids,
@@ -171,7 +171,7 @@ def _tiny(model: Any, tokens: Sequence[int], cache: DynamicCache) -> torch.Tenso
 
 
 def _measure(cache: DynamicCache, template: DynamicCache) -> Geometry:
-    """Group the layers of a cache that has seen four tokens."""
+    """Groups the layers of a cache that holds four tokens by shape."""
     found: dict[tuple[Any, ...], list[int]] = {}
     devices = set()
     if not cache.layers or len(cache.layers) != len(template.layers):
@@ -196,6 +196,6 @@ def _measure(cache: DynamicCache, template: DynamicCache) -> Geometry:
         kind = (window, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         found.setdefault(kind, []).append(index)
     if len(devices) > 1:
-        raise UnsupportedError(f"its layers lie on several devices: {sorted(map(str, devices))}", reason="devices")
+        raise UnsupportedError(f"its layers are on several devices: {sorted(map(str, devices))}", reason="devices")
     groups = tuple(GroupShape(tuple(members), *kind) for kind, members in found.items())
     return Geometry(groups, devices.pop())
