@@ -1,4 +1,4 @@
-"""Sliding-window layers: restored to exactly the state that processing leaves, and stored including columns outside the window."""
+"""Sliding-window layers: restored to the exact state that processing leaves; columns that left the window are stored too."""
 
 from __future__ import annotations
 
