@@ -85,12 +85,12 @@ def join_log(engine: str = "") -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message of an exception, on one line."""
+    """Returns type and message of an exception."""
     return f"{type(error).__name__}: {error}"
 
 
 def reason_of(error: Exception) -> str:
-    """Why caching is off: the message alone if the cache raised it on purpose, preceded by the type of anything unexpected."""
+    """Returns why caching is off: the message alone of an expected error, preceded by the type of any other exception."""
     return str(error) if isinstance(error, (LMCacheError, UnsupportedError)) else describe(error)
 
 
