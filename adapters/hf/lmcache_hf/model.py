@@ -139,7 +139,9 @@ class CachedModel:
                 raise UnsupportedError("the prompt is not a two-dimensional tensor of token ids", reason="no_tokens")
             mask = compat.mask_of(call, ids)
             if mask is None:
-                raise UnsupportedError("its attention mask is not one value, 0 or 1, per token", reason="attention_mask")
+                raise UnsupportedError(
+                    "its attention mask is not one value, 0 or 1, per token", reason="attention_mask"
+                )
             with self._lock:
                 if self._closed:
                     raise UnsupportedError("this CachedModel was closed", reason="closed")
