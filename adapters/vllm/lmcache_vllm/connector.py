@@ -17,8 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from lmcache.adapter import guarded, reason_of, record_failure
 from lmcache.config import Config
-from lmcache.errors import LMCacheError
 from lmcache.observe.log import Throttle, info
 from lmcache.plan import Plan
 from lmcache_vllm import compat
@@ -83,8 +83,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception as error:
             if strict:
                 raise
-            foreseen = isinstance(error, (LMCacheError, compat.UnsupportedError))  # or vLLM's internals have changed
-            self._disabled = str(error) if foreseen else f"{type(error).__name__}: {error}"
+            self._disabled = reason_of(error)
             if role == KVConnectorRole.SCHEDULER:  # which also says what workers report
                 self._throttle.warning("cache-disabled", reason=self._disabled)
 
@@ -97,16 +96,14 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """
         if half is None:
             return default
-        try:
-            return call(half)
-        except Exception as error:
-            self._throttle.warning("cache-off", reason=f"{type(error).__name__}: {error}")
-            half.metrics.failed("connector", "internal")
-            if self._scheduler is half:
-                self._scheduler = None
-            elif self._worker is half and isinstance(half, ConnectorWorker):
-                self._worker = half.switch_off(self._unanswered)
-            return default
+        return guarded(lambda: call(half), default, lambda error: self._half_failed(half, error))
+
+    def _half_failed(self, half: ConnectorScheduler | Worker, error: Exception) -> None:
+        record_failure(error, "cache-off", self._throttle, half.metrics)
+        if self._scheduler is half:
+            self._scheduler = None
+        elif self._worker is half and isinstance(half, ConnectorWorker):
+            self._worker = half.switch_off(self._unanswered)
 
     # ---------------------------------------------------------------- worker
 
