@@ -45,7 +45,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(lmcache.layout.host, "_WORTH_IT", 0)
     monkeypatch.setattr(lmcache.layout.host, "_BYTES_PER_PUT", 0)
     monkeypatch.setattr(lmcache.layout.move, "by_neighbours", counted)
-    monkeypatch.setattr(lmcache_kernels.reference, "_WORTH_A_THREAD", 0)
+    monkeypatch.setattr(lmcache_kernels.reference, "_MIN_PARALLEL_BYTES", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield taken
