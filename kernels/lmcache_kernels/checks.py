@@ -38,7 +38,8 @@ def check_copy(copy: RowCopy, *, into_a: bool, itemsize: int = 1) -> None:
     """Checks that no byte is written twice and that every element is aligned to its size.
 
     Rows may interleave (heads of one page between those of the next). Overlap is checked run by run for up to a million
-    runs per layer; beyond that, only the start addresses of rows with gaps are compared.
+    runs per layer; beyond that, only the start addresses of rows with gaps are compared. Of layers, only the start addresses
+    are compared.
 
     Args:
         copy: the copy to check.

@@ -106,8 +106,8 @@ class Lab:
     def store(self, pages: Sequence[int]) -> tuple[Completion, list[torch.Tensor], list[torch.Tensor]] | None:
         outs = [torch.zeros(self.shape.nbytes, dtype=torch.uint8) for _ in range(len(pages) // UNITS)]
         wanted = self.objects_of(pages)
-        arrival = self.pipeline.store(self.copies(pages), self.shape, outs)
-        return None if arrival is None else (arrival, outs, wanted)
+        completion = self.pipeline.store(self.copies(pages), self.shape, outs)
+        return None if completion is None else (completion, outs, wanted)
 
     def load(
         self,
@@ -119,14 +119,14 @@ class Lab:
         after: Event | None = None,
     ) -> Completion:
         srcs = [item.clone() for item in objects]
-        arrival = self.pipeline.load(
+        completion = self.pipeline.load(
             self.copies(pages), self.shape, srcs, pages=[self.pages], by_layer=by_layer, direct=direct, after=after
         )
         for copy in self.copies(pages):
             for a, b in zip(*(side.tolist() for side in copy.rows()), strict=True):
                 at, number, inside = a - self.pages.data_ptr(), b // self.shape.nbytes, b % self.shape.nbytes
                 self.truth[at : at + copy.run] = srcs[number][inside : inside + copy.run]
-        return arrival
+        return completion
 
     def read(self, objects: Sequence[torch.Tensor]) -> None:
         """The host reads objects."""
@@ -162,21 +162,21 @@ def test_any_history_gives_the_right_bytes_and_leaves_nothing_to_chance(
             assert made is not None
             under_way.append(made)
         elif action == "load" and len(kept) >= len(pages) // UNITS:
-            arrival = lab.load(pages, kept, by_layer=data.draw(st.booleans()), direct=data.draw(st.booleans()))
+            completion = lab.load(pages, kept, by_layer=data.draw(st.booleans()), direct=data.draw(st.booleans()))
             for layer in range(LAYERS):
-                arrival.wait_layer(layer)
+                completion.wait_layer(layer)
         elif action == "go on":
             for _ in range(rng.randrange(8)):
                 lab.streams.step()
         elif under_way:
-            arrival, outs, wanted = under_way.pop(rng.randrange(len(under_way)))
-            arrival.wait()
-            assert arrival.done()
+            completion, outs, wanted = under_way.pop(rng.randrange(len(under_way)))
+            completion.wait()
+            assert completion.done()
             lab.read(outs)
             assert all(map(torch.equal, outs, wanted))
             kept = outs + kept
-    for arrival, outs, wanted in under_way:
-        arrival.wait()
+    for completion, outs, wanted in under_way:
+        completion.wait()
         lab.read(outs)
         assert all(map(torch.equal, outs, wanted))
     lab.finish()
@@ -191,16 +191,16 @@ def story(streams: Simulated, planes: int = 2, *, wait: bool = True, layers: boo
     second = lab.store([0, 1, 2, 3])
     assert first is not None
     assert second is not None
-    for arrival, outs, wanted in (first, second):
+    for completion, outs, wanted in (first, second):
         if wait:
-            arrival.wait()
+            completion.wait()
         lab.read(outs)
         assert all(map(torch.equal, outs, wanted))
     lab.compute([4, 5, 6, 7], 3)
     for pages in ([4, 5, 6, 7], [8, 9, 10, 11]):
-        arrival = lab.load(pages, first[1], by_layer=True, direct=direct)
+        completion = lab.load(pages, first[1], by_layer=True, direct=direct)
         for layer in range(LAYERS) if layers else ():
-            arrival.wait_layer(layer)
+            completion.wait_layer(layer)
         lab.compute([4, 5], 4)
     lab.finish()
 
@@ -287,8 +287,8 @@ def test_layers_arrive_one_after_another_and_computing_the_first_does_not_wait_f
     made = lab.store([0, 1])
     assert made is not None
     made[0].wait()
-    arrival = lab.load([4, 5], made[1], by_layer=True, direct=False)
-    arrival.wait_layer(0)
+    completion = lab.load([4, 5], made[1], by_layer=True, direct=False)
+    completion.wait_layer(0)
     done = []
     streams.launch("compute", lambda: done.append("layer 0"), lambda: Touches())
     scattered = streams.finished.get("load", 0)
