@@ -75,7 +75,6 @@ class Driver:
 
         Whatever goes wrong here, the job writes no engine memory afterwards.
         """
-        self.pump()
         with self._lock:
             job = self._plane.begin_load(owner, time.monotonic(), skip=skip)
             plan = self._plane.take_plan()

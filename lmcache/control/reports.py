@@ -142,6 +142,8 @@ def _loaded(state: State, work: TrackedJob) -> int:
     wanted = work.wanted
     assert wanted is not None
     chunk = state.chunk_tokens
+    if all(status is Status.OK for status in work.results):
+        return max(wanted.skip, wanted.chunks * chunk)
     own = wanted.skip // chunk
     arrived: list[set[int]] = [set() for _ in state.rules]
     for op, group, position in wanted.targets:

@@ -13,7 +13,7 @@ from lmcache.layout.bound import BoundGroup, BoundKV
 from lmcache.layout.description import Layout
 from lmcache.layout.window import host_window
 from lmcache.spec import KVSpec, LayerGroup, Plane
-from lmcache_kernels import PlaneAddress, on_host
+from lmcache_kernels import PlaneAddress
 
 LayerTensors = torch.Tensor | Sequence[torch.Tensor]
 GroupTensors = LayerTensors | Mapping[str, LayerTensors]
@@ -119,7 +119,7 @@ def _in_one_window(
     storages: Sequence[torch.Tensor], addresses: Sequence[tuple[PlaneAddress, ...]]
 ) -> tuple[tuple[torch.Tensor, ...], list[tuple[PlaneAddress, ...]]]:
     """Addresses separately allocated host memory through one window, so that one copy covers all layers."""
-    if len(storages) == 1 or not all(map(on_host, storages)):
+    if len(storages) == 1 or any(storage.device.type != "cpu" for storage in storages):
         return tuple(storages), list(addresses)
     window, offsets = host_window(storages)
     moved = [tuple(replace(a, storage=0, base=a.base + offsets[a.storage]) for a in layers) for layers in addresses]
@@ -157,7 +157,7 @@ class _Compiler:
 
     def plane(self, plane: Plane, source: LayerTensors) -> list[tuple[PlaneAddress, Strides]]:
         """Returns (address, strides) of each local layer of one plane."""
-        where = f"{self.label}, plane {plane.name!r}"
+        where, itemsize = f"{self.label}, plane {plane.name!r}", plane.itemsize
         if isinstance(source, torch.Tensor):
             if "layer" not in self.axes[plane.name].names:
                 raise LayoutError(
@@ -166,7 +166,7 @@ class _Compiler:
             strides = self._strides(plane, source, where)
             assert strides.layer is not None
             step = strides.layer
-            return [(self._address(plane, source, strides, i * step), strides) for i in range(self.layers)]
+            return [(self._address(source, strides, i * step, itemsize), strides) for i in range(self.layers)]
         if not isinstance(source, Sequence):
             raise SpecError(f"{where}: expected a tensor or a sequence of tensors, not {type(source).__name__}")
         if "layer" in self.axes[plane.name].names:
@@ -176,12 +176,12 @@ class _Compiler:
         out = []
         for i, tensor in enumerate(source):
             strides = self._strides(plane, tensor, f"{where}, layer {i}")
-            out.append((self._address(plane, tensor, strides, 0), strides))
+            out.append((self._address(tensor, strides, 0, itemsize), strides))
         return out
 
-    def _address(self, plane: Plane, tensor: torch.Tensor, s: Strides, offset: int) -> PlaneAddress:
+    def _address(self, tensor: torch.Tensor, s: Strides, offset: int, itemsize: int) -> PlaneAddress:
         base = int(tensor.storage_offset()) * tensor.element_size() + s.offset + offset
-        return PlaneAddress(self._storage(tensor), base, s.page, s.head, s.slot, s.elem, plane.itemsize)
+        return PlaneAddress(self._storage(tensor), base, s.page, s.head, s.slot, s.elem, itemsize)
 
     def _storage(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -31,7 +31,8 @@ class Part(NamedTuple):
 
     `rows` describes a row on the paged side, `back` the same bytes in the object, whose rows have the leading dimensions
     `lead`: `layer` bytes from one layer to the next, then `units`. Row (layer, unit) of the paged side has the number
-    `layer_rows[layer] + address[unit] // step`. `join`: consecutive units merged into one; `width`: bytes per element.
+    `layer_rows[layer] + address[unit] // step`. `join`: consecutive units merged into one; `width`: bytes per element. `lead`:
+    (size, stride) of the leading dimensions, as few as possible.
     """
 
     storage: int
@@ -44,11 +45,7 @@ class Part(NamedTuple):
     tag: int
     join: int
     width: int
-
-    @property
-    def lead(self) -> Digits:
-        """(size, stride) of the leading dimensions of an object's rows, as few as possible."""
-        return joined([(len(self.layer_rows), self.layer), *self.units])
+    lead: Digits
 
 
 class Copy(NamedTuple):
@@ -295,10 +292,9 @@ def _parts(plan: Plan, joins: Sequence[int], layers: range) -> tuple[Part, ...]:
             width = width_of(base, step, offset, strip.run, strip.layer, *(stride for _, stride in strip.units), *inner)
             rows = Rows(base, step, tuple((size, a) for size, a, _ in strip.dims))
             back = Rows(offset, 1, tuple((size, b) for size, _, b in strip.dims))
+            lead, layer_rows = joined([(len(bases), strip.layer), *strip.units]), (bases - base) // step
             parts.append(
-                Part(
-                    storage, rows, back, strip.layer, strip.units, (bases - base) // step, step, strip.tag, join, width
-                )
+                Part(storage, rows, back, strip.layer, strip.units, layer_rows, step, strip.tag, join, width, lead)
             )
     return tuple(parts)
 

@@ -274,13 +274,14 @@ class Transfer:
     def _scatter(self, active: ActiveJob, group: int, indices: Sequence[int]) -> None:
         """Arena slots → engine, all objects of a group in one scatter for each layout that they have."""
         view = _view_of(active)
-        batches: dict[ObjectLayout, list[int]] = {}
+        ops, arena = active.job.ops, self._arenas[group]
+        batches: dict[int, tuple[ObjectLayout, list[int]]] = {}
         stale: list[int] = []
         for i, held in zip(indices, self.tracker.layouts(active, indices), strict=True):
             if held is None:
                 stale.append(i)
             else:
-                batches.setdefault(held, []).append(i)
+                batches.setdefault(id(held), (held, []))[1].append(i)
         self._finish(active, stale, Status.SKIPPED, detail="the slot does not hold this object")
         if not self.tracker.begin_engine_write(active):
             self._finish(active, [i for i in indices if i not in stale], Status.CANCELLED)
@@ -288,9 +289,9 @@ class Transfer:
         arrivals: list[Completion] = []
         end = partial(self.tracker.end_engine_write, active)
         try:
-            for layout, batch in batches.items():
-                copies = [active.copy(i) for i in batch]
-                srcs = [self._arenas[group].view(op.src.index) for op in copies if isinstance(op.src, ArenaSlot)]
+            for layout, batch in batches.values():
+                copies = [op for i in batch if isinstance(op := ops[i], Copy)]
+                srcs = arena.views([op.src.index for op in copies if isinstance(op.src, ArenaSlot)])
                 slots = _slots_at(view.slots[group], [op.start for op in copies], self._chunk_tokens)
                 arrival = self._engine_copier(view.kv).load(srcs, layout, view.kv, group, slots, active.after)
                 arrivals += [] if arrival is None else [arrival]
@@ -299,11 +300,11 @@ class Transfer:
             raise
 
         def loaded() -> None:
-            for layout, batch in batches.items():
+            for layout, batch in batches.values():
                 self._metrics.moved("dram", "engine", layout.nbytes * len(batch))
                 self._finish(active, batch, Status.OK, layout.nbytes * len(batch))
 
-        self._when_there(self._loaded, active, [i for batch in batches.values() for i in batch], arrivals, loaded, end)
+        self._when_there(self._loaded, active, [i for _, batch in batches.values() for i in batch], arrivals, loaded, end)
 
     def _when_there(
         self,

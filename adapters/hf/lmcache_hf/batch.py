@@ -26,12 +26,12 @@ class Prompt:
     ids: torch.Tensor
     mask: torch.Tensor
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Batch size."""
         return self.ids.shape[0]
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Number of columns of the prompt, including padding."""
         return self.ids.shape[1]

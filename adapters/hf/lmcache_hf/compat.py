@@ -205,6 +205,13 @@ def columns_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.keys, layer.values
 
 
+def fill_all(layers: Sequence[Any], contents: Sequence[tuple[torch.Tensor, torch.Tensor]], columns: int) -> None:
+    """Fills empty layers with keys and values of the first `columns` columns, of which sliding layers keep the last."""
+    for layer, (keys, values) in zip(layers, contents, strict=True):
+        kept = min(columns, window_of(layer) or columns)
+        fill(layer, keys[:, :, :kept], values[:, :, :kept], columns)
+
+
 def fill(layer: Any, keys: torch.Tensor, values: torch.Tensor, columns: int) -> None:
     """Puts a layer into the state it would have after processing `columns` columns.
 

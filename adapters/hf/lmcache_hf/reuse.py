@@ -55,9 +55,7 @@ class Reuse:
             layers = self._allocate(prompt, columns, len(cache.layers))
             columns = self._retrieve(prompt, hits, columns, layers)
         if columns:
-            for layer, (keys, values) in zip(cache.layers, layers, strict=True):
-                kept = min(columns, compat.window_of(layer) or columns)
-                compat.fill(layer, keys[:, :, :kept], values[:, :, :kept], columns)
+            compat.fill_all(cache.layers, layers, columns)
         return columns
 
     def hit_tokens(self, tokens: torch.Tensor) -> int:

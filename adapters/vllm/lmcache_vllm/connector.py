@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from lmcache.adapter import guarded, reason_of, record_failure
+from lmcache.adapter import reason_of, record_failure
 from lmcache.config import Config
 from lmcache.observe.log import Throttle, info
 from lmcache.plan import Plan
@@ -96,7 +96,11 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """
         if half is None:
             return default
-        return guarded(lambda: call(half), default, lambda error: self._half_failed(half, error))
+        try:
+            return call(half)
+        except Exception as error:
+            self._half_failed(half, error)
+            return default
 
     def _half_failed(self, half: ConnectorScheduler | Worker, error: Exception) -> None:
         record_failure(error, "cache-off", self._throttle, half.metrics)
