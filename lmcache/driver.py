@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from lmcache.control.outcomes import Finished, Lookup, Owner, Store
 from lmcache.control.plane import Plane
-from lmcache.plan import Chain, JobKind, Name, Plan
+from lmcache.plan import Chain, JobKind, Name, Plan, Report, TierFacts
 from lmcache.transfer.jobs import EngineView
 from lmcache.transfer.rank import Rank
 
@@ -149,16 +149,17 @@ class Driver:
         while True:
             news = tracker.news
             with self._lock:
-                now = time.monotonic()
-                finished = plane.tick(now)
+                reports: tuple[Report, ...] = ()
+                facts: dict[int, list[TierFacts]] = {}
                 if news != self._seen:
                     self._seen = news
-                    facts = {0: self._rank.facts()} if self._selective else {}
-                    finished = [*finished, *plane.apply([tracker.report()], facts, now)]
+                    reports = (tracker.report(),)
+                    if self._selective:
+                        facts = {0: self._rank.facts()}
+                finished, plan = plane.advance(reports, facts, time.monotonic())
                 for job in finished:
                     if job.job in self._awaited:
                         self._finished.setdefault(job.job, job)
-                plan = plane.take_plan()
             if plan.jobs:
                 self._execute(plan)
             elif tracker.news == self._seen:

@@ -16,7 +16,7 @@ from lmcache.control.namespaces import Namespaces
 from lmcache.control.outcomes import Finished, Owner, StopReason, Store, TierInfo
 from lmcache.observe.metrics import Metrics
 from lmcache.observe.recorder import Recorder
-from lmcache.plan import Chain, Report, TierFacts
+from lmcache.plan import Chain, Plan, Report, TierFacts
 from lmcache.spec import KVSpec
 
 
@@ -88,26 +88,30 @@ class Plane(Index):
             self.metrics.stored(store.accepted)
         return store
 
-    def tick(self, now: float) -> list[Finished]:
-        """See `Index.tick`. Counts evictions and refused write-backs since the last call."""
-        finished = super().tick(now)
-        evicted = refused = 0
+    def apply(self, reports: Iterable[Report], facts: Mapping[int, Sequence[TierFacts]], now: float) -> list[Finished]:
+        """Applies reports of ranks and what the ranks measured of their tiers; returns the jobs that ended."""
+        for rank, measured in facts.items():
+            self.admission.measured(rank, measured)
+        return [finished for report in reports for finished in self.report(report, now)]
+
+    def advance(
+        self, reports: Iterable[Report], facts: Mapping[int, Sequence[TierFacts]], now: float
+    ) -> tuple[list[Finished], Plan]:
+        """Lets leases and deadlines expire, then `apply`; returns the jobs that ended, and the plan for the ranks.
+
+        Counts evictions and refused write-backs since the last call.
+        """
+        finished = [*self.tick(now), *self.apply(reports, facts, now)]
+        evicted, refused = 0, self.state.counts["refused"]
         for pool in self.state.pools:
             evicted += pool.evictions
-        refused = self.state.counts["refused"]
         if evicted != self._counted_evictions:
             self.metrics.evicted("dram", evicted - self._counted_evictions)
             self._counted_evictions = evicted
         if refused != self._counted_refusals:
             self.metrics.skipped_store("admission", refused - self._counted_refusals)
             self._counted_refusals = refused
-        return finished
-
-    def apply(self, reports: Iterable[Report], facts: Mapping[int, Sequence[TierFacts]], now: float) -> list[Finished]:
-        """Applies reports of ranks and what the ranks measured of their tiers; returns the jobs that ended."""
-        for rank, measured in facts.items():
-            self.admission.measured(rank, measured)
-        return [finished for report in reports for finished in self.report(report, now)]
+        return finished, self.state.jobs.take_plan()
 
     # ---------------------------------------------------------------- seeing
 

@@ -76,7 +76,7 @@ def store(
     skipped: Counter[str] = Counter()
     ops: list[tuple[int, Copy]] = []
     gaps: set[int] = set()  # positions of which a group of rule `all` has nothing: nobody can reach what lies behind it
-    digests = list(chain.digests[:last])
+    digests, chunk = list(chain.digests[:last]), state.chunk_tokens
     for group in sorted(range(len(state.pools)), key=lambda g: not state.pools[g].chained):
         pool = state.pools[group]
         end = min(last, 1) if state.rules[group].kind == "whole" else last
@@ -100,8 +100,8 @@ def store(
                 stop = barred[bisect_left(barred, i)]
                 slots = _take(state, work, chain, group, i, pool.absent(chain, i, stop))
                 for slot in slots:
-                    name = state.name(chain.namespace, digests[i], group, chain.depth(i))
-                    ops.append((i, Copy(name, ENGINE, slot, i * state.chunk_tokens)))
+                    name = Name(chain.namespace, digests[i], group, chunk, i if chain.linked else 0)
+                    ops.append((i, Copy(name, ENGINE, slot, i * chunk)))
                     i += 1
                 if slots:
                     continue

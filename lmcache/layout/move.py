@@ -114,15 +114,15 @@ def _copy(
         return
     wanted = range(*(layers or slice(None)).indices(layout.layers))
     starts = [buffer.data_ptr() for buffer in buffers]
-    works = units_of(bound, layout, ids, len(buffers))
-    if not on_host(buffers[0]):
+    works, host = units_of(bound, layout, ids, len(buffers)), on_host(buffers[0])
+    if not host:
         rows = [row for work in works for row in rows_of(work, bound, starts, wanted)]
         if copy_by_kernel(rows, into_a=into_paged, device=buffers[0].device):
             return
     by_index = []
     for work in works:
         plan = work.plan
-        if plan.by_page and on_host(buffers[0]) and all(worth_it(s.dims, into_a=into_paged) for s in plan.strips):
+        if plan.by_page and host and all(worth_it(s.dims, into_a=into_paged) for s in plan.strips):
             copy_rows_on_host(rows_of(work, bound, starts, wanted), into_a=into_paged)
         else:
             by_index.append(job_of(work, wanted))

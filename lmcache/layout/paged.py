@@ -163,7 +163,7 @@ class _Compiler:
                 raise LayoutError(
                     f"{where}: one tensor for all {self.layers} layers needs an axis 'layer'; pass a list of tensors"
                 )
-            strides = self._strides(plane, source, where)
+            strides = self._strides(plane, source, where, itemsize)
             assert strides.layer is not None
             step = strides.layer
             return [(self._address(source, strides, i * step, itemsize), strides) for i in range(self.layers)]
@@ -175,7 +175,7 @@ class _Compiler:
             raise SpecError(f"{where}: {len(source)} tensors for {self.layers} local layers")
         out = []
         for i, tensor in enumerate(source):
-            strides = self._strides(plane, tensor, f"{where}, layer {i}")
+            strides = self._strides(plane, tensor, f"{where}, layer {i}", itemsize)
             out.append((self._address(tensor, strides, 0, itemsize), strides))
         return out
 
@@ -191,7 +191,7 @@ class _Compiler:
             self.storages.append(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
         return self._by_pointer[key]
 
-    def _strides(self, plane: Plane, tensor: torch.Tensor, where: str) -> Strides:
+    def _strides(self, plane: Plane, tensor: torch.Tensor, where: str, itemsize: int) -> Strides:
         if not isinstance(tensor, torch.Tensor):
             raise SpecError(f"{where}: expected a tensor, not {type(tensor).__name__}")
         key = (plane.name, tensor.shape, tensor.stride(), tensor.dtype)
@@ -207,7 +207,7 @@ class _Compiler:
             elems = {p.name: p.elems for p in self.group.planes}
             sizes = {n: Sizes(self.heads, self.layers, elems[n], self.layout.block_tokens) for n in shared}
             found = solve(where, shared, sizes, tensor.shape)
-            dim_strides = [s * plane.itemsize for s in tensor.stride()]
+            dim_strides = [s * itemsize for s in tensor.stride()]
             _check_injective(tensor, where, self.axes[plane.name])
             self._solved[key] = strides_of(plane.name, shared, found, dim_strides, sizes[plane.name])
         return self._solved[key]

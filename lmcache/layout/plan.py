@@ -24,6 +24,7 @@ from lmcache_kernels import Digits, PlaneAddress, Rows, Strip, join_digits, merg
 Ints = npt.NDArray[np.int64]
 _MISSING = -(1 << 62)
 _LONG_RUN = 4096
+_NO_SLOTS = refine((), ())
 
 
 class Part(NamedTuple):
@@ -232,7 +233,7 @@ def _plane_strips(
 ) -> list[Strip] | None:
     """Strips of one plane for a range of layers with equal strides; None if `by_page` does not fit the object."""
     source, target = addresses[layers[0]], place.addresses[layers[0]]
-    units, slot_pieces = place.tokens, refine((), ())
+    units, slot_pieces = place.tokens, _NO_SLOTS
     if by_page:
         split = split_digits(place.tokens, bound.block_tokens)
         if split is None:
@@ -269,6 +270,8 @@ def split_digits(digits: Digits, inner: int) -> tuple[Digits, Digits] | None:
 
 def joined(digits: Sequence[tuple[int, int]]) -> Digits:
     """Merges contiguous digits; returns at least one digit."""
+    if len(digits) == 1:
+        return tuple(digits)
     return join_digits(digits) or ((1, digits[-1][1] if digits else 0),)
 
 

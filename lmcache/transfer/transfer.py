@@ -304,7 +304,9 @@ class Transfer:
                 self._metrics.moved("dram", "engine", layout.nbytes * len(batch))
                 self._finish(active, batch, Status.OK, layout.nbytes * len(batch))
 
-        self._when_there(self._loaded, active, [i for _, batch in batches.values() for i in batch], arrivals, loaded, end)
+        self._when_there(
+            self._loaded, active, [i for _, batch in batches.values() for i in batch], arrivals, loaded, end
+        )
 
     def _when_there(
         self,

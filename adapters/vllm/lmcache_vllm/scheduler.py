@@ -245,8 +245,8 @@ class ConnectorScheduler:
             tracked = self._requests.get(request_id)
             if tracked is not None:
                 self._store(plane, tracked, scheduled, now)
-        self._count_loads(plane.tick(now))
-        plan = plane.take_plan()
+        finished, plan = plane.advance((), {}, now)
+        self._count_loads(finished)
         if plan.jobs:
             self._news = now
         views, self._views = self._views, {}
