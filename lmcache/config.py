@@ -21,7 +21,7 @@ from lmcache.machine import memory_limit
 from lmcache.settings import Choice, Flag, Folder, Rate, Seconds, Setting, Size, Text, Whole, format_size, parse_size
 
 Order = Literal["canonical", "native"]
-Policy = Literal["lru", "lfu", "s3fifo", "density"]
+Policy = Literal["lru", "lfu", "s3fifo", "adaptive"]
 Admission = Literal["all", "second", "adaptive"]
 Share = Literal["exact", "semantic"]
 Fingerprint = Literal["fast", "full"]
@@ -76,11 +76,12 @@ class Config:
         doc="Byte order of objects on disk. `canonical` is read by every engine, block size and processor without knowing the "
         "writer; `native` keeps the writer's pages (faster), and readers with another layout translate.",
     )
-    policy: Setting[Policy, Policy] = Setting(
-        Choice(("lru", "lfu", "s3fifo", "density")),
-        "density",
-        doc="Which objects leave memory first when room is needed. `density` learns what promises most hits, and "
-        "stays close to `lru` until that pays; the others are as in the literature.",
+    policy: Setting[Policy | Literal["density"], Policy] = Setting(
+        Choice(("lru", "lfu", "s3fifo", "adaptive"), former={"density": "adaptive"}),
+        "adaptive",
+        doc="Which objects leave memory first when room is needed. `adaptive` is `lru`, but gives up earlier what was used only "
+        "once, as long as that is measured to find more; the others are as in the literature. `density`, of earlier "
+        "versions, is accepted and means `adaptive`.",
     )
     admission: Setting[Admission, Admission] = Setting(
         Choice(("all", "second", "adaptive")),

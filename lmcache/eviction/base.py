@@ -9,7 +9,6 @@ costs O(1) amortised per item, whatever is pinned.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -70,10 +69,6 @@ class Policy(Protocol):
 
     def pop(self) -> Tracked | None:
         """Take the coldest item out of the queues (its stamp becomes 0), or None if they are empty."""
-
-    def most(self, item: Tracked) -> int:
-        """How many objects may go off the end of the item that was popped last, before the order is asked again."""
-        return sys.maxsize
 
     def evicted(self, item: Tracked, digests: Sequence[bytes]) -> None:
         """These objects, off the end of the item that was popped last, have gone."""
@@ -183,9 +178,11 @@ class _Notes(Generic[T]):
         self.unsorted: list[tuple[Sequence[bytes], T]] = []
 
     def get(self, digest: bytes) -> T | None:
+        known = self.known
         if self.unsorted:
             for digests, note in self.unsorted:
-                self.known.update(dict.fromkeys(digests, note))
+                for name in digests:
+                    known[name] = note
             self.unsorted.clear()
-            self.count = len(self.known)
-        return self.known.get(digest)
+            self.count = len(known)
+        return known.get(digest)

@@ -262,7 +262,7 @@ class Pool:
         while len(slots) < count and (run := pop()) is not None:
             if run.refs or run.children:
                 continue  # it stays aside (stamp 0) until `_settle` finds that nothing holds it any more
-            want = min(count - len(slots), self.policy.most(run))
+            want = count - len(slots)
             digests = run.digests
             if want < len(digests):
                 last = digests[-want:]
