@@ -1,6 +1,6 @@
 """Which object leaves an arena next. Policies only *order* what is resident; the arena decides what may really go.
 
-adaptive           LRU; what was used seldom goes earlier where ghost caches show that this finds more, see `lmcache.eviction.adaptive`
+adaptive           LRU; what was used seldom goes earlier where ghost caches show a gain, see `lmcache.eviction.adaptive`
 lru, lfu, s3fifo   see `lmcache.eviction.classic`
 """
 

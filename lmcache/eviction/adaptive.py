@@ -2,8 +2,8 @@
 
 The object with the highest age goes first. Age is the time since the last use, times a *weight* that depends on how often the
 object was used. With equal weights this is LRU. With a high weight for what was used once, traffic that never comes again passes
-through a small part of the arena, as in 2Q and S3-FIFO. With weights that fall with every use, the order approaches LFU. An object
-that comes back soon after its eviction keeps its number of uses.
+through a small part of the arena, as in 2Q and S3-FIFO. With weights that fall with every use, the order approaches LFU.
+An object that comes back soon after its eviction keeps its number of uses.
 
 Which weights find most is measured: one ghost cache (names only) for each choice follows all requests. What such a cache holds
 depends only on the last use of each object and the number of its uses. So it is no list of names, but a few positions in a
@@ -23,7 +23,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from lmcache.eviction.base import Policy, Queue, Recent, Tracked, insert, remove
+from lmcache.eviction.base import Policy, Queue, Tracked, insert, remove
 
 KINDS = 4
 """Objects are of the kind of their number of uses: one, two, three, more."""
@@ -117,7 +117,10 @@ class Adaptive(Policy):
         self._capacity = max(1, capacity)
         self._full = self._capacity * 65 // 64  # names in a ghost; it need not shrink with every request
         self._queues = [Queue() for _ in range(KINDS)]
-        self._evicted: Recent[_Batch] = Recent(max(16, min(MEMORY * capacity, max(capacity, MOST))))
+        self._ends = [queue.end for queue in self._queues]
+        self._memory = max(16, min(MEMORY * capacity, max(capacity, MOST)))
+        self._lately: dict[bytes, _Batch] = {}  # evicted names
+        self._before: dict[bytes, _Batch] = {}  # those evicted before
         self._rows = [
             [_Batch(0.0, kind)] for kind in range(KINDS)
         ]  # oldest first; the last is that of the latest request
@@ -153,21 +156,19 @@ class Adaptive(Policy):
 
     def cuts(self, digests: Sequence[bytes]) -> Sequence[int]:
         """See `Policy.cuts`. Children leave first, so it is the beginning of a run that is remembered."""
-        get = self._evicted.get
-        if not self._now or len(digests) < 2 or get(digests[0]) is None:
+        if len(digests) < 2 or self._note(digests[0]) is None:
             return ()
-        known = bisect_left(digests, True, key=lambda digest: get(digest) is None)
+        known = bisect_left(digests, True, key=lambda digest: self._note(digest) is None)
         return (known,) if known < len(digests) else ()
 
     def add(self, items: Sequence[Tracked]) -> None:
         """See `Policy.add`."""
-        get = self._evicted.get
         for item in reversed(items):
             kind = 0
-            note = get(item.digest) if self._now else None
+            note = self._note(item.digest) if self._now else None
             if note is not None:
                 kind = min(note.kind + 1, KINDS - 1)
-                for batch, names in groupby(map(get, item.names)):
+                for batch, names in groupby(map(self._note, item.names)):
                     if batch is not None:
                         self._leave(batch, len(list(names)))
             self._push(item, self._enter(kind, item.size))
@@ -207,11 +208,12 @@ class Adaptive(Policy):
 
     def pop(self) -> Tracked | None:
         """See `Policy.pop`."""
+        now, weights = self._now, self._leader.weights
         item, highest = None, -1.0
-        for queue, weight in zip(self._queues, self._leader.weights, strict=True):
-            coldest = queue.coldest()
-            if coldest is not None:
-                age = (self._now - coldest.place.time) * weight  # type: ignore[attr-defined]
+        for kind, end in enumerate(self._ends):
+            coldest = end.hotter
+            if coldest is not end:
+                age = (now - coldest.place.time) * weights[kind]  # type: ignore[attr-defined]
                 if age > highest:
                     item, highest = coldest, age
         if item is not None:
@@ -221,7 +223,7 @@ class Adaptive(Policy):
 
     def evicted(self, item: Tracked, digests: Sequence[bytes]) -> None:
         """See `Policy.evicted`."""
-        self._evicted.put_all(digests, item.place)  # type: ignore[arg-type]
+        self._remember(digests, item.place)  # type: ignore[arg-type]
 
     def restore(self, item: Tracked) -> None:
         """See `Policy.restore`."""
@@ -238,12 +240,23 @@ class Adaptive(Policy):
             if batch.time >= ghost.since[batch.kind]:
                 ghost.gone += item.size
         batch.names -= item.size
-        self._evicted.put_all(list(item.names), self._dropped)
+        self._remember(item.names, self._dropped)
 
     def members(self) -> Iterator[Tracked]:
         """See `Policy.members`."""
         for queue in self._queues:
             yield from queue
+
+    def _note(self, name: bytes) -> _Batch | None:
+        """The batch in which an evicted name was, if it is remembered."""
+        return self._lately.get(name) or self._before.get(name)
+
+    def _remember(self, names: Sequence[bytes], batch: _Batch) -> None:
+        lately = self._lately
+        for name in names:
+            lately[name] = batch
+        if len(lately) >= self._memory:
+            self._lately, self._before = {}, lately
 
     def _push(self, item: Tracked, batch: _Batch) -> None:
         item.stamp, item.place = 1, batch

@@ -86,36 +86,36 @@ class Policy(Protocol):
 class Queue:
     """Items in a row, each in one queue at most. Linked through the items themselves, so that leaving costs O(1)."""
 
-    __slots__ = ("_end",)
+    __slots__ = ("end",)
 
     def __init__(self) -> None:
-        self._end = end = Tracked(b"")  # before the coldest and after the hottest
+        self.end = end = Tracked(b"")  # before the coldest and after the hottest
         end.colder = end.hotter = end
 
     def append(self, item: Tracked) -> None:
         """As the hottest."""
-        insert(item, self._end)
+        insert(item, self.end)
 
     def prepend(self, item: Tracked) -> None:
         """As the coldest."""
-        insert(item, self._end.hotter)
+        insert(item, self.end.hotter)
 
     def coldest(self) -> Tracked | None:
         """The first to go."""
-        item = self._end.hotter
-        return None if item is self._end else item
+        item = self.end.hotter
+        return None if item is self.end else item
 
     def pop(self) -> Tracked | None:
         """Take out the first to go."""
-        item = self._end.hotter
-        if item is self._end:
+        item = self.end.hotter
+        if item is self.end:
             return None
         remove(item)
         return item
 
     def __iter__(self) -> Iterator[Tracked]:
-        item = self._end.hotter
-        while item is not self._end:
+        item = self.end.hotter
+        while item is not self.end:
             yield item
             item = item.hotter
 
