@@ -195,9 +195,11 @@ def test_lru_is_left_for_a_significant_gain_alone() -> None:
 
 def test_of_two_significant_gains_the_greater_counts() -> None:
     small, great = ghost_with(*[5] * 5), ghost_with(*[6] * 5)
-    policy = experienced(small, great)
-    judged(policy, small, 1)
-    assert policy._leader is great
+    for rivals in ((small, great), (great, small)):
+        policy = experienced(*rivals)
+        judged(policy, small, 0)
+        judged(policy, small, 1)
+        assert policy._leader is great
 
 
 def test_a_significant_loss_makes_past_gains_void() -> None:
