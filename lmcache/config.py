@@ -79,8 +79,8 @@ class Config:
     policy: Setting[Policy | Literal["density"], Policy] = Setting(
         Choice(("lru", "lfu", "s3fifo", "adaptive"), former={"density": "adaptive"}),
         "adaptive",
-        doc="Which objects leave memory first when room is needed. `adaptive` is `lru`, but gives up earlier what was used only "
-        "once, as long as that is measured to find more; the others are as in the literature. `density`, of earlier "
+        doc="Which objects leave memory first when room is needed. `adaptive` is `lru`, but gives up earlier what was used "
+        "seldom, as long as that is measured to find more; the others are as in the literature. `density`, of earlier "
         "versions, is accepted and means `adaptive`.",
     )
     admission: Setting[Admission, Admission] = Setting(
