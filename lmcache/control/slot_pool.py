@@ -278,7 +278,7 @@ class SlotPool:
         while len(slots) < count and (extent := pop()) is not None:
             if extent.refs or extent.children:
                 continue  # it stays aside (stamp 0) until `_settle` finds that nothing holds it any more
-            want = min(count - len(slots), self.policy.most(extent))
+            want = count - len(slots)
             digests = extent.digests
             if want < len(digests):
                 last = digests[-want:]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache.control.eviction import POLICIES, Density, Lfu, Lru, Policy, Recent, S3Fifo, Tracked, policy_factory
+from lmcache.control.eviction import POLICIES, Adaptive, Lfu, Lru, Policy, Recent, S3Fifo, Tracked, policy_factory
 from lmcache.errors import ConfigError
 
 NAMES = sorted(POLICIES)
@@ -219,10 +219,10 @@ def test_what_is_left_of_an_item_goes_next(name: str) -> None:
 
 
 def test_what_is_left_of_an_item_stays_in_its_queue() -> None:
-    s3fifo, density = S3Fifo(10), Density(10)
+    s3fifo, adaptive = S3Fifo(10), Adaptive(10)
     run_of(s3fifo, b"a")
     order(s3fifo)
-    for policy in (s3fifo, density):
+    for policy in (s3fifo, adaptive):
         [item] = run_of(policy, b"a")  # s3fifo evicted it not long ago: it is in the main queue
         stamp = item.stamp
         for _ in range(2):
