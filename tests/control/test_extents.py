@@ -8,7 +8,6 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from indexdriver import FAILED, OK, Lab
 
 from lmcache.control import invariants
 from lmcache.control import slot_pool as arenas
@@ -17,6 +16,7 @@ from lmcache.control.extents import READY, Extent, ExtentPin, pieces
 from lmcache.control.slot_pool import SlotPool
 from lmcache.plan import Chain
 from lmcache.spec import HitRule
+from lmcache_conformance.labs.index_cluster import FAILED, OK, open_cluster
 from lmcache_conformance.labs.indexlab import CHUNK, chain
 
 TEXTS = ["abcdefgh", "abcdxyz", "abq", "rstuvw", "rsz"]
@@ -153,88 +153,88 @@ def test_whatever_is_split_everybody_holds_what_he_took(
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_reader_of_a_beginning_leaves_the_rest_to_whoever_holds_it(policy: str) -> None:
-    lab = Lab(slots=4, policy=policy)
-    lab.have(chain("one", "abcd"))
-    assert lab.look(chain("one", "abcd"), owner="all") == ("hit", 16, "end")
-    assert lab.look(chain("one", "ab"), owner="half") == ("hit", 8, "end")
-    lab.index.check()
-    assert lab.index.begin_store("x", chain("one", "q"), first=0, last=1, now=0.0).skipped == {"full": 1}
-    lab.index.release("all")
-    lab.have(chain("one", "qr"))
-    assert lab.look(chain("one", "abcd"), owner="again") == ("hit", 8, "evicted")
-    assert lab.index.begin_store("x", chain("one", "s"), first=0, last=1, now=0.0).accepted == CHUNK
-    lab.index.check()
+    cluster = open_cluster(slots=4, policy=policy)
+    cluster.have(chain("one", "abcd"))
+    assert cluster.lookup(chain("one", "abcd"), owner="all") == ("hit", 16, "end")
+    assert cluster.lookup(chain("one", "ab"), owner="half") == ("hit", 8, "end")
+    cluster.index.check()
+    assert cluster.store(chain("one", "q"), "x").skipped == {"full": 1}
+    cluster.index.release("all")
+    cluster.have(chain("one", "qr"))
+    assert cluster.lookup(chain("one", "abcd"), owner="again") == ("hit", 8, "evicted")
+    assert cluster.store(chain("one", "s"), "x").accepted == CHUNK
+    cluster.index.check()
 
 
 def test_a_longer_readers_rest_is_held_though_it_was_split_off_after_it_came() -> None:
-    lab = Lab(slots=6)
-    lab.have(chain("one", "abcdef"))
-    lab.look(chain("one", "abcdef"), owner="all")
+    cluster = open_cluster(slots=6)
+    cluster.have(chain("one", "abcdef"))
+    cluster.lookup(chain("one", "abcdef"), owner="all")
     for text in ("abcde", "abcd", "abc", "ab", "a"):
-        lab.look(chain("one", text), owner=text)
-        lab.index.release(text)
-    lab.index.check()
-    assert lab.index.begin_store("x", chain("one", "q"), first=0, last=1, now=0.0).skipped == {"full": 1}
-    job = lab.index.begin_load("all", 0.0)
+        cluster.lookup(chain("one", text), owner=text)
+        cluster.index.release(text)
+    cluster.index.check()
+    assert cluster.store(chain("one", "q"), "x").skipped == {"full": 1}
+    job = cluster.index.begin_load("all", 0.0)
     assert job is not None
-    lab.index.check()
+    cluster.index.check()
 
 
 def test_a_chain_that_branches_off_keeps_what_it_hangs_on() -> None:
-    lab = Lab(slots=6)
-    lab.have(chain("one", "abcd"))
-    lab.have(chain("one", "abxy"))
-    space = lab.index.state.pools[0].spaces[chain("one", "a").namespace]
+    cluster = open_cluster(slots=6)
+    cluster.have(chain("one", "abcd"))
+    cluster.have(chain("one", "abxy"))
+    space = cluster.index.state.pools[0].spaces[chain("one", "a").namespace]
     assert sorted(len(run.digests) for run in set(space.held.values())) == [2, 2, 2]
-    lab.have(chain("one", "qrst"))
-    assert lab.look(chain("one", "abcd")) == ("hit", 8, "evicted")
-    assert lab.look(chain("one", "abxy")) == ("hit", 8, "evicted")
+    cluster.have(chain("one", "qrst"))
+    assert cluster.lookup(chain("one", "abcd")) == ("hit", 8, "evicted")
+    assert cluster.lookup(chain("one", "abxy")) == ("hit", 8, "evicted")
 
 
 def test_a_parent_that_comes_back_amid_a_stretch_has_the_children_that_stayed() -> None:
-    lab = Lab(slots=7)
-    lab.have(chain("one", "abxy"))
-    pool, about = lab.index.state.pools[0], chain("one", "abcd")
+    cluster = open_cluster(slots=7)
+    cluster.have(chain("one", "abxy"))
+    pool, about = cluster.index.state.pools[0], chain("one", "abcd")
     for i in range(2):
         found = pool.find(about.namespace, about.digests[i])
         assert found is not None
         pool.drop(about.namespace, about.digests[i], i, found.generation, "failed")
-    lab.index.check()
-    lab.have(about)
-    lab.index.check()
-    assert lab.look(chain("one", "abxy")) == ("hit", 16, "end")
-    assert lab.look(about) == ("hit", 16, "end")
+    cluster.index.check()
+    cluster.have(about)
+    cluster.index.check()
+    assert cluster.lookup(chain("one", "abxy")) == ("hit", 16, "end")
+    assert cluster.lookup(about) == ("hit", 16, "end")
 
 
 def test_one_object_that_fails_in_the_middle_of_a_run_leaves_alone() -> None:
-    lab = Lab(slots=6)
-    lab.answer(lab.store(chain("one", "abcdef")), OK, OK, FAILED, OK, OK, OK)
-    lab.index.check()
-    assert lab.look(chain("one", "abcdef")) == ("hit", 8, "failed")
-    lab.index.release("me")
-    assert lab.index.stats()["slots_free"] == 1
-    lab.have(chain("one", "abcdef"))
-    assert lab.look(chain("one", "abcdef")) == ("hit", 24, "end")
+    cluster = open_cluster(slots=6)
+    cluster.answer(cluster.store_job(chain("one", "abcdef")), OK, OK, FAILED, OK, OK, OK)
+    cluster.index.check()
+    assert cluster.lookup(chain("one", "abcdef")) == ("hit", 8, "failed")
+    cluster.index.release("reader")
+    assert cluster.index.stats()["slots_free"] == 1
+    cluster.have(chain("one", "abcdef"))
+    assert cluster.lookup(chain("one", "abcdef")) == ("hit", 24, "end")
 
 
 def test_names_that_stand_alone_may_repeat_and_come_in_any_order() -> None:
-    lab = Lab(slots=8)
+    cluster = open_cluster(slots=8)
     a, b, c = (letter * 32 for letter in (b"a", b"b", b"c"))
-    lab.have(Chain(b"n" * 32, [a, b, a, c, c], linked=False))
-    assert lab.index.stats()["slots_free"] == 5
+    cluster.have(Chain(b"n" * 32, [a, b, a, c, c], linked=False))
+    assert cluster.index.stats()["slots_free"] == 5
     for names in ([c, b, a], [a, a, b], [b, c, b, a], [a, b, c]):
-        assert lab.look(Chain(b"n" * 32, names, linked=False))[:2] == ("hit", len(names) * CHUNK)
-        lab.index.check()
+        assert cluster.lookup(Chain(b"n" * 32, names, linked=False))[:2] == ("hit", len(names) * CHUNK)
+        cluster.index.check()
 
 
 def test_a_window_in_the_middle_of_a_run_is_held_without_its_ends() -> None:
-    lab = Lab(slots=6, groups=[("window", HitRule("trailing", 2 * CHUNK))])
-    lab.have(chain("one", "abcdef"))
-    assert lab.look(chain("one", "abcd")) == ("hit", 16, "end")
-    lab.have(chain("one", "pqrs"))
-    lab.index.check()
+    cluster = open_cluster(slots=6, groups=[("window", HitRule("trailing", 2 * CHUNK))])
+    cluster.have(chain("one", "abcdef"))
+    assert cluster.lookup(chain("one", "abcd")) == ("hit", 16, "end")
+    cluster.have(chain("one", "pqrs"))
+    cluster.index.check()
     assert [
-        lab.index.state.pools[0].find(chain("one", "a").namespace, d) is not None
+        cluster.index.state.pools[0].find(chain("one", "a").namespace, d) is not None
         for d in chain("one", "abcdef").digests
     ] == [
         *[False, False],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmcache_conformance.suites.indexmachine import IndexMachineTests
+from lmcache_conformance.suites.index_machine import IndexMachineTests
 
 
 class TestHistories(IndexMachineTests):

@@ -14,7 +14,7 @@ from lmcache.spec import HitRule
 from lmcache_conformance.labs.indexlab import CHUNK
 from lmcache_conformance.mutants import mutant
 from lmcache_conformance.suites.index import IndexTests
-from lmcache_conformance.suites.indexmachine import IndexMachineTests
+from lmcache_conformance.suites.index_machine import IndexMachineTests
 
 
 class _Tests(IndexMachineTests, IndexTests):

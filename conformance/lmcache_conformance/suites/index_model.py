@@ -1,6 +1,6 @@
 """What an index must keep to in any history: a model of what was stored, offered, leased, loaded and cleared.
 
-`indexmachine` makes the histories. The rules of hits are computed here token by token, the long way round.
+`index_machine` makes the histories. The rules of hits are computed here token by token, the long way round.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class IndexModel(RuleBasedStateMachine):
     """An index, its ranks, and what is known of them.
 
     Args:
-        open_index: opens the index, see `indexfactory.IndexFactory`.
+        open_index: opens the index, see `index_factory.IndexFactory`.
     """
 
     index: Index

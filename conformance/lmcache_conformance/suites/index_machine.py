@@ -4,7 +4,7 @@
         def open_index(self, groups, slots, **settings):
             return MyIndex(groups, CHUNK, slots, **settings)
 
-What must hold in all of them is in `indexmodel`.
+What must hold in all of them is in `index_model`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.contract import Level
 from lmcache_conformance.labs.indexlab import CHUNK, Content, chain, drain, name_at
 from lmcache_conformance.runner.marks import level
-from lmcache_conformance.suites.indexfactory import IndexFactory
-from lmcache_conformance.suites.indexmodel import LEASE_S, PROBE_S, Groups, IndexModel, Load
+from lmcache_conformance.suites.index_factory import IndexFactory
+from lmcache_conformance.suites.index_model import LEASE_S, PROBE_S, Groups, IndexModel, Load
 from lmcache_conformance.suites.machine import run_machine
 
 GROUPS: list[Groups] = [
