@@ -1,4 +1,4 @@
-"""What the index promises of stores, lookups and leases, one promise a test."""
+"""The index: stores, lookups, leases, eviction and settings. The contract itself is in the conformance suite, `suites.index`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_a_report_with_too_few_statuses_counts_as_failed() -> None:
     assert cluster.lookup() == ("miss", 0, "failed")
 
 
-def test_a_slot_is_not_reused_while_a_hung_write_may_still_reach_it() -> None:
+def test_a_slot_is_not_reused_while_a_hung_store_may_still_write_it() -> None:
     cluster = open_cluster(slots=1)
     hung = cluster.store_job(chain("one", "a"))
-    cluster.answer(hung, LATE, final=False)
+    cluster.complete(hung, LATE, final=False)
     refused = cluster.store(chain("one", "b"), "x")
     assert (refused.job, refused.accepted, refused.skipped) == (None, 0, {"full": 1})
-    cluster.answer(hung, LATE, final=True)
+    cluster.complete(hung, LATE, final=True)
     again = cluster.store_job(chain("one", "b"))
     before, after = hung.ops[0], again.ops[0]
     assert isinstance(before, Copy)
@@ -71,7 +71,7 @@ def test_a_parent_is_never_evicted_to_make_room_for_its_child() -> None:
     assert cluster.lookup(chain("one", "ab")) == ("hit", 8, "end")
 
 
-def test_the_chunk_after_a_gap_is_not_stored_but_one_whose_parent_lies_in_a_tier_is() -> None:
+def test_a_chunk_after_a_gap_is_not_stored_but_one_whose_parent_is_in_a_tier_is() -> None:
     cluster = open_cluster(tiers=[DISK])
     stored = cluster.store(ABCD, "x", first=2, last=4)
     assert stored.skipped == {"parent": 2}
@@ -80,7 +80,7 @@ def test_the_chunk_after_a_gap_is_not_stored_but_one_whose_parent_lies_in_a_tier
     assert len(job.ops) == 2
 
 
-def test_other_groups_are_not_stored_behind_a_gap_of_a_full_attention_group() -> None:
+def test_other_groups_are_not_stored_after_a_gap_of_a_full_attention_group() -> None:
     cluster = open_cluster(slots=[8, 1], groups=[("sliding", trailing(4)), ("full", ALL)])
     stored = cluster.store(ABCD, "x")
     assert stored.accepted == CHUNK
@@ -94,7 +94,7 @@ def test_arenas_are_counted_by_state() -> None:
     assert cluster.index.arenas() == [{"free": 1, "writing": 2, "ready": 1, "evicting": 0}]
     cluster.index.clear(None, 0.0)
     assert cluster.index.arenas() == [{"free": 2, "writing": 0, "ready": 0, "evicting": 2}]
-    cluster.answer(job, OK)
+    cluster.complete(job, OK)
     assert cluster.index.arenas() == [{"free": 4, "writing": 0, "ready": 0, "evicting": 0}]
 
 
@@ -103,7 +103,7 @@ def test_cross_attention_keeps_the_one_object_of_the_first_chunk() -> None:
     assert len(cluster.store_job().ops) == 1
 
 
-def test_chunks_outside_of_the_chain_are_refused() -> None:
+def test_chunks_outside_of_the_chain_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"chunks \[0, 5\) are not part of a chain of 4"):
         open_cluster().index.begin_store("x", ABCD, first=0, last=5, now=0.0)
 
@@ -122,13 +122,15 @@ def test_chunks_outside_of_the_chain_are_refused() -> None:
         (-1, (0, "max_tokens")),
     ],
 )
-def test_a_hit_ends_at_the_last_boundary_that_was_asked_for(tokens: int, expected: tuple[int, str]) -> None:
+def test_a_hit_ends_at_the_last_chunk_boundary_within_the_requested_tokens(
+    tokens: int, expected: tuple[int, str]
+) -> None:
     cluster = open_cluster()
     cluster.have()
     assert cluster.lookup(tokens=tokens)[1:] == expected
 
 
-def test_a_lease_expires_and_renewing_it_starts_its_time_anew() -> None:
+def test_a_lease_expires_and_another_lookup_renews_it() -> None:
     cluster = open_cluster(slots=4, lease_ttl=10.0)
     cluster.have()
     cluster.lookup()
@@ -141,7 +143,7 @@ def test_a_lease_expires_and_renewing_it_starts_its_time_anew() -> None:
     assert cluster.load() is None
 
 
-def test_an_expired_lease_cannot_be_loaded_even_if_nobody_ticked() -> None:
+def test_an_expired_lease_cannot_be_loaded_even_without_a_tick() -> None:
     cluster = open_cluster(lease_ttl=10.0)
     cluster.have()
     cluster.lookup()
@@ -150,7 +152,7 @@ def test_an_expired_lease_cannot_be_loaded_even_if_nobody_ticked() -> None:
     assert cluster.index.stats()["leases"] == 0
 
 
-def test_a_second_lookup_replaces_the_first_ones_lease() -> None:
+def test_a_second_lookup_replaces_the_lease_of_the_first() -> None:
     cluster = open_cluster()
     cluster.have()
     cluster.have(chain("two", "abcd"))
@@ -163,7 +165,7 @@ def test_a_second_lookup_replaces_the_first_ones_lease() -> None:
     assert cluster.load() is None
 
 
-def test_asking_again_and_again_counts_as_one_use() -> None:
+def test_repeated_lookups_of_a_request_count_as_one_use() -> None:
     cluster = open_cluster(slots=2, policy="lfu")
     cluster.have(chain("one", "a"))
     cluster.have(chain("one", "b"))
@@ -177,28 +179,28 @@ def test_asking_again_and_again_counts_as_one_use() -> None:
     assert cluster.lookup(chain("one", "a"))[2] == "evicted"
 
 
-def test_a_policy_hears_once_of_each_request_also_of_one_that_misses() -> None:
-    heard: list[tuple[int, int]] = []
+def test_a_policy_is_notified_once_per_request_even_of_a_miss() -> None:
+    requests: list[tuple[int, int]] = []
 
-    class Curious(Lru):
+    class Counting(Lru):
         def asked(self, chain: Sequence[bytes], hits: int) -> None:
-            heard.append((len(chain), hits))
+            requests.append((len(chain), hits))
 
-    cluster = open_cluster(policy=Curious)
+    cluster = open_cluster(policy=Counting)
     for _ in range(3):
         cluster.lookup(owner="a")
     cluster.have(chain("one", "ab"))
     for _ in range(2):
         cluster.lookup(owner="b")
-    assert heard == [(4, 0), (4, 2)]
+    assert requests == [(4, 0), (4, 2)]
     cluster.lookup(chain("one", "abcde"), owner="b")
     cluster.index.forget("b")
     cluster.lookup(chain("one", "abcde"), owner="b")
-    assert heard[2:] == [(5, 2), (5, 2)]
+    assert requests[2:] == [(5, 2), (5, 2)]
     assert not hears(Lru(8))
 
 
-def test_tokens_are_attributed_to_the_place_they_come_from() -> None:
+def test_tokens_are_counted_for_the_tier_they_come_from() -> None:
     cluster = open_cluster(slots=2, tiers=[DISK, TierInfo("far")])
     cluster.have(chain("one", "ab"))
     cluster.hold(at=[2])
@@ -206,7 +208,7 @@ def test_tokens_are_attributed_to_the_place_they_come_from() -> None:
     assert cluster.index.lookup("reader", ABCD, 16, 0.0).by_tier == {"dram": 8, "disk": 4, "far": 4}
 
 
-def test_chunks_before_a_window_count_for_where_the_window_lies() -> None:
+def test_chunks_before_a_window_count_for_the_tier_of_the_window() -> None:
     cluster = open_cluster(groups=[("sliding", trailing(4))], tiers=[DISK])
     cluster.hold()
     assert cluster.index.lookup("reader", ABCD, 16, 0.0).by_tier == {"disk": 16}
@@ -218,12 +220,12 @@ def test_chunks_before_a_window_count_for_where_the_window_lies() -> None:
 TEXTS = st.sampled_from(["a", "ab", "abcd", "abce", "abxy", "q", "qr", "qrst"])
 
 
-def test_a_parent_that_comes_back_has_the_children_that_stayed() -> None:
+def test_a_parent_that_is_stored_again_has_the_children_that_stayed() -> None:
     cluster = open_cluster(slots=2)
-    cluster.answer(cluster.store_job(chain("one", "ab")), FAILED, OK)
+    cluster.complete(cluster.store_job(chain("one", "ab")), FAILED, OK)
     cluster.have(chain("one", "a"))
     assert cluster.lookup(chain("one", "ab")) == ("hit", 8, "end")
-    cluster.lookup(chain("one", "a"))  # the parent alone is leased to "reader" now, and its child may go
+    cluster.lookup(chain("one", "a"))  # now only the parent is leased, and its child may be evicted
     cluster.index.release("reader")
     cluster.have(chain("one", "q"))
     assert cluster.lookup(chain("one", "ab")) == ("hit", 4, "evicted")
@@ -232,7 +234,7 @@ def test_a_parent_that_comes_back_has_the_children_that_stayed() -> None:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @settings(max_examples=100, deadline=None)
 @given(steps=st.lists(st.tuples(TEXTS, st.booleans(), st.integers(0, 2)), max_size=25), slots=st.integers(1, 6))
-def test_children_leave_before_their_parents_whatever_the_policy(policy: str, steps, slots: int) -> None:
+def test_children_are_evicted_before_their_parents_under_every_policy(policy: str, steps, slots: int) -> None:
     cluster = open_cluster(slots=slots, policy=policy)
     for text, store, owner in steps:
         if store:
@@ -241,9 +243,9 @@ def test_children_leave_before_their_parents_whatever_the_policy(policy: str, st
             cluster.lookup(chain("one", text), owner=str(owner))
         [space] = cluster.index.state.pools[0].spaces.values() or [None]
         if space is not None:
-            runs = {run for run in space.held.values() if run.state == READY}
-            resident = {digest for run in runs for digest in run.digests}
-            assert all(run.parent is None or run.parent in resident for run in runs)
+            extents = {extent for extent in space.held.values() if extent.state == READY}
+            resident = {digest for extent in extents for digest in extent.digests}
+            assert all(extent.parent is None or extent.parent in resident for extent in extents)
 
 
 def test_sliding_windows_are_evicted_by_their_policy_alone() -> None:
@@ -269,13 +271,13 @@ def test_sliding_windows_are_evicted_by_their_policy_alone() -> None:
         ([("full", ALL)], 4, [1], {"policy": "fifo"}, "did you mean 's3fifo'"),
     ],
 )
-def test_impossible_settings_are_refused(groups, chunk, slots, more, message: str) -> None:
+def test_invalid_settings_are_rejected(groups, chunk, slots, more, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Index(groups, chunk, slots, **more)
 
 
 class Counted(list[Any]):
-    """A list that knows how often something of it was read."""
+    """A list that counts how many of its items are read."""
 
     reads = 0
 
@@ -290,7 +292,7 @@ class Counted(list[Any]):
 
 
 @pytest.mark.parametrize("linked", [True, False])
-def test_a_store_with_many_holes_looks_at_each_chunk_a_few_times(linked: bool) -> None:
+def test_a_store_with_many_holes_reads_each_chunk_only_a_few_times(linked: bool) -> None:
     count = 600
     names = [number.to_bytes(32, "little") for number in range(count)]
     index = Index([("sliding", trailing(8))], CHUNK, [count])
@@ -304,7 +306,7 @@ def test_a_store_with_many_holes_looks_at_each_chunk_a_few_times(linked: bool) -
     index.check()
 
 
-def test_the_audit_notices_a_leaked_reference() -> None:
+def test_the_audit_detects_a_leaked_reference() -> None:
     cluster = open_cluster()
     cluster.have()
     next(cluster.index.state.pools[0].residents()).extent.refs += 1

@@ -1,4 +1,4 @@
-"""Reports that go astray, clearing, and starting anew after a rank died."""
+"""The index: lost and repeated reports, clears, and resets after a rank has died."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lmcache_conformance.labs.indexlab import chain, name_at
 # -------------------------------------------------------------------- reports
 
 
-def test_reports_that_come_twice_late_or_from_elsewhere_change_nothing() -> None:
+def test_repeated_old_and_foreign_reports_change_nothing() -> None:
     cluster = open_cluster(ranks=2)
     first, second = cluster.store_job(chain("one", "a")), cluster.store_job(chain("one", "b"))
 
     def report(epoch: int, rank: int, seq: int, *jobs: Job) -> list[Finished]:
-        told = tuple(JobReport(job.id, (1,) * len(job.ops), True) for job in jobs)
-        ended = cluster.index.report(Report(epoch, rank, seq, told), 0.0)
+        statuses = tuple(JobReport(job.id, (1,) * len(job.ops), True) for job in jobs)
+        ended = cluster.index.report(Report(epoch, rank, seq, statuses), 0.0)
         cluster.index.check()
         return ended
 
@@ -40,7 +40,7 @@ def test_the_same_calls_give_the_same_plans() -> None:
             plans.append(cluster.plan())
             for job in plans[-1].jobs:
                 for rank in range(2):
-                    cluster.answer(job, OK, rank=rank)
+                    cluster.complete(job, OK, rank=rank)
             cluster.lookup(chain("one", text), owner=text)
             cluster.index.begin_load(text, 0.0)
             plans.append(cluster.plan())
@@ -52,7 +52,7 @@ def test_the_same_calls_give_the_same_plans() -> None:
 # -------------------------------------------------------------------- clear and reset
 
 
-def test_clear_frees_slots_under_a_reader_only_when_it_ends() -> None:
+def test_clear_frees_slots_of_a_running_load_only_when_it_ends() -> None:
     cluster = open_cluster(slots=4)
     cluster.have()
     cluster.lookup()
@@ -60,34 +60,34 @@ def test_clear_frees_slots_under_a_reader_only_when_it_ends() -> None:
     cluster.index.clear(None, 0.0)
     assert cluster.index.stats()["slots_leaving"] == 4
     assert cluster.store(ABCD, "x").skipped == {"full": 1, "parent": 3}
-    assert cluster.answer(job, OK)[0].ok_tokens == 16
+    assert cluster.complete(job, OK)[0].ok_tokens == 16
     assert cluster.index.stats()["slots_free"] == 4
 
 
-def test_a_write_back_that_is_not_in_a_plan_yet_is_withdrawn_by_a_clear_and_others_are_deleted_again() -> None:
+def test_a_clear_cancels_write_backs_that_are_not_planned_yet_and_deletes_what_others_have_written() -> None:
     cluster = open_cluster(tiers=[DISK])
-    cluster.answer(cluster.store_job(chain("one", "a")), OK)
+    cluster.complete(cluster.store_job(chain("one", "a")), OK)
     [write_back] = cluster.jobs("write_back")
-    cluster.answer(cluster.store_job(chain("one", "b")), OK)  # its write-back waits for the next plan
+    cluster.complete(cluster.store_job(chain("one", "b")), OK)  # its write-back waits for the next plan
     cluster.index.clear(ABCD.namespace, 0.0)
-    cluster.answer(write_back, OK)
+    cluster.complete(write_back, OK)
     [delete] = cluster.jobs()
     assert delete.ops == (Delete(name_at(chain("one", "a"), 0, 0), 0),)
-    cluster.answer(delete, OK)
+    cluster.complete(delete, OK)
     assert cluster.index.stats()["jobs"] == 0
 
 
-def test_a_probe_from_before_a_clear_teaches_nothing() -> None:
+def test_a_clear_discards_the_result_of_a_running_probe() -> None:
     cluster = open_cluster(tiers=[REDIS])
     cluster.hold(announce=False)
     cluster.lookup()
     [probe] = cluster.jobs()
     cluster.index.clear(None, 0.0)
-    cluster.answer(probe, OK)
+    cluster.complete(probe, OK)
     assert cluster.index.where(name_at(ABCD, 0, 0)) == ()
 
 
-def test_a_reset_voids_jobs_frees_all_slots_and_remembers_the_tiers() -> None:
+def test_a_reset_ends_jobs_frees_all_slots_and_keeps_the_directories_of_tiers() -> None:
     cluster = open_cluster(slots=4, tiers=[DISK])
     cluster.have()
     cluster.lookup()
@@ -96,7 +96,7 @@ def test_a_reset_voids_jobs_frees_all_slots_and_remembers_the_tiers() -> None:
     cluster.index.check()
     assert [(end.job, end.ok_tokens, end.final) for end in ended] == [(load.id, 0, True)]
     assert cluster.lookup() == ("miss", 0, "failed_before")
-    assert cluster.answer(load, OK) == []
+    assert cluster.complete(load, OK) == []
     stats = cluster.index.stats()
     assert (stats["slots_free"], stats["jobs"], stats["leases"], stats["epoch"]) == (4, 0, 0, 1)
     assert cluster.lookup(owner="other") == ("hit", 16, "end")
@@ -105,7 +105,7 @@ def test_a_reset_voids_jobs_frees_all_slots_and_remembers_the_tiers() -> None:
     assert (plan.epoch, plan.acked) == (1, (0,))
 
 
-def test_generations_go_on_after_a_reset() -> None:
+def test_generations_keep_growing_after_a_reset() -> None:
     cluster = open_cluster(slots=1)
     before = cluster.store_job(chain("one", "a")).ops[0]
     cluster.index.reset(0.0)
@@ -117,9 +117,9 @@ def test_generations_go_on_after_a_reset() -> None:
     assert after.dst.generation > before.dst.generation
 
 
-def test_deletions_that_a_reset_interrupts_are_planned_anew() -> None:
+def test_deletes_that_a_reset_interrupts_are_planned_again() -> None:
     cluster = open_cluster(tiers=[DISK])
-    cluster.answer(cluster.store_job(chain("one", "a")), OK)
+    cluster.complete(cluster.store_job(chain("one", "a")), OK)
     cluster.jobs("write_back")
     cluster.index.clear(None, 0.0)
     cluster.index.reset(0.0)

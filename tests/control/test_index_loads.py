@@ -1,4 +1,4 @@
-"""What the index promises of loads and prefetches, whole, partial, late and failed."""
+"""The index: loads and prefetches, complete, partial, late and failed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_load_copies_from_slots_until_a_deadline_and_ends_the_lease() -> None:
     assert places(job) == [("ArenaSlot", "Engine", i * CHUNK) for i in range(4)]
     assert job.deadline == 7.0
     assert cluster.index.stats()["leases"] == 0
-    cluster.answer(job, OK)
+    cluster.complete(job, OK)
     assert cluster.lookup() == ("hit", 16, "end")
 
 
@@ -28,7 +28,7 @@ def test_a_load_copies_from_slots_until_a_deadline_and_ends_the_lease() -> None:
     ("skip", "tokens", "starts", "ok_tokens"),
     [(0, 11, [0, 4], 8), (4, None, [4, 8, 12], 16), (6, None, [4, 8, 12], 16), (6, 8, [4], 8)],
 )
-def test_an_engine_may_skip_what_it_has_and_take_less_than_the_hit(
+def test_an_engine_may_skip_what_it_has_and_load_less_than_the_hit(
     skip: int, tokens: int | None, starts: list[int], ok_tokens: int
 ) -> None:
     cluster = open_cluster()
@@ -36,7 +36,7 @@ def test_an_engine_may_skip_what_it_has_and_take_less_than_the_hit(
     cluster.lookup()
     job = cluster.load_job(skip=skip, tokens=tokens)
     assert [start for _, _, start in places(job)] == starts
-    assert cluster.answer(job, OK)[0].ok_tokens == ok_tokens
+    assert cluster.complete(job, OK)[0].ok_tokens == ok_tokens
 
 
 @pytest.mark.parametrize(("skip", "tokens"), [(16, None), (8, 8), (0, 3), (0, 0)])
@@ -63,18 +63,18 @@ def test_a_sliding_group_loads_only_its_window() -> None:
     ]
 
 
-def test_what_lies_in_a_tier_passes_through_a_slot_and_is_a_dram_hit_afterwards() -> None:
+def test_a_load_from_a_tier_goes_through_a_slot_and_leaves_a_dram_hit() -> None:
     cluster = open_cluster(tiers=[DISK])
     cluster.hold(chain("one", "a"))
     cluster.lookup(chain("one", "a"))
     job = cluster.load_job()
     assert places(job) == [("Tier", "ArenaSlot", 0), ("ArenaSlot", "Engine", 0)]
-    cluster.answer(job, OK)
+    cluster.complete(job, OK)
     assert cluster.index.where(name_at(ABCD, 0, 0)) == ("dram", "disk")
-    assert cluster.jobs() == []  # the disk is known to hold it: no spill
+    assert cluster.jobs() == []  # the disk holds it: no write-back
 
 
-def test_without_a_free_slot_a_load_goes_straight_into_the_engine() -> None:
+def test_without_a_free_slot_a_load_goes_directly_to_the_engine() -> None:
     cluster = open_cluster(slots=0, tiers=[DISK])
     cluster.hold()
     cluster.lookup()
@@ -90,7 +90,7 @@ def test_a_load_does_not_evict_what_it_is_about_to_read() -> None:
     assert kinds == ["ArenaSlot", "ArenaSlot", "Tier", "Tier"]
 
 
-def test_an_object_that_another_job_is_filling_is_read_from_its_tier() -> None:
+def test_an_object_that_another_job_is_loading_is_read_from_its_tier() -> None:
     cluster = open_cluster(tiers=[DISK])
     cluster.hold(chain("one", "a"))
     cluster.lookup(chain("one", "a"), owner="first")
@@ -99,48 +99,48 @@ def test_an_object_that_another_job_is_filling_is_read_from_its_tier() -> None:
     assert places(cluster.load_job("second")) == [("Tier", "Engine", 0)]
 
 
-def test_a_partial_load_without_its_window_or_state_is_worth_only_what_the_engine_had() -> None:
+def test_a_partial_load_without_its_window_or_state_gives_only_what_the_engine_had() -> None:
     cluster = open_cluster(groups=[("full", ALL), ("mamba", HitRule("state_at"))])
     cluster.have()
     cluster.lookup()
     job = cluster.load_job(skip=5)
-    [ended] = cluster.answer(job, OK, OK, OK, FAILED)
+    [ended] = cluster.complete(job, OK, OK, OK, FAILED)
     assert ended.ok_tokens == 5
 
 
-def test_a_load_that_fails_after_its_owner_was_forgotten_leaves_no_trace() -> None:
+def test_a_load_that_fails_after_its_request_was_forgotten_is_not_remembered() -> None:
     cluster = open_cluster()
     cluster.have()
     cluster.lookup()
     job = cluster.load_job()
     cluster.index.forget("reader")
-    cluster.answer(job, FAILED)
+    cluster.complete(job, FAILED)
     assert cluster.index.stats()["failed_owners"] == 0
 
 
-def test_a_rank_whose_slot_lost_the_object_makes_it_leave_dram() -> None:
+def test_an_object_that_one_ranks_slot_has_lost_is_dropped_from_dram() -> None:
     cluster = open_cluster(ranks=2)
     cluster.have()
     cluster.lookup()
     job = cluster.load_job()
-    cluster.answer(job, OK, SKIPPED, OK, OK, rank=1)
+    cluster.complete(job, OK, SKIPPED, OK, OK, rank=1)
     assert cluster.lookup(owner="other") == ("hit", 4, "failed")
 
 
-def test_late_loads_end_twice_at_their_deadline_and_when_nothing_moves_any_more() -> None:
+def test_a_late_load_ends_at_its_deadline_and_again_when_it_is_final() -> None:
     cluster = open_cluster(slots=4)
     cluster.have()
     cluster.lookup()
     job = cluster.load_job()
-    [first] = cluster.answer(job, OK, OK, OK, LATE, final=False)
+    [first] = cluster.complete(job, OK, OK, OK, LATE, final=False)
     assert (first.ok_tokens, first.final) == (12, False)
     assert cluster.store(chain("one", "q"), "x").skipped == {"full": 1}
-    [second] = cluster.answer(job, OK, OK, OK, LATE, final=True)
+    [second] = cluster.complete(job, OK, OK, OK, LATE, final=True)
     assert (second.ok_tokens, second.final) == (12, True)
     cluster.store_job(chain("one", "q"))
 
 
-def test_a_load_no_rank_reports_on_is_late_by_the_clock_and_its_slots_stay_held() -> None:
+def test_a_load_that_no_rank_reports_is_late_after_its_deadline_and_keeps_its_slots() -> None:
     cluster = open_cluster(slots=1, tiers=[DISK], load_deadline=5.0)
     cluster.hold(chain("one", "a"))
     cluster.lookup(chain("one", "a"))
@@ -150,7 +150,7 @@ def test_a_load_no_rank_reports_on_is_late_by_the_clock_and_its_slots_stay_held(
     assert (ended.job, ended.ok_tokens, ended.final) == (job.id, 0, False)
     assert cluster.lookup(chain("one", "a")) == ("miss", 0, "failed_before")
     assert cluster.store(chain("one", "q"), "x").skipped == {"full": 1}
-    [final] = cluster.answer(job, OK)
+    [final] = cluster.complete(job, OK)
     assert (final.ok_tokens, final.final) == (0, True)
     assert cluster.index.where(name_at(ABCD, 0, 0)) == ("disk",)
     cluster.store_job(chain("one", "q"))
@@ -159,30 +159,30 @@ def test_a_load_no_rank_reports_on_is_late_by_the_clock_and_its_slots_stay_held(
 # -------------------------------------------------------------------- prefetch
 
 
-def test_a_prefetch_brings_a_hit_into_dram_and_keeps_it_there_for_its_owner() -> None:
+def test_a_prefetch_loads_a_hit_into_dram_and_keeps_it_leased() -> None:
     cluster = open_cluster(slots=4, tiers=[DISK])
     cluster.hold()
     cluster.lookup()
     assert cluster.index.begin_prefetch("reader", 0.0) is not None
     [job] = cluster.jobs()
     assert places(job) == [("Tier", "ArenaSlot", 0)] * 4
-    [ended] = cluster.answer(job, OK)
+    [ended] = cluster.complete(job, OK)
     assert (ended.kind, ended.ok_tokens) == ("prefetch", 16)
     assert cluster.store(chain("one", "q"), "x").skipped == {"full": 1}
     assert [src for src, _, _ in places(cluster.load_job())] == ["ArenaSlot"] * 4
 
 
-def test_a_failed_prefetch_is_not_held_against_its_owner() -> None:
+def test_after_a_failed_prefetch_its_request_is_still_offered_hits() -> None:
     cluster = open_cluster(tiers=[DISK])
     cluster.hold()
     cluster.lookup()
     cluster.index.begin_prefetch("reader", 0.0)
     [job] = cluster.jobs()
-    cluster.answer(job, OK, MISSING, OK, OK)
+    cluster.complete(job, OK, MISSING, OK, OK)
     assert cluster.lookup() == ("hit", 4, "evicted")
 
 
-def test_there_is_nothing_to_prefetch_without_a_lease_or_from_dram_alone() -> None:
+def test_there_is_nothing_to_prefetch_without_a_lease_or_from_dram() -> None:
     cluster = open_cluster()
     assert cluster.index.begin_prefetch("reader", 0.0) is None
     cluster.have()

@@ -1,4 +1,4 @@
-"""Longer random histories of the index than the conformance suite takes time for."""
+"""More random histories of the index than the conformance suite runs."""
 
 from __future__ import annotations
 

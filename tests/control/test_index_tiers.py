@@ -1,4 +1,4 @@
-"""What the index believes of the tiers below DRAM, and what it asks of them."""
+"""The index and the tiers below DRAM: write-backs, directories, probes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lmcache_conformance.labs.indexlab import CHUNK, chain, name_at
 # -------------------------------------------------------------------- tiers
 
 
-def test_a_ready_object_is_written_to_every_tier_that_is_not_known_to_hold_it() -> None:
+def test_a_ready_object_is_written_back_to_every_tier_that_does_not_hold_it() -> None:
     cluster = open_cluster(tiers=[DISK, REDIS])
     cluster.hold(at=[0])
-    cluster.answer(cluster.store_job(), OK)
-    spills = cluster.jobs("write_back")
-    assert [[(op.name.depth, op.dst) for op in job.ops if isinstance(op, Copy)] for job in spills] == [
+    cluster.complete(cluster.store_job(), OK)
+    write_backs = cluster.jobs("write_back")
+    assert [[(op.name.depth, op.dst) for op in job.ops if isinstance(op, Copy)] for job in write_backs] == [
         [(i, Tier(0)) for i in (1, 2, 3)],
         [(i, Tier(1)) for i in (0, 1, 2, 3)],
     ]
-    cluster.answer(spills[0], OK, FAILED, OK)
+    cluster.complete(write_backs[0], OK, FAILED, OK)
     assert [cluster.index.where(name_at(ABCD, 0, i)) for i in range(4)] == [
         ("dram", "disk"),
         ("dram", "disk"),
@@ -42,34 +42,34 @@ def test_a_ready_object_is_written_to_every_tier_that_is_not_known_to_hold_it() 
     ]
 
 
-def test_a_slot_is_held_while_it_is_written_to_a_tier() -> None:
+def test_a_slot_is_held_while_it_is_written_back() -> None:
     cluster = open_cluster(slots=1, tiers=[DISK])
-    cluster.answer(cluster.store_job(chain("one", "a")), OK)
-    [spill] = cluster.jobs("write_back")
+    cluster.complete(cluster.store_job(chain("one", "a")), OK)
+    [write_back] = cluster.jobs("write_back")
     assert cluster.store(chain("one", "b"), "x").skipped == {"full": 1}
-    cluster.answer(spill, SKIPPED)
+    cluster.complete(write_back, SKIPPED)
     cluster.store_job(chain("one", "b"))
     assert cluster.lookup(chain("one", "a")) == ("miss", 0, "evicted")
 
 
-def test_admission_decides_what_is_written_to_a_tier() -> None:
+def test_admission_decides_what_is_written_back() -> None:
     cluster = open_cluster(tiers=[DISK, TierInfo("far")], admit=lambda tier, name: tier == 1 and name.depth < 2)
-    cluster.answer(cluster.store_job(), OK)
-    [spill] = cluster.jobs("write_back")
-    assert [(op.name.depth, op.dst) for op in spill.ops if isinstance(op, Copy)] == [(0, Tier(1)), (1, Tier(1))]
+    cluster.complete(cluster.store_job(), OK)
+    [write_back] = cluster.jobs("write_back")
+    assert [(op.name.depth, op.dst) for op in write_back.ops if isinstance(op, Copy)] == [(0, Tier(1)), (1, Tier(1))]
 
 
-def test_what_comes_from_a_far_tier_is_promoted_to_the_nearer_ones() -> None:
+def test_what_is_loaded_from_a_far_tier_is_written_to_the_nearer_ones() -> None:
     cluster = open_cluster(tiers=[DISK, TierInfo("far"), TierInfo("farther")])
     cluster.hold(chain("one", "a"), tier=1)
     cluster.lookup(chain("one", "a"))
-    cluster.answer(cluster.load_job(), OK)
-    [spill] = cluster.jobs("write_back")
-    assert [op.dst for op in spill.ops if isinstance(op, Copy)] == [Tier(0)]
+    cluster.complete(cluster.load_job(), OK)
+    [write_back] = cluster.jobs("write_back")
+    assert [op.dst for op in write_back.ops if isinstance(op, Copy)] == [Tier(0)]
 
 
 @pytest.mark.parametrize("rule", [ALL, trailing(4)])
-def test_an_object_in_a_tier_exists_only_if_every_rank_has_its_part(rule: HitRule) -> None:
+def test_an_object_in_a_tier_is_offered_only_if_every_rank_has_its_part(rule: HitRule) -> None:
     cluster = open_cluster(ranks=2, tiers=[DISK], groups=[("some", rule)])
     name = name_at(ABCD, 0, 0)
     cluster.index.announce(0, 0, [name], True, 0.0)
@@ -80,7 +80,7 @@ def test_an_object_in_a_tier_exists_only_if_every_rank_has_its_part(rule: HitRul
     assert cluster.lookup(chain("one", "a")) == ("miss", 0, "evicted" if rule is ALL else "group:some")
 
 
-def test_objects_of_another_chunk_size_or_group_are_not_announced() -> None:
+def test_announcements_of_another_chunk_size_or_group_are_ignored() -> None:
     cluster = open_cluster(tiers=[DISK])
     space, digest = ABCD.namespace, ABCD.digests[0]
     cluster.index.announce(0, 0, [Name(space, digest, 0, CHUNK + 1, 0), Name(space, digest, 7, CHUNK, 0)], True, 0.0)
@@ -88,38 +88,38 @@ def test_objects_of_another_chunk_size_or_group_are_not_announced() -> None:
 
 
 @pytest.mark.parametrize(("status", "reason"), [(MISSING, "evicted"), (FAILED, "failed")])
-def test_what_a_tier_failed_to_deliver_is_not_offered_from_it_again(status: Status, reason: str) -> None:
+def test_what_could_not_be_loaded_from_a_tier_is_not_offered_from_it_again(status: Status, reason: str) -> None:
     cluster = open_cluster(tiers=[DISK], ranks=2)
     cluster.hold(chain("one", "a"))
     cluster.lookup(chain("one", "a"))
     job = cluster.load_job()
-    cluster.answer(job, status, SKIPPED, rank=1)
+    cluster.complete(job, status, SKIPPED, rank=1)
     assert cluster.lookup(chain("one", "a"), owner="other") == ("miss", 0, reason)
     assert cluster.jobs("delete") == []
 
 
-def test_a_late_tier_is_asked_again() -> None:
+def test_what_was_late_is_offered_from_its_tier_again() -> None:
     cluster = open_cluster(tiers=[DISK])
     cluster.hold(chain("one", "a"))
     cluster.lookup(chain("one", "a"))
-    cluster.answer(cluster.load_job(), LATE)
+    cluster.complete(cluster.load_job(), LATE)
     assert cluster.lookup(chain("one", "a"), owner="other")[0] == "hit"
 
 
-def test_two_ranks_that_find_corruption_delete_it_once() -> None:
+def test_an_object_that_is_corrupt_on_two_ranks_is_deleted_once() -> None:
     cluster = open_cluster(tiers=[DISK], ranks=2, slots=0)
     cluster.hold(chain("one", "a"))
     cluster.lookup(chain("one", "a"))
     job = cluster.load_job()
-    cluster.answer(job, CORRUPT, rank=0)
-    cluster.answer(job, CORRUPT, rank=1)
+    cluster.complete(job, CORRUPT, rank=0)
+    cluster.complete(job, CORRUPT, rank=1)
     assert [job.ops for job in cluster.jobs("delete")] == [(Delete(name_at(ABCD, 0, 0), 0),)]
 
 
 # -------------------------------------------------------------------- shared tiers
 
 
-def test_a_shared_tier_is_asked_once_per_owner_and_its_answer_is_a_hit() -> None:
+def test_a_shared_tier_is_probed_once_per_request_and_what_it_holds_is_a_hit() -> None:
     cluster = open_cluster(tiers=[DISK, REDIS], probe_deadline=0.5, ranks=2)
     cluster.hold(tier=1, announce=False)
     assert cluster.lookup() == ("pending", 0, "probing")
@@ -128,25 +128,25 @@ def test_a_shared_tier_is_asked_once_per_owner_and_its_answer_is_a_hit() -> None
     assert probe.deadline == 0.5
     assert cluster.lookup() == ("pending", 0, "probing")
     assert cluster.jobs() == []
-    cluster.answer(probe, OK, rank=0)
+    cluster.complete(probe, OK, rank=0)
     assert cluster.lookup()[0] == "pending"
-    cluster.answer(probe, OK, OK, MISSING, OK, rank=1)
+    cluster.complete(probe, OK, OK, MISSING, OK, rank=1)
     assert cluster.lookup() == ("hit", 8, "absent")
     assert cluster.jobs() == []
 
 
-def test_a_shared_tier_that_answers_late_is_a_miss_and_known_afterwards() -> None:
+def test_a_late_probe_is_a_miss_and_a_hit_for_later_requests() -> None:
     cluster = open_cluster(tiers=[REDIS], probe_deadline=0.5)
     cluster.hold(announce=False)
     cluster.lookup()
     [probe] = cluster.jobs("probe")
     cluster.now = 0.5
     assert cluster.lookup() == ("miss", 0, "late")
-    cluster.answer(probe, OK)
+    cluster.complete(probe, OK)
     assert cluster.lookup(owner="other") == ("hit", 16, "end")
 
 
-def test_a_shared_tier_is_asked_only_for_what_is_missing() -> None:
+def test_a_shared_tier_is_probed_only_for_what_is_missing() -> None:
     cluster = open_cluster(tiers=[REDIS])
     cluster.have(chain("one", "ab"))
     assert cluster.lookup(chain("one", "ab")) == ("hit", 8, "end")
@@ -154,7 +154,7 @@ def test_a_shared_tier_is_asked_only_for_what_is_missing() -> None:
     assert [op.name.depth for job in cluster.jobs() for op in job.ops if isinstance(op, Probe)] == [2, 3]
 
 
-def test_an_owner_that_asks_something_else_meanwhile_loses_its_lease() -> None:
+def test_a_lookup_of_something_else_that_is_pending_ends_the_lease() -> None:
     cluster = open_cluster(tiers=[REDIS])
     cluster.have(chain("one", "ab"))
     cluster.lookup(chain("one", "ab"))
@@ -162,7 +162,7 @@ def test_an_owner_that_asks_something_else_meanwhile_loses_its_lease() -> None:
     assert cluster.load() is None
 
 
-def test_forgotten_owners_and_old_questions_are_not_remembered() -> None:
+def test_probes_of_forgotten_requests_and_old_probes_are_dropped() -> None:
     cluster = open_cluster(tiers=[REDIS], lease_ttl=10.0)
     for owner in ("a", "b"):
         cluster.lookup(owner=owner)

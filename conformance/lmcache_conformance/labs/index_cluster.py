@@ -1,7 +1,7 @@
-"""The driver for tests of the index: an index, its fake ranks (`indexlab.Rank`), and a clock that stands still.
+"""Drives an index and its fake ranks (`indexlab.Rank`) in tests, with a clock that only the test advances.
 
-There are two ways to let ranks work. `settle`, `execute` and `report` run whatever is planned, with injected faults. For a
-test about one job, `store_job` and `load_job` return the job that the index plans, and `answer` ends it with given statuses.
+There are two ways to run jobs. `settle`, `execute` and `report` run whatever is planned, with injected faults. In tests of one
+job, `store_job` and `load_job` return the job that the index plans, and `complete` ends it with given statuses.
 """
 
 from __future__ import annotations
@@ -85,27 +85,29 @@ class Cluster:
                 self.execute(rank, fault)
                 self.report(rank)
 
-    def answer(self, job: Job, *statuses: Status, rank: int = 0, final: bool = True) -> list[Finished]:
+    def complete(self, job: Job, *statuses: Status, rank: int = 0, final: bool = True) -> list[Finished]:
         """Ends the ops of one job on one rank with these statuses, and reports it.
 
         Args:
             job: a job that was planned.
-            statuses: per op; a single one stands for all. An op that ends with OK is executed, so it fails where it cannot be.
+            statuses: per op; a single one stands for all. Ops that end with OK are executed by the rank.
             rank: the rank.
-            final: False: the deadline of ops that are LATE has passed, and they may still touch memory.
+            final: False: ops that are LATE have passed their deadline, and may still access memory.
 
         Returns:
             What has ended by it.
         """
         mine = self.ranks[rank]
         if (run := mine.runs.get(job.id)) is not None:
-            told = statuses * len(job.ops) if len(statuses) == 1 else statuses
-            for i, status in enumerate(told):
+            wanted = statuses * len(job.ops) if len(statuses) == 1 else statuses
+            for i, status in enumerate(wanted):
                 if i in run.undone and (final or status is not Status.LATE):
                     mine.step(run, i, None if status is Status.OK else status)
             if not final:
                 mine.expire(run)
-            assert mine.reports[job.id].statuses == tuple(int(s) for s in told), "the rank could not do as it was told"
+            assert mine.reports[job.id].statuses == tuple(int(s) for s in wanted), (
+                "the rank could not end the ops like this"
+            )
         return self.report(rank)
 
     def hold(
@@ -179,7 +181,7 @@ class Cluster:
         return job
 
     def outcome(self, job: int | None) -> Finished:
-        """How a job ended."""
+        """Returns how a job ended."""
         ended = [end for end in self.ended if end.job == job]
         assert ended, f"job {job} never ended"
         return ended[-1]
@@ -211,5 +213,5 @@ def open_cluster(
 
 
 def places(job: Job) -> list[tuple[str, str, int]]:
-    """(kind of source, kind of destination, first token) of each copy of a job."""
+    """Returns (kind of source, kind of destination, first token) of each copy of a job."""
     return [(type(op.src).__name__, type(op.dst).__name__, op.start) for op in job.ops if isinstance(op, Copy)]
