@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SUITES = (
     *("tiers", "tierbytes", "tierfactory", "tierfaults", "layouts", "kernels", "keys", "machine", "index"),
     *("cache", "cachebytes", "cachefactory", "cachefaults", "cachemachine", "cachenames", "cachepressure"),
-    *("index_factory", "indexlab", "index_machine", "index_model"),
+    *("indexfactory", "indexlab", "indexmachine", "indexmodel"),
     *("engines", "cross", "damage", "moody", "targets", "mutants"),
 )
 # Suites are subclassed in other people's test modules, their asserts should explain themselves all the same.
