@@ -10,22 +10,16 @@ from hypothesis import strategies as st
 
 from lmcache.control.hits import fixpoint, longest, needed
 from lmcache.spec import ALL, HitRule, trailing
+from lmcache_conformance.labs.indexlab import CHUNK
+from lmcache_conformance.suites.index_model import needs
 
-CHUNK = 4
 STATE, WHOLE = HitRule("state_at"), HitRule("whole")
 RULES = st.one_of(st.sampled_from([ALL, STATE, WHOLE]), st.integers(1, 20).map(trailing))
 
 
 def legal(rule: HitRule, present: list[bool], n: int) -> bool:
-    """Token by token: whether everything is present that the token after chunk n − 1 attends to."""
-    end = n * CHUNK
-    if n == 0:
-        return True
-    if rule.kind == "all":
-        return all(present[t // CHUNK] for t in range(end))
-    if rule.kind == "trailing":
-        return all(present[t // CHUNK] for t in range(max(0, end - rule.window), end))
-    return present[n - 1] if rule.kind == "state_at" else present[0]
+    """Whether every chunk that a hit of n chunks needs, token by token, is present."""
+    return all(present[i] for i in needs(rule, n))
 
 
 @pytest.mark.parametrize(
