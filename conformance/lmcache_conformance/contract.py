@@ -21,7 +21,7 @@ PATIENT: Mapping[str, float] = MappingProxyType({"probe_timeout_s": 20.0})
 """Cache settings of tests: what a shared tier tells late is a miss, and nobody knows how busy the machine is."""
 
 
-class Level(str, Enum):
+class Level(str, Enum):  # noqa: UP042 (a StrEnum would print differently)
     """What is proven. Each test of the suite belongs to one level."""
 
     BYTES = "bytes"  # gather → any tiers → scatter returns every bit, and no other slot changed
@@ -61,7 +61,6 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         preemption: it can be made to preempt (tiny device cache).
         chunked_prefill: it can be made to split prompts.
         tensor_parallel: sizes it can run here.
-        layerwise: loads layer by layer.
         device_cache: it has a device cache of its own, which `drop_device_cache` empties.
         semantic: it can share KV across engines (`share="semantic"`).
         logprob_bound: level `approximate`: largest |Δ log-prob| of another engine's KV, 0 where it claims nothing.
@@ -82,7 +81,6 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     preemption: bool = False
     chunked_prefill: bool = False
     tensor_parallel: tuple[int, ...] = (1,)
-    layerwise: bool = False
     device_cache: bool = False
     semantic: bool = False
     logprob_bound: float = 0.0

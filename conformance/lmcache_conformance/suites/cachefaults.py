@@ -195,7 +195,7 @@ class CacheFaultTests(MoodyFactory):
             assert not within(self.patience, lambda: cache.flush(timeout=0.1)), (
                 "nothing was written, and flush says it was"
             )
-            with mock.patch("lmcache.engine._CLOSE_S", 0.5):
+            with mock.patch("lmcache.engine.CLOSE_S", 0.5):
                 within(self.patience, cache.close)
         finally:
             tier.answers.set()

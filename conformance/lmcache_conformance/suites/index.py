@@ -414,7 +414,7 @@ class IndexTests(IndexFactory):
             assert offered == chunks * CHUNK, (
                 f"{rule}: of {held}, {offered // CHUNK} chunks are offered, {chunks} are right"
             )
-            assert stop == ("end" if chunks == 4 else "group:other")
+            assert stop == ("end" if chunks == 4 else "group")
             if job := cluster.load():
                 cluster.settle()
                 assert cluster.outcome(job).ok_tokens == offered
