@@ -127,7 +127,7 @@ class DishonestBound(CrossTests):
 
 
 class DishonestReader(CrossTests):
-    writer, reader = FUSED, Side("lmcache_hf.testing.mutants:misreads_the_disk")
+    writer, reader = FUSED, Side("lmcache_hf.testing.mutants:MutantMisreadsTheDisk.broken")
 
 
 class DishonestSharing(CrossTests):

@@ -13,7 +13,7 @@ from lmcache_conformance.mutants.index import (
     MutantSideStateIsOptional,
     MutantVisibleBeforeItIsStored,
 )
-from lmcache_conformance.suites.indexmachine import IndexMachine
+from lmcache_conformance.suites.index_machine import IndexMachine
 from lmcache_conformance.suites.machine import run_machine
 
 NOTICED = [

@@ -1,5 +1,5 @@
 """Random histories of any tier against a dictionary. Whole caches have theirs in `cachemachine`, indexes in
-`indexmachine`."""
+`index_machine`."""
 
 from __future__ import annotations
 
