@@ -85,7 +85,7 @@ class RemoteSession:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         self._in, self._out = ours_in, ours_out
-        here = str(Path(__file__).parents[1])
+        here = str(Path(__file__).parents[2])
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
         try:
             self._process = subprocess.Popen(

@@ -25,7 +25,7 @@ MAX_RESTARTS = 20
 _POLL_S = 0.1
 _TAIL_CHARS = 4_000
 _NO_TESTS = 5  # pytest's exit status
-_INI = Path(__file__).parent / "pytest.ini"
+_INI = Path(__file__).parents[1] / "pytest.ini"
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,6 @@ def run_jobs(jobs: Sequence[Job], limits: Limits, *, progress: Progress = lambda
 
 def _python_path() -> str:
     """Children find this package where we were imported from, installed or not."""
-    here = str(Path(__file__).parents[1])
+    here = str(Path(__file__).parents[2])
     before = os.environ.get("PYTHONPATH")
     return f"{before}{os.pathsep}{here}" if before else here
