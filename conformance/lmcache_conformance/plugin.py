@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _keep(config, items, _wanted_levels(config.option.lmcache_level))
     ours = [item for item in items if level_of(item) is not None]
     if ours:
-        from lmcache_conformance.runner.adopt import apply_claims
+        from lmcache_conformance.runner.capability_skips import apply_claims
 
         apply_claims(config, ours)
     if xfails := config.stash.get(_XFAILS, None):
@@ -157,7 +157,7 @@ def lmcache_adapter(request: pytest.FixtureRequest) -> str:
     """The name of the adapter under test, as `--lmcache-adapter` gives it."""
     reference = request.config.option.lmcache_adapter
     if not reference:
-        from lmcache_conformance.runner.adopt import NO_ADAPTER
+        from lmcache_conformance.runner.capability_skips import NO_ADAPTER
 
         pytest.skip(NO_ADAPTER)
     return str(reference)

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from lmcache.cli import app, main
 from lmcache_conformance.mutants import Mutant
 from lmcache_conformance.mutants.rows import ROWS
-from lmcache_conformance.runner import campaign, mutate
-from lmcache_conformance.runner.campaign import Wish, jobs_for
+from lmcache_conformance.runner import mutate, selection
 from lmcache_conformance.runner.discover import DiscoveryError, Target
+from lmcache_conformance.runner.selection import Selection, jobs_for
 
 HEAD = """
 import time, pytest
@@ -56,7 +56,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Target("bad", "bad_checks", "tier"),
         Target("engine", "engine_checks", "engine"),
     ]
-    monkeypatch.setattr(campaign, "targets", lambda: found)
+    monkeypatch.setattr(selection, "targets", lambda: found)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parent}")
@@ -154,25 +154,25 @@ def test_without_pytest_it_says_what_to_install(
 
 
 def test_nothing_named_means_every_target_and_every_adapter(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(campaign, "adapter_names", lambda: ["fine", "hf"])
-    jobs = jobs_for(Wish(seed=9, budget="full", levels=("bytes", "keys")))
+    monkeypatch.setattr(selection, "adapter_names", lambda: ["fine", "hf"])
+    jobs = jobs_for(Selection(seed=9, budget="full", levels=("bytes", "keys")))
     assert [job.row for job in jobs] == ["fine", "bad", "adapter fine", "hf"]
     assert "--lmcache-adapter=hf" in jobs[-1].options
     assert all(
         {"--hypothesis-seed=9", "--lmcache-budget=full", "--lmcache-level=bytes,keys"} <= {*j.options} for j in jobs
     )
-    assert [job.row for job in jobs_for(Wish(adapters=("hf",)))] == ["hf"]
-    assert [job.row for job in jobs_for(Wish(targets=("engine",)))] == ["fine", "hf"]
-    assert [job.row for job in jobs_for(Wish(tiers=("bad", "bad")))] == ["bad"]
+    assert [job.row for job in jobs_for(Selection(adapters=("hf",)))] == ["hf"]
+    assert [job.row for job in jobs_for(Selection(targets=("engine",)))] == ["fine", "hf"]
+    assert [job.row for job in jobs_for(Selection(tiers=("bad", "bad")))] == ["bad"]
 
 
 def test_our_own_targets_have_sources_that_can_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = jobs_for(Wish())
+    jobs = jobs_for(Selection())
     rows = [job.row for job in jobs]
     assert {"memory", "disk", "layouts", "kernels", "keys", "index", "cache", "hf"} <= set(rows)
     assert all(Path(job.test).is_file() for job in jobs)
     with pytest.raises(DiscoveryError, match="no module nowhere"):
-        campaign.file_of(Target("t", "nowhere", "other"))
+        selection.file_of(Target("t", "nowhere", "other"))
 
 
 # ---------------------------------------------------------------- mutants

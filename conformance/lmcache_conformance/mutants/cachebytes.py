@@ -11,7 +11,7 @@ import torch
 from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Slots
 from lmcache.hit import Hit
-from lmcache_conformance.labs.kvlab import CHUNK
+from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant, skip_row
 from lmcache_conformance.mutants.brokencache import BrokenCacheTests
 

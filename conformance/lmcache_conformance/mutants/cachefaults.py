@@ -10,7 +10,7 @@ from lmcache.engine import Slots
 from lmcache.hit import Hit
 from lmcache.plan import Status
 from lmcache.transfer.jobs import ActiveJob
-from lmcache_conformance.labs.kvlab import CHUNK
+from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant
 from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
 

@@ -12,7 +12,7 @@ from lmcache_conformance.runner.run import Job, Limits, RowResult, run_job
 
 __all__ = ["SkippedRow", "Verdict", "choose_mutants", "judge", "run_mutants", "uncovered"]
 
-_OPTIONS = ("-o", "python_classes=Mutant*", "-p", "lmcache_conformance.runner.onefailure")
+_OPTIONS = ("-o", "python_classes=Mutant*", "-p", "lmcache_conformance.runner.one_failure")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ The oracle is raw tensors by plain indexing (`kvlab.Pool`), raw files, and a fre
 
 from __future__ import annotations
 
-from lmcache_conformance.suites.cachebytes import CacheBytesTests
-from lmcache_conformance.suites.cachefaults import CacheFaultTests
-from lmcache_conformance.suites.cachenames import CacheNameTests
-from lmcache_conformance.suites.cachepressure import CachePressureTests
+from lmcache_conformance.suites.cache_bytes import CacheBytesTests
+from lmcache_conformance.suites.cache_faults import CacheFaultTests
+from lmcache_conformance.suites.cache_names import CacheNameTests
+from lmcache_conformance.suites.cache_pressure import CachePressureTests
 
 __all__ = ["CacheTests"]
 

@@ -19,7 +19,7 @@ from lmcache.errors import TokenError
 from lmcache.keys import Extra, Name, ObjectId, as_tokens, chain_of, namespace_of
 from lmcache.spec import HitRule, KVSpec, LayerGroup, Numerics, Plane, Rect, trailing
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.elsewhere import elsewhere
+from lmcache_conformance.labs.fresh_interpreter import in_new_process
 from lmcache_conformance.runner.marks import level, requires
 
 CHUNK = 16
@@ -294,7 +294,7 @@ class KeyTests:
         """Another hash seed, other addresses, another start time."""
         here = self.names()
         assert self.names() == here, "names differ between two calls in one process"
-        there = elsewhere(self, "names")
+        there = in_new_process(self, "names")
         wrong = [case for case in here if there.get(case) != here[case]]
         assert not wrong, f"another process has other names for: {', '.join(wrong)}"
 

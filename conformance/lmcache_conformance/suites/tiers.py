@@ -12,9 +12,9 @@ with that reason. Where you offer a way around the tier (`raw_get`, `raw_put`, `
 
 from __future__ import annotations
 
-from lmcache_conformance.suites.tierbytes import TierBytesTests
-from lmcache_conformance.suites.tierfactory import TierCapabilities
-from lmcache_conformance.suites.tierfaults import TierFaultTests
+from lmcache_conformance.suites.tier_bytes import TierBytesTests
+from lmcache_conformance.suites.tier_factory import TierCapabilities
+from lmcache_conformance.suites.tier_faults import TierFaultTests
 
 __all__ = ["TierCapabilities", "TierTests"]
 

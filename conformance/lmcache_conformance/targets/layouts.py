@@ -2,7 +2,7 @@
 
 import torch
 
-from lmcache_conformance.labs.layoutlab import LABS, Lab, LabLayoutTests, ambiguous, plain
+from lmcache_conformance.labs.engine_layouts import LABS, Lab, LabLayoutTests, ambiguous, plain
 
 
 class TestEngines(LabLayoutTests):

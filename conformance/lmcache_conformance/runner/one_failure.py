@@ -1,4 +1,4 @@
-"""A pytest plugin (`-p lmcache_conformance.runner.onefailure`): once a test of a class has failed, the rest is left out.
+"""A pytest plugin (`-p lmcache_conformance.runner.one_failure`): once a test of a class has failed, the rest is left out.
 
 So that many mutants run in one process, each until it is killed.
 """

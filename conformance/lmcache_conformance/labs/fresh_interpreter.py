@@ -15,9 +15,9 @@ _CODE = """
 import importlib.util, json, sys
 file, name, method, arguments, path = json.loads(sys.argv[1])
 sys.path[:] = path
-spec = importlib.util.spec_from_file_location("suite_elsewhere", file)
+spec = importlib.util.spec_from_file_location("suite_in_new_process", file)
 module = importlib.util.module_from_spec(spec)
-sys.modules["suite_elsewhere"] = module
+sys.modules["suite_in_new_process"] = module
 spec.loader.exec_module(module)
 target = module
 for part in name.split("."):
@@ -26,7 +26,7 @@ print("ANSWER" + json.dumps(getattr(target(), method)(*arguments)))
 """
 
 
-def elsewhere(suite: object, method: str, *arguments: Any, seed: int = 4242, timeout: float = 180.0) -> Any:
+def in_new_process(suite: object, method: str, *arguments: Any, seed: int = 4242, timeout: float = 180.0) -> Any:
     """What `type(suite)().method(*arguments)` returns in another process.
 
     Arguments and answer are JSON. The class must be importable from its file, not defined inside a function.
@@ -47,7 +47,7 @@ def elsewhere(suite: object, method: str, *arguments: Any, seed: int = 4242, tim
     return json.loads(answers[-1])
 
 
-def started(suite: object, method: str, *arguments: Any) -> subprocess.Popen[str]:
+def start_in_new_process(suite: object, method: str, *arguments: Any) -> subprocess.Popen[str]:
     """The same, without waiting: a process whose output can be read, and which can be killed."""
     command, environ = _command(suite, method, arguments, seed=1)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)

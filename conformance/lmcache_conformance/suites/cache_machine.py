@@ -20,7 +20,7 @@ from lmcache import CacheEngine, Config
 from lmcache.hit import Hit
 from lmcache.spec import KVSpec
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.kvlab import (
+from lmcache_conformance.labs.kv_pool import (
     CHUNK,
     DIM,
     HEADS,
@@ -33,8 +33,8 @@ from lmcache_conformance.labs.kvlab import (
     tiny_spec,
 )
 from lmcache_conformance.runner.marks import level
-from lmcache_conformance.suites.cachefactory import CacheFactory
-from lmcache_conformance.suites.machine import run_machine
+from lmcache_conformance.suites.cache_factory import CacheFactory
+from lmcache_conformance.suites.tier_machine import run_machine
 
 Name = tuple[str, tuple[str, ...]]
 """A chunk: salt, and the letters of the prompt up to its end."""

@@ -12,7 +12,7 @@ from lmcache.plan import Status
 from lmcache.spec import Rect
 from lmcache.tiers.base import Found, Range, Read, Tier, Write
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.tierlab import (
+from lmcache_conformance.labs.tier_objects import (
     FORM,
     NAMESPACE,
     OTHER_NAMESPACE,
@@ -25,7 +25,7 @@ from lmcache_conformance.labs.tierlab import (
     stored_form,
 )
 from lmcache_conformance.runner.marks import level, requires
-from lmcache_conformance.suites.tierfactory import TierFactory
+from lmcache_conformance.suites.tier_factory import TierFactory
 
 
 class TierBytesTests(TierFactory):

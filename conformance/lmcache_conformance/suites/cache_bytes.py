@@ -10,8 +10,8 @@ import torch
 from lmcache import Layout, PagedKV
 from lmcache.spec import KVSpec, LayerGroup, Numerics, Plane, trailing
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.elsewhere import elsewhere
-from lmcache_conformance.labs.kvlab import (
+from lmcache_conformance.labs.fresh_interpreter import in_new_process
+from lmcache_conformance.labs.kv_pool import (
     CHUNK,
     DIM,
     HEADS,
@@ -24,7 +24,7 @@ from lmcache_conformance.labs.kvlab import (
     tiny_spec,
 )
 from lmcache_conformance.runner.marks import level
-from lmcache_conformance.suites.cachefactory import CacheFactory, tokens_of
+from lmcache_conformance.suites.cache_factory import CacheFactory, tokens_of
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn, torch.int8)
 
@@ -211,7 +211,7 @@ class CacheBytesTests(CacheFactory):
     @level(Level.RESTART)
     def test_another_process_finds_and_reads_what_was_flushed(self, place: Path) -> None:
         stored = self.store_somewhere(str(place))
-        found, same = elsewhere(self, "find_there", str(place))
+        found, same = in_new_process(self, "find_there", str(place))
         assert found == stored, f"another process is offered {found} of {stored} tokens"
         assert same, "another process read other bits"
 

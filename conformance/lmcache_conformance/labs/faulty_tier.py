@@ -14,8 +14,8 @@ from lmcache import CacheEngine
 from lmcache.keys import ObjectId
 from lmcache.tiers.base import Read, Result, Write
 from lmcache.tiers.memory import MemoryTier
-from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
-from lmcache_conformance.suites.cachefactory import CacheFactory
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
+from lmcache_conformance.suites.cache_factory import CacheFactory
 
 T = TypeVar("T")
 CHUNKS = 4
@@ -24,7 +24,7 @@ Reads = Callable[[Sequence[Read]], list[Result]]
 Writes = Callable[[Sequence[Write]], list[Result]]
 
 
-class Moody(MemoryTier):
+class FaultyTier(MemoryTier):
     """A remote store that can be told to misbehave in ways that a real one does but cannot be made to on demand."""
 
     name = "remote"
@@ -63,7 +63,9 @@ class Moody(MemoryTier):
 class Case:
     """A prompt that lies in the remote tier only, a fresh cache over it, and a target to load into."""
 
-    def __init__(self, tier: Moody, cache: CacheEngine, source: Pool, slots: torch.Tensor, patience: float) -> None:
+    def __init__(
+        self, tier: FaultyTier, cache: CacheEngine, source: Pool, slots: torch.Tensor, patience: float
+    ) -> None:
         self.tier, self.cache, self.source, self.slots = tier, cache, source, slots
         self.patience = patience
         self.target = Pool("packed", 40, seed=2)
@@ -82,16 +84,16 @@ class Case:
         assert got == want, f"{loaded} tokens are called loaded, and are not what was stored"
         return loaded
 
-    def load_at_last(self) -> int:
+    def load_with_retries(self) -> int:
         """The same, for a cache whose own deadlines are so short that a busy machine misses one now and then."""
         until = time.monotonic() + self.patience
         while (loaded := self.load()) < len(TOKENS) and time.monotonic() < until:
             pass
         return loaded
 
-    def quiet(self) -> None:
+    def assert_idle(self) -> None:
         """No lease, no job, no slot in between: everything was given back."""
-        quiet(self.cache, self.patience)
+        assert_idle(self.cache, self.patience)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
@@ -115,7 +117,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     return done[0]
 
 
-def quiet(cache: CacheEngine, patience: float) -> None:
+def assert_idle(cache: CacheEngine, patience: float) -> None:
     """Nothing is held once all is over."""
     until = time.monotonic() + patience
     while True:
@@ -141,13 +143,13 @@ DAMAGE: dict[str, Callable[[bytearray], object]] = {
 }
 
 
-class MoodyFactory(CacheFactory):
+class FaultyTierFactory(CacheFactory):
     """A cache over a moody tier."""
 
     @pytest.fixture
     def case(self) -> Iterator[Case]:
         """Four chunks in a remote tier, nothing in DRAM."""
-        tier = Moody()
+        tier = FaultyTier()
         source = Pool("packed", 40, seed=1)
         slots = scattered(len(TOKENS), source, seed=3)
         filler = self.open_cache(tiny_config(), tiny_spec(), [tier])
@@ -159,6 +161,6 @@ class MoodyFactory(CacheFactory):
         tier.answers.set()
         case.cache.close()
 
-    def reopen(self, tier: Moody, **settings: float) -> CacheEngine:
+    def reopen(self, tier: FaultyTier, **settings: float) -> CacheEngine:
         """A fresh cache over this tier, patient unless `settings` say otherwise."""
         return self.open_cache(tiny_config(**settings), tiny_spec(), [tier])

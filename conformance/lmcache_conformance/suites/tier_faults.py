@@ -13,16 +13,16 @@ from hypothesis.stateful import RuleBasedStateMachine
 from lmcache.plan import Status
 from lmcache.tiers.base import Range, Read, Tier, Write
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.elsewhere import elsewhere
-from lmcache_conformance.labs.tierlab import (
+from lmcache_conformance.labs.fresh_interpreter import in_new_process
+from lmcache_conformance.labs.tier_objects import (
     get,
     object_id,
     pattern,
     put,
 )
 from lmcache_conformance.runner.marks import level, requires
-from lmcache_conformance.suites.machine import BoundedTierMachine, TierMachine, run_machine
-from lmcache_conformance.suites.tierfactory import TierFactory
+from lmcache_conformance.suites.tier_factory import TierFactory
+from lmcache_conformance.suites.tier_machine import BoundedTierMachine, TierMachine, run_machine
 
 
 class TierFaultTests(TierFactory):
@@ -269,7 +269,7 @@ class TierFaultTests(TierFactory):
             put(tier, object_id(number), pattern(number, 500))
         tier.flush()
         tier.close()
-        found, wrong = elsewhere(self, "look", str(place), 5)
+        found, wrong = in_new_process(self, "look", str(place), 5)
         assert found == 5, f"another process sees {found} of 5 objects"
         assert not wrong, f"another process reads other bytes of chunks {wrong}"
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lmcache.keys import ObjectId
 from lmcache.plan import Status
 from lmcache.tiers.base import Range, Read, Tier
-from lmcache_conformance.labs.tierlab import NAMESPACE, OTHER_NAMESPACE, get, object_id, pattern, put
+from lmcache_conformance.labs.tier_objects import NAMESPACE, OTHER_NAMESPACE, get, object_id, pattern, put
 
 
 def run_machine(

@@ -15,14 +15,22 @@ import torch
 from lmcache.plan import Status
 from lmcache.tiers.base import Read, Result
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.elsewhere import started
-from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
-from lmcache_conformance.labs.moody import DAMAGE, TOKENS, Case, Moody, MoodyFactory, quiet, within
-from lmcache_conformance.labs.ours import enospc
+from lmcache_conformance.labs.faulty_tier import (
+    DAMAGE,
+    TOKENS,
+    Case,
+    FaultyTier,
+    FaultyTierFactory,
+    assert_idle,
+    within,
+)
+from lmcache_conformance.labs.fresh_interpreter import start_in_new_process
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.our_tiers import enospc
 from lmcache_conformance.runner.marks import level
 
 
-class CacheFaultTests(MoodyFactory):
+class CacheFaultTests(FaultyTierFactory):
     """Damage, failures, and tiers that are slow, dead or full."""
 
     # ---------------------------------------------------------------- what lies there is not what was stored
@@ -30,7 +38,7 @@ class CacheFaultTests(MoodyFactory):
     @level(Level.FAULTS)
     def test_a_healthy_tier_serves(self, case: Case) -> None:
         assert case.load() == len(TOKENS)
-        case.quiet()
+        case.assert_idle()
 
     @level(Level.FAULTS)
     @pytest.mark.parametrize("damage", DAMAGE)
@@ -41,9 +49,9 @@ class CacheFaultTests(MoodyFactory):
             case.tier.contents()[id] = bytes(content)
         assert case.load() == 0, "nothing there is whole, and something is called loaded"
         assert case.cache.stats()['lmcache_corruptions_total{tier="remote"}'] >= 1, "nobody is told"
-        case.quiet()  # by then the damaged copies are removed
+        case.assert_idle()  # by then the damaged copies are removed
         case.cache.store(TOKENS, case.source.kv, case.slots)
-        case.quiet()
+        case.assert_idle()
         case.cache.close()
         case.cache = self.reopen(case.tier)
         assert case.load() == len(TOKENS), "good copies did not take the place of the damaged ones"
@@ -98,7 +106,7 @@ class CacheFaultTests(MoodyFactory):
         case.tier.reads = lambda reads: [Result(status, 0, "injected")] * len(reads)
         assert case.load() == 0
         case.tier.reads = None
-        case.quiet()
+        case.assert_idle()
         other = Pool("packed", 40, seed=1)  # the engine recomputes the same values
         case.cache.store(TOKENS, other.kv, case.slots)
         assert case.load() == len(TOKENS), "after a failed load the prompt can't be cached any more"
@@ -113,7 +121,7 @@ class CacheFaultTests(MoodyFactory):
         case.tier.writes = boom
         pool = Pool("packed", 40, seed=9)
         case.cache.store(TOKENS + 1, pool.kv, case.slots)
-        case.quiet()
+        case.assert_idle()
         with case.cache.lookup(TOKENS + 1) as hit:
             assert hit.by_tier == {"dram": len(TOKENS)}, "DRAM serves on"
 
@@ -123,7 +131,7 @@ class CacheFaultTests(MoodyFactory):
         for number, status in enumerate((Status.FAILED, Status.FULL, Status.LATE), 1):
             case.tier.writes = lambda writes, status=status: [Result(status, 0, "injected")] * len(writes)
             case.cache.store(TOKENS + number, pool.kv, case.slots)
-            case.quiet()
+            case.assert_idle()
         case.tier.writes = None
         case.cache.close()
         case.cache = self.reopen(case.tier)
@@ -143,10 +151,10 @@ class CacheFaultTests(MoodyFactory):
             assert hit.tokens == len(TOKENS)
             assert within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots)) == 0
         case.tier.answers.set()
-        case.quiet()
+        case.assert_idle()
         same = all(torch.equal(a, b) for a, b in zip(before, case.target.snapshot(), strict=True))
         assert same, "the engine's memory was written after the load had been given up"
-        assert case.load_at_last() == len(TOKENS), "the tier answers again, and nothing is loaded from it"
+        assert case.load_with_retries() == len(TOKENS), "the tier answers again, and nothing is loaded from it"
 
     @level(Level.FAULTS)
     def test_slots_under_a_hung_read_are_not_reused_while_it_hangs(self, case: Case) -> None:
@@ -162,7 +170,7 @@ class CacheFaultTests(MoodyFactory):
             pools.append(pool)
             prompts.append(tokens)
         case.tier.answers.set()
-        case.quiet()
+        case.assert_idle()
         found = 0
         for pool, tokens in zip(pools, prompts, strict=True):
             with case.cache.lookup(tokens) as hit:
@@ -174,7 +182,7 @@ class CacheFaultTests(MoodyFactory):
 
     @level(Level.FAULTS)
     def test_a_shared_tier_that_does_not_answer_is_a_miss_in_bounded_time(self) -> None:
-        tier = Moody(shared=True)
+        tier = FaultyTier(shared=True)
         with self.open_cache(tiny_config(probe_timeout_s=0.1), tiny_spec(), [tier]) as cache:
             tier.answers.clear()
             try:
@@ -184,7 +192,7 @@ class CacheFaultTests(MoodyFactory):
 
     @level(Level.FAULTS)
     def test_a_dead_tier_keeps_neither_store_nor_close_waiting(self) -> None:
-        tier = Moody()
+        tier = FaultyTier()
         cache = self.open_cache(tiny_config(load_timeout_s=0.1), tiny_spec(), [tier])
         pool = Pool("packed", 40)
         slots = scattered(len(TOKENS), pool)
@@ -211,7 +219,7 @@ class CacheFaultTests(MoodyFactory):
                     stored = within(self.patience, lambda tokens=tokens: cache.store(tokens, pool.kv, slots))  # type: ignore[misc]
                     assert stored == len(TOKENS), f"store {n}"
                     assert within(self.patience, cache.flush), "flush hangs on a full disk"
-                quiet(cache, self.patience)
+                assert_idle(cache, self.patience)
                 assert not list(place.rglob("*.safetensors"))
             until = time.monotonic() + self.patience
             n = 100
@@ -226,7 +234,7 @@ class CacheFaultTests(MoodyFactory):
 
     @level(Level.FAULTS)
     def test_a_killed_process_leaves_only_right_bits_and_all_that_it_had_flushed(self, place: Path) -> None:
-        child = started(self, "store_for_ever", str(place))
+        child = start_in_new_process(self, "store_for_ever", str(place))
         flushed = -1
         try:
             assert child.stdout is not None

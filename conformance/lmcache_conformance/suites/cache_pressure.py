@@ -13,13 +13,13 @@ import torch
 from lmcache.plan import Status
 from lmcache.tiers.base import Result
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
-from lmcache_conformance.labs.moody import TOKENS, Case, MoodyFactory, quiet, within
+from lmcache_conformance.labs.faulty_tier import TOKENS, Case, FaultyTierFactory, assert_idle, within
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
 from lmcache_conformance.runner.marks import level
-from lmcache_conformance.suites.cachefactory import tokens_of
+from lmcache_conformance.suites.cache_factory import tokens_of
 
 
-class CachePressureTests(MoodyFactory):
+class CachePressureTests(FaultyTierFactory):
     """Pressure, concurrency."""
 
     # ---------------------------------------------------------------- pressure
@@ -54,7 +54,7 @@ class CachePressureTests(MoodyFactory):
                 with cache.lookup(TOKENS) as hit:
                     assert hit.tokens == 0, "offered, though there was no memory to store it in"
                     assert within(self.patience, lambda hit=hit: cache.retrieve(hit, target.kv, slots)) == 0  # type: ignore[misc]
-            quiet(cache, self.patience)
+            assert_idle(cache, self.patience)
         finally:
             cache.close()
 
@@ -91,7 +91,7 @@ class CachePressureTests(MoodyFactory):
             assert cache.store(tokens_of(4 * CHUNK, seed=999), pool.kv, slots) == 4 * CHUNK, (
                 "pins leaked: the cache is stuck"
             )
-            quiet(cache, self.patience)
+            assert_idle(cache, self.patience)
 
     @level(Level.PRESSURE)
     def test_a_hit_on_disk_may_be_larger_than_dram(self, place: Path) -> None:
@@ -133,7 +133,7 @@ class CachePressureTests(MoodyFactory):
         for n in range(1, 40):
             assert case.cache.store(TOKENS + n, pool.kv, case.slots) == len(TOKENS), f"round {n}"
             assert case.cache.flush()
-        case.quiet()
+        case.assert_idle()
 
     # ---------------------------------------------------------------- concurrency
 
@@ -168,7 +168,7 @@ class CachePressureTests(MoodyFactory):
                 assert not thread.is_alive(), "a thread hangs"
             assert not wrong, f"wrong bits in {wrong}"
             for cache in opened:
-                quiet(cache, self.patience)
+                assert_idle(cache, self.patience)
         finally:
             for cache in opened:
                 cache.close()

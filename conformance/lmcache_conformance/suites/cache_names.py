@@ -14,9 +14,9 @@ from lmcache import CacheEngine, Layout, PagedKV
 from lmcache.keys import Extra
 from lmcache.spec import KVSpec, Numerics
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.kvlab import CHUNK, DIM, Pool, bits, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.kv_pool import CHUNK, DIM, Pool, bits, scattered, tiny_config, tiny_spec
 from lmcache_conformance.runner.marks import level
-from lmcache_conformance.suites.cachefactory import CacheFactory, tokens_of
+from lmcache_conformance.suites.cache_factory import CacheFactory, tokens_of
 
 
 class CacheNameTests(CacheFactory):

@@ -26,7 +26,7 @@ FULL_LIMITS = Limits(test=1800.0, start=600.0, job=7200.0)
 
 
 @dataclass(frozen=True)
-class Wish:
+class Selection:
     """What to run. Nothing named means everything.
 
     Attributes:
@@ -61,7 +61,7 @@ class Wish:
         return tuple(found)
 
 
-def jobs_for(wish: Wish) -> list[Job]:
+def jobs_for(selection: Selection) -> list[Job]:
     """One job per target, and one per adapter.
 
     Raises:
@@ -69,27 +69,29 @@ def jobs_for(wish: Wish) -> list[Job]:
         XfailError: the list of known failures is malformed.
     """
     known = [level.value for level in Level]
-    for level in wish.levels:
+    for level in selection.levels:
         if level not in known:
             raise DiscoveryError(f"no level is called {level!r}{nearest(level, known)} There are: {', '.join(known)}")
-    if wish.xfails is not None:
-        read_xfails(wish.xfails)  # said once, here, and not by every child
+    if selection.xfails is not None:
+        read_xfails(selection.xfails)  # said once, here, and not by every child
     found = targets()
-    chosen = choose_targets(found, wish.tiers, kind="tier") + choose_targets(found, wish.targets)
-    if not (wish.adapters or wish.tiers or wish.targets):
+    chosen = choose_targets(found, selection.tiers, kind="tier") + choose_targets(found, selection.targets)
+    if not (selection.adapters or selection.tiers or selection.targets):
         chosen = list(found)
     engine = next((t for t in found if t.name == ENGINE_TARGET), None)
-    adapters: Sequence[str] = wish.adapters
+    adapters: Sequence[str] = selection.adapters
     if engine in chosen and not adapters:
         adapters = adapter_names()
-    jobs = [Job(t.name, file_of(t), wish.options()) for t in dict.fromkeys(chosen) if t != engine]
+    jobs = [Job(t.name, file_of(t), selection.options()) for t in dict.fromkeys(chosen) if t != engine]
     if adapters and engine is None:
         raise DiscoveryError(f"adapters cannot be tested: there is no target {ENGINE_TARGET!r} in this release")
     rows = {job.row for job in jobs}
-    return jobs + [_adapter_job(engine, name, wish, rows) for name in dict.fromkeys(adapters) if engine is not None]
+    return jobs + [
+        _adapter_job(engine, name, selection, rows) for name in dict.fromkeys(adapters) if engine is not None
+    ]
 
 
-def _adapter_job(engine: Target, name: str, wish: Wish, taken: set[str]) -> Job:
+def _adapter_job(engine: Target, name: str, selection: Selection, taken: set[str]) -> Job:
     if ":" not in name and name not in adapter_names():
         names = adapter_names()
         raise DiscoveryError(
@@ -97,4 +99,4 @@ def _adapter_job(engine: Target, name: str, wish: Wish, taken: set[str]) -> Job:
             "or name one as module:attribute"
         )
     row = f"adapter {name}" if name in taken else name
-    return Job(row, file_of(engine), (f"--lmcache-adapter={name}", *wish.options()))
+    return Job(row, file_of(engine), (f"--lmcache-adapter={name}", *selection.options()))
