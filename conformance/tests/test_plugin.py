@@ -1,4 +1,4 @@
-"""The pytest plugin: levels, claims, known failures, reproduction, and nothing at all where none of it is used."""
+"""The pytest plugin: levels, capabilities, known failures, reproduction, and no effect on tests that use none of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def results(path: Path) -> dict[str, TestResult]:
     return {e.nodeid.rpartition("::")[2]: e for e in read(path) if isinstance(e, TestResult)}
 
 
-# ---------------------------------------------------------------- for those who merely have it installed
+# ---------------------------------------------------------------- unrelated test suites
 
 
 def test_an_ordinary_run_is_left_alone(pytester: pytest.Pytester) -> None:
@@ -79,7 +79,7 @@ def test_the_plugin_is_there_by_installation_and_its_marks_are_known(pytester: p
     assert "lmcache_level(name)" in run(pytester, "--markers").stdout.str()
 
 
-# ---------------------------------------------------------------- claims
+# ---------------------------------------------------------------- capabilities
 
 
 def test_what_is_not_claimed_is_skipped_with_that_reason(pytester: pytest.Pytester) -> None:
@@ -159,7 +159,7 @@ def test_without_an_adapter_the_reason_says_how_to_name_one(engine_suite: pytest
     [
         ("hg", "*no adapter is called 'hg'; did you mean 'hf'?*"),
         ("fake_adapters:goood", "*'fake_adapters:goood' is not in its module*"),
-        ("fake_adapters:not_an_adapter", "*no EngineAdapter: it lacks name, capabilities, why_not, open*"),
+        ("fake_adapters:not_an_adapter", "*not an EngineAdapter: it lacks name, capabilities, why_not, open*"),
         ("no_such_module:x", "*cannot be imported: No module named 'no_such_module'*"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_known_failure_that_is_no_test_is_mentioned(pytester: pytest.Pytester)
     pytester.makepyfile(FAILING)
     pytester.makefile(".txt", xfails="test_gone https://example.org/i/1\n")
     done = run(pytester, "--lmcache-xfails=xfails.txt")
-    done.stdout.fnmatch_lines("known failures: no test is called like 'test_gone' (https://example.org/i/1)")
+    done.stdout.fnmatch_lines("known failures: no test matches 'test_gone' (https://example.org/i/1)")
 
 
 @pytest.mark.parametrize(

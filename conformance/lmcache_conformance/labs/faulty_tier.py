@@ -1,4 +1,4 @@
-"""A tier that can be told to misbehave, and what a test of a cache over it needs: bounded waits, damage, a loaded prompt."""
+"""A tier with injectable faults, and helpers for tests of a cache above it: bounded waits, damage, a stored prompt."""
 
 from __future__ import annotations
 
@@ -25,43 +25,49 @@ Writes = Callable[[Sequence[Write]], list[Result]]
 
 
 class FaultyTier(MemoryTier):
-    """A remote store that can be told to misbehave in ways that a real one does but cannot be made to on demand."""
+    """An in-memory stand-in for a remote store, with faults that a real store has but cannot produce on demand.
+
+    Attributes:
+        answers: while cleared, every call blocks.
+        reads: replaces `read_into` if set.
+        writes: replaces `write` if set.
+    """
 
     name = "remote"
 
     def __init__(self, *, shared: bool = False) -> None:
         super().__init__()
         self.shared = shared
-        self.answers = threading.Event()  # set = calls go through
+        self.answers = threading.Event()
         self.answers.set()
         self.reads: Reads | None = None
         self.writes: Writes | None = None
 
     def contains(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
-        """Hangs, or not."""
+        """Blocks while `answers` is cleared."""
         self.answers.wait()
         return super().contains(ids, deadline=deadline)
 
     def read_into(self, reads: Sequence[Read], *, deadline: float | None = None) -> list[Result]:
-        """A careless tier: it does not look at the deadline, and fills the buffers long after it."""
+        """Ignores the deadline, so that buffers may be filled long after it."""
         self.answers.wait()
         return self.reads(reads) if self.reads else super().read_into(reads)
 
     def write(self, writes: Sequence[Write], *, deadline: float | None = None) -> list[Result]:
-        """Hangs, fails, or not."""
+        """Blocks while `answers` is cleared; calls `writes` if set."""
         self.answers.wait()
         return self.writes(writes) if self.writes else super().write(writes)
 
     def close(self) -> None:
-        """A store outlives its clients."""
+        """Does nothing: a remote store outlives its clients."""
 
     def contents(self) -> dict[ObjectId, bytes]:
-        """The stored bytes themselves, to be damaged."""
+        """Returns the stored bytes themselves, for damaging them."""
         return self._objects
 
 
 class Case:
-    """A prompt that lies in the remote tier only, a fresh cache over it, and a target to load into."""
+    """A prompt stored only in the remote tier, a fresh cache above it, and a pool to load into."""
 
     def __init__(
         self, tier: FaultyTier, cache: CacheEngine, source: Pool, slots: torch.Tensor, patience: float
@@ -71,7 +77,7 @@ class Case:
         self.target = Pool("packed", 40, seed=2)
 
     def load(self) -> int:
-        """Tokens loaded; whatever is called loaded must be right."""
+        """Looks up and loads the prompt; returns the number of tokens loaded, after checking their bytes."""
 
         def call() -> int:
             with self.cache.lookup(TOKENS) as hit:
@@ -81,23 +87,23 @@ class Case:
 
         loaded = within(self.patience, call)
         got, want = self.target.sequence(self.slots[:loaded]), self.source.sequence(self.slots[:loaded])
-        assert got == want, f"{loaded} tokens are called loaded, and are not what was stored"
+        assert got == want, f"{loaded} tokens were reported as loaded, but their bytes are not those stored"
         return loaded
 
     def load_with_retries(self) -> int:
-        """The same, for a cache whose own deadlines are so short that a busy machine misses one now and then."""
+        """Repeats `load` until it loads everything: for caches with deadlines so short that a busy machine may miss them."""
         until = time.monotonic() + self.patience
         while (loaded := self.load()) < len(TOKENS) and time.monotonic() < until:
             pass
         return loaded
 
     def assert_idle(self) -> None:
-        """No lease, no job, no slot in between: everything was given back."""
+        """Asserts that the cache holds no lease, job or slot."""
         assert_idle(self.cache, self.patience)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns; an assertion fails if it raises or hangs."""
+    """Returns what `call` returns; fails an assertion if it raises or takes longer than `seconds`."""
     done: list[T] = []
     errors: list[BaseException] = []
 
@@ -110,7 +116,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    assert not thread.is_alive(), f"it hangs: no answer after {seconds:g} s"
+    assert not thread.is_alive(), f"the call hangs: it has not returned after {seconds:g} s"
     if errors and isinstance(errors[0], AssertionError):
         raise errors[0]
     assert not errors, f"a failure of the cache must be a miss, but it raised {type(errors[0]).__name__}: {errors[0]}"
@@ -118,7 +124,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def assert_idle(cache: CacheEngine, patience: float) -> None:
-    """Nothing is held once all is over."""
+    """Asserts that no lease, job or leaving slot remains, waiting up to `patience` seconds for it."""
     until = time.monotonic() + patience
     while True:
         cache.flush(timeout=patience)
@@ -126,11 +132,11 @@ def assert_idle(cache: CacheEngine, patience: float) -> None:
         held = {name: stats[name] for name in ("index_leases", "index_jobs", "index_slots_leaving") if stats[name]}
         if not held:
             return
-        assert time.monotonic() < until, f"with all requests over, the cache still holds {held}"
+        assert time.monotonic() < until, f"all requests have ended, but the cache still holds {held}"
         time.sleep(0.01)
 
 
-assert tiny_spec().object_bytes(0, CHUNK) == 3072  # so that the places below are what they say
+assert tiny_spec().object_bytes(0, CHUNK) == 3072  # the offsets below depend on this size
 DAMAGE: dict[str, Callable[[bytearray], object]] = {
     "truncated by a few bytes of payload": lambda c: c.__delitem__(slice(len(c) - 1024 - 64, None)),
     "a bit of the payload": lambda c: c.__setitem__(-2000, c[-2000] ^ 1),  # the last 1024 bytes are padding
@@ -144,11 +150,11 @@ DAMAGE: dict[str, Callable[[bytearray], object]] = {
 
 
 class FaultyTierFactory(CacheFactory):
-    """A cache over a moody tier."""
+    """Opens a cache above a faulty tier."""
 
     @pytest.fixture
     def case(self) -> Iterator[Case]:
-        """Four chunks in a remote tier, nothing in DRAM."""
+        """Yields a case with four chunks in the remote tier and nothing in DRAM."""
         tier = FaultyTier()
         source = Pool("packed", 40, seed=1)
         slots = scattered(len(TOKENS), source, seed=3)
@@ -162,5 +168,5 @@ class FaultyTierFactory(CacheFactory):
         case.cache.close()
 
     def reopen(self, tier: FaultyTier, **settings: float) -> CacheEngine:
-        """A fresh cache over this tier, patient unless `settings` say otherwise."""
+        """Opens a fresh cache above this tier, with long timeouts unless `settings` override them."""
         return self.open_cache(tiny_config(**settings), tiny_spec(), [tier])

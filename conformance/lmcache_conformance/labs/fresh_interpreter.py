@@ -1,4 +1,4 @@
-"""Runs a method of a suite in a fresh interpreter with another hash seed: what a restart, or another host, would see."""
+"""Runs a method of a suite in a fresh interpreter with another hash seed, as after a restart or on another host."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ print("ANSWER" + json.dumps(getattr(target(), method)(*arguments)))
 
 
 def in_new_process(suite: object, method: str, *arguments: Any, seed: int = 4242, timeout: float = 180.0) -> Any:
-    """What `type(suite)().method(*arguments)` returns in another process.
+    """Returns what `type(suite)().method(*arguments)` returns in another process.
 
-    Arguments and answer are JSON. The class must be importable from its file, not defined inside a function.
+    Arguments and result are passed as JSON. The class must be importable from its file, not defined inside a function.
 
     Raises:
-        AssertionError: the child failed or took longer than `timeout` seconds; with its output.
+        AssertionError: the child failed or took longer than `timeout` seconds; the message includes its output.
     """
     cls = type(suite)
     command, environ = _command(suite, method, arguments, seed)
@@ -43,12 +43,12 @@ def in_new_process(suite: object, method: str, *arguments: Any, seed: int = 4242
     where = f"{Path(inspect.getfile(cls)).name}, {cls.__name__}.{method} in another process"
     assert done.returncode == 0, f"{where} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
     answers = [line.removeprefix("ANSWER") for line in done.stdout.splitlines() if line.startswith("ANSWER")]
-    assert answers, f"{where} gave no answer:\n{done.stdout[-1000:]}"
+    assert answers, f"{where} returned nothing:\n{done.stdout[-1000:]}"
     return json.loads(answers[-1])
 
 
 def start_in_new_process(suite: object, method: str, *arguments: Any) -> subprocess.Popen[str]:
-    """The same, without waiting: a process whose output can be read, and which can be killed."""
+    """Starts the same without waiting. The caller reads the process's output and kills it."""
     command, environ = _command(suite, method, arguments, seed=1)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
 

@@ -1,4 +1,4 @@
-"""A cache under faults: right bits or a miss, nothing hangs, nothing that was flushed is lost, and it works again."""
+"""A cache under faults: correct bits or a miss, no hang, no flushed data lost, and full function afterwards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lmcache_conformance.runner.marks import level
 class CacheFaultTests(FaultyTierFactory):
     """Damage, failures, and tiers that are slow, dead or full."""
 
-    # ---------------------------------------------------------------- what lies there is not what was stored
+    # ---------------------------------------------------------------- damaged or wrong data in the tier
 
     @level(Level.FAULTS)
     def test_a_healthy_tier_serves(self, case: Case) -> None:
@@ -47,14 +47,14 @@ class CacheFaultTests(FaultyTierFactory):
             content = bytearray(data)
             DAMAGE[damage](content)
             case.tier.contents()[id] = bytes(content)
-        assert case.load() == 0, "nothing there is whole, and something is called loaded"
-        assert case.cache.stats()['lmcache_corruptions_total{tier="remote"}'] >= 1, "nobody is told"
+        assert case.load() == 0, "tokens were reported as loaded although every object is damaged"
+        assert case.cache.stats()['lmcache_corruptions_total{tier="remote"}'] >= 1, "the damage was not counted"
         case.assert_idle()  # by then the damaged copies are removed
         case.cache.store(TOKENS, case.source.kv, case.slots)
         case.assert_idle()
         case.cache.close()
         case.cache = self.reopen(case.tier)
-        assert case.load() == len(TOKENS), "good copies did not take the place of the damaged ones"
+        assert case.load() == len(TOKENS), "the damaged copies were not replaced with intact ones"
 
     @level(Level.FAULTS)
     def test_objects_under_each_others_names_are_never_served(self, case: Case) -> None:
@@ -65,12 +65,12 @@ class CacheFaultTests(FaultyTierFactory):
 
     @level(Level.FAULTS)
     def test_a_tier_that_says_it_read_and_did_not_is_found_out(self, case: Case) -> None:
-        """The buffers still hold what they held before: perhaps the right header of another read."""
+        """The buffers keep their old contents, which may be the valid header of another read."""
         assert case.load() == len(TOKENS)
         case.cache.close()
         case.cache = self.reopen(case.tier)
         case.tier.reads = lambda reads: [Result(Status.OK, sum(r.length for r in read.ranges)) for read in reads]
-        assert case.load() == 0, "a read that moved nothing is called a success"
+        assert case.load() == 0, "a read that transferred nothing was accepted as successful"
 
     @level(Level.FAULTS)
     def test_a_tier_that_moves_half_and_says_all_is_found_out(self, case: Case) -> None:
@@ -86,7 +86,7 @@ class CacheFaultTests(FaultyTierFactory):
             return results
 
         case.tier.reads = half
-        assert case.load() == 0, "half an object is called loaded; the rest is what lay in the buffer before"
+        assert case.load() == 0, "half an object was reported as loaded; the rest is the buffer's old content"
 
     @level(Level.FAULTS)
     def test_objects_that_vanish_after_the_lookup_shorten_the_load(self, case: Case) -> None:
@@ -95,7 +95,7 @@ class CacheFaultTests(FaultyTierFactory):
             doomed = sorted(case.tier.contents(), key=lambda id: id.depth)[2]
             del case.tier.contents()[doomed]
             loaded = within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots))
-        assert loaded == 2 * CHUNK, f"chunk 2 is gone, and {loaded} tokens are called loaded"
+        assert loaded == 2 * CHUNK, f"chunk 2 is gone, but {loaded} tokens were reported as loaded"
         held = case.slots[:loaded]
         assert case.target.sequence(held) == case.source.sequence(held)
         assert case.load() == 2 * CHUNK
@@ -109,12 +109,12 @@ class CacheFaultTests(FaultyTierFactory):
         case.assert_idle()
         other = Pool("packed", 40, seed=1)  # the engine recomputes the same values
         case.cache.store(TOKENS, other.kv, case.slots)
-        assert case.load() == len(TOKENS), "after a failed load the prompt can't be cached any more"
+        assert case.load() == len(TOKENS), "after a failed load the prompt cannot be cached any more"
 
     @level(Level.FAULTS)
     def test_a_tier_that_raises_is_a_miss(self, case: Case) -> None:
         def boom(_: object) -> list[Result]:
-            raise RuntimeError("a bug in somebody's tier")
+            raise RuntimeError("a bug in a third-party tier")
 
         case.tier.reads = boom
         assert case.load() == 0
@@ -123,7 +123,7 @@ class CacheFaultTests(FaultyTierFactory):
         case.cache.store(TOKENS + 1, pool.kv, case.slots)
         case.assert_idle()
         with case.cache.lookup(TOKENS + 1) as hit:
-            assert hit.by_tier == {"dram": len(TOKENS)}, "DRAM serves on"
+            assert hit.by_tier == {"dram": len(TOKENS)}, "DRAM stopped serving after the tier failed"
 
     @level(Level.FAULTS)
     def test_a_write_that_failed_is_never_offered_by_a_fresh_cache(self, case: Case) -> None:
@@ -137,7 +137,7 @@ class CacheFaultTests(FaultyTierFactory):
         case.cache = self.reopen(case.tier)
         for number in range(1, 4):
             with case.cache.lookup(TOKENS + number) as hit:
-                assert hit.tokens == 0, "a store that failed is visible"
+                assert hit.tokens == 0, "a failed store is visible"
 
     # ---------------------------------------------------------------- slow and dead
 
@@ -153,8 +153,8 @@ class CacheFaultTests(FaultyTierFactory):
         case.tier.answers.set()
         case.assert_idle()
         same = all(torch.equal(a, b) for a, b in zip(before, case.target.snapshot(), strict=True))
-        assert same, "the engine's memory was written after the load had been given up"
-        assert case.load_with_retries() == len(TOKENS), "the tier answers again, and nothing is loaded from it"
+        assert same, "the engine's memory was written after the load had been abandoned"
+        assert case.load_with_retries() == len(TOKENS), "the tier answers again, but nothing is loaded from it"
 
     @level(Level.FAULTS)
     def test_slots_under_a_hung_read_are_not_reused_while_it_hangs(self, case: Case) -> None:
@@ -176,7 +176,7 @@ class CacheFaultTests(FaultyTierFactory):
             with case.cache.lookup(tokens) as hit:
                 loaded = case.cache.retrieve(hit, case.target.kv, case.slots)
             got, want = case.target.sequence(case.slots[:loaded]), pool.sequence(case.slots[:loaded])
-            assert got == want, "a read that hung has filled a slot that holds something else by now"
+            assert got == want, "a hung read filled a slot that had been reused for another object"
             found += loaded
         assert found
 
@@ -201,7 +201,7 @@ class CacheFaultTests(FaultyTierFactory):
             for n in range(3):
                 within(self.patience, lambda n=n: cache.store(TOKENS + n, pool.kv, slots))  # type: ignore[misc]
             assert not within(self.patience, lambda: cache.flush(timeout=0.1)), (
-                "nothing was written, and flush says it was"
+                "flush reported success although nothing was written"
             )
             with mock.patch("lmcache.engine._CLOSE_S", 0.5):
                 within(self.patience, cache.close)
@@ -224,7 +224,7 @@ class CacheFaultTests(FaultyTierFactory):
             until = time.monotonic() + self.patience
             n = 100
             while not list(place.rglob("*.safetensors")):
-                assert time.monotonic() < until, "there is space again, and nothing is written any more"
+                assert time.monotonic() < until, "there is free space again, but nothing is written any more"
                 n += 1
                 cache.store(TOKENS + n, pool.kv, slots)
                 cache.flush()
@@ -253,13 +253,15 @@ class CacheFaultTests(FaultyTierFactory):
                 slots = scattered(len(TOKENS), source, seed=3)
                 with cache.lookup(TOKENS + n) as hit:
                     loaded = cache.retrieve(hit, target.kv, slots)
-                assert target.sequence(slots[:loaded]) == source.sequence(slots[:loaded]), f"prompt {n} came back wrong"
+                assert target.sequence(slots[:loaded]) == source.sequence(slots[:loaded]), (
+                    f"prompt {n}: wrong bits loaded"
+                )
                 assert n > flushed or loaded == len(TOKENS), (
-                    f"prompt {n} was flushed, and {loaded} tokens of it are left"
+                    f"prompt {n} was flushed, but only {loaded} of its tokens are left"
                 )
 
     def store_for_ever(self, place: str) -> None:
-        """Store one prompt after another and say how far it is. Runs in another process, until it is killed."""
+        """Stores one prompt after another and prints its progress. Runs in another process, until it is killed."""
         with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
             for n in range(10_000):
                 pool = Pool("packed", 40, seed=n)

@@ -1,4 +1,4 @@
-"""A cache under pressure and many threads: it evicts, keeps its bounds, leaks nothing, and never serves a wrong bit."""
+"""A cache under pressure and with many threads: it evicts, stays within bounds, leaks nothing, serves no wrong bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CachePressureTests(FaultyTierFactory):
             for n in range(20):
                 tokens = tokens_of(4 * CHUNK, seed=n)
                 stored = within(self.patience, lambda tokens=tokens: cache.store(tokens, pool.kv, slots))  # type: ignore[misc]
-                assert stored == 4 * CHUNK, f"store {n}: {stored} tokens taken by a cache that could evict"
+                assert stored == 4 * CHUNK, f"store {n}: only {stored} tokens stored although the cache could evict"
                 with cache.lookup(tokens) as hit:
                     assert hit.tokens == 4 * CHUNK
             with cache.lookup(tokens_of(4 * CHUNK, seed=0)) as hit:
@@ -52,7 +52,7 @@ class CachePressureTests(FaultyTierFactory):
             for _ in range(2):
                 within(self.patience, lambda: cache.store(TOKENS, pool.kv, slots))
                 with cache.lookup(TOKENS) as hit:
-                    assert hit.tokens == 0, "offered, though there was no memory to store it in"
+                    assert hit.tokens == 0, "a hit, although there was no memory to store anything"
                     assert within(self.patience, lambda hit=hit: cache.retrieve(hit, target.kv, slots)) == 0  # type: ignore[misc]
             assert_idle(cache, self.patience)
         finally:
@@ -69,7 +69,7 @@ class CachePressureTests(FaultyTierFactory):
             with cache.lookup(tokens_of(4 * CHUNK)) as hit:
                 for n in range(1, 10):
                     cache.store(tokens_of(4 * CHUNK, seed=n), Pool("packed", 64, seed=n + 10).kv, slots)
-                assert cache.retrieve(hit, target.kv, slots) == 4 * CHUNK, "what was offered is gone"
+                assert cache.retrieve(hit, target.kv, slots) == 4 * CHUNK, "leased chunks were evicted"
             assert target.sequence(slots) == expected
 
     @level(Level.PRESSURE)
@@ -89,7 +89,7 @@ class CachePressureTests(FaultyTierFactory):
                         cache.retrieve(hit, pool.kv, slots)
             time.sleep(0.3)
             assert cache.store(tokens_of(4 * CHUNK, seed=999), pool.kv, slots) == 4 * CHUNK, (
-                "pins leaked: the cache is stuck"
+                "pins leaked: nothing can be stored any more"
             )
             assert_idle(cache, self.patience)
 
@@ -120,9 +120,9 @@ class CachePressureTests(FaultyTierFactory):
                 cache.store(tokens_of(16 * CHUNK, seed=n), pool.kv, slots)
                 cache.flush()
                 sizes = [_size(file) for file in place.rglob("*.safetensors")]
-                assert sum(sizes) <= bound, f"{sum(sizes)} bytes on disk, {bound} are allowed"
+                assert sum(sizes) <= bound, f"{sum(sizes)} bytes on disk; {bound} are allowed"
                 written = max(written, len(sizes))
-            assert written >= 20, "hardly anything was written"
+            assert written >= 20, f"only {written} files were written"
             with cache.lookup(tokens_of(16 * CHUNK, seed=39)) as hit:
                 assert hit.tokens == 16 * CHUNK
 

@@ -1,4 +1,4 @@
-"""A tier in good health: bytes, keys (ids never mix), reset (removal, listing, accounting)."""
+"""A tier without faults: bytes, keys (ids are never confused), reset (removal, listing, accounting)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lmcache_conformance.suites.tier_factory import TierFactory
 class TierBytesTests(TierFactory):
     """Bytes, keys, reset."""
 
-    # ---------------------------------------------------------------- bytes: what goes in comes out
+    # ---------------------------------------------------------------- bytes
 
     @level(Level.BYTES)
     def test_it_fulfils_the_protocol(self, tier: Tier) -> None:
@@ -118,7 +118,7 @@ class TierBytesTests(TierFactory):
             )
         assert self.raw_get(tier, place, object_id(3)) is None
 
-    # ---------------------------------------------------------------- keys: ids never mix
+    # ---------------------------------------------------------------- keys
 
     @level(Level.KEYS)
     def test_ids_that_differ_in_one_field_are_different_objects(self, tier: Tier) -> None:
@@ -137,14 +137,14 @@ class TierBytesTests(TierFactory):
             base._replace(depth=11),
         ]
         for number, id in enumerate(ids):
-            assert tier.contains([id])[0].status is Status.MISSING, f"{id} is another object than those before"
+            assert tier.contains([id])[0].status is Status.MISSING, f"{id} was never written, but is found"
             assert put(tier, id, pattern(number, 64)).nbytes == 64
         assert [get(tier, id, 64)[1] for id in ids] == [pattern(number, 64) for number in range(len(ids))]
         assert {found.id for found in tier.scan()} == set(ids)
 
     @level(Level.KEYS)
     def test_what_is_served_under_an_id_is_that_object(self, tier: Tier) -> None:
-        """Right stored forms name themselves: a tier that confuses two requests is found by whoever reads them."""
+        """Object files contain their own id, so a tier that confuses two requests is detected by reading them."""
         ids = [object_id(number) for number in range(12)]
         for id in ids:
             assert put(tier, id).status is Status.OK
@@ -156,7 +156,7 @@ class TierBytesTests(TierFactory):
             payload = load(tier, id)
         except FormatError as error:
             raise AssertionError(f"what is served as chunk {id.depth} is not that object: {error}") from None
-        assert payload is not None, f"chunk {id.depth} was written, and is not there"
+        assert payload is not None, f"chunk {id.depth} was written, but is missing"
         assert payload == payload_of(id)
 
     @level(Level.KEYS)
@@ -181,7 +181,7 @@ class TierBytesTests(TierFactory):
     def test_an_empty_batch_has_an_empty_answer(self, tier: Tier) -> None:
         assert tier.contains([]) == tier.read_into([]) == tier.write([]) == tier.delete([]) == []
 
-    # ---------------------------------------------------------------- reset: removal, listing, accounting
+    # ---------------------------------------------------------------- reset
 
     @level(Level.RESET)
     def test_what_is_deleted_is_gone_and_may_be_written_anew(self, tier: Tier) -> None:
@@ -199,7 +199,7 @@ class TierBytesTests(TierFactory):
         put(tier, object_id(0, namespace=OTHER_NAMESPACE), b"y")
         assert tier.clear(NAMESPACE) == 4
         for number in range(4):
-            assert get(tier, object_id(number), 1)[0].status is Status.MISSING, "served after it was cleared"
+            assert get(tier, object_id(number), 1)[0].status is Status.MISSING, "served after clear()"
         assert list(tier.scan()) == [Found(object_id(0, namespace=OTHER_NAMESPACE), 1)]
         assert {r.status for r in tier.contains([object_id(number) for number in range(4)])} == {Status.MISSING}
         assert tier.clear() == 1

@@ -1,4 +1,4 @@
-"""The tier in this process's memory."""
+"""The in-process memory tier."""
 
 from lmcache_conformance.labs.our_tiers import MemoryTierTests
 
