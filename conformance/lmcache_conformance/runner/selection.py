@@ -1,4 +1,4 @@
-"""From what the user asks for to the jobs that answer it."""
+"""Turns the user's selection of targets and adapters into jobs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ FULL_LIMITS = Limits(test=1800.0, start=600.0, job=7200.0)
 
 @dataclass(frozen=True)
 class Selection:
-    """What to run. Nothing named means everything.
+    """What to run. Without any name, everything runs.
 
     Attributes:
         adapters: engine adapters, by entry point or `module:attribute`.
         tiers, targets: by name.
-        levels: only tests of these.
-        budget: how thorough.
+        levels: restricts the run to tests of these levels.
+        budget: thoroughness of the tests.
         seed: Hypothesis' seed, for all tests.
-        xfails: the list of known failures.
+        xfails: file with the list of known failures.
     """
 
     adapters: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Selection:
         return FULL_LIMITS if self.budget == "full" else QUICK_LIMITS
 
     def options(self) -> tuple[str, ...]:
-        """For each child pytest."""
+        """Options for each child pytest."""
         found = [f"--lmcache-budget={self.budget}", f"--hypothesis-seed={self.seed}"]
         if self.levels:
             found.append(f"--lmcache-level={','.join(self.levels)}")
@@ -62,10 +62,10 @@ class Selection:
 
 
 def jobs_for(selection: Selection) -> list[Job]:
-    """One job per target, and one per adapter.
+    """Returns one job per target, and one per adapter.
 
     Raises:
-        DiscoveryError: a name is unknown; with the nearest one.
+        DiscoveryError: a name is unknown; the message suggests the nearest one.
         XfailError: the list of known failures is malformed.
     """
     known = [level.value for level in Level]
@@ -73,7 +73,7 @@ def jobs_for(selection: Selection) -> list[Job]:
         if level not in known:
             raise DiscoveryError(f"no level is called {level!r}{nearest(level, known)} There are: {', '.join(known)}")
     if selection.xfails is not None:
-        read_xfails(selection.xfails)  # said once, here, and not by every child
+        read_xfails(selection.xfails)  # to report errors once, here, rather than in every child
     found = targets()
     chosen = choose_targets(found, selection.tiers, kind="tier") + choose_targets(found, selection.targets)
     if not (selection.adapters or selection.tiers or selection.targets):
