@@ -1,4 +1,4 @@
-"""`lmcache conformance`: chooses, runs, reports, and its exit status tells."""
+"""`lmcache conformance`: selection, runs, reports and exit status."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class {name}:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three targets: a tier that is fine, another one that fails, and the engine's."""
+    """Three targets: a tier that passes, one that fails, and the engine target."""
 
     def module(name: str, body: str) -> None:
         (tmp_path / f"{name}.py").write_text(
@@ -70,7 +70,7 @@ def run(*words: str) -> tuple[int, str]:
 
 
 def fails(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a wrong call says."""
+    """Returns the error message of a wrong call."""
     monkeypatch.setattr(sys, "argv", ["lmcache", "conformance", *words])
     with pytest.raises(SystemExit) as left:
         main()
@@ -144,7 +144,7 @@ def test_a_wrong_name_is_one_line_with_the_nearest_one(
     assert said.count("\n") == 1
 
 
-def test_without_pytest_it_says_what_to_install(
+def test_a_missing_dependency_is_an_error_with_the_install_command(
     installed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lmcache.cli.conformance.util.find_spec", lambda name: None if name == "hypothesis" else 1)

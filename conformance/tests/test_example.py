@@ -1,4 +1,4 @@
-"""The worked example: a package of its own, really installed, adopted by the suite in a few lines."""
+"""The worked example: a separate package, installed with pip, that uses the suite with a few lines of code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parents[1] / "example"
 
 
 class Place:
-    """Where the example was installed, and how to run commands as if one had activated that environment."""
+    """The folder where the example is installed; runs commands there as in an activated environment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

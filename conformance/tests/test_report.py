@@ -1,4 +1,4 @@
-"""Reports add up, say why and how to repeat, and survive whatever a test may have said."""
+"""Reports: counts, reasons, commands to reproduce, and correct escaping of any test output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runner: whatever happens in a child pytest is a result, costs at most the test in which it happened, and ends."""
+"""The runner: whatever happens in a child pytest becomes a result, affects at most one test, and ends in time."""
 
 from __future__ import annotations
 
