@@ -119,7 +119,7 @@ def test_known_failures_are_no_failure(installed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["--tier", "fin"], "no tier is called 'fin'; did you mean 'fine'? There are: bad, fine"),
         (["--tier", "engine"], "no tier is called 'engine'"),
@@ -134,14 +134,14 @@ def test_known_failures_are_no_failure(installed: Path) -> None:
 def test_a_wrong_name_is_one_line_with_the_nearest_one(
     installed: Path,
     words: list[str],
-    says: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said = fails(words, monkeypatch, capsys)
-    assert says in said
-    assert said.startswith("lmcache: ")
-    assert said.count("\n") == 1
+    error = fails(words, monkeypatch, capsys)
+    assert message in error
+    assert error.startswith("lmcache: ")
+    assert error.count("\n") == 1
 
 
 def test_a_missing_dependency_is_an_error_with_the_install_command(

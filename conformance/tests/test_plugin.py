@@ -155,7 +155,7 @@ def test_without_an_adapter_the_reason_says_how_to_name_one(engine_suite: pytest
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("hg", "*no adapter is called 'hg'; did you mean 'hf'?*"),
         ("fake_adapters:goood", "*'fake_adapters:goood' is not in its module*"),
@@ -163,10 +163,10 @@ def test_without_an_adapter_the_reason_says_how_to_name_one(engine_suite: pytest
         ("no_such_module:x", "*cannot be imported: No module named 'no_such_module'*"),
     ],
 )
-def test_a_wrong_adapter_name_is_an_error_that_helps(engine_suite: pytest.Pytester, name: str, says: str) -> None:
+def test_a_wrong_adapter_name_is_an_error_that_helps(engine_suite: pytest.Pytester, name: str, message: str) -> None:
     done = run(engine_suite, f"--lmcache-adapter={name}")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines(says)
+    done.stderr.fnmatch_lines(message)
 
 
 # ---------------------------------------------------------------- levels, budget
@@ -227,7 +227,7 @@ def test_a_known_failure_that_is_no_test_is_mentioned(pytester: pytest.Pytester)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("TestIt::test_fails\n", "*xfails.txt:1: 'TestIt::test_fails' names no issue; a line is*"),
         ("# ours\nTestIt # https://example.org/1\n", "*xfails.txt:2: *names no issue*"),
@@ -235,12 +235,12 @@ def test_a_known_failure_that_is_no_test_is_mentioned(pytester: pytest.Pytester)
         ("TestIt https://example.org/1 because\n", "*names no issue*"),
     ],
 )
-def test_a_known_failure_without_a_link_is_refused(pytester: pytest.Pytester, text: str, says: str) -> None:
+def test_a_known_failure_without_a_link_is_refused(pytester: pytest.Pytester, text: str, message: str) -> None:
     pytester.makepyfile(FAILING)
     pytester.makefile(".txt", xfails=text)
     done = run(pytester, "--lmcache-xfails=xfails.txt")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines(says)
+    done.stderr.fnmatch_lines(message)
 
 
 def test_a_missing_list_of_known_failures_is_an_error(pytester: pytest.Pytester) -> None:

@@ -120,7 +120,7 @@ class FaultTests(EngineBase):
 
     @level(Level.FAULTS)
     @on("llama", dtypes=1)
-    def test_an_unusable_folder_costs_hits_and_nothing_else(self, bench: Bench) -> None:
+    def test_an_unusable_folder_costs_hits_but_not_correctness(self, bench: Bench) -> None:
         file = bench.new_folder("file")
         file.write_text("not a folder")
         with bench.open(dram_bytes="64MiB", disk_path=str(file / "below")) as engine:
@@ -134,7 +134,7 @@ class FaultTests(EngineBase):
     @level(Level.FAULTS)
     @requires("restart")
     @on("llama", dtypes=1)
-    def test_a_killed_process_leaves_what_was_flushed_and_nothing_wrong(self, bench: Bench, full: bool) -> None:
+    def test_after_kill9_flushed_kv_is_served_and_no_file_is_damaged(self, bench: Bench, full: bool) -> None:
         disk = bench.new_folder()
         history = None
         flushed: list[tuple[tuple[int, ...], Response]] = []

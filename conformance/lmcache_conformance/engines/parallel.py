@@ -66,7 +66,7 @@ class ParallelTests(EngineBase):
     @level(Level.APPROXIMATE)
     @requires("restart", "semantic", "tensor_parallel=2")
     @on("llama", exact_only=True)
-    def test_another_number_of_ranks_reads_it_where_sharing_is_semantic(self, bench: Bench) -> None:
+    def test_another_number_of_ranks_hits_with_semantic_sharing(self, bench: Bench) -> None:
         self._change_ranks(bench, "semantic")
 
     def _change_ranks(self, bench: Bench, share: str) -> None:

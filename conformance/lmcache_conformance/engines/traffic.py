@@ -44,7 +44,7 @@ class TrafficTests(EngineBase):
     @level(Level.CONCURRENCY)
     @requires("concurrent")
     @on("llama", dtypes=1)
-    def test_requests_at_once_answer_as_they_do_alone(self, bench: Bench) -> None:
+    def test_concurrent_requests_answer_as_they_do_alone(self, bench: Bench) -> None:
         """Sixteen requests, some with shared prefixes: first all compute and store at once, then all load at once."""
         engine = bench.shared()
         requests = self._crowd(bench)
@@ -61,7 +61,7 @@ class TrafficTests(EngineBase):
     @level(Level.CONCURRENCY)
     @requires("concurrent", "cancel")
     @on("llama", dtypes=1)
-    def test_cancelled_requests_harm_nobody(self, bench: Bench) -> None:
+    def test_cancelled_requests_do_not_affect_others(self, bench: Bench) -> None:
         engine = bench.shared()
         crowd = self._crowd(bench)
         engine.ask_all(crowd[::3])
@@ -105,7 +105,7 @@ class TrafficTests(EngineBase):
     @level(Level.PREEMPTION)
     @requires("preemption")
     @on(exact_only=True)
-    def test_requests_that_lose_their_memory_midway_resume_right(self, bench: Bench) -> None:
+    def test_preempted_requests_resume_correctly(self, bench: Bench) -> None:
         """Adapter option `device_tokens`, the capacity of the engine's own memory in tokens: less than the requests need."""
         requests = [Request(tokens=bench.chunks(6), max_new_tokens=2 * bench.chunk_tokens) for _ in range(6)]
         room = math.ceil(2.5 * 8) * bench.chunk_tokens

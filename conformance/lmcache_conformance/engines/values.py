@@ -94,7 +94,7 @@ class ValueTests(EngineBase):
 
     @level(Level.LOGITS)
     @requires("logprobs", "same_split")
-    def test_prompts_that_part_ways_share_what_they_have_in_common(self, bench: Bench) -> None:
+    def test_prompts_with_a_common_prefix_share_it(self, bench: Bench) -> None:
         engine = bench.shared()
         trunk = bench.chunks(4, more=0)
         engine.ask(trunk + bench.chunks(1))

@@ -114,7 +114,7 @@ class CacheBytesTests(CacheFactory):
             assert any(not torch.equal(a, b) for a, b in zip(before, target.snapshot(), strict=True))
 
     @level(Level.BYTES)
-    def test_a_longer_prompt_hits_its_stored_prefix_and_no_more(self) -> None:
+    def test_a_longer_prompt_hits_exactly_its_stored_prefix(self) -> None:
         tokens = tokens_of(6 * CHUNK)
         pool, target = Pool("nhd", 40, seed=1), Pool("nhd", 40, seed=2)
         slots = scattered(6 * CHUNK, pool)
@@ -135,7 +135,7 @@ class CacheBytesTests(CacheFactory):
                 assert hit.tokens == 0, "a suffix of a stored prompt must not hit"
 
     @level(Level.BYTES)
-    def test_layer_by_layer_every_layer_is_complete_when_it_is_announced(self, place: Path) -> None:
+    def test_layerwise_loads_announce_only_complete_layers(self, place: Path) -> None:
         tokens = tokens_of(4 * CHUNK)
         source, target = Pool("packed", 40, seed=1), Pool("packed", 40, seed=2)
         src, dst = scattered(4 * CHUNK, source, seed=3), scattered(4 * CHUNK, target, seed=4)

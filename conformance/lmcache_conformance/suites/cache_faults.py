@@ -57,14 +57,14 @@ class CacheFaultTests(FaultyTierFactory):
         assert case.load() == len(TOKENS), "the damaged copies were not replaced with intact ones"
 
     @level(Level.FAULTS)
-    def test_objects_under_each_others_names_are_never_served(self, case: Case) -> None:
+    def test_objects_with_swapped_ids_are_never_served(self, case: Case) -> None:
         contents = case.tier.contents()
         ids, data = list(contents), list(contents.values())
         contents.update(zip(ids, data[1:] + data[:1], strict=True))
         assert case.load() == 0
 
     @level(Level.FAULTS)
-    def test_a_tier_that_says_it_read_and_did_not_is_found_out(self, case: Case) -> None:
+    def test_a_read_that_reports_success_without_reading_is_detected(self, case: Case) -> None:
         """The buffers keep their old contents, which may be the valid header of another read."""
         assert case.load() == len(TOKENS)
         case.cache.close()
@@ -73,7 +73,7 @@ class CacheFaultTests(FaultyTierFactory):
         assert case.load() == 0, "a read that transferred nothing was accepted as successful"
 
     @level(Level.FAULTS)
-    def test_a_tier_that_moves_half_and_says_all_is_found_out(self, case: Case) -> None:
+    def test_a_read_that_reports_more_than_it_read_is_detected(self, case: Case) -> None:
         def half(reads: Sequence[Read]) -> list[Result]:
             results = []
             for read in reads:
@@ -102,7 +102,7 @@ class CacheFaultTests(FaultyTierFactory):
 
     @level(Level.FAULTS)
     @pytest.mark.parametrize("status", [Status.FAILED, Status.FULL, Status.MISSING, Status.LATE])
-    def test_a_read_that_fails_is_a_miss_and_what_is_computed_anew_is_right(self, case: Case, status: Status) -> None:
+    def test_a_failed_read_is_a_miss_and_the_prompt_can_be_stored_again(self, case: Case, status: Status) -> None:
         case.tier.reads = lambda reads: [Result(status, 0, "injected")] * len(reads)
         assert case.load() == 0
         case.tier.reads = None
@@ -126,7 +126,7 @@ class CacheFaultTests(FaultyTierFactory):
             assert hit.by_tier == {"dram": len(TOKENS)}, "DRAM stopped serving after the tier failed"
 
     @level(Level.FAULTS)
-    def test_a_write_that_failed_is_never_offered_by_a_fresh_cache(self, case: Case) -> None:
+    def test_a_failed_write_is_never_a_hit_in_a_fresh_cache(self, case: Case) -> None:
         pool = Pool("packed", 40, seed=9)
         for number, status in enumerate((Status.FAILED, Status.FULL, Status.LATE), 1):
             case.tier.writes = lambda writes, status=status: [Result(status, 0, "injected")] * len(writes)
@@ -191,7 +191,7 @@ class CacheFaultTests(FaultyTierFactory):
                 tier.answers.set()
 
     @level(Level.FAULTS)
-    def test_a_dead_tier_keeps_neither_store_nor_close_waiting(self) -> None:
+    def test_a_dead_tier_blocks_neither_store_nor_close(self) -> None:
         tier = FaultyTier()
         cache = self.open_cache(tiny_config(load_timeout_s=0.1), tiny_spec(), [tier])
         pool = Pool("packed", 40)
@@ -209,7 +209,7 @@ class CacheFaultTests(FaultyTierFactory):
             tier.answers.set()
 
     @level(Level.FAULTS)
-    def test_a_full_disk_costs_the_copies_on_disk_and_is_recovered_from(self, place: Path) -> None:
+    def test_a_full_disk_costs_only_copies_on_disk_and_recovers(self, place: Path) -> None:
         pool = Pool("packed", 40, seed=1)
         slots = scattered(len(TOKENS), pool)
         with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
@@ -233,7 +233,7 @@ class CacheFaultTests(FaultyTierFactory):
     # ---------------------------------------------------------------- another process
 
     @level(Level.FAULTS)
-    def test_a_killed_process_leaves_only_right_bits_and_all_that_it_had_flushed(self, place: Path) -> None:
+    def test_after_kill9_all_flushed_objects_are_served_and_no_wrong_bits(self, place: Path) -> None:
         child = start_in_new_process(self, "store_for_ever", str(place))
         flushed = -1
         try:

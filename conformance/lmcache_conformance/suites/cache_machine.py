@@ -214,5 +214,5 @@ class CacheMachineTests(CacheFactory):
     """Number of histories."""
 
     @level(Level.CONCURRENCY)
-    def test_any_history_of_caches_serves_right_bits_or_misses(self) -> None:
+    def test_any_history_of_caches_serves_correct_bits_or_misses(self) -> None:
         run_machine(lambda: CacheMachine(self.open_cache), examples=self.machine_examples, steps=25)

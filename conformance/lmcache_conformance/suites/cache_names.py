@@ -55,7 +55,7 @@ class CacheNameTests(CacheFactory):
             assert target.sequence(slots) == pool.sequence(slots), f"salt {salt!r} loaded another tenant's KV"
 
     @level(Level.KEYS)
-    def test_new_weights_under_an_old_name_hit_nothing_old(self, place: Path) -> None:
+    def test_new_weights_do_not_hit_kv_of_old_weights(self, place: Path) -> None:
         tokens = tokens_of(2 * CHUNK)
         pool = Pool("nhd", 40)
         slots = scattered(2 * CHUNK, pool)
@@ -72,7 +72,7 @@ class CacheNameTests(CacheFactory):
                 assert hit.tokens == 2 * CHUNK
 
     @level(Level.KEYS)
-    def test_what_decides_the_bits_decides_the_hit(self, place: Path) -> None:
+    def test_whatever_changes_the_bits_prevents_a_hit(self, place: Path) -> None:
         """Two caches on one folder whose specs differ in one field share nothing."""
         tokens = tokens_of(2 * CHUNK)
         base = tiny_spec()
@@ -125,7 +125,7 @@ class CacheNameTests(CacheFactory):
                     assert same, f"rank {rank} read another rank's heads"
 
     @level(Level.KEYS)
-    def test_another_image_behind_the_same_tokens_is_another_prompt(self) -> None:
+    def test_the_same_tokens_with_another_image_do_not_hit(self) -> None:
         tokens = tokens_of(3 * CHUNK)
         pool = Pool("nhd", 40)
         digest = bytes(range(32))
@@ -185,7 +185,7 @@ class CacheNameTests(CacheFactory):
     # ---------------------------------------------------------------- limits of the host
 
     @level(Level.FAULTS)
-    def test_where_memory_cannot_be_pinned_it_starts_and_works_all_the_same(self) -> None:
+    def test_without_pinned_memory_the_cache_still_works(self) -> None:
         """On WSL2, and in containers with a locked-memory limit, there is a GPU but pinning fails."""
 
         def refuse(nbytes: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ class CachePressureTests(FaultyTierFactory):
     # ---------------------------------------------------------------- pressure
 
     @level(Level.PRESSURE)
-    def test_a_full_cache_evicts_and_goes_on(self) -> None:
+    def test_a_full_cache_evicts_and_keeps_storing(self) -> None:
         pool = Pool("packed", 64, seed=1)
         slots = scattered(4 * CHUNK, pool)
         spec = tiny_spec()
@@ -40,7 +40,7 @@ class CachePressureTests(FaultyTierFactory):
                 assert (hit.tokens, hit.stop) == (0, "evicted")
 
     @level(Level.PRESSURE)
-    def test_where_memory_runs_out_nothing_is_offered_and_nothing_raises(self) -> None:
+    def test_out_of_memory_means_misses_and_no_exception(self) -> None:
         def refuse(nbytes: int) -> torch.Tensor:
             raise MemoryError(f"no {nbytes} bytes of host memory")
 
@@ -73,7 +73,7 @@ class CachePressureTests(FaultyTierFactory):
             assert target.sequence(slots) == expected
 
     @level(Level.PRESSURE)
-    def test_requests_that_die_without_a_word_pin_nothing_for_ever(self) -> None:
+    def test_leases_of_abandoned_requests_expire(self) -> None:
         pool = Pool("packed", 64, seed=1)
         slots = scattered(4 * CHUNK, pool)
         spec = tiny_spec()
@@ -127,7 +127,7 @@ class CachePressureTests(FaultyTierFactory):
                 assert hit.tokens == 16 * CHUNK
 
     @level(Level.PRESSURE)
-    def test_a_full_tier_loses_nothing_but_the_copy_below(self, case: Case) -> None:
+    def test_a_full_tier_costs_only_the_copy_in_it(self, case: Case) -> None:
         case.tier.writes = lambda writes: [Result(Status.FULL, 0, "injected")] * len(writes)
         pool = Pool("packed", 40, seed=9)
         for n in range(1, 40):

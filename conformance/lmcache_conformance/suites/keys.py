@@ -84,7 +84,7 @@ class KeyTests:
 
     @level(Level.KEYS)
     @pytest.mark.parametrize("what", ["salt", "lora", "weights_version"])
-    def test_tenant_lora_and_weights_change_the_name(self, what: str) -> None:
+    def test_tenant_lora_and_weights_change_the_key(self, what: str) -> None:
         values = ["", "a", "b", "A", "a ", "a" * 100, "a" * 99 + "b", "\0", "é"]
         names = {self.namespace(SPEC, **{what: value}) for value in values}  # type: ignore[arg-type]
         assert len(names) == len(values), f"{what} is not, or not entirely, part of the key"
@@ -106,7 +106,7 @@ class KeyTests:
     @pytest.mark.parametrize(
         "what", ["model", "dtype", "fp8", "head_dim", "kv_heads", "layers", "planes", "rule", "chunk"]
     )
-    def test_what_the_kv_is_changes_the_name(self, what: str) -> None:
+    def test_the_format_of_the_kv_changes_the_key(self, what: str) -> None:
         def group(**change: Any) -> KVSpec:
             return msgspec.structs.replace(SPEC, groups=(msgspec.structs.replace(SPEC.groups[0], **change),))
 
@@ -144,7 +144,7 @@ class KeyTests:
             ("extra", (("threads", "2"),)),
         ],
     )
-    def test_numerics_change_the_name(self, field: str, value: Any) -> None:
+    def test_numerics_change_the_key(self, field: str, value: Any) -> None:
         other = msgspec.structs.replace(SPEC, numerics=msgspec.structs.replace(SPEC.numerics, **{field: value}))
         assert self.namespace(other) != self.namespace(SPEC), f"numerics.{field} is not part of the key"
 
@@ -193,7 +193,7 @@ class KeyTests:
             assert not set(other[first:]) & set(plain[first:]), f"token {at} is not covered by every digest after it"
 
     @level(Level.KEYS)
-    def test_names_belong_to_prefixes_not_to_suffixes_or_bags_of_tokens(self) -> None:
+    def test_keys_depend_on_the_whole_prefix_and_its_order(self) -> None:
         name = self.namespace(SPEC)
         first, second = list(range(CHUNK)), list(range(500, 500 + CHUNK))
         forth, back = self.chain(name, first + second), self.chain(name, second + first)
@@ -204,7 +204,7 @@ class KeyTests:
         assert list(self.chain(name, first + second)[:1]) == list(self.chain(name, first))
 
     @level(Level.KEYS)
-    def test_large_token_ids_are_told_apart(self) -> None:
+    def test_large_token_ids_are_distinguished(self) -> None:
         name = self.namespace(SPEC)
         ids = [0, 1, 255, 256, 65_535, 65_536, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
         assert len({self.chain(name, [token] * CHUNK)[0] for token in ids}) == len(ids)
@@ -216,7 +216,7 @@ class KeyTests:
         assert not set(one) & set(other), "another tenant's chunks have the same digests"
 
     @level(Level.KEYS)
-    def test_every_kind_of_integers_gives_the_same_names(self) -> None:
+    def test_every_kind_of_integers_gives_the_same_keys(self) -> None:
         tokens = list(range(40))
         wanted = list(self.chain(self.namespace(SPEC), tokens))
         forms: Mapping[str, Any] = {
@@ -236,7 +236,7 @@ class KeyTests:
 
     @level(Level.KEYS)
     @pytest.mark.parametrize("bad", [[1, -1], [2**32], [1.5], "text", [[1]], [None]], ids=str)
-    def test_what_are_not_token_ids_is_refused(self, bad: Any) -> None:
+    def test_invalid_token_ids_are_refused(self, bad: Any) -> None:
         try:
             got = self.chain(self.namespace(SPEC), bad)
         except TokenError:
@@ -261,7 +261,7 @@ class KeyTests:
 
     @level(Level.KEYS)
     @requires("images")
-    def test_an_image_changes_the_chunks_from_where_it_stands_and_none_before(self) -> None:
+    def test_an_image_changes_the_digests_from_its_position_on(self) -> None:
         tokens, name = list(range(4 * CHUNK)), self.namespace(SPEC)
         at = CHUNK + 4
         plain = list(self.chain(name, tokens))
@@ -292,7 +292,7 @@ class KeyTests:
     # ---------------------------------------------------------------- other processes
 
     @level(Level.KEYS)
-    def test_names_are_the_same_in_another_process(self) -> None:
+    def test_keys_are_the_same_in_another_process(self) -> None:
         """The other process has another hash seed, other addresses and another start time."""
         here = self.names()
         assert self.names() == here, "keys differ between two calls in one process"

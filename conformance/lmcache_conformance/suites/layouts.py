@@ -237,7 +237,7 @@ class LayoutTests:
 
     @level(Level.BYTES)
     @pytest.mark.parametrize("order", ORDERS)
-    def test_one_layer_at_a_time_is_that_layer_alone(self, memory: Memory, order: str) -> None:
+    def test_copies_of_one_layer_access_that_layer_alone(self, memory: Memory, order: str) -> None:
         slots = memory.choose("pages", memory.tokens, seed=7)
         layout, canonical = self._layouts(memory, order)
         [payload] = _random(1, canonical.nbytes, 0)
@@ -264,7 +264,7 @@ class LayoutTests:
         assert torch.equal(self._as(there, native, canonical), payload)
 
     @level(Level.BYTES)
-    def test_a_native_object_on_a_tier_is_read_by_whoever_wants_canonical_order(self, memory: Memory) -> None:
+    def test_an_object_stored_in_native_order_can_be_read_in_canonical_order(self, memory: Memory) -> None:
         native, canonical = memory.bound.native(0, memory.tokens), self._layouts(memory, "canonical")[1]
         slots = memory.choose("pages", memory.tokens)
         out = torch.empty(native.nbytes, dtype=torch.uint8)
@@ -312,7 +312,7 @@ class LayoutTests:
         assert proof.ok, f"not proven: {proof.reason}"
 
     @level(Level.BYTES)
-    def test_another_reading_of_the_same_tensors_is_refused_by_the_proof(self) -> None:
+    def test_the_proof_refuses_wrong_axes_of_the_same_shape(self) -> None:
         if not self.misreadings:
             pytest.skip("`misreadings` is empty: there are no other axes for the same tensors")
         for variant in self.variants:
@@ -323,7 +323,7 @@ class LayoutTests:
                 assert not self._prove(memory, wrong).ok, f"{axes!r} was proven, but is not the layout of this memory"
 
     @level(Level.BYTES)
-    def test_layouts_survive_being_described(self, memory: Memory) -> None:
+    def test_layouts_round_trip_through_their_description(self, memory: Memory) -> None:
         layout = Layout.parse(memory.engine.axes, block_tokens=memory.engine.block_tokens)
         assert Layout.from_description(layout.describe()) == layout
         for order in ORDERS:

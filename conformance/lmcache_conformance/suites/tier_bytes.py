@@ -34,7 +34,7 @@ class TierBytesTests(TierFactory):
     # ---------------------------------------------------------------- bytes
 
     @level(Level.BYTES)
-    def test_it_fulfils_the_protocol(self, tier: Tier) -> None:
+    def test_it_implements_the_protocol(self, tier: Tier) -> None:
         assert isinstance(tier, Tier)
         assert tier.name
         assert isinstance(tier.shared, bool)
@@ -78,7 +78,7 @@ class TierBytesTests(TierFactory):
         assert b"".join(buffers) == data
 
     @level(Level.BYTES)
-    def test_a_range_past_the_end_tells_how_much_there_was(self, tier: Tier) -> None:
+    def test_a_read_past_the_end_reports_the_bytes_that_were_there(self, tier: Tier) -> None:
         data = pattern("x", 1000)
         put(tier, object_id(0), data)
         buffers = [bytearray(b"?" * 600), bytearray(b"?" * 600), bytearray(b"?" * 10)]
@@ -106,7 +106,7 @@ class TierBytesTests(TierFactory):
 
     @level(Level.BYTES)
     @requires("raw")
-    def test_what_was_written_lies_there_unchanged(self, tier: Tier, place: Path) -> None:
+    def test_the_stored_bytes_are_those_written(self, tier: Tier, place: Path) -> None:
         for number in range(3):
             put(tier, object_id(number))
         tier.flush()
@@ -178,13 +178,13 @@ class TierBytesTests(TierFactory):
         assert buffers == [pattern(0, 100), bytes(100), pattern(2, 100)]
 
     @level(Level.KEYS)
-    def test_an_empty_batch_has_an_empty_answer(self, tier: Tier) -> None:
+    def test_an_empty_batch_returns_an_empty_list(self, tier: Tier) -> None:
         assert tier.contains([]) == tier.read_into([]) == tier.write([]) == tier.delete([]) == []
 
     # ---------------------------------------------------------------- reset
 
     @level(Level.RESET)
-    def test_what_is_deleted_is_gone_and_may_be_written_anew(self, tier: Tier) -> None:
+    def test_deleted_objects_are_gone_and_may_be_written_again(self, tier: Tier) -> None:
         put(tier, object_id(0), b"first")
         assert [r.status for r in tier.delete([object_id(0), object_id(1), object_id(0)])] == [Status.OK] * 3
         assert tier.contains([object_id(0)])[0].status is Status.MISSING
@@ -209,7 +209,7 @@ class TierBytesTests(TierFactory):
 
     @level(Level.RESET)
     @requires("raw")
-    def test_after_clear_and_delete_nothing_is_left_behind(self, tier: Tier, place: Path) -> None:
+    def test_clear_and_delete_leave_nothing_behind(self, tier: Tier, place: Path) -> None:
         for number in range(4):
             put(tier, object_id(number))
         assert len(self.raw_files(tier, place)) == 4
@@ -219,7 +219,7 @@ class TierBytesTests(TierFactory):
         assert not self.raw_files(tier, place)
 
     @level(Level.RESET)
-    def test_scan_and_used_bytes_know_every_object(self, tier: Tier) -> None:
+    def test_scan_and_used_bytes_include_every_object(self, tier: Tier) -> None:
         sizes = {object_id(number): 100 * number + 1 for number in range(10)}
         for id, size in sizes.items():
             put(tier, id, bytes(size))

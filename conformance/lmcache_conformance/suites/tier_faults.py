@@ -31,7 +31,7 @@ class TierFaultTests(TierFactory):
     # ---------------------------------------------------------------- faults
 
     @level(Level.FAULTS)
-    def test_an_object_without_bytes_is_refused(self, tier: Tier) -> None:
+    def test_an_empty_object_is_refused(self, tier: Tier) -> None:
         assert put(tier, object_id(0), b"").status is Status.FAILED
         assert tier.contains([object_id(0)])[0].status is Status.MISSING
         assert get(tier, object_id(0), 10)[0].status is Status.MISSING
@@ -71,7 +71,7 @@ class TierFaultTests(TierFactory):
 
     @level(Level.FAULTS)
     @requires("damage")
-    def test_a_stored_object_that_was_emptied_is_not_there(self, tier: Tier, place: Path) -> None:
+    def test_an_emptied_object_counts_as_missing(self, tier: Tier, place: Path) -> None:
         self.raw_put(tier, place, object_id(0), b"")
         assert tier.contains([object_id(0)])[0].status is Status.MISSING
         assert get(tier, object_id(0), 10)[0].status is Status.MISSING
@@ -81,7 +81,7 @@ class TierFaultTests(TierFactory):
 
     @level(Level.FAULTS)
     @requires("damage")
-    def test_of_a_truncated_object_only_what_is_there_is_read(self, tier: Tier, place: Path) -> None:
+    def test_reading_a_truncated_object_returns_only_the_remaining_bytes(self, tier: Tier, place: Path) -> None:
         put(tier, object_id(0), pattern("x", 10_000))
         self.raw_put(tier, place, object_id(0), pattern("x", 10_000)[:3000])
         buffer = bytearray(b"?" * 10_000)
@@ -93,7 +93,7 @@ class TierFaultTests(TierFactory):
 
     @level(Level.FAULTS)
     @requires("raw", "damage")
-    def test_damage_is_shown_as_it_is_or_refused(self, tier: Tier, place: Path) -> None:
+    def test_damaged_bytes_are_returned_unchanged_or_refused(self, tier: Tier, place: Path) -> None:
         """A tier may verify its data but need not: the layer above verifies every byte. It must not invent bytes."""
         put(tier, object_id(0))
         data = bytearray(self.raw_get(tier, place, object_id(0)) or b"")
@@ -104,7 +104,7 @@ class TierFaultTests(TierFactory):
 
     @level(Level.FAULTS)
     @requires("full_device")
-    def test_a_full_device_is_said_costs_nothing_and_is_recovered_from(self, tier: Tier, place: Path) -> None:
+    def test_a_full_device_is_reported_and_recovered_from(self, tier: Tier, place: Path) -> None:
         put(tier, object_id(0), pattern(0, 5000))
         used = tier.used_bytes()
         with self.full_device(place):
@@ -172,7 +172,7 @@ class TierFaultTests(TierFactory):
 
     @level(Level.PRESSURE)
     @requires("bounded", "persistent")
-    def test_what_an_earlier_life_left_counts_against_the_capacity(self, place: Path) -> None:
+    def test_objects_of_earlier_runs_count_against_the_capacity(self, place: Path) -> None:
         for life in range(4):
             tier = self.open_tier(place, 100_000)
             for number in range(8):
@@ -229,7 +229,7 @@ class TierFaultTests(TierFactory):
 
     @level(Level.CONCURRENCY)
     @requires("shared", "bounded")
-    def test_openers_of_one_place_keep_its_capacity_together(self, place: Path) -> None:
+    def test_openers_of_one_place_share_its_capacity(self, place: Path) -> None:
         openers = [self.open_tier(place, 100_000) for _ in range(2)]
         try:
             for number in range(40):
@@ -240,7 +240,7 @@ class TierFaultTests(TierFactory):
                 tier.close()
 
     @level(Level.CONCURRENCY)
-    def test_threads_that_write_read_and_delete_the_same_objects_see_whole_ones(self, tier: Tier) -> None:
+    def test_concurrent_threads_see_only_whole_objects(self, tier: Tier) -> None:
         ids = [object_id(number) for number in range(4)]
         wrong: list[Any] = []
 
