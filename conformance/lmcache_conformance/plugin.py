@@ -82,7 +82,7 @@ def _wanted_levels(text: str) -> set[str]:
     wanted = {name.strip() for name in text.split(",")}
     known = [level.value for level in Level]
     for name in sorted(wanted.difference(known)):
-        raise pytest.UsageError(f"no level is called {name!r}{nearest(name, known)} There are: {', '.join(known)}")
+        raise pytest.UsageError(f"unknown level {name!r}{nearest(name, known)} Available: {', '.join(known)}")
     return wanted
 
 

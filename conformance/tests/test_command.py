@@ -121,14 +121,14 @@ def test_known_failures_are_no_failure(installed: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tier", "fin"], "no tier is called 'fin'; did you mean 'fine'? There are: bad, fine"),
-        (["--tier", "engine"], "no tier is called 'engine'"),
+        (["--tier", "fin"], "unknown tier 'fin'; did you mean 'fine'? Available: bad, fine"),
+        (["--tier", "engine"], "unknown tier 'engine'"),
         (["--target", "engin"], "did you mean 'engine'?"),
-        (["--adapter", "hg"], "no adapter is called 'hg'; did you mean 'hf'?"),
-        (["--level", "byte"], "no level is called 'byte'; did you mean 'bytes'?"),
+        (["--adapter", "hg"], "unknown adapter 'hg'; did you mean 'hf'?"),
+        (["--level", "byte"], "unknown level 'byte'; did you mean 'bytes'?"),
         (["--xfails", "none.txt"], "'none.txt' cannot be read"),
         (["--html", "/no/such/r.html"], "there is no folder '/no/such' to write r.html into"),
-        (["--mutants", "--target", "tierz"], "no mutant is called 'tierz'"),
+        (["--mutants", "--target", "tierz"], "unknown mutant 'tierz'"),
     ],
 )
 def test_a_wrong_name_is_one_line_with_the_nearest_one(

@@ -20,7 +20,8 @@ def run(name: str, *more: str) -> subprocess.CompletedProcess[str]:
     """Runs the suite on the class `Dishonest<name>`."""
     words = [sys.executable, "-m", "pytest", f"dishonest.py::Dishonest{name}", "-c", os.devnull, "--rootdir", str(HERE)]
     words += ["-o", "python_classes=Dishonest*", "-o", "python_files=dishonest.py", "-p", "no:cacheprovider", "-q"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
         [*words, *more], cwd=HERE, env=environment, capture_output=True, text=True, timeout=240, check=False
     )

@@ -51,7 +51,9 @@ def test_every_damage_is_a_problem_for_the_suites_reader_and_for_ours(tmp_path: 
         for path in files:
             if path.exists():
                 assert problem_of(path) is not None, f"seed {seed}"
-                if kind != "swapped with others":  # the file is intact: only a reader that knows the id can tell
+                if (
+                    kind != "swapped with others"
+                ):  # such a file is intact: only a reader that knows the id can detect it
                     with pytest.raises(FormatError):
                         verify_file(path)
 

@@ -21,7 +21,8 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "COLUMNS": "200", "PYTEST_ADDOPTS": ""}
+        path = os.pathsep.join(filter(None, (str(folder / "site"), os.environ.get("PYTHONPATH"))))
+        self.environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "PYTEST_ADDOPTS": ""}
 
     def run(self, *words: str, timeout: float = 550) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -157,7 +157,7 @@ def test_without_an_adapter_the_reason_says_how_to_name_one(engine_suite: pytest
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hg", "*no adapter is called 'hg'; did you mean 'hf'?*"),
+        ("hg", "*unknown adapter 'hg'; did you mean 'hf'?*"),
         ("fake_adapters:goood", "*'fake_adapters:goood' is not in its module*"),
         ("fake_adapters:not_an_adapter", "*not an EngineAdapter: it lacks name, capabilities, why_not, open*"),
         ("no_such_module:x", "*cannot be imported: No module named 'no_such_module'*"),
@@ -178,7 +178,7 @@ def test_only_tests_of_the_wanted_levels_run(pytester: pytest.Pytester) -> None:
     run(pytester, "--lmcache-level=bytes,tokens").assert_outcomes(passed=2, skipped=1, deselected=2)
     done = run(pytester, "--lmcache-level=bites")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines("*no level is called 'bites'; did you mean 'bytes'?*")
+    done.stderr.fnmatch_lines("*unknown level 'bites'; did you mean 'bytes'?*")
 
 
 def test_the_budget_is_quick_unless_asked_for_more(pytester: pytest.Pytester) -> None:

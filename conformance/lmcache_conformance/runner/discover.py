@@ -136,7 +136,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _unknown(what: str, name: str, names: Sequence[str]) -> str:
-    return f"no {what} is called {name!r}{nearest(name, names)} There are: {', '.join(names) or 'none'}"
+    return f"unknown {what} {name!r}{nearest(name, names)} Available: {', '.join(names) or 'none'}"
 
 
 def _kind(name: str) -> Literal["engine", "tier", "other"]:

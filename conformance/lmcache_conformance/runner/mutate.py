@@ -130,5 +130,5 @@ def choose_mutants(modules: Sequence[str]) -> list[Mutant]:
     for name in modules:
         names = [m.name for m in found] + sorted({m.name.partition(".")[0] for m in found})
         if name not in names:
-            raise DiscoveryError(f"no mutant is called {name!r}{nearest(name, names)} There are: {', '.join(names)}")
+            raise DiscoveryError(f"unknown mutant {name!r}{nearest(name, names)} Available: {', '.join(names)}")
     return [m for m in found if not modules or m.name in modules or m.name.partition(".")[0] in modules]

@@ -71,7 +71,7 @@ def jobs_for(selection: Selection) -> list[Job]:
     known = [level.value for level in Level]
     for level in selection.levels:
         if level not in known:
-            raise DiscoveryError(f"no level is called {level!r}{nearest(level, known)} There are: {', '.join(known)}")
+            raise DiscoveryError(f"unknown level {level!r}{nearest(level, known)} Available: {', '.join(known)}")
     if selection.xfails is not None:
         read_xfails(selection.xfails)  # to report errors once, here, rather than in every child
     found = targets()
@@ -95,7 +95,7 @@ def _adapter_job(engine: Target, name: str, selection: Selection, taken: set[str
     if ":" not in name and name not in adapter_names():
         names = adapter_names()
         raise DiscoveryError(
-            f"no adapter is called {name!r}{nearest(name, names)} Installed: {', '.join(names) or 'none'}; "
+            f"unknown adapter {name!r}{nearest(name, names)} Installed: {', '.join(names) or 'none'}; "
             "or name one as module:attribute"
         )
     row = f"adapter {name}" if name in taken else name
