@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from math import exp, log
 from typing import NamedTuple
 
+from synthetic_traces import SUITE, Request, Trace, join, phases, sample, shuffle, stack, stretch
+
 from lmcache.control import Index
 from lmcache.plan import Chain
 from lmcache.simulate.replay import Replay
 from lmcache.simulate.trace import read_traces
-from lmcache.simulate.traces import SUITE, Request, Trace, join, phases, sample, shuffle, stack, stretch
 from lmcache.spec import ALL
 
 PERCENT = (0.2, 1, 2, 5, 10, 20, 40, 60)

@@ -1,6 +1,6 @@
 """Engine-agnostic KV cache for LLM engines: a hit is bit-for-bit what was computed, or it is a miss.
 
-The names below are loaded on first use, so that `import lmcache` costs next to nothing and pulls in no engine.
+The public names are loaded on first use, so that `import lmcache` is fast and imports no engine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from lmcache import moved
 
 if TYPE_CHECKING:
     from lmcache.config import Config as Config
+    from lmcache.control.outcomes import StopReason as StopReason
     from lmcache.engine import CacheEngine as CacheEngine
     from lmcache.errors import ConfigError as ConfigError
     from lmcache.errors import FormatError as FormatError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 moved.install()
 
-_HOMES = {
+_MODULE_OF = {
     "CacheEngine": "engine",
     "Config": "config",
     "ConfigError": "errors",
@@ -49,11 +50,12 @@ _HOMES = {
     "Plane": "spec",
     "SlotError": "errors",
     "SpecError": "errors",
+    "StopReason": "control.outcomes",
     "TierError": "errors",
     "TokenError": "errors",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_MODULE_OF, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -61,10 +63,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("lmcache-sdk")
-    home = _HOMES.get(name)
-    if home is None:
+    module = _MODULE_OF.get(name)
+    if module is None:
         raise AttributeError(f"module 'lmcache' has no attribute {name!r}")
-    value = getattr(import_module(f"lmcache.{home}"), name)
+    value = getattr(import_module(f"lmcache.{module}"), name)
     globals()[name] = value
     return value
 

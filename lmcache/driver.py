@@ -1,139 +1,170 @@
-"""The wheel between one index and one transfer in one process: plans go down, reports come up, whoever waits is told."""
+"""Drives a `Plane` and the data plane of one rank in one process: executes plans, applies reports, wakes waiters."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
-from lmcache.control import Finished, Index
-from lmcache.control.admission import Admission
-from lmcache.observe.metrics import Metrics
-from lmcache.plan import JobKind, Plan
-from lmcache.transfer import Transfer
+from lmcache.control.outcomes import Finished, Lookup, Owner, Store
+from lmcache.control.plane import Plane
+from lmcache.plan import Chain, JobKind, Name, Plan
 from lmcache.transfer.jobs import EngineView
+from lmcache.transfer.rank import Rank
 
-T = TypeVar("T")
 
+class Driver:
+    """Thread-safe. Has no thread of its own: every call also does what has become due.
 
-class ControlLoop:
-    """Thread-safe. Whoever calls turns the wheel a little; there is no thread of its own.
-
-    A question to the index and the plan that follows from it are taken in one step, so that nobody else executes a plan
-    whose engine memory only the asker knows.
+    A decision and the plan that follows from it are taken under one lock, so that no other caller executes a plan whose engine
+    memory only this one has.
     """
 
-    def __init__(self, index: Index, transfer: Transfer, metrics: Metrics, admission: Admission | None = None) -> None:
-        self._admission = admission
-        self._index = index
-        self._transfer = transfer
-        self._metrics = metrics
+    def __init__(self, plane: Plane, rank: Rank, *, probe_timeout: float) -> None:
+        self._plane = plane
+        self._rank = rank
+        self._transfer = rank.transfer
+        self._tracker = rank.transfer.tracker
+        self._probe_timeout = probe_timeout
+        self._selective = plane.admission.active
         self._lock = threading.RLock()
-        self._seen = -1
-        self._evictions = self._refused = 0
+        self._owners = itertools.count(1)
+        self._seen = -1  # the tracker's news when its report was last applied
         self._awaited: set[int] = set()
         self._finished: dict[int, Finished] = {}
+        if self._selective:
+            rank.measure()
+            plane.apply((), {0: rank.facts()}, time.monotonic())
 
-    def ask(self, question: Callable[[Index, float], T]) -> tuple[T, Plan]:
-        """`question(index, now)`, and the plan that it led to: hand it to `execute`."""
-        with self._lock:
-            return question(self._index, time.monotonic()), self._index.take_plan()
+    # ---------------------------------------------------------------- requests
 
-    def tell(self, message: Callable[[Index, float], T]) -> T:
-        """`message(index, now)`; jobs that it led to start at the next turn."""
-        with self._lock:
-            return message(self._index, time.monotonic())
+    def lookup(self, chain: Chain, max_tokens: int) -> tuple[Owner, Lookup]:
+        """The longest hit, leased to a new owner. Waits for shared tiers, at most as long as a probe may take."""
+        owner = next(self._owners)
+        self.pump()
+        while True:
+            seen = self._tracker.news
+            with self._lock:
+                found = self._plane.lookup(owner, chain, max_tokens, time.monotonic())
+                plan = self._plane.take_plan() if found.status == "pending" else None
+            if plan is None:
+                return owner, found
+            self._execute(plan)
+            self._tracker.wait(seen, self._probe_timeout)  # after it, the plane no longer waits for the answer
+            self.pump()
 
-    def ask_for_job(self, question: Callable[[Index, float], int | None]) -> tuple[int | None, Plan]:
-        """Like `ask` for a question whose answer is a job id, which `result` will wait for."""
+    def release(self, owner: Owner) -> None:
+        """Ends an owner's lease and forgets the owner."""
         with self._lock:
-            job, plan = self.ask(question)
+            self._plane.forget(owner)
+
+    def store(self, chain: Chain, view: EngineView, resident: Sequence[Sequence[bool]]) -> Store:
+        """Copies the chunks of `chain` from the engine to DRAM; the engine may overwrite them afterwards."""
+        self.pump()
+        with self._lock:
+            now, last = time.monotonic(), len(chain.digests)
+            store = self._plane.begin_store(next(self._owners), chain, first=0, last=last, now=now, resident=resident)
+            plan = self._plane.take_plan()
+        self._execute(plan, store.job, view)
+        self.pump()
+        return store
+
+    def load(self, owner: Owner, view: EngineView, skip: int = 0) -> int:
+        """Loads what `owner` leased into the engine and waits for it; returns how many leading tokens are in place.
+
+        Whatever goes wrong here, the job writes no engine memory afterwards.
+        """
+        with self._lock:
+            job = self._plane.begin_load(owner, time.monotonic(), skip=skip)
+            plan = self._plane.take_plan()
             if job is not None:
                 self._awaited.add(job)
-            return job, plan
-
-    def execute(self, plan: Plan, views: Mapping[int, EngineView] | None = None) -> None:
-        """Start what a plan says, on the caller's thread where that needs no tier."""
-        if plan.jobs:
-            self._transfer.execute(plan, views)
-
-    def turn(self) -> None:
-        """Hand reports to the index and its new jobs to the transfer, until both are quiet."""
-        while True:
-            news = self._transfer.news
-            with self._lock:
-                now = time.monotonic()
-                finished = self._index.tick(now)
-                if news != self._seen:
-                    self._seen = news
-                    if self._admission is not None:
-                        self._admission.measured(0, self._transfer.facts())
-                    finished = [*finished, *self._index.report(self._transfer.poll(), now)]
-                for job in finished:
-                    if job.job in self._awaited:
-                        self._finished.setdefault(job.job, job)
-                evicted = self._index.evictions
-                if evicted != self._evictions:
-                    self._metrics.evicted("dram", evicted - self._evictions)
-                    self._evictions = evicted
-                refused = self._index.refused
-                if refused != self._refused:
-                    self._metrics.skipped_store("admission", refused - self._refused)
-                    self._refused = refused
-                plan = self._index.take_plan()
-            self.execute(plan)
-            if not plan.jobs and self._transfer.news == self._seen:
-                return
-
-    def wait(self, seen: int, timeout: float) -> None:
-        """Sleep until the transfer's news differ from `seen`, or a deadline passes, then turn."""
-        self._transfer.wait(seen, timeout)
-        self.turn()
-
-    @property
-    def news(self) -> int:
-        """What to pass to `wait`; read it before looking at whatever you wait for."""
-        return self._transfer.news
-
-    def result(self, job: int | None) -> int:
-        """Wait for a load; tokens that arrived. Whatever goes wrong here, the job writes no engine memory afterwards."""
-        try:
-            while True:
-                seen = self.news
-                loaded = self.try_result(job)
-                if loaded is not None:
-                    return loaded
-                self.wait(seen, 1.0)
-        except BaseException:
-            if job is not None:
-                self._transfer.fence([job])  # whoever catches this may use the memory for something else
-            raise
-
-    def try_result(self, job: int | None) -> int | None:
-        """Like `result`, but None if the job has not ended yet."""
         if job is None:
+            self._execute(plan)
             return 0
-        self.turn()
-        with self._lock:
-            finished = self._finished.pop(job, None)
-            if finished is None:
-                return None
-            self._awaited.discard(job)
-        if not finished.final:  # it was too slow: the caller's memory must not change under him from here on
-            self._transfer.fence([job])
-        self._metrics.loaded(finished.ok_tokens)
+        try:
+            self._execute(plan, job, view)
+            while True:
+                seen = self._tracker.news
+                self.pump()
+                with self._lock:
+                    finished = self._finished.pop(job, None)
+                    if finished is not None:
+                        self._awaited.discard(job)
+                        break
+                self._tracker.wait(seen, 1.0)
+        except BaseException:
+            self._tracker.fence([job], None)  # whoever catches this may use the memory for something else
+            raise
+        if not finished.final:  # it was too slow: the caller's memory must not change from here on
+            self._tracker.fence([job], None)
+        self._plane.metrics.loaded(finished.ok_tokens)
         return finished.ok_tokens
 
-    def settle(self, timeout: float, *kinds: JobKind) -> bool:
-        """Turn until no job of these kinds is under way; False after `timeout` seconds."""
+    def prefetch(self, owner: Owner, skip: int = 0) -> None:
+        """Starts to load what `owner` leased from lower tiers into DRAM."""
+        self.pump()
+        with self._lock:
+            self._plane.begin_prefetch(owner, time.monotonic(), skip=skip)
+            plan = self._plane.take_plan()
+        self._execute(plan)
+
+    # ---------------------------------------------------------------- everything else
+
+    def announce(self, tier: int, names: Iterable[Name]) -> None:
+        """A tier was found to hold these objects."""
+        with self._lock:
+            self._plane.announce(tier, 0, names, True, time.monotonic())
+
+    def clear(self, namespaces: Sequence[bytes] | None) -> int:
+        """Forgets everything (of these namespaces) in DRAM, and what the tiers hold; returns how many objects left DRAM."""
+        with self._lock:
+            now = time.monotonic()
+            wanted: Sequence[bytes | None] = [None] if namespaces is None else namespaces
+            return sum(self._plane.clear(namespace, now) for namespace in wanted)
+
+    def stats(self) -> tuple[dict[str, int], list[dict[str, int]]]:
+        """The index's counts, and per group how many arena slots are in each state."""
+        self.pump()
+        with self._lock:
+            return self._plane.stats(), self._plane.arenas()
+
+    def drain(self, timeout: float, *kinds: JobKind) -> bool:
+        """Waits until no job of these kinds is under way; False after `timeout` seconds."""
         until = time.monotonic() + timeout
         while True:
-            seen = self.news
-            self.turn()
-            busy = any(self._transfer.running(kind) for kind in kinds)
-            if not busy and self.news == seen:  # else what has just ended may have something to follow it
+            seen = self._tracker.news
+            self.pump()
+            busy = any(self._tracker.running(kind) for kind in kinds)
+            if not busy and self._tracker.news == seen:  # else what has just ended may have something to follow it
                 return True
             if (left := until - time.monotonic()) <= 0:
                 return False
-            self._transfer.wait(seen, left)
+            self._tracker.wait(seen, left)
+
+    def pump(self) -> None:
+        """Applies new reports and expired deadlines, and executes the plans that follow, until nothing is new."""
+        plane, tracker = self._plane, self._tracker
+        while True:
+            news = tracker.news
+            with self._lock:
+                now = time.monotonic()
+                finished = plane.tick(now)
+                if news != self._seen:
+                    self._seen = news
+                    facts = {0: self._rank.facts()} if self._selective else {}
+                    finished = [*finished, *plane.apply([tracker.report()], facts, now)]
+                for job in finished:
+                    if job.job in self._awaited:
+                        self._finished.setdefault(job.job, job)
+                plan = plane.take_plan()
+            if plan.jobs:
+                self._execute(plan)
+            elif tracker.news == self._seen:
+                return
+
+    def _execute(self, plan: Plan, job: int | None = None, view: EngineView | None = None) -> None:
+        """Starts what a plan contains; `view` is the engine memory of `job`."""
+        if plan.jobs:
+            self._transfer.execute(plan, {job: view} if job is not None and view is not None else {})

@@ -1,8 +1,8 @@
-"""Model identity: what the weights *are*, not what they are called.
+"""Model identity: identifies weights by their content rather than by their name.
 
-A hub snapshot is identified by its commit; a local folder by its configuration, its safetensors headers, file sizes and
-blocks sampled through each file (`fingerprint="full"` hashes every byte). Results are remembered per user, keyed by path,
-inode, mtime and size, so that start-up does not read gigabytes twice.
+A hub snapshot is identified by its commit; a local folder by its configuration, safetensors headers, file sizes and blocks
+sampled from each file (`fingerprint="full"` hashes every byte). Digests are cached per user, keyed by path, inode, mtime and
+size, so that a restart does not read gigabytes again.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _SNAPSHOT = re.compile(r"models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{4
 
 
 def model_identity(model: str | os.PathLike[str], *, fingerprint: Literal["fast", "full"] = "fast") -> str:
-    """A string that differs whenever the weights do.
+    """Returns a string that differs whenever the weights differ.
 
     Args:
-        model: a folder or file with weights, or a hub id (`org/name` or `org/name@revision`), resolved through the local
-            hub cache to its commit where it is there, else kept as the name it is.
+        model: a folder or file with weights, or a hub id (`org/name` or `org/name@revision`), which is resolved to its commit
+            if it is in the local hub cache, and otherwise used as a plain name.
         fingerprint: `"fast"` samples 64 blocks of 16 KiB per file, `"full"` hashes every byte.
 
     Raises:
-        SpecError: the folder holds no weights.
-        ConfigError: `fingerprint` is neither.
+        SpecError: the folder contains no weights.
+        ConfigError: `fingerprint` has another value.
     """
     if fingerprint not in ("fast", "full"):
         raise ConfigError(f"fingerprint must be 'fast' or 'full', not {fingerprint!r}")
@@ -50,11 +50,11 @@ def model_identity(model: str | os.PathLike[str], *, fingerprint: Literal["fast"
         return f"hub:{snapshot['repo'].replace('--', '/')}@{snapshot['commit']}"
     files = _weight_files(path)
     digest = blake3(f"lmcache model {fingerprint}".encode())
-    memory = _Memory()
+    cache = _DigestCache()
     for file in files:
         digest.update(file.name.encode() + b"\0")
-        digest.update(memory.digest(file, fingerprint))
-    memory.save()
+        digest.update(cache.digest(file, fingerprint))
+    cache.save()
     return f"{fingerprint}:{digest.hexdigest()}"
 
 
@@ -69,7 +69,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _hub_commit(model: str) -> str | None:
-    """The commit that the local hub cache holds for `org/name[@revision]`, without importing the hub client."""
+    """Returns the commit of `org/name[@revision]` in the local hub cache, without importing the hub client."""
     name, _, revision = model.partition("@")
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name) or ".." in revision:
         return None
@@ -95,7 +95,7 @@ def _digest(file: Path, fingerprint: Literal["fast", "full"]) -> bytes:
 
 
 def _header_bytes(first: bytes, file: Path, size: int) -> int:
-    """Bytes of a safetensors header (names, shapes and dtypes of all tensors), 0 for other formats."""
+    """Returns the size of a safetensors header (names, shapes and dtypes of all tensors); 0 for other formats."""
     length = int.from_bytes(first, "little") + 8
     return length if file.suffix == ".safetensors" and length <= min(size, 100 << 20) else 0
 
@@ -109,8 +109,8 @@ def _sample(size: int, header: int) -> Iterator[tuple[int, int]]:
         yield header + (size - header - _BLOCK) * i // (_SAMPLES - 1), _BLOCK
 
 
-class _Memory:
-    """What this user's earlier runs found, in one small JSON file; losing it costs time only."""
+class _DigestCache:
+    """A per-user cache of file digests in one small JSON file; losing it only costs time."""
 
     def __init__(self) -> None:
         self._file = Path(platformdirs.user_cache_dir("lmcache")) / "fingerprints.json"

@@ -1,12 +1,11 @@
-"""Names: namespace, chain, object id. The same input gives the same name on every host, in every process.
+"""Keys of objects: namespace, chain, object id. The same input gives the same key on every host and in every process.
 
     namespace = H("lmcache" ‖ version ‖ model ‖ geometry ‖ numerics ‖ salt ‖ LoRA ‖ weights version ‖ chunk_tokens)
     h_0       = H("chunk" ‖ namespace ‖ n ‖ tokens of chunk 0 as u32le ‖ extras_0)
     h_i       = H("chunk" ‖ h_(i−1)   ‖ n ‖ tokens of chunk i as u32le ‖ extras_i)
 
-H is BLAKE3 with all 32 bytes kept; every field of the namespace is preceded by its length, so no two lists of fields
-encode alike. A name never changes silently: `tests/core/vectors.json` freezes it, and a change of the formula bumps
-`NAMES_VERSION`.
+H is BLAKE3 with all 32 bytes kept. Every field of the namespace is preceded by its length, so that different lists of fields
+never have the same encoding. `tests/core/vectors.json` freezes the formulas; changing one requires a new `NAMES_VERSION`.
 """
 
 from __future__ import annotations
@@ -42,19 +41,22 @@ __all__ = [
 ]
 
 NAMES_VERSION = 1
-"""Bumped when any formula here changes; objects of another version are simply never found."""
+"""Incremented when any formula here changes; objects of another version are never found."""
+
+TokenArray = npt.NDArray[np.uint32]
+"""Token ids as `as_tokens` returns them."""
 
 TokenIds: TypeAlias = "Sequence[int] | npt.NDArray[Any] | torch.Tensor | array.array[int]"
-"""Any one-dimensional run of integers in [0, 2³²)."""
+"""Any one-dimensional sequence of integers in [0, 2³²)."""
 
 _MAX_TOKEN = 2**32 - 1
 
 
 class ObjectId(NamedTuple):
-    """The name of one object: the bytes of one chunk × one layer group × one rect.
+    """The key of one object: the bytes of one chunk × one layer group × one rect.
 
-    `chain` alone decides the values (it covers the namespace and all tokens up to the chunk's end); `namespace` and
-    `depth` (index of the chunk in its chain) ride along so that a tier can file, list and clear objects without opening
+    `chain` alone determines the values of a chunk (it covers the namespace and all tokens up to the end of the chunk).
+    `namespace` and `depth` (index of the chunk in its chain) let a tier organize, list and clear objects without opening
     them.
     """
 
@@ -67,17 +69,17 @@ class ObjectId(NamedTuple):
 
     @classmethod
     def of(cls, name: Name, rect: Rect) -> ObjectId:
-        """What the rank holding `rect` calls the object that the index calls `name`."""
+        """Returns the key that the rank with `rect` uses for the object called `name` in the index."""
         return cls(name.namespace, name.chain, name.group, rect, name.tokens, name.depth)
 
 
 class Extra(NamedTuple):
-    """Content that token ids do not show: an image, audio clip or embedding behind placeholder tokens.
+    """Content that token ids do not identify: an image, audio clip or embedding behind placeholder tokens.
 
     Attributes:
-        start: position of its first token in the sequence.
-        length: how many tokens it spans, at least 1.
-        digest: at least 16 bytes of a cryptographic digest of the content (short hashes collide: the wrong image).
+        start: position of its first placeholder token in the sequence.
+        length: number of tokens it spans, at least 1.
+        digest: at least 16 bytes of a cryptographic digest of the content; a collision would return KV of the wrong image.
     """
 
     start: int
@@ -86,10 +88,10 @@ class Extra(NamedTuple):
 
 
 def as_tokens(tokens: TokenIds) -> npt.NDArray[np.uint32]:
-    """Token ids as one contiguous little-endian uint32 array, whatever integer sequence, array or tensor they came in.
+    """Converts token ids from any integer sequence, array or tensor to a contiguous little-endian uint32 array.
 
     Raises:
-        TokenError: negative ids, ids beyond 32 bits, not integers, or not one-dimensional.
+        TokenError: ids are negative, larger than 32 bits, not integers, or not one-dimensional.
     """
     if isinstance(tokens, torch.Tensor):
         tokens = tokens.detach().cpu().numpy()
@@ -103,7 +105,7 @@ def as_tokens(tokens: TokenIds) -> npt.NDArray[np.uint32]:
         bad = next(t for t in tokens if not 0 <= t <= _MAX_TOKEN)
         raise TokenError(f"token id {bad} is outside of [0, 2^32)") from None
     except TypeError as error:
-        raise TokenError(f"tokens must be a flat run of integers: {error}") from None
+        raise TokenError(f"tokens must be a flat sequence of integers: {error}") from None
     return np.frombuffer(flat, dtype=np.uint32).astype("<u4", copy=False)
 
 
@@ -113,7 +115,7 @@ def _checked(tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     if tokens.dtype.kind not in "iu":
         raise TokenError(f"tokens must be integers, got dtype {tokens.dtype}")
     if tokens.size and tokens.dtype.kind == "i" and (low := int(tokens.min())) < 0:
-        raise TokenError(f"token id {low} is negative: remove padding or placeholder ids before naming a sequence")
+        raise TokenError(f"token id {low} is negative: remove padding or placeholder ids first")
     if tokens.size and tokens.dtype.itemsize > 4 and (high := int(tokens.max())) > _MAX_TOKEN:
         raise TokenError(f"token id {high} is outside of [0, 2^32)")
     return np.ascontiguousarray(tokens, dtype="<u4")
@@ -128,17 +130,17 @@ def namespace_of(
     weights_version: str = "",
     share: Literal["exact", "semantic"] = "exact",
 ) -> bytes:
-    """The 32-byte namespace of everything that decides KV values beside the tokens.
+    """Returns the 32-byte namespace: a digest of everything besides the tokens that determines KV values.
 
-    Rects are not in it: chains are rank-independent. `share="semantic"` leaves the numerics out, so that another
-    engine's KV for the same model may be used (see the docs: never called bit-exact).
+    Rects are not included: chains are rank-independent. `share="semantic"` omits the numerics, so that another engine's KV
+    for the same model can be used (which is never bit-exact, see the docs).
 
     Args:
-        spec: model identity, group geometry and numerics are taken from it.
+        spec: source of model identity, group geometry and numerics.
         chunk_tokens: tokens per chunk.
         salt: separates tenants.
-        lora: content digest of the active adapter, empty without one.
-        weights_version: the epoch of the weights where they change under one name.
+        lora: content digest of the active LoRA adapter; empty without one.
+        weights_version: version of the weights if they change under one name.
         share: see above.
     """
     if share not in ("exact", "semantic"):
@@ -148,7 +150,9 @@ def namespace_of(
         b"lmcache",
         NAMES_VERSION.to_bytes(4, "little"),
         spec.model.encode(),
-        msgspec.json.encode([(g.layers, g.planes, g.kv_heads, g.rule) for g in spec.groups]),  # a group's name is free
+        msgspec.json.encode(
+            [(g.layers, g.planes, g.kv_heads, g.rule) for g in spec.groups]
+        ),  # without the group's name, which is only a label
         msgspec.json.encode(spec.numerics) if share == "exact" else b"semantic",
         salt.encode("utf-8", "surrogatepass"),
         lora.encode("utf-8", "surrogatepass"),
@@ -163,9 +167,9 @@ def namespace_of(
 def chain_of(
     namespace: bytes, tokens: npt.NDArray[np.uint32], chunk_tokens: int, extras: Sequence[Extra] = ()
 ) -> Chain:
-    """The digests of every *full* chunk of `tokens`; a tail of fewer than `chunk_tokens` tokens has no name.
+    """Returns the digest of every full chunk of `tokens`; a tail of fewer than `chunk_tokens` tokens has none.
 
-    Costs about 1.9 µs per 256-token chunk; no per-token Python. `tokens` comes from `as_tokens`.
+    Takes about 1.9 µs per 256-token chunk; no per-token Python. `tokens` is a result of `as_tokens`.
     """
     raw = tokens.data.cast("B")
     step = chunk_tokens * 4
@@ -188,21 +192,21 @@ def chain_of(
 
 
 def chain_of_keys(namespace: bytes, keys: Sequence[str | bytes]) -> Chain:
-    """Names for an engine that brings its own keys (page hashes): `H("key" ‖ namespace ‖ key)`, each for itself.
+    """Returns digests for an engine with its own keys (page hashes): `H("key" ‖ namespace ‖ key)`, independent of each other.
 
-    The engine's keys must say all that decides the values beside the namespace: the tokens, and everything before them.
+    The engine's keys must cover everything besides the namespace that determines the values: the tokens and all before them.
     """
     digests = []
     for key in keys:
         raw = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
         if not raw:
-            raise TokenError("a key is empty: every object needs a name of its own")
+            raise TokenError("a key is empty: every object needs a unique key")
         digests.append(blake3(b"key" + namespace + raw).digest())
     return Chain(namespace, digests, linked=False)
 
 
 def scoped(namespace: bytes, scope: str) -> bytes:
-    """A namespace inside of `namespace`, for names made by other rules than ours."""
+    """Returns a sub-namespace of `namespace`, for keys that are built by other rules than ours."""
     return blake3(b"scope" + namespace + scope.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -217,7 +221,7 @@ def _check_extras(extras: Sequence[Extra]) -> None:
 
 
 def _encode_extras(extras: Sequence[Extra], start: int, length: int) -> bytes:
-    """The extras overlapping tokens [start, start + length), each by its offset relative to `start`."""
+    """Encodes the extras that overlap tokens [start, start + length), each with its offset relative to `start`."""
     found = sorted(e for e in extras if e.start < start + length and start < e.start + e.length)
     return b"".join(
         b"extra"

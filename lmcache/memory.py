@@ -1,4 +1,4 @@
-"""Where host and device memory comes from: anonymous pages, pinned pages, or an accelerator."""
+"""Allocates host memory: pageable (anonymous) or pinned."""
 
 from __future__ import annotations
 
@@ -12,33 +12,28 @@ import torch
 from lmcache.errors import ConfigError
 
 Provider = Callable[[int], torch.Tensor]
-"""Bytes wanted → one-dimensional uint8 tensor of that many bytes; raises `MemoryError` or `RuntimeError` if it cannot."""
+"""Number of bytes → one-dimensional uint8 tensor of that size; raises `MemoryError` or `RuntimeError` on failure."""
 
 
 def anonymous(nbytes: int) -> torch.Tensor:
-    """Pageable host memory. Asks for huge pages: first touch is several times faster, and gathers miss fewer TLB entries."""
+    """Allocates pageable host memory, with huge pages if possible: first touch is several times faster, TLB misses are fewer."""
     try:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError) as error:
-        raise MemoryError(f"no {nbytes} bytes of host memory: {error}") from error
+        raise MemoryError(f"cannot allocate {nbytes} bytes of host memory: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # kernels without transparent huge pages say EINVAL
+        with contextlib.suppress(OSError):  # EINVAL on kernels without transparent huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def pinned(nbytes: int) -> torch.Tensor:
-    """Page-locked host memory, which a GPU reads and writes at the link's speed."""
+    """Allocates page-locked host memory, which a GPU reads and writes at full link speed."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
-def on_device(device: torch.device) -> Provider:
-    """Memory of an accelerator."""
-    return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-
 def why_not_pinned() -> str | None:
-    """The reason why pinned memory cannot be had here, or `None` if it can."""
+    """Returns why memory cannot be pinned on this machine, or None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA or ROCm device"
     try:
@@ -48,11 +43,11 @@ def why_not_pinned() -> str | None:
     return None
 
 
-def host_provider(pin: Literal["auto", "always", "never"] = "auto") -> tuple[Provider, str]:
-    """The best host memory that works here, and one line that says which and why.
+def host_provider(pin: Literal["auto", "always", "never"]) -> tuple[Provider, str]:
+    """Returns the fastest allocator of host memory that works here, and one line with the choice and its reason.
 
     Raises:
-        ConfigError: `pin="always"` where memory cannot be pinned.
+        ConfigError: `pin` is "always", but memory cannot be pinned.
     """
     if pin == "never":
         return anonymous, "pageable memory: pin_memory is 'never'"
@@ -60,5 +55,7 @@ def host_provider(pin: Literal["auto", "always", "never"] = "auto") -> tuple[Pro
     if reason is None:
         return pinned, "pinned memory"
     if pin == "always":
-        raise ConfigError(f"pin_memory is 'always', but {reason}; use pin_memory='auto' to go on with pageable memory")
+        raise ConfigError(
+            f"pin_memory is 'always', but {reason}; use pin_memory='auto' to continue with pageable memory"
+        )
     return anonymous, f"pageable memory: {reason}"

@@ -1,6 +1,6 @@
-"""Old import paths of modules that have moved: they still work, with a `DeprecationWarning` that names the new path.
+"""Keeps old import paths of moved modules working, with a `DeprecationWarning` that contains the new path.
 
-The finder stands last on `sys.meta_path`, so it is asked only for modules that nobody else finds.
+The finder is last on `sys.meta_path`, so it is only called for modules that no other finder finds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "lmcache.recorder": "lmcache.observe.recorder",
         "lmcache.reslice": "lmcache.format.reslice",
         "lmcache.settings": "lmcache.config.settings",
+        "lmcache.tiers.configured": "lmcache.tiers",
         "lmcache.workers": "lmcache.transfer.workers",
         "lmcache_conformance.adopt": "lmcache_conformance.runner.capability_skips",
         "lmcache_conformance.cache": "lmcache_conformance.suites.cache",
@@ -76,11 +77,11 @@ NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "lmcache.transfer.jobs": {"Ledger": "JobTracker", "Run": "ActiveJob"},
     }
 )
-"""New module → old name → new name of what was renamed in it."""
+"""New module → old name → new name of renamed definitions."""
 
 
 class _Alias(Loader):
-    """Loads an old path as a module that hands out the new module's names, old names included."""
+    """Loads an old path as a module that forwards to the new module; also accepts old names."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = MODULES[spec.name]
@@ -97,18 +98,18 @@ class _Alias(Loader):
         return alias
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to run."""
+        """Does nothing: the module needs no execution."""
 
 
 class _Finder(MetaPathFinder):
-    """Finds old paths."""
+    """Finds modules by their old paths."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(name, _Alias()) if name in MODULES else None
 
 
 def renamed(module: str) -> Callable[[str], object]:
-    """The `__getattr__` of a module that stayed where it was: hands out old names of what was renamed in it."""
+    """Returns a `__getattr__` for a module with renamed definitions, which still resolves the old names."""
 
     def look_up(name: str) -> object:
         new = NAMES[module].get(name)

@@ -1,7 +1,7 @@
-"""What a model's KV cache *is*: planes, layer groups, the rectangle one rank holds, and the numerics behind the values.
+"""Describes a model's KV cache: planes, layer groups, the rectangle held by one rank, and the numerics of the values.
 
-Nothing here knows where an engine keeps these values; that is `lmcache.layout`. All records are frozen plain data
-(msgspec structs), so that they can be hashed, compared, sent between processes and written into file headers.
+Where an engine keeps these values in memory is described by `lmcache.layout`. All records are frozen plain data (msgspec
+structs), so that they can be hashed, compared, sent between processes and written into file headers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Plane(msgspec.Struct, frozen=True):
     Attributes:
         name: short lower-case identifier, unique within its group.
         dtype: torch dtype name without the prefix, e.g. `"bfloat16"`, `"float8_e4m3fn"`.
-        elems: number of elements per token and head (`head_dim` for `k` and `v`).
+        elems: elements per token and head (`head_dim` for `k` and `v`).
     """
 
     name: str
@@ -44,7 +44,7 @@ class Plane(msgspec.Struct, frozen=True):
 
 
 class HitRule(msgspec.Struct, frozen=True):
-    """Which chunks of a group must be present for a hit that ends at a given token boundary.
+    """The chunks of a group that must be present for a hit that ends at a given token boundary.
 
     - `all`: every chunk before the boundary (full attention, MLA).
     - `trailing`: the chunks that cover the last `window` tokens (sliding-window attention; `window` is the number of
@@ -61,21 +61,21 @@ ALL = HitRule("all")
 
 
 def trailing(window: int) -> HitRule:
-    """The rule of a sliding-window group whose next token attends to `window` previous tokens."""
+    """Returns the rule of a sliding-window group whose next token attends to `window` previous tokens."""
     if window < 1:
         raise SpecError(f"a trailing window must be at least 1 token, not {window}")
     return HitRule("trailing", window)
 
 
 class LayerGroup(msgspec.Struct, frozen=True):
-    """Layers that share planes, geometry and reuse rule.
+    """Layers that share planes, geometry and hit rule.
 
     Attributes:
-        name: for people, e.g. `"full"` or `"sliding"`.
-        layers: global layer indices of the whole model's group, ascending, not necessarily consecutive.
-        planes: the kinds of value each of these layers holds per token and head.
-        kv_heads: kv heads of the whole model (1 for MLA), before tensor-parallel sharding.
-        rule: what a hit needs of this group.
+        name: a label, e.g. `"full"` or `"sliding"`.
+        layers: global indices of the group's layers in the whole model, ascending, not necessarily consecutive.
+        planes: the kinds of value that each layer holds per token and head.
+        kv_heads: number of kv heads of the whole model (1 for MLA), before tensor-parallel sharding.
+        rule: the chunks of this group that a hit needs.
     """
 
     name: str
@@ -86,9 +86,9 @@ class LayerGroup(msgspec.Struct, frozen=True):
 
 
 class Rect(msgspec.Struct, frozen=True, order=True):
-    """The rectangle of global layers × kv heads that one rank holds, both half-open ranges.
+    """The rectangle of layers × kv heads held by one rank, as two half-open ranges of global indices.
 
-    `layers` bounds *global* layer indices; a group's layers outside of it belong to other ranks.
+    A group's layers outside `layers` belong to other ranks.
     """
 
     layers: tuple[int, int]
@@ -96,7 +96,7 @@ class Rect(msgspec.Struct, frozen=True, order=True):
 
 
 class Numerics(msgspec.Struct, frozen=True):
-    """Everything beside model and tokens that decides the *bits* of KV. Part of the namespace unless sharing is semantic."""
+    """Everything besides model and tokens that determines the bits of KV. Part of the namespace unless sharing is semantic."""
 
     engine: str = ""
     engine_version: str = ""
@@ -110,17 +110,17 @@ class Numerics(msgspec.Struct, frozen=True):
 
 
 def host_isa() -> str:
-    """This host's arithmetic identity: machine and the vector extension torch dispatches to, e.g. `x86_64-AVX512`."""
+    """Returns the machine and the vector extension that torch dispatches to, e.g. `x86_64-AVX512`."""
     return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
 
 
 class KVSpec(msgspec.Struct, frozen=True):
-    """What one rank's KV cache is. Build it with `uniform` or from explicit groups, then `validate`.
+    """The KV cache of one rank. Build it with `uniform`, `of_groups` or from explicit groups followed by `validate`.
 
     Attributes:
         model: model identity, see `lmcache.keys.model_identity`; any stable string.
-        groups: at least one layer group; together their layers are disjoint.
-        rects: one rectangle per group, what *this* rank holds of it.
+        groups: at least one layer group; the groups' layers are disjoint.
+        rects: one rectangle per group: the part held by this rank.
         numerics: see `Numerics`.
     """
 
@@ -141,7 +141,7 @@ class KVSpec(msgspec.Struct, frozen=True):
         v_head_dim: int | None = None,
         numerics: Numerics | None = None,
     ) -> KVSpec:
-        """One group of `layers` full-attention layers with planes `k` and `v`, all of it on one rank."""
+        """Returns a spec with one group of `layers` full-attention layers with planes `k` and `v`, all on one rank."""
         name = dtype_name(dtype)
         planes = (Plane("k", name, head_dim), Plane("v", name, v_head_dim or head_dim))
         group = LayerGroup("full", tuple(range(layers)), planes, kv_heads)
@@ -149,16 +149,16 @@ class KVSpec(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_groups(cls, model: str, groups: Sequence[LayerGroup], numerics: Numerics | None = None) -> KVSpec:
-        """A spec whose one rank holds all of every group."""
+        """Returns a spec whose only rank holds all of every group."""
         rects = tuple(Rect((0, max(g.layers, default=-1) + 1), (0, g.kv_heads)) for g in groups)
         spec = cls(model, tuple(groups), rects, numerics or Numerics(isa=host_isa()))
         spec.validate()
         return spec
 
     def shard(self, *, layers: tuple[int, int] | None = None, tp_rank: int = 0, tp_size: int = 1) -> KVSpec:
-        """The spec of one rank: pipeline stage `layers` (global, half-open) and head shard `tp_rank` of `tp_size`.
+        """Returns the spec of one rank: pipeline stage `layers` (global, half-open) and head shard `tp_rank` of `tp_size`.
 
-        Groups with fewer kv heads than ranks are replicated, as engines do (MLA: one head on every rank).
+        Groups with fewer kv heads than ranks are replicated, as in engines (MLA: one head on every rank).
         """
         if not 0 <= tp_rank < tp_size:
             raise SpecError(f"tp_rank must be in [0, {tp_size}), not {tp_rank}")
@@ -183,7 +183,11 @@ class KVSpec(msgspec.Struct, frozen=True):
         return spec
 
     def validate(self) -> None:
-        """Raise `SpecError` naming the first inconsistency."""
+        """Checks the spec.
+
+        Raises:
+            SpecError: the first inconsistency.
+        """
         if not self.groups:
             raise SpecError("a KVSpec needs at least one layer group")
         if len(self.rects) != len(self.groups):
@@ -209,32 +213,32 @@ class KVSpec(msgspec.Struct, frozen=True):
                 raise SpecError(f"{where}: a trailing window must be at least 1 token, not {group.rule.window}")
             (l0, l1), (h0, h1) = rect.layers, rect.heads
             if not (0 <= h0 < h1 <= group.kv_heads):
-                raise SpecError(f"{where}: heads [{h0}, {h1}) lie outside of [0, {group.kv_heads})")
+                raise SpecError(f"{where}: heads [{h0}, {h1}) lie outside [0, {group.kv_heads})")
             if not (0 <= l0 < l1):
                 raise SpecError(f"{where}: layers [{l0}, {l1}) is not a range")
 
     def local_layers(self, group: int) -> tuple[int, ...]:
-        """Global indices of the layers of `group` that this rank holds, ascending."""
+        """Returns the global indices of the layers of `group` on this rank, ascending."""
         low, high = self.rects[group].layers
         return tuple(layer for layer in self.groups[group].layers if low <= layer < high)
 
     def local_heads(self, group: int) -> int:
-        """How many kv heads of `group` this rank holds."""
+        """Returns the number of kv heads of `group` on this rank."""
         low, high = self.rects[group].heads
         return high - low
 
     def bytes_per_token(self, group: int) -> int:
-        """Bytes of KV per token that this rank holds for `group`."""
+        """Returns the bytes of KV per token of `group` on this rank."""
         per_head = sum(p.elems * p.itemsize for p in self.groups[group].planes)
         return per_head * self.local_heads(group) * len(self.local_layers(group))
 
     def object_bytes(self, group: int, tokens: int) -> int:
-        """Payload bytes of an object of `tokens` tokens of `group` on this rank, in any order (all orders are dense)."""
+        """Returns the payload bytes of an object of `tokens` tokens of `group` on this rank; the same in all (dense) orders."""
         return self.bytes_per_token(group) * tokens
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """`torch.bfloat16` or `"bfloat16"` → `"bfloat16"`."""
+    """Converts `torch.bfloat16` or `"bfloat16"` to `"bfloat16"`."""
     name = str(dtype).removeprefix("torch.")
     if not isinstance(getattr(torch, name, None), torch.dtype):
         raise SpecError(f"{dtype!r} is not a torch dtype; use e.g. torch.bfloat16 or 'bfloat16'")

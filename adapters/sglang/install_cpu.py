@@ -1,10 +1,10 @@
-"""Install SGLang from PyPI into the environment of the Python that runs this, beside the torch (and vLLM) that is there.
+"""Installs SGLang from PyPI into the running Python's environment, next to the installed torch (and vLLM).
 
     python adapters/sglang/install_cpu.py [pip arguments, such as --constraint constraints.txt]
 
-On a machine with a GPU, `pip install 'lmcache-sdk[sglang]'` is all it takes. SGLang's own requirements pin CUDA packages and one
-version each of torch, transformers and xgrammar, so without a GPU, or beside vLLM, this installs the package alone, then what its
-text models import. `sglang-kernel` (CUDA binaries) is left out; tests use the shims in `adapters/sglang/tests/shims` instead.
+With a GPU, `pip install 'lmcache-sdk[sglang]'` is enough. SGLang's requirements pin CUDA packages and one version each of torch,
+transformers and xgrammar. So without a GPU, or next to vLLM, this installs what SGLang's text models import, then the package
+without its requirements. `sglang-kernel` (CUDA binaries) is skipped; tests use the shims in `adapters/sglang/tests/shims`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ NEEDED = """
     soundfile zstandard xxhash watchfiles compressed-tensors gguf llguidance>=1.7.6,<2 cloudpickle ninja dill
 """
 BESIDE_VLLM = ("xgrammar", "openai")
-"""vLLM pins these: what it has brought stays."""
+"""vLLM pins these: an installed version is kept."""
 
 
 def main() -> None:
-    """Install, or find that it is there."""
+    """Installs SGLang and what its text models import."""
     arguments = sys.argv[1:]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check", *arguments]
     missing = [name for name in BESIDE_VLLM if importlib.util.find_spec(name) is None]
     subprocess.run([*pip, *NEEDED.split(), *missing], check=True)
-    subprocess.run([*pip, "--no-deps", f"sglang=={VERSION}"], check=True)  # last: pip would complain of its pins
+    subprocess.run(
+        [*pip, "--no-deps", f"sglang=={VERSION}"], check=True
+    )  # last: otherwise pip complains about its pins
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ PATIENT: Mapping[str, float] = MappingProxyType({"probe_timeout_s": 20.0})
 """Cache settings for tests: a shared tier that answers after the timeout is a miss, and test machines may be busy."""
 
 
-class Level(str, Enum):
+class Level(str, Enum):  # noqa: UP042 (a StrEnum would print differently)
     """What a test proves. Each test of the suite belongs to one level."""
 
     BYTES = "bytes"  # gather → any tiers → scatter returns every bit and changes no other slot
@@ -61,7 +61,6 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         preemption: the engine can be made to preempt (tiny device cache).
         chunked_prefill: the engine can be made to split prompts.
         tensor_parallel: tensor parallel sizes that can run here.
-        layerwise: loads layer by layer.
         device_cache: the engine has its own device prefix cache, which `drop_device_cache` empties.
         semantic: KV can be shared across engines (`share="semantic"`).
         logprob_bound: for level `approximate`: the largest |Δ log-prob| caused by another engine's KV; 0 claims nothing.
@@ -82,7 +81,6 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     preemption: bool = False
     chunked_prefill: bool = False
     tensor_parallel: tuple[int, ...] = (1,)
-    layerwise: bool = False
     device_cache: bool = False
     semantic: bool = False
     logprob_bound: float = 0.0

@@ -1,9 +1,20 @@
-"""Moving KV bytes between address tables. Knows tensors, offsets and strides; nothing of engines, specs or layouts.
+"""Copies KV bytes between addresses. Depends on tensors, offsets and strides only; not on engines, specs or layouts.
 
-`address` is the vocabulary (plain integers), `reference` the movers that any faster kernel must equal.
+`address` defines the terms (plain integers); `reference` holds the copies that every faster kernel must reproduce bit for bit.
 """
 
-from lmcache_kernels.address import Digits, Dim, Piece, PlaneAddress, Strip, coalesce, merge_strips, refine, table
+from lmcache_kernels.address import (
+    Digits,
+    Dim,
+    Piece,
+    PlaneAddress,
+    Strip,
+    coalesce,
+    join_digits,
+    merge_strips,
+    refine,
+    table,
+)
 from lmcache_kernels.checks import CopyError
 from lmcache_kernels.dispatch import copy_by_kernel, fallbacks
 from lmcache_kernels.hostrows import copy_rows_on_host, worth_it
@@ -42,6 +53,7 @@ __all__ = [
     "copy_by_kernel",
     "copy_rows_on_host",
     "fallbacks",
+    "join_digits",
     "merge_strips",
     "on_host",
     "plan",

@@ -1,13 +1,13 @@
-"""Addresses as plain integers: where an element lies, and which bytes are contiguous on both sides of a copy.
+"""Addresses as plain integers: the location of each element, and the bytes that are contiguous on both sides of a copy.
 
-An axis whose positions lie regularly in memory is a list of *digits*: position i, written in mixed radix from the major
-to the minor digit, lies at the sum of digit × stride. A plain axis has one digit; `slot/16 … slot%16` has two, with
-strides that need not be ordered. All offsets and strides are in bytes.
+An axis with a regular memory layout is a list of *digits*: position i, written in mixed radix from the major to the minor
+digit, is at the sum of digit × stride. A plain axis has one digit; `slot/16 … slot%16` has two, whose strides need not be
+ordered. All offsets and strides are in bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 Digits = tuple[tuple[int, int], ...]
-"""(size, stride in bytes) of each digit of an axis, major first; the axis' extent is the product of the sizes."""
+"""(size, stride in bytes) of each digit of an axis, major first; the extent of the axis is the product of the sizes."""
 
 Dim = tuple[int, int, int]
 """(size, stride in bytes on side A, stride in bytes on side B) of one loop of a copy."""
 
 
 def table(digits: Digits) -> npt.NDArray[np.int64]:
-    """Byte offset of each position of an axis, int64 `(extent,)`."""
+    """Returns the byte offset of each position of an axis, int64 `(extent,)`."""
     out = np.zeros(1, dtype=np.int64)
     for size, stride in digits:
         out = (out[:, None] + np.arange(size, dtype=np.int64)[None, :] * stride).reshape(-1)
@@ -30,7 +30,7 @@ def table(digits: Digits) -> npt.NDArray[np.int64]:
 
 
 def extent(digits: Digits) -> int:
-    """How many positions an axis has."""
+    """Number of positions of an axis."""
     out = 1
     for size, _ in digits:
         out *= size
@@ -39,15 +39,15 @@ def extent(digits: Digits) -> int:
 
 @dataclass(frozen=True)
 class PlaneAddress:
-    """Where one plane of one layer lies: element (page, head, slot, elem) starts at byte
+    """Address of one plane of one layer: element (page, head, slot, elem) starts at byte
     `base + page·page_stride + head·head_stride + T[slot] + E[elem]` of storage number `storage`.
 
     Attributes:
-        storage: index into the list of flat storages this address belongs to.
+        storage: index into the list of flat storages.
         base: byte offset of element (0, 0, 0, 0) in that storage.
-        page: bytes from a page to the next.
-        head: bytes from a kv head to the next (0 where there is one).
-        slot: digits of the slot inside its page; their extent is the page's tokens.
+        page: bytes from one page to the next.
+        head: bytes from one kv head to the next (0 if there is only one).
+        slot: digits of the slot within its page; their extent is the number of tokens per page.
         elem: digits of the element.
         itemsize: bytes per element.
     """
@@ -62,7 +62,7 @@ class PlaneAddress:
 
     @cached_property
     def T(self) -> npt.NDArray[np.int64]:  # noqa: N802 - the name in the formula
-        """Byte offset of each slot inside its page, `(block_tokens,)`."""
+        """Byte offset of each slot within its page, `(block_tokens,)`."""
         return table(self.slot)
 
     @cached_property
@@ -77,7 +77,7 @@ class PlaneAddress:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of an axis that lies regularly on both sides: `dims` loops from offsets `a` and `b`."""
+    """Part of an axis that is regular on both sides: loops `dims`, starting at offsets `a` and `b`."""
 
     a: int
     b: int
@@ -85,10 +85,13 @@ class Piece:
 
 
 def refine(a: Digits, b: Digits) -> tuple[Piece, ...]:
-    """One axis of equal extent in two arrangements, as loops that are regular on *both* sides.
+    """Expresses two arrangements of one axis as loops that are regular on *both* sides.
 
-    Digits are split where the other side splits them; that is one piece whenever one side's radix divides the other's.
-    Where neither divides (pages of 12 and of 16 tokens), the axis falls into several pieces.
+    Digits are split where the other side splits them, which yields a single piece if one side's radix divides the other's.
+    Where neither divides (pages of 12 and of 16 tokens), the axis is cut into several pieces.
+
+    Raises:
+        ValueError: the extents differ.
     """
     if extent(a) != extent(b):
         raise ValueError(f"axes of {extent(a)} and {extent(b)} positions cannot be matched")
@@ -108,7 +111,9 @@ def refine(a: Digits, b: Digits) -> tuple[Piece, ...]:
 
 
 def _irregular(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> tuple[Piece, ...]:
-    """Runs of constant, ascending step on both sides (views cannot have negative strides), otherwise single positions."""
+    """Cuts an axis into runs with a constant, positive step on both sides (views cannot have negative strides); positions
+    that belong to no such run become pieces of their own.
+    """
     pieces = []
     start, n = 0, len(a)
     while start < n:
@@ -125,10 +130,10 @@ def _irregular(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> tuple[Piec
 
 
 def coalesce(dims: Sequence[Dim]) -> tuple[Dim, ...]:
-    """The same set of (offset A, offset B) pairs with as few loops as possible, largest stride on side B first.
+    """Returns the fewest loops that visit the same (offset A, offset B) pairs, largest stride on side B first.
 
-    The order of the loops does not matter to a copy, so they are sorted, and neighbours that continue each other on both
-    sides become one.
+    The order of loops does not matter to a copy, so they are sorted, and adjacent loops that are contiguous on both sides are
+    merged.
     """
     out: list[Dim] = []
     for size, a, b in sorted((d for d in dims if d[0] != 1), key=lambda d: (-d[2], -d[1])):
@@ -139,17 +144,37 @@ def coalesce(dims: Sequence[Dim]) -> tuple[Dim, ...]:
     return tuple(out)
 
 
+def coalesce_runs(dims: Sequence[Dim]) -> tuple[Dim, ...]:
+    """Like `coalesce`, but the innermost loop is always a contiguous run `(n, 1, 1)`, n ≥ 1."""
+    out = coalesce(dims)
+    return out if out and out[-1][1:] == (1, 1) else (*out, (1, 1, 1))
+
+
+def join_digits(digits: Iterable[tuple[int, int]]) -> Digits:
+    """Drops digits of size 1 and merges adjacent digits that are contiguous; the offsets of the axis stay the same."""
+    out: list[tuple[int, int]] = []
+    for size, stride in digits:
+        if size == 1:
+            continue
+        if out and out[-1][1] == size * stride:
+            out[-1] = (out[-1][0] * size, stride)
+        else:
+            out.append((size, stride))
+    return tuple(out)
+
+
 @dataclass(frozen=True)
 class Strip:
-    """One regular copy between side A and side B that repeats for every layer and every unit (a page, or some tokens).
+    """One regular copy between side A and side B, repeated for every layer and every unit (a page, or some tokens).
 
     Attributes:
         sources: (storage, byte offset) on side A per layer, at unit address 0; the layers are `first`, `first + 1`, …
         offset: byte offset on side B of layer `first`, unit 0.
-        layer: bytes from a layer to the next on side B.
-        units: digits of the unit on side B; on side A, units lie wherever the slots say.
-        dims: loops (size, stride on A, stride on B); the innermost is `(n, 1, 1)`, n contiguous bytes on both sides.
-        tag: strips are merged only with others of this tag (they share the addresses of their units on side A).
+        layer: bytes from one layer to the next on side B.
+        units: digits of the unit on side B; on side A the slots determine the address of each unit.
+        dims: loops (size, stride on A, stride on B); the innermost is `(n, 1, 1)`: n contiguous bytes on both sides.
+        tag: strips are merged only within one tag, i.e. if they share the addresses of their units on side A.
+        first: the first layer.
     """
 
     sources: tuple[tuple[int, int], ...]
@@ -162,17 +187,16 @@ class Strip:
 
     @property
     def run(self) -> int:
-        """Contiguous bytes on both sides."""
+        """Bytes that are contiguous on both sides."""
         return self.dims[-1][0]
 
     def tidy(self) -> Strip:
-        """The same copy with the fewest loops."""
-        dims = coalesce(self.dims)
-        return replace(self, dims=dims if dims and dims[-1][1:] == (1, 1) else (*dims, (1, 1, 1)))
+        """Returns the same copy with the fewest loops."""
+        return replace(self, dims=coalesce_runs(self.dims))
 
 
 def merge_strips(strips: Sequence[Strip]) -> tuple[Strip, ...]:
-    """Join strips whose bytes follow each other on both sides for every layer (K and V of a packed page), repeatedly."""
+    """Merges strips that are adjacent on both sides in every layer (K and V of a packed page), until none are left."""
     work = [s.tidy() for s in strips]
     while True:
         by_start = {(s.offset, s.sources[0]): s for s in work}

@@ -1,6 +1,6 @@
-"""Every kernel compiled for every GPU, without one: how wide it reads and writes, what it holds, what it spills.
+"""Compiles every kernel for every supported GPU ahead of time, without a GPU, and reports access widths, registers and spills.
 
-What is compiled is what would be launched: the same specialisation, made from the same addresses.
+The compiled specialisations are those that a launch would use: they are derived from the same addresses.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One kernel for one GPU.
+    """Compilation result of one kernel for one GPU.
 
     Attributes:
         kernel: case and direction.
         target: compute capability or architecture.
         kind: "run" or "turn", see `Specialisation`; "convert", see `Conversion`.
-        load_bytes, store_bytes: the narrowest access of the data by one thread in one instruction.
-        access_bytes: the smaller of both.
+        load_bytes, store_bytes: width of the narrowest load and store of the data, in bytes per thread and instruction.
+        access_bytes: the smaller of the two.
         registers: per thread.
-        spill_bytes: per thread; 0 where all is held in registers.
-        shared_bytes: per program.
+        spill_bytes: per thread; 0 if everything fits into registers.
+        shared_bytes: shared memory per program.
         warps: per program.
-        in_flight_bytes: bytes that one thread has under way.
-        occupancy: part of the threads that an SM or CU can hold, estimated from registers and shared memory.
+        in_flight_bytes: bytes that one thread has in flight.
+        occupancy: fraction of an SM's or CU's thread capacity, estimated from registers and shared memory.
     """
 
     kernel: str
@@ -69,11 +69,11 @@ class KernelReport:
 
 
 def report(targets: Sequence[str] = TARGETS, cases: Sequence[Case] = CASES) -> Iterator[KernelReport]:
-    """Compile every case in both directions for every target.
+    """Compiles every case in both directions for every target.
 
     Raises:
-        ValueError: a target that is none of `TARGETS`.
-        RuntimeError: this Triton cannot compile for it.
+        ValueError: a target is not in `TARGETS`.
+        RuntimeError: the installed Triton cannot compile for a target.
     """
     for name in targets:
         if name not in TARGETS:
@@ -82,14 +82,14 @@ def report(targets: Sequence[str] = TARGETS, cases: Sequence[Case] = CASES) -> I
         what = specialise(case.copy())
         for into_a in (False, True):
             for target in targets:
-                yield compiled(f"{case.name}, {_WAYS[into_a]}", what, target, into_a=into_a)
+                yield compiled(f"{case.name}, {_DIRECTION[into_a]}", what, target, into_a=into_a)
     for dtype, kind, into_a in product(FLOATS, LARGEST, (False, True)):
         for target in targets:
             yield converted(dtype, kind, target, into_a=into_a)
 
 
 def verdicts(reports: Sequence[KernelReport], cases: Sequence[Case] = CASES) -> list[str]:
-    """What is worse than it must be, one line each; empty if all is well."""
+    """Returns one line per requirement of a case (access width, no spills) that a report fails; empty if all are met."""
     wanted = {case.name: case for case in cases}
     out = []
     for found in reports:
@@ -107,7 +107,7 @@ def verdicts(reports: Sequence[KernelReport], cases: Sequence[Case] = CASES) -> 
 
 
 def compiled(name: str, what: Specialisation, target: str, *, into_a: bool) -> KernelReport:
-    """One kernel for one target."""
+    """Compiles one copy kernel for one target."""
     lanes = _lanes(target)
     warps = what.warps(lanes)
     fixed = constants(what, into_a=into_a)
@@ -120,18 +120,18 @@ def compiled(name: str, what: Specialisation, target: str, *, into_a: bool) -> K
 
 
 def converted(dtype: torch.dtype, kind: torch.dtype, target: str, *, into_a: bool) -> KernelReport:
-    """A conversion for one target."""
+    """Compiles one conversion kernel for one target."""
     case = CONVERTED_FP32 if dtype == torch.float32 else CONVERTED
     lanes = _lanes(target)
     what = conversion(case.copy(), into_a=into_a, dtype=dtype, kind=kind, head_loop=1, lanes=lanes)
     arguments = {"tables": "*i64", "factors": "*fp32"} | dict.fromkeys(triton_convert.COUNTS, "i32")
     options = what.options()
     in_flight = what.rows * what.tile * dtype.itemsize // (options["num_warps"] * lanes)
-    name = f"{str(dtype)[6:]} to {str(kind)[6:]}, {_WAYS[into_a]}"
+    name = f"{str(dtype)[6:]} to {str(kind)[6:]}, {_DIRECTION[into_a]}"
     return _compiled(name, target, "convert", triton_convert.convert, arguments, what.constants(), options, in_flight)
 
 
-_WAYS = {False: "out", True: "back"}
+_DIRECTION = {False: "out", True: "back"}
 
 
 def _lanes(target: str) -> int:
@@ -154,7 +154,7 @@ def _compiled(
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Triton's own defaults
+            warnings.simplefilter("ignore")  # Triton warns about its own defaults
             out = triton.compile(ASTSource(kernel, signature, places, {}), target=gpu, options=options)
     except Exception as error:
         raise RuntimeError(f"{name}: Triton {triton.__version__} cannot compile for {target}: {error}") from error
@@ -191,12 +191,12 @@ def _compiled(
 
 
 def narrowed(what: Specialisation) -> Specialisation:
-    """The same kernel as if nothing were known of alignment: what a careless one would compile to."""
+    """The same kernel without its alignment guarantee; tests use it to check that `verdicts` finds narrow accesses."""
     return replace(what, align=what.width)
 
 
 def _assembled(ptx: str, target: str) -> tuple[int, int]:
-    """Registers and bytes spilled, as NVIDIA's assembler tells them."""
+    """(registers, bytes spilled) per thread, as reported by ptxas."""
     knobs: Any = triton.knobs
     tool = knobs.nvidia.ptxas if int(target[3:]) < 90 else knobs.nvidia.ptxas_blackwell
     architecture = _one(r"\.target (sm_\w+)", ptx)
@@ -209,20 +209,20 @@ def _assembled(ptx: str, target: str) -> tuple[int, int]:
             text=True,
             check=True,
         )
-    said = done.stderr + done.stdout
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
-    return int(_one(r"Used (\d+) registers", said)), max(map(int, spilled), default=0)
+    output = done.stderr + done.stdout
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", output)
+    return int(_one(r"Used (\d+) registers", output)), max(map(int, spilled), default=0)
 
 
 def _one(pattern: str, text: str) -> str:
     found = re.search(pattern, text)
     if found is None:
-        raise RuntimeError(f"the compiler's output has no {pattern!r}")
+        raise RuntimeError(f"the compiler's output has no match for {pattern!r}")
     return found[1]
 
 
 def _nvidia_occupancy(target: str, registers: int, shared: int, warps: int) -> float:
-    """65,536 registers, 64 warps, 32 programs an SM, and its shared memory."""
+    """Limits per SM: 65,536 registers, 64 warps, 32 programs, and its shared memory."""
     memory = {"sm_80": 164 << 10}.get(target, 228 << 10)
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
     programs = min(32, 64 // warps, by_registers, memory // (shared + 1024))
@@ -230,7 +230,7 @@ def _nvidia_occupancy(target: str, registers: int, shared: int, warps: int) -> f
 
 
 def _amd_occupancy(registers: int, shared: int, warps: int) -> float:
-    """512 registers and at most 8 waves on each of a CU's 4 SIMDs, 64 KiB of shared memory."""
+    """Limits per CU: 512 registers and 8 waves on each of 4 SIMDs, 64 KiB of shared memory."""
     waves = min(8, 512 // max(1, -(-registers // 8) * 8)) * 4
     programs = min(waves // warps, (64 << 10) // shared if shared else waves)
     return programs * warps / 32

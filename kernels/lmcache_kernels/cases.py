@@ -1,6 +1,6 @@
-"""Copies as engines have them, by name: what is compiled ahead of time, and what is measured on a GPU.
+"""Named copies that occur in engines: compiled ahead of time (`aot`) and benchmarked on a GPU.
 
-Geometry of an 8B model (8 kv heads of 128, bf16, blocks of 16 tokens) unless the name says otherwise.
+The geometry is that of an 8B model (8 kv heads of 128, bf16, blocks of 16 tokens) unless the name gives another.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Case:
     """One kind of copy.
 
     Attributes:
-        name: what is copied to what.
-        dims: loops inside a row, see `RowCopy`.
-        a_unit, b_unit: bytes from a row to the next on either side; also what they are aligned to.
-        wide, narrow: bytes that the wider and the narrower of load and store must have.
-        why: the reason where that is less than 16.
+        name: source and target order.
+        dims: loops within a row, see `RowCopy`.
+        a_unit, b_unit: bytes from one row to the next on each side; also the alignment of rows.
+        wide, narrow: required width in bytes of the wider and of the narrower of load and store.
+        why: the reason if that is less than 16.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Case:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row that move."""
+        """Bytes copied per row."""
         return prod(size for size, _, _ in self.dims)
 
     def copy(self, *, layers: int = 1, objects: int = 1, units: int = 2, a: int = 1 << 30, b: int = 1 << 31) -> RowCopy:
-        """Rows in order, between memory that begins at addresses `a` and `b`, whole layers and objects apart."""
+        """Builds a copy of consecutive rows between memory at addresses `a` and `b`; layers and objects are contiguous."""
 
         def ints(count: int, step: int, start: int = 0) -> np.ndarray:
             return np.arange(count, dtype=np.int64) * step + start
@@ -58,7 +58,7 @@ class Case:
 
 
 def _transposed(itemsize: int) -> Case:
-    """Keys as vLLM's `vec` pages hold them, `head dim slot`, to `slot head dim`."""
+    """Keys of vLLM's `vec` pages, `head dim slot`, to `slot head dim`."""
     dims = ((8, 2048 * itemsize, 128 * itemsize), (128, 16 * itemsize, itemsize), (16, itemsize, 1024 * itemsize))
     name = {2: "bf16", 4: "fp32"}[itemsize]
     return Case(f"vec K {name}, turned", (*dims, (itemsize, 1, 1)), 32768 * itemsize, 16384 * itemsize)
@@ -85,7 +85,7 @@ CASES = (
 )
 
 CONVERTED = Case("packed to canonical, converted", ((16, 512, 1024), (8, 8192, 128), (128, 1, 1)), 65536, 16384)
-"""Rows of floats of two bytes that become codes of one: the innermost loop counts elements."""
+"""Rows of 2-byte floats converted to 1-byte codes: the innermost loop counts elements."""
 
 CONVERTED_FP32 = Case("packed to canonical, converted", ((16, 1024, 1024), (8, 16384, 128), (128, 1, 1)), 131072, 16384)
-"""The same with floats of four bytes."""
+"""The same with 4-byte floats."""

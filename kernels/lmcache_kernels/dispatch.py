@@ -1,8 +1,8 @@
-"""Which mover serves which device: Triton where it compiles, tensor operations anywhere else.
+"""Selects the copy implementation of a device: Triton where it compiles, tensor operations everywhere else.
 
-CUDA, ROCm (whose devices torch calls `cuda` too) and XPU copy rows by Triton. Host memory has a path of its own
-(`reference`), which never comes here. Any other device, and any device on which a kernel could not be compiled or
-launched, is served by torch operations; that is said once, counted, and never tried again in this process.
+CUDA, ROCm (also `cuda` in torch) and XPU copy rows with Triton. Host memory is handled elsewhere (`reference`, `hostrows`).
+Every other device, and every device type for which a kernel failed to compile or launch, falls back to torch operations; the
+fallback is logged once, counted, and lasts for the lifetime of the process.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ _served_by_torch: dict[str, str] = {}
 
 
 def fallbacks() -> dict[str, str]:
-    """Device type → why tensor operations, not kernels, move its bytes. Empty where all is well."""
+    """Device type → the reason why tensor operations copy instead of kernels. Empty if no device fell back."""
     with _lock:
         return dict(_served_by_torch)
 
 
 def copy_by_kernel(copies: Sequence[RowCopy], *, into_a: bool, device: torch.device) -> bool:
-    """Copy all rows on `device`'s current stream; False = nothing here can, use tensor operations for all of them.
+    """Copies all rows on the current stream of `device`.
+
+    Returns:
+        False if there is no working kernel: the caller must copy all rows with tensor operations.
 
     Raises:
-        CopyError: the copies themselves are wrong.
+        CopyError: the copies themselves are invalid.
     """
     if served_by_torch(device):
         return False
@@ -53,29 +56,29 @@ def copy_by_kernel(copies: Sequence[RowCopy], *, into_a: bool, device: torch.dev
 
 
 def copy_one(copy: RowCopy, *, into_a: bool, device: torch.device, max_programs: int | None = None) -> None:
-    """Copy rows, of slots that were checked, on the current stream by the kernel of `device`; raises what went wrong."""
+    """Copies rows on the current stream with the kernel of `device`; slots must have been checked. Does not fall back."""
     kernel_for(device)(copy, into_a=into_a, device=device, max_programs=max_programs, trusted=True)
 
 
 def served_by_torch(device: torch.device) -> bool:
-    """Whether kernels were given up on devices of this type."""
+    """Whether devices of this type have fallen back to tensor operations."""
     with _lock:
         return device.type in _served_by_torch
 
 
 def kernel_for(device: torch.device) -> RowsKernel:
-    """The kernel that copies rows on this device; `NotImplementedError` if there is none."""
+    """Returns the kernel that copies rows on this device; raises `NotImplementedError` if there is none."""
     if device.type not in TRITON_DEVICES:
         raise NotImplementedError(f"no kernels for devices of type {device.type!r}")
     if importlib.util.find_spec("triton") is None:
-        raise NotImplementedError("Triton is not installed; `pip install triton` brings the kernels")
+        raise NotImplementedError("Triton is not installed; `pip install triton` to enable the kernels")
     from lmcache_kernels.triton_copy import copy_rows
 
     return copy_rows
 
 
 def give_up(device: torch.device, error: Exception) -> None:
-    """From now on tensor operations serve devices of this type; the first time it is said why."""
+    """Makes devices of this type use tensor operations from now on; logs the reason the first time."""
     reason = f"{type(error).__name__}: {error}"
     with _lock:
         first = _served_by_torch.setdefault(device.type, reason) is reason

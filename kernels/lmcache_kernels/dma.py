@@ -1,10 +1,8 @@
-"""Copies of long pieces by the copy engine: many in one driver call where there is such a call, else one by one.
+"""Copies long contiguous pieces with the copy engine: in batched driver calls where available, otherwise one by one.
 
-`cuMemcpyBatchAsync` is found in the driver library itself, through ctypes: nothing is compiled. It exists from CUDA 12.8 on,
-and lost its argument `failIdx` in 13.0; `cuGetProcAddress` is asked for 12.8's by number, which newer drivers keep, so what
-is called always has the signature that is meant. Anything that goes wrong with it is said once, and from then on PyTorch's
-`copy_` does the work.
-ROCm and XPU always use `copy_`.
+`cuMemcpyBatchAsync` is looked up in the driver library through ctypes; nothing is compiled. It exists since CUDA 12.8 and lost
+its argument `failIdx` in 13.0; `cuGetProcAddress` is called with version 12.8, whose signature newer drivers keep. The first
+error is logged, and PyTorch's `copy_` is used from then on. ROCm and XPU always use `copy_`.
 """
 
 from __future__ import annotations
@@ -23,18 +21,20 @@ from lmcache_kernels.rowcopy import Ints
 BATCH = 1024
 """Descriptors per driver call. Calls with 50 000 were reported to crash or hang drivers (vLLM issue 49276)."""
 
-_IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: sources are staging that earlier work of the stream writes
+_IN_STREAM_ORDER = (
+    1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: earlier work of the stream writes the sources (staging memory)
+)
 _VERSION = (
-    12080  # newer drivers keep the signature under this number; what older ones say to a newer number is not written
+    12080  # newer drivers keep this version's signature; how older drivers react to newer versions is undocumented
 )
 
 
-class _Location(ctypes.Structure):  # CUmemLocation; zero: no hint
+class _Location(ctypes.Structure):  # CUmemLocation; zero = no hint
     _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
 
 
 class Attributes(ctypes.Structure):
-    """CUmemcpyAttributes of cuda.h, 24 bytes."""
+    """`CUmemcpyAttributes` of cuda.h, 24 bytes."""
 
     _fields_ = (
         ("srcAccessOrder", ctypes.c_int),
@@ -46,7 +46,7 @@ class Attributes(ctypes.Structure):
 
 _P, _N, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 PROTOTYPE = ctypes.CFUNCTYPE(_INT, _P, _P, _P, _N, _P, _P, _N, _P, _P)
-"""C signature of 12.8's `cuMemcpyBatchAsync`: dsts, srcs, sizes, count, attrs, attrsIdxs, numAttrs, failIdx, hStream."""
+"""C signature of `cuMemcpyBatchAsync` in 12.8: dsts, srcs, sizes, count, attrs, attrsIdxs, numAttrs, failIdx, hStream."""
 
 
 class DriverError(RuntimeError):
@@ -54,13 +54,13 @@ class DriverError(RuntimeError):
 
 
 class Driver:
-    """The calls used of one driver library.
+    """The functions used from one driver library.
 
     Args:
-        library: libcuda as ctypes loaded it, or an object with functions of the same C signatures.
+        library: libcuda as loaded by ctypes, or an object with functions of the same C signatures.
 
     Raises:
-        DriverError: it has no batched copy.
+        DriverError: the library has no batched copy.
     """
 
     def __init__(self, library: Any) -> None:
@@ -88,10 +88,10 @@ class Driver:
         return PROTOTYPE(where.value)
 
     def copy(self, dst: Ints, src: Ints, nbytes: Ints, stream: int) -> None:
-        """Enqueue copies on a stream (its handle). The order among them is undefined; they must not overlap.
+        """Enqueues copies on a stream (given by its handle). They run in any order, so they must not overlap.
 
         Raises:
-            DriverError: with the driver's code. Copies of earlier batches of this call are enqueued.
+            DriverError: contains the driver's error code. Earlier batches of this call stay enqueued.
         """
         dst, src, nbytes = (np.ascontiguousarray(x, dtype=np.int64) for x in (dst, src, nbytes))
         attributes, first = Attributes(srcAccessOrder=_IN_STREAM_ORDER), ctypes.c_size_t(0)
@@ -115,7 +115,7 @@ class Driver:
                     raise DriverError(f"cuMemcpyBatchAsync: CUDA error {code}{which}")
 
     def _context_of(self, stream: int) -> AbstractContextManager[None]:
-        """Driver calls need the stream's context to be current; a thread that has not used CUDA has none."""
+        """Makes the stream's context current, as driver calls require; a thread that has not used CUDA has no context."""
         held, wanted = ctypes.c_void_p(), ctypes.c_void_p()
         self._check("cuCtxGetCurrent", ctypes.byref(held))
         self._check("cuStreamGetCtx", ctypes.c_void_p(stream), ctypes.byref(wanted))
@@ -141,12 +141,12 @@ class _Current(AbstractContextManager[None]):
 
 
 class Memory:
-    """Which tensor holds an address: flat uint8 tensors sorted by address, looked up for many addresses at once.
+    """Maps addresses to the tensors that contain them: flat uint8 tensors sorted by address, with vectorised lookup.
 
-    It keeps what it was made of alive. Host and device addresses may be equal on some devices: use one `Memory` for each.
+    Keeps the tensors alive. Host and device addresses can coincide on some devices: use one `Memory` for each.
 
     Args:
-        tensors: any dense or strided tensors; each stands for the whole of its storage.
+        tensors: dense or strided tensors; each covers its whole storage.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -160,17 +160,17 @@ class Memory:
         kept: list[tuple[int, int, torch.Tensor]] = []
         for start in sorted(storages):
             end = start + storages[start].shape[0]
-            if not kept or end > kept[-1][1]:  # else it lies inside another, as memory that is mapped twice does
+            if not kept or end > kept[-1][1]:  # otherwise contained in another, e.g. memory that is mapped twice
                 kept.append((start, end, storages[start]))
         self.tensors = tuple(tensor for _, _, tensor in kept)
         self._starts = np.array([start for start, _, _ in kept], dtype=np.int64)
         self._ends = np.array([end for _, end, _ in kept], dtype=np.int64)
 
     def find(self, addresses: Ints, nbytes: Ints) -> tuple[Ints, Ints]:
-        """Which of `tensors` holds each range, and at which offset.
+        """Returns the index into `tensors` and the byte offset of each range, both int64 `(ranges,)`.
 
         Raises:
-            ValueError: a range is not inside one of them.
+            ValueError: a range is not contained in one tensor.
         """
         which = np.searchsorted(self._starts, addresses, side="right").astype(np.int64) - 1
         bad = which < 0
@@ -183,9 +183,9 @@ class Memory:
 
 
 def handle_of(stream: object) -> int | None:
-    """A stream's number for the CUDA driver, or `None` if it is no CUDA stream or the batched copy refuses it.
+    """Returns the CUDA driver's handle of a stream, or `None` if it is not a CUDA stream or not valid for batched copies.
 
-    The legacy default stream (0 or 1) is refused by the driver.
+    The driver rejects the legacy default stream (0 or 1).
     """
     handle = getattr(stream, "cuda_stream", None)
     if handle is None and isinstance(stream, torch.Stream) and stream.device.type == "cuda":
@@ -194,12 +194,12 @@ def handle_of(stream: object) -> int | None:
 
 
 class Dma:
-    """Executes descriptors on a stream. Thread-safe.
+    """Runs copy descriptors on a stream. Thread-safe.
 
     Args:
-        driver: batched copies, or `None` for `copy_` alone; `find_driver` finds it.
-        say: told once, in a sentence, why batched copies are not (or no longer) used.
-        handle: a stream's number for `driver`, or `None` if it does not take that stream.
+        driver: provides batched copies, see `find_driver`; `None` = use `copy_` only.
+        say: called once with a message when batched copies stop being used.
+        handle: returns the driver's handle of a stream, or `None` if the driver does not accept the stream.
     """
 
     def __init__(
@@ -224,18 +224,18 @@ class Dma:
         stream: object = None,
         pinned: bool = True,
     ) -> None:
-        """Enqueue copies. The order among them is undefined: no destination may overlap another or a source.
+        """Enqueues copies. They run in any order: no destination may overlap another destination or a source.
 
         Args:
             dst, src, nbytes: int64 `(copies,)`, absolute addresses and lengths.
-            into, out_of: the memory of either side.
-            stream: where; it must be the device's current stream too, for `copy_` (`Streams.launch` sees to that).
-            pinned: the host side is page-locked. If not, `copy_` is used, which lets this thread wait.
+            into, out_of: the memory of the destinations and of the sources.
+            stream: where to enqueue; must also be the device's current stream, for `copy_` (`Streams.launch` ensures it).
+            pinned: the host side is page-locked. If not, `copy_` is used, which blocks this thread.
 
         Raises:
-            ValueError: an address belongs to no tensor of its side, or the lists differ in length. Nothing was copied.
+            ValueError: an address is in no tensor of its side, or the lists differ in length. Nothing was copied.
         """
-        if not dst.shape == src.shape == nbytes.shape:  # the driver would read past the end of the shorter
+        if not dst.shape == src.shape == nbytes.shape:  # the driver would read past the end of the shorter list
             raise ValueError(f"descriptors of shapes {dst.shape}, {src.shape} and {nbytes.shape}")
         to, there = into.find(dst, nbytes)
         of, here = out_of.find(src, nbytes)
@@ -249,7 +249,7 @@ class Dma:
     def _batched(self, driver: Driver, dst: Ints, src: Ints, nbytes: Ints, handle: int) -> bool:
         try:
             driver.copy(dst, src, nbytes, handle)
-        except DriverError as error:  # what was enqueued is enqueued again, in the same stream: the bytes are the same
+        except DriverError as error:  # repeating the copies already enqueued, on the same stream, writes the same bytes
             if self.driver is not None:
                 self.driver = None
                 self._say(f"copies go one by one from now on: {error}")
@@ -258,7 +258,7 @@ class Dma:
 
 
 def find_driver(device: torch.device, say: Callable[[str], object] = lambda line: None) -> Driver | None:
-    """Batched copies for `device`, or `None` after saying why not."""
+    """Returns the driver for batched copies on `device`, or `None` after passing the reason to `say`."""
     if device.type != "cuda" or torch.version.cuda is None:
         say(f"copies go one by one: {device.type} has no batched copy here")
         return None

@@ -1,17 +1,16 @@
-"""Rows by numpy, on a CPU: one strided copy moves a page in all layers, K and V at once.
+"""Copies rows between host memories with numpy: one strided copy moves a page in all layers, K and V together.
 
-How numpy is asked makes a factor of two, as part of memcpy on one core of an EPYC (whole objects in memory, 16-token
-pages of SmolLM2, whose runs are 128 bytes, and of Llama-3-8B, whose runs are 256):
+The form of the numpy call matters by a factor of two. Throughput relative to memcpy on one core of an EPYC (whole objects in
+memory, 16-token pages of SmolLM2, with runs of 128 bytes, and of Llama-3-8B, with runs of 256):
 
-    rows named by an index, a layer and a plane at a time          store 0.30, 0.55    retrieve 0.28, 0.56
-    a page at a time, all layers                                   store 0.36, 0.61    retrieve 0.45, 0.46
-    … and K and V as a loop of it: their lines are read once       store 0.42, 0.70    retrieve 0.49, 0.54
-    … and a run as *one* element (numpy's void), not as words      store 0.56, 0.66    retrieve 0.55, 0.57
+    rows by index, one layer and plane at a time                   store 0.30, 0.55    retrieve 0.28, 0.56
+    one page at a time, all layers                                 store 0.36, 0.61    retrieve 0.45, 0.46
+    … and K and V as one more loop: cache lines are read once      store 0.42, 0.70    retrieve 0.49, 0.54
+    … and a run as *one* element (numpy void), not as words        store 0.56, 0.66    retrieve 0.55, 0.57
 
-A copy that does not go past the caches, as memcpy does, reads what it is about to overwrite: 0.67 is the most that one core
-can have where runs are short. Elements of 2 bytes that change places are another matter: splitting the pairs that AMX
-wants (AMX V → rows) has 0.28–0.33, joining them 0.07–0.09. So pairs are joined as words, by widening, shift and or, in
-tiles that stay in the second-level cache: 0.27–0.32.
+Unlike memcpy, which bypasses the caches, such a copy first reads the lines that it overwrites: with short runs, 0.67 is the
+limit of one core. Permuting 2-byte elements is slower: splitting the pairs of AMX (AMX V → rows) reaches 0.28–0.33, joining
+them 0.07–0.09. So pairs are joined as words (widen, shift, or) in tiles that fit the second-level cache: 0.27–0.32.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from lmcache_kernels.rowcopy import Ints, RowCopy
 Array = npt.NDArray[Any]
 
 TILE = 256 << 10
-"""Bytes of a tile of joined pairs: with its two intermediate forms inside a second-level cache of 1 MiB."""
+"""Bytes of a tile of joined pairs: the tile and its two intermediate forms fit a second-level cache of 1 MiB."""
 
-_WORTH_A_THREAD = 2 << 20
+_BYTES_PER_THREAD = 2 << 20
 _LONG_RUN = 256
 _LONGEST = 1 << 20
-"""Bytes of an element at most; longer runs are copied as bytes, which is one memcpy as well."""
+"""Maximum bytes of one numpy element; longer runs are copied as bytes, which numpy also turns into one memcpy."""
 
 
 class Loops(NamedTuple):
-    """Rows of all objects and units of `copy`, those of `layers` and of more copies as loops around `copy.dims`."""
+    """Rows of all objects and units of `copy`; `dims` adds `layers`, and copies at equal distances, around `copy.dims`."""
 
     copy: RowCopy
     layers: range
@@ -51,14 +50,14 @@ class Loops(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Two views of equal elements. `joins`: the source's last axis are the two halves of a word of the target."""
+    """Two views of equal shape. `joins`: the last axis of the source holds the two halves of each word of the target."""
 
     target: Array
     source: Array
     joins: bool
 
     def parts(self) -> list[Move]:
-        """The same in halves; as it is where it is a single element, or words that the target has in one run."""
+        """Splits the move into halves; returns it whole if it is a single element, or words that form one run in the target."""
         if not self.target.ndim:
             return [self]
         if len(self.target) == 1:
@@ -68,23 +67,25 @@ class Move(NamedTuple):
 
 
 def copy_rows_on_host(copies: Sequence[RowCopy], *, into_a: bool) -> None:
-    """Copy all rows between host memories, on as many threads as torch uses where that pays. Nothing may overlap."""
-    # All of Python's work comes before the first byte moves, as copies empty the caches that it runs from.
+    """Copies all rows between host memories, on up to torch's number of threads if large enough. Nothing may overlap."""
+    # All Python work is done before the first copy: copies evict the interpreter's data from the CPU caches.
     moves = [move for loops in looped(copies) for move in _moves(loops, into_a=into_a)]
     total = sum(move.source.nbytes for move in moves)
-    threads = min(torch.get_num_threads(), max(1, total // _WORTH_A_THREAD))
+    threads = min(torch.get_num_threads(), max(1, total // _BYTES_PER_THREAD))
     if threads == 1:
-        _all(moves)
+        _run(moves)
         return
-    for _ in range(4):  # a page of a hundred layers, an object: more parts than threads
+    for _ in range(
+        4
+    ):  # split large moves (a page of a hundred layers, an object) so that threads share the work evenly
         if len(moves) < 4 * threads:
             moves = [part for move in moves for part in move.parts()]
-    tasks: list[Callable[[], object]] = [functools.partial(_all, moves[i::threads]) for i in range(threads)]
+    tasks: list[Callable[[], object]] = [functools.partial(_run, moves[i::threads]) for i in range(threads)]
     in_parallel(tasks)
 
 
 def looped(copies: Sequence[RowCopy]) -> Iterator[Loops]:
-    """The same rows with as many layers and copies as lie regularly made loops inside a row."""
+    """Turns layers and copies at equal distances into loops within a row; the rows stay the same."""
     for first, planes in _families(copies):
         if not first.objects:
             continue
@@ -96,8 +97,8 @@ def looped(copies: Sequence[RowCopy]) -> Iterator[Loops]:
 
 
 def worth_it(dims: Sequence[Dim], *, into_a: bool) -> bool:
-    """Whether this is faster than rows named by an index, for rows with these loops inside, by measurement: not where rows
-    are single runs, nor into pages whose runs are long or whose 2-byte elements change places one by one.
+    """Whether `copy_rows_on_host` is faster than indexed rows for rows with loops `dims`, as measured: not for rows of a
+    single run, nor for scattering long runs or 2-byte elements that are permuted one by one.
     """
     if len(dims) == 1:
         return False
@@ -108,19 +109,19 @@ def worth_it(dims: Sequence[Dim], *, into_a: bool) -> bool:
 
 
 def pair_of(dims: Sequence[Dim]) -> Dim | None:
-    """The loop over the two halves of a word of the target, if these are 2-byte elements of two rows of the source.
+    """Returns the loop over the two halves of a target word if they are 2-byte elements from two rows of the source.
 
     `dims`: (size, stride in the source, stride in the target).
     """
     if dims[-1][0] != 2 or sys.byteorder != "little":
         return None
     pair = next((d for d in dims[:-1] if d[0] == 2 and d[2] == 2 and d[1] > 2), None)
-    row = next((d for d in dims[:-1] if d[0] > 1 and d[1] == 2), None)  # where rows are contiguous in the source
+    row = next((d for d in dims[:-1] if d[0] > 1 and d[1] == 2), None)  # the loop along a row of the source
     return pair if row is not None else None
 
 
 def _families(copies: Sequence[RowCopy]) -> list[tuple[RowCopy, tuple[Dim, ...]]]:
-    """Copies that are one copy moved by equal distances, as K and V of a page are: the first, and the loop over them."""
+    """Groups copies at equal distances from each other (K and V of a page): the first one, and the loop over the group."""
     out: list[tuple[RowCopy, tuple[Dim, ...]]] = []
     for copy in copies:
         if out:
@@ -135,7 +136,7 @@ def _families(copies: Sequence[RowCopy]) -> list[tuple[RowCopy, tuple[Dim, ...]]
 
 
 def _distance(one: RowCopy, other: RowCopy) -> tuple[int, int] | None:
-    """Bytes on A and on B from every row of one copy to the same row of another; None where that differs."""
+    """Bytes on A and on B from each row of one copy to the same row of the other; None if not the same for all rows."""
     same = (
         one.dims == other.dims
         and one.layers == other.layers
@@ -152,10 +153,10 @@ def _distance(one: RowCopy, other: RowCopy) -> tuple[int, int] | None:
 
 
 def _regular(a: Ints, b: Ints, low: int, high: int) -> Iterator[range]:
-    """Runs of layers that are equally far apart on both sides, all before `low` or all behind `high`.
+    """Ranges of layers at equal distances on both sides, all below `low` or all above `high`.
 
-    numpy compares the bounds of what it reads and of what it writes; where they overlap, as they would if the objects lay
-    between two layers, it first copies the source aside.
+    numpy compares the bounds of source and target; if these overlap, as they do when the objects are located between two
+    layers, it first makes a temporary copy of the source.
     """
     sides = np.where(a > high, 2, np.where(a < low, 0, 1))
     for side, group in groupby(range(len(a)), lambda i: int(sides[i])):
@@ -172,17 +173,17 @@ def _regular(a: Ints, b: Ints, low: int, high: int) -> Iterator[range]:
 
 
 def _moves(loops: Loops, *, into_a: bool) -> Iterator[Move]:
-    """One for every row."""
+    """One move for every resident row."""
     copy, layer = loops.copy, loops.layers.start
-    there = copy.a_units >= 0
-    if not there.any():
+    resident = copy.a_units >= 0
+    if not resident.any():
         return
     dims = [(n, b, a) if into_a else (n, a, b) for n, a, b in loops.dims]
     arranged = _joined(dims) or _plain(dims)
     of_a, of_b = (arranged.target, arranged.source) if into_a else (arranged.source, arranged.target)
-    a_rows = _Rows(int(copy.a_base[layer]), copy.a_units[there], of_a)
+    a_rows = _Rows(int(copy.a_base[layer]), copy.a_units[resident], of_a)
     done = 0
-    for start, mine in zip(copy.b_base.tolist(), there, strict=True):
+    for start, mine in zip(copy.b_base.tolist(), resident, strict=True):
         b_rows = _Rows(start + int(copy.b_layers[layer]), copy.b_units[mine], of_b)
         for i, b in enumerate(b_rows.index, done):
             a_row, b_row = a_rows.all[a_rows.index[i], ...], b_rows.all[b, ...]
@@ -191,7 +192,7 @@ def _moves(loops: Loops, *, into_a: bool) -> Iterator[Move]:
 
 
 class _Arranged(NamedTuple):
-    """How the source and the target of a row are looked at: loops of (size, stride), the last one contiguous bytes."""
+    """The views of a row's source and target: loops of (size, stride), the last one contiguous bytes."""
 
     source: Digits
     target: Digits
@@ -203,7 +204,7 @@ def _plain(dims: Sequence[Dim]) -> _Arranged:
 
 
 def _joined(dims: Sequence[Dim]) -> _Arranged | None:
-    """Words of the target from pairs of the source, in the source's order; None where there are none to join."""
+    """Views for joining pairs of the source into words of the target, in the source's order; None if there are no pairs."""
     pair = pair_of(dims)
     if pair is None:
         return None
@@ -216,7 +217,7 @@ def _joined(dims: Sequence[Dim]) -> _Arranged | None:
 
 
 class _Rows:
-    """An array over every place at `base` + a multiple of what divides all `offsets`, and which of them are meant."""
+    """`all`: an array over every position from `base` in steps of the gcd of `offsets`; `index`: the positions wanted."""
 
     def __init__(self, base: int, offsets: Ints, dims: Digits) -> None:
         low = int(offsets.min()) if len(offsets) else 0
@@ -227,7 +228,7 @@ class _Rows:
 
 
 def at(address: int, dims: Sequence[tuple[int, int]]) -> Array:
-    """Host memory as an array of runs: loops of (size, stride in bytes), the last `(n, 1)`, n contiguous bytes."""
+    """Views host memory as an array of runs: loops of (size, stride in bytes), the last one `(n, 1)`: n contiguous bytes."""
     run = dims[-1][0]
     sizes, strides = [n for n, _ in dims[:-1]], [s for _, s in dims[:-1]]
     if run in _WORDS:
@@ -243,7 +244,7 @@ _WORDS = {n: np.dtype(f"u{n}").str for n in (2, 4, 8)}
 
 
 class _Memory:
-    """Host memory as numpy takes it, see https://numpy.org/doc/stable/reference/arrays.interface.html."""
+    """Host memory with numpy's array interface, see https://numpy.org/doc/stable/reference/arrays.interface.html."""
 
     __slots__ = ("__array_interface__",)
 
@@ -257,15 +258,14 @@ class _Memory:
         }
 
 
-def _all(moves: Sequence[Move]) -> None:
+def _run(moves: Sequence[Move]) -> None:
     plain = [move for move in moves if not move.joins]
     tiles = [tile for move in moves if move.joins for tile in _tiles(move)]
     for move in plain:
         np.copyto(move.target, move.source)
     if tiles:
-        words = np.empty(
-            (2, max(tile.source.nbytes for tile in tiles) // 4), np.uint32
-        )  # once: new memory costs faults
+        # Allocated once: fresh memory causes page faults.
+        words = np.empty((2, max(tile.source.nbytes for tile in tiles) // 4), np.uint32)
         for tile in tiles:
             _join(tile, words)
 
@@ -280,7 +280,7 @@ def _tiles(move: Move) -> Iterator[Move]:
 
 
 def _join(tile: Move, words: npt.NDArray[np.uint32]) -> None:
-    """Word of the target = first row's element | second row's << 16, on machines that store the low byte first."""
+    """Target word = element of the first row | element of the second row << 16 (little-endian machines only)."""
     sizes = tile.source.shape[:-1]
     low, high = words[:, : prod(sizes)]
     for half, out in enumerate((low, high)):

@@ -1,5 +1,5 @@
-"""What a kernel is compiled for and launched with: decided from a `RowCopy` alone, so that it can be tested, and compiled,
-without a GPU.
+"""Compile-time constants and launch arguments of a copy kernel, derived from a `RowCopy` alone, so that they can be tested
+and compiled without a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from lmcache_kernels.address import Dim, coalesce
+from lmcache_kernels.address import Dim, coalesce_runs, join_digits
 from lmcache_kernels.checks import CopyError
 from lmcache_kernels.rowcopy import Ints, RowCopy
 
@@ -18,13 +18,13 @@ ACCESS_BYTES = 16
 """The widest load and store of one thread."""
 
 TILE_BYTES = 8 << 10
-"""Bytes that one program moves at a time: with 4 warps of 32, four accesses of 16 bytes under way in each thread."""
+"""Bytes that one program moves at a time: with 4 warps of 32, four accesses of 16 bytes in flight per thread."""
 
 TILE_ELEMENTS = 2048
-"""Narrow elements need as many registers as wide ones: no more than 16 in each thread."""
+"""Maximum elements of a tile, 16 per thread: narrow elements need as many registers as wide ones."""
 
 EDGE_BYTES = 128
-"""A tile that changes the order is at least so long along each side's own order: a cache line of a GPU."""
+"""Minimum extent of a transposing tile along each side's own order: a cache line of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Specialisation:
     """One compiled kernel. Sizes and strides are in elements of `width` bytes.
 
     Attributes:
-        kind: "run": runs contiguous on both sides move in order; "turn": tiles are read in one side's order and written in
-            the other's.
-        width: bytes of an element.
-        align: bytes that divide the address of every row, on both sides.
-        a, b: the loops of a row ("run"), or those around a tile ("turn"), of the same sizes on either side.
-        count: elements of a row ("run"), or tiles of a row ("turn").
+        kind: "run": copies runs that are contiguous on both sides, in order; "turn": transposes tiles, i.e. reads them in one
+            side's order and writes them in the other's.
+        width: bytes per element.
+        align: alignment in bytes of every row, on both sides.
+        a, b: the loops of a row ("run") or around a tile ("turn"); both sides have the same sizes.
+        count: elements per row ("run") or tiles per row ("turn").
         rows: rows that one program moves at a time ("run").
-        tile: elements of a tile.
+        tile: elements per tile.
         tile_a, tile_b: the elements of a tile in each side's own order, as few loops as possible ("turn").
         shape_a: sizes of the tile's loops in the order of A ("turn").
         to_b: position in A's order of each loop of B's order ("turn").
-        far: a row reaches farther than an int32 counts elements.
+        far: element offsets within a row exceed int32.
     """
 
     kind: Literal["run", "turn"]
@@ -70,24 +70,22 @@ class Specialisation:
 
     @property
     def bytes_at_a_time(self) -> int:
-        """Bytes that one program has under way."""
+        """Bytes that one program has in flight."""
         return self.rows * self.tile * self.width
 
     def warps(self, lanes: int) -> int:
-        """Warps of a program on a device with so many lanes a warp: at most 4, each thread with an access of its own."""
+        """Warps per program on a device with `lanes` threads per warp: at most 4, and at least one access per thread."""
         return min(4, max(1, self.bytes_at_a_time // (ACCESS_BYTES * lanes)))
 
     def items(self, rows: int) -> int:
-        """Pieces of work in so many rows."""
+        """Number of work items for `rows` rows."""
         per_row = -(-self.count // self.tile) if self.kind == "run" else self.count
         return -(-rows // self.rows) * per_row
 
 
 def specialise(copy: RowCopy) -> Specialisation:
-    """The kernel that moves this copy's rows."""
-    dims = coalesce(copy.dims)
-    if not dims or dims[-1][1:] != (1, 1):
-        dims = (*dims, (1, 1, 1))
+    """Chooses the kernel for a copy."""
+    dims = coalesce_runs(copy.dims)
     run, width = dims[-1][0], min(8, copy.alignment)
     loops = [(size, a // width, b // width) for size, a, b in dims[:-1]] + [(run // width, 1, 1)]
     loops = [loop for loop in loops if loop[0] > 1] or [(1, 1, 1)]
@@ -104,7 +102,7 @@ def specialise(copy: RowCopy) -> Specialisation:
 
 
 def _tile(loops: list[Dim], width: int) -> list[int]:
-    """How much of each loop a tile takes, powers of two: a cache line along either side's order, then more of A's."""
+    """Extent of a tile along each loop, powers of two: a cache line along each side's order, then more along A's order."""
     wanted = EDGE_BYTES // width
     taken = [1] * len(loops)
     for side in (1, 2):
@@ -157,14 +155,9 @@ def _sides(loops: list[Dim]) -> tuple[Loops, Loops]:
 
 
 def _joined(loops: list[tuple[int, int]]) -> Loops:
-    """Loops of one side with those joined that continue each other, so that a compiler sees how long its runs are."""
-    out: list[tuple[int, int]] = []
-    for size, stride in loops:
-        if out and out[-1][1] == size * stride:
-            out[-1] = (out[-1][0] * size, stride)
-        else:
-            out.append((size, stride))
-    return Loops(tuple(size for size, _ in out), tuple(stride for _, stride in out))
+    """Merges contiguous loops of one side, so that the compiler sees the full length of its runs."""
+    merged = join_digits(loops)
+    return Loops(tuple(size for size, _ in merged), tuple(stride for _, stride in merged))
 
 
 def _power(n: int) -> int:
@@ -174,7 +167,7 @@ def _power(n: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One launch: what is compiled, all lists of a `RowCopy` in one int64 array, and how many rows there are."""
+    """One launch: the compiled kernel, all lists of a `RowCopy` in one int64 array, and the number of rows."""
 
     what: Specialisation
     tables: Ints
@@ -184,24 +177,24 @@ class Launch:
 
     @property
     def items(self) -> int:
-        """Pieces of work."""
+        """Number of work items."""
         return self.what.items(self.layers * self.objects * self.units)
 
 
 MOST = 1 << 30
-"""Pieces of work of one launch, which counts them in int32."""
+"""Maximum work items per launch; the kernel counts them in int32."""
 
 
 def parts(copy: RowCopy) -> list[RowCopy]:
-    """The copy in parts of at most `MOST` pieces; one part unless it is beyond all GPUs of today.
+    """Splits a copy into parts of at most `MOST` work items; one part for any size that fits today's GPUs.
 
     Raises:
-        CopyError: one object alone has more.
+        CopyError: a single object exceeds the limit.
     """
     each = specialise(copy).items(copy.layers * copy.units)
     if each > MOST:
         raise CopyError(
-            f"an object of {copy.layers} layers × {copy.units} rows has {each} pieces; {MOST} can be counted"
+            f"an object of {copy.layers} layers × {copy.units} rows has {each} pieces; the maximum is {MOST}"
         )
     step = MOST // max(1, each)
     if copy.objects <= step:
@@ -211,11 +204,11 @@ def parts(copy: RowCopy) -> list[RowCopy]:
 
 
 def tables_of(copy: RowCopy) -> Ints:
-    """A copy's lists as kernels read them: a_base, b_layers, b_base, b_units, a_units, one after another."""
+    """Concatenates a copy's lists in the order kernels expect: a_base, b_layers, b_base, b_units, a_units."""
     lists = (copy.a_base, copy.b_layers, copy.b_base, copy.b_units, copy.a_units.reshape(-1))
     return np.concatenate(lists)
 
 
 def launch_of(copy: RowCopy) -> Launch:
-    """Everything a launch needs."""
+    """Prepares everything a launch needs."""
     return Launch(specialise(copy), tables_of(copy), copy.layers, copy.objects, copy.units)

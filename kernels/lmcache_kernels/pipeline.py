@@ -1,12 +1,12 @@
-"""Objects between a device's pages and host memory, in stream order, through a bounded ring of staging memory.
+"""Moves objects between a device's pages and host memory, in stream order, through a bounded ring of staging memory.
 
-A store gathers on the engine's own stream, at the speed of device memory, and copies out on a stream of its own: when the call
-returns, work that the engine enqueues later may overwrite the pages. Only where more is stored at once than the ring holds
-does the engine's stream wait for the link, and where the link is too far behind, a store is refused.
+A store gathers on the engine's own stream, at device memory bandwidth, and copies to the host on a separate stream: when the
+call returns, work that the engine enqueues later may overwrite the pages. The engine's stream waits for the host link only if
+one call stores more than the ring holds; if too many bytes are waiting for the link, the store is refused.
 
-A load begins when the engine's stream has let go of the pages, and tells by an event for each layer when it is there, so that
-layer *i + 1* arrives while layer *i* computes. Pieces that are long on both sides go straight to the pages by the copy engine;
-the rest is read by the kernel out of pinned memory, or passes through the ring where memory is not pinned.
+A load starts once the engine's stream has finished using the pages, and records one event per layer, so that layer *i + 1* is
+loaded while layer *i* computes. From pinned memory, the copy engine writes pieces that are long on both sides directly into the
+pages, and the kernel reads the rest; from pageable memory, everything passes through the ring.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Kernel = Callable[..., None]
 
 
 class CopyEngine(Protocol):
-    """Copies by descriptors on the current stream; see `lmcache_kernels.dma.Dma`."""
+    """Runs copy descriptors on the current stream; see `lmcache_kernels.dma.Dma`."""
 
     def __call__(
         self,
@@ -41,13 +41,13 @@ class CopyEngine(Protocol):
         out_of: Sequence[torch.Tensor],
         stream: Any,
     ) -> None:
-        """Enqueue copies between absolute addresses, which lie in these tensors' storages."""
+        """Enqueues copies between absolute addresses, which must lie in the storages of `into` and `out_of`."""
         ...
 
 
 @dataclass(frozen=True)
 class ObjectShape:
-    """How an object's bytes fall into layers: `regions` are (offset, bytes per layer), each with all `layers` in order."""
+    """Division of an object's bytes into layers: `regions` are (offset, bytes per layer), each holding all `layers` in order."""
 
     nbytes: int
     layers: int
@@ -56,7 +56,7 @@ class ObjectShape:
 
 @dataclass(frozen=True)
 class Piece:
-    """Layers [start, stop) of one region of some objects: as many contiguous runs as there are objects."""
+    """Layers [start, stop) of one region of some objects: one contiguous run per object."""
 
     objects: range
     offset: int
@@ -70,25 +70,25 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all objects together."""
+        """Bytes in total, over all objects."""
         return len(self.objects) * self.span[1]
 
 
 def pieces(shape: ObjectShape, objects: int, most: int, layers: range) -> Iterator[Piece]:
-    """The objects in pieces of at most `most` bytes, or one layer of one object; layer by layer, then object by object."""
+    """Cuts objects into pieces of at most `most` bytes (but at least one layer of one object), ordered by layer, then object."""
     at_once = max(1, most // (objects * max(size for _, size in shape.regions)))
     for start in range(layers.start, layers.stop, at_once):
         some = range(start, min(start + at_once, layers.stop))
-        for offset, layer_bytes in shape.regions:  # a layer is there when it is there in all of them
+        for offset, layer_bytes in shape.regions:  # a layer is complete once it is complete in every region
             step = max(1, most // (len(some) * layer_bytes))
             for first in range(0, objects, step):
                 yield Piece(range(first, min(first + step, objects)), offset, layer_bytes, some)
 
 
 def of_piece(copies: Sequence[RowCopy], shape: ObjectShape, piece: Piece, starts: Ints) -> list[RowCopy]:
-    """The part of `copies` that concerns a piece, with the piece of object `piece.objects[i]` beginning at `starts[i]`.
+    """Restricts `copies` to one piece, with the piece of object `piece.objects[i]` at address `starts[i]`.
 
-    In `copies`, object i begins at address `i × shape.nbytes`.
+    In `copies`, object i starts at address `i × shape.nbytes`.
     """
     low, nbytes = piece.span
     out = []
@@ -110,7 +110,7 @@ def of_piece(copies: Sequence[RowCopy], shape: ObjectShape, piece: Piece, starts
 
 
 class Completion:
-    """When everything of one call is there."""
+    """Completion of one store or load."""
 
     def __init__(self, streams: Streams, event: Any, layers: dict[int, Any]) -> None:
         self._streams = streams
@@ -118,23 +118,23 @@ class Completion:
         self._layers = layers
 
     def done(self) -> bool:
-        """Whether all bytes are there."""
+        """Whether all bytes have been copied."""
         return self._streams.done(self._event)
 
     def wait(self) -> None:
-        """Let this thread wait for all bytes."""
+        """Blocks this thread until all bytes have been copied."""
         self._streams.synchronise(self._event)
 
     def wait_layer(self, layer: int) -> None:
-        """The engine's stream waits for one layer of a load; this thread does not."""
+        """Makes the engine's stream wait for one layer of a load; does not block this thread."""
         self._streams.wait(self._streams.compute(), self._layers[layer])
 
 
-_ALIGN = 256  # of each part of a ring
+_ALIGN = 256  # bytes, of each part of a ring
 
 
 class _Ring:
-    """Staging memory in equal parts, taken in turns. `free[i]`: the event after which part i may be written again."""
+    """Staging memory in equal parts, used round-robin. `free[i]`: the event after which part i may be overwritten."""
 
     def __init__(self, memory: torch.Tensor, parts: int) -> None:
         self.part_bytes = memory.numel() // parts // _ALIGN * _ALIGN
@@ -143,28 +143,29 @@ class _Ring:
         self._next = 0
 
     def take(self) -> tuple[int, int]:
-        """(part, its address)."""
+        """Returns the next part's index and address."""
         part = self._next
         self._next = (part + 1) % len(self.free)
         return part, self.memory.data_ptr() + part * self.part_bytes
 
 
 PARTS = 4
-"""Of each ring: while one part is copied out, the next is gathered, and a slow one does not stop both."""
+"""Parts per ring: gathering into one part overlaps with copying out of others."""
 
 
 class Pipeline:
-    """Stores and loads of one device. One store and one load at a time are enqueued; any number are under way.
+    """Stores and loads of one device. Thread-safe; enqueues one store and one load at a time, any number may be in flight.
 
     Args:
-        streams: of the device.
-        device: where pages and staging memory lie.
-        kernel, engine: what moves rows, and what moves long pieces.
-        staging: bytes → uint8 tensor on the device; called once for each ring, when first needed.
-        staging_bytes: of both rings together.
-        backlog_bytes: stores that wait for the link at most; beyond, they are refused.
+        streams: the device's streams.
+        device: the device that holds pages and staging memory.
+        kernel, engine: copy rows and long contiguous pieces, respectively.
+        staging: bytes → uint8 tensor on the device; called when a ring is first needed, and when it must grow.
+        staging_bytes: total size of both rings.
+        backlog_bytes: maximum bytes of stores waiting for the link; further stores are refused.
         dma_bytes: see `planner.plan`.
-        load_programs: most programs of a kernel that reads host memory: enough to fill a link, few enough for the engine.
+        load_programs: maximum programs of a kernel that reads host memory: enough to saturate the link, few enough to leave
+            compute to the engine.
     """
 
     def __init__(
@@ -191,40 +192,40 @@ class Pipeline:
         self._load_programs = load_programs
         self._store_lock, self._load_lock = Lock(), Lock()
         self._rings: dict[str, _Ring] = {}
-        self._outgrown: list[_Ring] = []  # kept: copies through them may be under way
-        # What may not be over: (event, bytes that wait for the link, memory that has to live until then).
+        self._outgrown: list[_Ring] = []  # kept alive: copies through them may be in flight
+        # In flight: (event, bytes waiting for the link, memory to keep alive until the event).
         self._stores: deque[tuple[Any, int, object]] = deque()
         self._loads: deque[tuple[Any, int, object]] = deque()
 
     def now(self) -> Any:
-        """An event at this point of the engine's stream, for `load(after=…)`."""
+        """Records an event at the current point of the engine's stream, for `load(after=…)`."""
         return self._streams.record(self._streams.compute())
 
     def wait_for(self, event: Any) -> None:
-        """Let this thread wait for an event."""
+        """Blocks this thread until an event."""
         self._streams.synchronise(event)
 
     def drain(self) -> None:
-        """Wait for all that was ever enqueued, by calls that failed half-way too."""
-        for name in ("store", "bring", "load"):
+        """Blocks until everything enqueued so far is done, including the work of calls that failed half-way."""
+        for name in ("store", "h2d", "load"):
             self.wait_for(self._streams.record(self._streams.side(name)))
 
     # ---------------------------------------------------------------- pages → host
 
     def store(self, copies: Sequence[RowCopy], shape: ObjectShape, outs: Sequence[torch.Tensor]) -> Completion | None:
-        """Copy objects out of pages.
+        """Copies objects out of pages.
 
         Args:
-            copies: what to gather; object i begins at address `i × shape.nbytes`.
-            shape: of the objects.
-            outs: uint8 `(shape.nbytes,)` host tensors; not to be touched before the arrival.
+            copies: what to gather; object i starts at address `i × shape.nbytes`.
+            shape: the objects' division into layers.
+            outs: uint8 `(shape.nbytes,)` host tensors; must not be accessed before completion.
 
         Returns:
-            The arrival, or None if the link is too far behind: then nothing was enqueued.
+            The completion, or None if the backlog is full: nothing was enqueued.
         """
         with self._store_lock:
             total = shape.nbytes * len(outs)
-            self._let_go(self._stores)
+            self._release_done(self._stores)
             if self._stores and sum(nbytes for _, nbytes, _ in self._stores) + total > self._backlog_bytes:
                 return None
             compute, side = self._streams.compute(), self._streams.side("store")
@@ -241,9 +242,9 @@ class Pipeline:
             self._stores.append((event, total, outs))
             return Completion(self._streams, event, {})
 
-    def _let_go(self, under_way: deque[tuple[Any, int, object]]) -> None:
-        while under_way and self._streams.done(under_way[0][0]):
-            under_way.popleft()
+    def _release_done(self, in_flight: deque[tuple[Any, int, object]]) -> None:
+        while in_flight and self._streams.done(in_flight[0][0]):
+            in_flight.popleft()
 
     def _gather(self, stream: Any, copies: Sequence[RowCopy], shape: ObjectShape, piece: Piece, address: int) -> None:
         starts = address + np.arange(len(piece.objects), dtype=np.int64) * piece.span[1]
@@ -272,40 +273,40 @@ class Pipeline:
         by_layer: bool = False,
         direct: bool = False,
     ) -> Completion:
-        """Copy objects into pages.
+        """Copies objects into pages.
 
         Args:
             copies, shape: as for `store`.
-            srcs: uint8 `(shape.nbytes,)` host tensors; they must stay as they are until the arrival.
+            srcs: uint8 `(shape.nbytes,)` host tensors; must not change before completion.
             pages: tensors whose storages hold the pages.
-            after: an event from `now`, after which the pages are free; default: now.
-            layers: only these.
-            by_layer: one event for each layer, in order.
-            direct: the device can read `srcs` (pinned memory): nothing passes through staging memory.
+            after: an event from `now`, after which the pages may be overwritten; default: now.
+            layers: range of layers to load, default all.
+            by_layer: load layer by layer and record one event per layer.
+            direct: the device can read `srcs` (pinned memory), so that staging memory is not needed.
         """
         after = self.now() if after is None else after
         wanted = range(shape.layers) if layers is None else layers
         with self._load_lock:
-            self._let_go(self._loads)
-            bring, scatter = self._streams.side("bring"), self._streams.side("load")
+            self._release_done(self._loads)
+            h2d, scatter = self._streams.side("h2d"), self._streams.side("load")
             self._streams.wait(scatter, after)
-            if direct:  # else it fills staging memory, which the engine does not know
-                self._streams.wait(bring, after)
+            if direct:  # otherwise `h2d` only writes staging memory, which the engine never accesses
+                self._streams.wait(h2d, after)
             events: dict[int, Any] = {}
             for some in [range(i, i + 1) for i in wanted] if by_layer else [wanted]:
                 if direct:
-                    self._straight(bring, scatter, copies, shape, srcs, pages, some)
+                    self._load_direct(h2d, scatter, copies, shape, srcs, pages, some)
                 else:
-                    self._through_staging(bring, scatter, copies, shape, srcs, some)
+                    self._load_staged(h2d, scatter, copies, shape, srcs, some)
                 event = self._streams.record(scatter)
                 events |= dict.fromkeys(some, event)
             event = self._streams.record(scatter)
             self._loads.append((event, 0, srcs))
             return Completion(self._streams, event, events)
 
-    def _straight(
+    def _load_direct(
         self,
-        bring: Any,
+        h2d: Any,
         scatter: Any,
         copies: Sequence[RowCopy],
         shape: ObjectShape,
@@ -313,7 +314,7 @@ class Pipeline:
         pages: Sequence[torch.Tensor],
         layers: range,
     ) -> None:
-        """Long pieces by the copy engine, short ones by a kernel that reads host memory; both at once."""
+        """Copies long pieces with the copy engine and short ones with a kernel that reads host memory, concurrently."""
         a: list[Ints] = []
         b: list[Ints] = []
         nbytes: list[Ints] = []
@@ -328,29 +329,30 @@ class Pipeline:
                 nbytes.append(divided.nbytes)
                 rest += divided.kernel
         if sum(map(len, a)):
-            self._descriptors(bring, np.concatenate(a), np.concatenate(b), np.concatenate(nbytes), pages, srcs)
+            self._descriptors(h2d, np.concatenate(a), np.concatenate(b), np.concatenate(nbytes), pages, srcs)
         self._rows(scatter, rest, into_a=True, programs=self._load_programs)
-        self._streams.wait(scatter, self._streams.record(bring))
+        self._streams.wait(scatter, self._streams.record(h2d))
 
-    def _through_staging(
+    def _load_staged(
         self,
-        bring: Any,
+        h2d: Any,
         scatter: Any,
         copies: Sequence[RowCopy],
         shape: ObjectShape,
         srcs: Sequence[torch.Tensor],
         layers: range,
     ) -> None:
+        """Copies pieces into the ring, then scatters them into the pages."""
         ring = self._ring("load", shape)
         for piece in pieces(shape, len(srcs), ring.part_bytes, layers):
             part, address = ring.take()
             if ring.free[part] is not None:
-                self._streams.wait(bring, ring.free[part])
+                self._streams.wait(h2d, ring.free[part])
             low, nbytes = piece.span
             starts = address + np.arange(len(piece.objects), dtype=np.int64) * nbytes
             sources = np.array([srcs[i].data_ptr() + low for i in piece.objects], dtype=np.int64)
-            self._descriptors(bring, starts, sources, np.full(len(starts), nbytes, dtype=np.int64), [ring.memory], srcs)
-            self._streams.wait(scatter, self._streams.record(bring))
+            self._descriptors(h2d, starts, sources, np.full(len(starts), nbytes, dtype=np.int64), [ring.memory], srcs)
+            self._streams.wait(scatter, self._streams.record(h2d))
             self._rows(scatter, of_piece(copies, shape, piece, starts), into_a=True)
             ring.free[part] = self._streams.record(scatter)
 
@@ -390,7 +392,7 @@ class Pipeline:
         self._streams.launch(stream, work, touches)
 
     def _ring(self, name: str, shape: ObjectShape) -> _Ring:
-        """The ring, large enough for one layer of one object in each part."""
+        """Returns the ring, each part of which holds at least one layer of one object."""
         least = max(-(-layer_bytes // _ALIGN) * _ALIGN for _, layer_bytes in shape.regions)
         found = self._rings.get(name)
         if found is None or found.part_bytes < least:

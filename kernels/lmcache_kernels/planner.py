@@ -1,38 +1,38 @@
-"""Which part of a copy the copy engine moves and which part a kernel: decided from addresses alone, with numpy.
+"""Splits a copy between the copy engine and a kernel, from addresses alone, with numpy.
 
-A copy engine (DMA) costs no compute, but every descriptor has a price, so it is fast only for long pieces. A kernel moves
-short pieces at full speed, but takes compute from the forward pass. So: rows that continue each other on *both* sides are
-joined into runs as long as possible; long runs become descriptors, the rest stays a `RowCopy`.
+A copy engine (DMA) uses no compute, but has a fixed cost per descriptor, so it is fast only for long pieces. A kernel copies
+short pieces at full speed, but takes compute from the forward pass. So rows that are adjacent on *both* sides are merged into
+the longest possible runs; long runs become descriptors, the rest stays a `RowCopy`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import product
+from math import prod
 
 import numpy as np
 
-from lmcache_kernels.address import coalesce
+from lmcache_kernels.address import Dim, coalesce_runs, table
 from lmcache_kernels.rowcopy import SKIP, Ints, RowCopy
 
 DMA_BYTES = 28 << 10
-"""Runs from this length on are worth a descriptor. Measured by others on an H100 over PCIe: 3.8–6.9 GB/s in copies of
-4–24 KiB, 44–52 GB/s from 28–64 KiB on; joining 8 KiB pieces lifted 15 to 54 GB/s. A link of another speed moves it."""
+"""Minimum run length for a descriptor. Published measurements on an H100 over PCIe: 3.8–6.9 GB/s for copies of 4–24 KiB,
+44–52 GB/s from 28–64 KiB on; merging 8 KiB pieces raised 15 to 54 GB/s. The best value depends on the link's speed."""
 
 SHUFFLE_BYTES = 1 << 10
-"""Rows whose loops end in runs shorter than this are a change of layout: looking for neighbours in them is not worth it."""
+"""Rows with runs shorter than this are a change of layout: searching them for adjacent runs is not worth the time."""
 
-_PLACES = 16  # runs inside one row, at most, that are looked at apart; more are a change of layout too
+_MAX_RUNS = 16  # per row, for looking at runs individually; rows with more are treated as a change of layout too
 
 
 @dataclass(frozen=True, eq=False)
 class CopyPlan:
-    """A `RowCopy`, divided. Every byte pair of the copy is in exactly one descriptor or one of `kernel`.
+    """A `RowCopy`, split. Every byte of the copy is in exactly one descriptor or in one element of `kernel`.
 
     Attributes:
-        a, b: int64 `(descriptors,)`, absolute addresses where a run begins on either side.
+        a, b: int64 `(descriptors,)`, absolute start address of each run on side A and B.
         nbytes: int64 `(descriptors,)`, length of each run.
-        kernel: what is left, mostly none or one.
+        kernel: the remaining copies, usually none or one.
     """
 
     a: Ints
@@ -42,39 +42,37 @@ class CopyPlan:
 
     @property
     def dma_total(self) -> int:
-        """Bytes moved by descriptors."""
+        """Bytes copied by descriptors."""
         return int(self.nbytes.sum())
 
 
 def plan(
     copy: RowCopy, *, link: bool = True, dma_bytes: int = DMA_BYTES, shuffle_bytes: int = SHUFFLE_BYTES
 ) -> CopyPlan:
-    """Divide a copy between copy engine and kernel.
+    """Splits a copy between copy engine and kernel.
 
     Args:
-        copy: what to move; its rows do not overlap on the side that is written.
-        link: the copy crosses the link between host and device. If not, both sides are one device's memory, which a
-            kernel reads and writes faster than any copy engine: all of it stays with the kernel.
-        dma_bytes: runs of at least so many bytes become descriptors.
-        shuffle_bytes: rows of several runs (after joining loops) shorter than this are left to the kernel as they are.
+        copy: the copy; its rows must not overlap on the side that is written.
+        link: the copy crosses the link between host and device. If not, both sides are memory of one device, which a
+            kernel reads and writes faster than any copy engine, so the kernel gets everything.
+        dma_bytes: minimum bytes of a run that becomes a descriptor.
+        shuffle_bytes: rows of several runs (after merging loops) shorter than this are left to the kernel unchanged.
     """
     if not link:
-        return CopyPlan(*_nothing(), _unless_empty(copy))
-    dims = _joined(copy)
+        return CopyPlan(*_no_descriptors(), _unless_empty(copy))
+    dims = coalesce_runs(copy.dims)
     inner = dims[-1][0]
-    places = 1
-    for size, _, _ in dims[:-1]:
-        places *= size
-    if places > 1 and inner < dma_bytes and (inner < shuffle_bytes or places > _PLACES):
-        return CopyPlan(*_nothing(), _unless_empty(copy))
+    places = prod(size for size, _, _ in dims[:-1])
+    if places > 1 and inner < dma_bytes and (inner < shuffle_bytes or places > _MAX_RUNS):
+        return CopyPlan(*_no_descriptors(), _unless_empty(copy))
 
     flat = _apart(copy, dims) if places > 1 else replace(copy, dims=dims)
     object_of, unit_of = np.nonzero(copy.a_units >= 0)
     if not object_of.size or not copy.layers:
-        return CopyPlan(*_nothing(), ())
+        return CopyPlan(*_no_descriptors(), ())
     a = flat.a_units[object_of, unit_of]
     b = flat.b_base[object_of] + flat.b_units[unit_of]
-    # Units first: what continues does so in all layers alike, so a hundred layers cost no more than one.
+    # Merge units first: they are adjacent in all layers alike, so a hundred layers cost no more than one.
     start_a, start_b, length, run_of = _merge(a, b, np.full(len(a), inner, dtype=np.int64))
     first_a, last_a = int(start_a.min()), int((start_a + length).max())
     bases = np.sort(flat.a_base)
@@ -93,38 +91,38 @@ def plan(
         d_b = (flat.b_layers[:, None] + start_b[long]).reshape(-1)
         d_length = np.tile(length[long], layers)
     if not taken.any():
-        return CopyPlan(*_nothing(), (copy,))
+        return CopyPlan(*_no_descriptors(), (copy,))
     if taken.all():
         return CopyPlan(d_a, d_b, d_length, ())
     left = ~taken[:, run_of]  # (layers, resident rows)
     if places > 1 and bool((left.reshape(places, -1) == left[: copy.layers].reshape(1, -1)).all()):
-        flat, left = copy, left[: copy.layers]  # whole rows are left: keep their loops
+        flat, left = copy, left[: copy.layers]  # only whole rows are left: keep their loops
     return CopyPlan(d_a, d_b, d_length, tuple(_rest(flat, object_of, unit_of, left)))
 
 
 def some_layers(copy: RowCopy, layers: slice) -> RowCopy:
-    """The same copy of fewer layers."""
+    """Restricts a copy to some layers."""
     return replace(copy, a_base=copy.a_base[layers], b_layers=copy.b_layers[layers])
 
 
 def some_objects(copy: RowCopy, objects: slice | Ints) -> RowCopy:
-    """The same copy of fewer objects."""
+    """Restricts a copy to some objects."""
     return replace(copy, a_units=copy.a_units[objects], b_base=copy.b_base[objects])
 
 
 def ranges(copy: RowCopy, side: str) -> tuple[Ints, Ints]:
-    """The bytes a copy touches on side "a" or "b": disjoint ranges in ascending order, (addresses, lengths).
+    """Returns the bytes that a copy accesses on side "a" or "b" as (addresses, lengths) of disjoint, ascending ranges.
 
-    Ranges that touch are one. Use: what to move between a buffer and its mirror; what a kernel reads and writes.
+    Adjacent ranges are merged. Used to find what to copy between a buffer and its mirror, and what a kernel reads and writes.
     """
     rows = copy.rows()[side == "b"]
-    dims = _joined(copy)
+    dims = coalesce_runs(copy.dims)
     starts = rows[:, None] + _places(dims, side == "b")[None, :]
     return union(starts.reshape(-1), np.full(starts.size, dims[-1][0], dtype=np.int64))
 
 
 def union(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
-    """The union of ranges of bytes as disjoint ranges that do not touch, in ascending order: (starts, lengths)."""
+    """Returns the union of byte ranges as (starts, lengths) of disjoint, non-adjacent ranges in ascending order."""
     if not starts.size:
         return starts, lengths
     order = np.argsort(starts, kind="stable")
@@ -135,7 +133,7 @@ def union(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
     return begin, ends[np.append(first[1:], True)] - begin
 
 
-def _nothing() -> tuple[Ints, Ints, Ints]:
+def _no_descriptors() -> tuple[Ints, Ints, Ints]:
     none = np.zeros(0, dtype=np.int64)
     return none, none, none
 
@@ -144,20 +142,13 @@ def _unless_empty(copy: RowCopy) -> tuple[RowCopy, ...]:
     return (copy,) if copy.nbytes else ()
 
 
-def _joined(copy: RowCopy) -> tuple[tuple[int, int, int], ...]:
-    """The loops with neighbours joined; still ending in contiguous bytes."""
-    dims = coalesce(copy.dims)
-    return dims if dims and dims[-1][1:] == (1, 1) else (*dims, (1, 1, 1))
-
-
-def _places(dims: tuple[tuple[int, int, int], ...], on_b: bool) -> Ints:
+def _places(dims: tuple[Dim, ...], on_b: bool) -> Ints:
     """Offset of each run of a row, `(runs,)`, in the order of the loops."""
-    steps = [[i * (b if on_b else a) for i in range(size)] for size, a, b in dims[:-1]]
-    return np.array([sum(place) for place in product(*steps)], dtype=np.int64)
+    return table(tuple((size, b if on_b else a) for size, a, b in dims[:-1]))
 
 
-def _apart(copy: RowCopy, dims: tuple[tuple[int, int, int], ...]) -> RowCopy:
-    """The same copy with the runs of a row as further layers (places × layers), so that a row is one run."""
+def _apart(copy: RowCopy, dims: tuple[Dim, ...]) -> RowCopy:
+    """Turns the runs of a row into additional layers (places × layers), so that each row is a single run."""
     return replace(
         copy,
         a_base=(_places(dims, False)[:, None] + copy.a_base).reshape(-1),
@@ -167,12 +158,12 @@ def _apart(copy: RowCopy, dims: tuple[tuple[int, int, int], ...]) -> RowCopy:
 
 
 def _merge(a: Ints, b: Ints, nbytes: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """Pieces joined where they continue on both sides, in whatever order they are given.
+    """Merges pieces, given in any order, that are adjacent on both sides.
 
     Returns:
-        Starts on A and B and length of each run, and the run that each piece became part of.
+        Start on A, start on B and length of each run, and the index of the run that contains each piece.
     """
-    apart = b - a  # equal for all pieces of a run
+    apart = b - a  # the same for all pieces of a run
     order = np.lexsort((a, apart)) if bool((apart[1:] < apart[:-1]).any() or (a[1:] < a[:-1]).any()) else None
     if order is not None:
         a, b, nbytes, apart = a[order], b[order], nbytes[order], apart[order]
@@ -188,7 +179,7 @@ def _merge(a: Ints, b: Ints, nbytes: Ints) -> tuple[Ints, Ints, Ints, Ints]:
 
 
 def _rest(copy: RowCopy, object_of: Ints, unit_of: Ints, left: np.ndarray) -> list[RowCopy]:
-    """What is `left` (bool `(layers, resident rows)`) as copies: one for all layers that keep the same rows."""
+    """The rows marked in `left` (bool `(layers, resident rows)`) as copies, one for all layers with the same rows."""
     alike: dict[bytes, list[int]] = {}
     for layer, bits in enumerate(np.packbits(left, axis=1)):
         alike.setdefault(bits.tobytes(), []).append(layer)

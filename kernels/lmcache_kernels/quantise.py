@@ -1,12 +1,15 @@
-"""Half the bytes: floats become fp8 (e4m3fn) or int8 with one fp32 scale per object, layer and head, and back.
+"""Quantises floats to fp8 (e4m3fn) or int8 with one fp32 scale per object, layer and head, and back.
 
-Lossy, so never part of a bit-exact cache; who wants it says so. Semantics, the same in the Triton kernel and in torch:
+Callers: planned for the lossy and lossless codecs of the file format; nothing calls this today.
+
+Lossy, so it is never part of a bit-exact cache and must be requested explicitly. Semantics, the same in the Triton kernel and
+in torch:
 
 - code = round to nearest even(value × (1 / scale)), the reciprocal and the product rounded to fp32;
 - finite values beyond the largest code, and infinities, become the largest code of their sign (448, 127);
-- NaN becomes fp8's NaN, with its sign; int8 has none and stores 0;
-- −0 stays −0 in fp8, and is 0 in int8; −128 is never written;
-- back: code × scale in fp32, then rounded to nearest even to the dtype; a NaN comes back as the dtype's plain quiet NaN.
+- NaN becomes fp8's NaN, with its sign; int8 has no NaN and stores 0;
+- −0 stays −0 in fp8 and becomes 0 in int8; −128 is never written;
+- back: code × scale in fp32, then rounded to nearest even to the dtype; a NaN becomes the dtype's default quiet NaN.
 """
 
 from __future__ import annotations
@@ -22,23 +25,25 @@ from lmcache_kernels.launch import ACCESS_BYTES, EDGE_BYTES
 from lmcache_kernels.rowcopy import RowCopy
 
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""Dtypes that can be converted, and their number in the kernel."""
+"""Dtypes that can be converted → their number in the kernel."""
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-"""Dtypes of codes, and their largest."""
+"""Dtypes of codes → the largest code."""
 
-_SMALLEST = 2.0**-100  # of amax: below it, a value is 0 to any model, and the scale's reciprocal would not be finite
+_SMALLEST = (
+    2.0**-100
+)  # lower bound of amax: smaller values are 0 to any model, and the scale's reciprocal would overflow
 _QUIET = {torch.float32: 0x7FC00000, torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 _WARPS = 4
-_SHARE = 64  # bytes of floats that a thread converts at once: 16 codes or more, one wide access
+_BYTES_PER_THREAD = 64  # bytes of floats that a thread converts at once: 16 codes or more, one wide access
 
 
 def scales_of(values: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """Scale that brings the largest finite magnitude to the largest code: fp32, `values.shape[:-1]` reduced over the last axis.
+    """Returns the scales that map the largest finite magnitude to the largest code, fp32 `values.shape[:-1]`.
 
     Args:
-        values: `(…, n)`, the n values that share a scale along the last axis. NaN and infinities do not count.
+        values: `(…, n)`; the n values along the last axis share a scale. NaN and infinities are ignored.
         kind: `float8_e4m3fn` or `int8`.
     """
     size = values.float().abs()
@@ -47,7 +52,7 @@ def scales_of(values: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
 
 
 def quantised(values: torch.Tensor, scales: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """Codes of `values`, plain torch. `scales`: fp32, broadcasts against `values`."""
+    """Quantises `values` in plain torch. `scales`: fp32, broadcast against `values`."""
     scaled = values.float() * scales.reciprocal()
     limit = LARGEST[kind]
     if kind == torch.int8:
@@ -58,7 +63,7 @@ def quantised(values: torch.Tensor, scales: torch.Tensor, kind: torch.dtype) -> 
 
 
 def dequantised(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values of `codes` in `dtype`, plain torch. `scales`: fp32, broadcasts against `codes`."""
+    """Converts `codes` back to `dtype` in plain torch. `scales`: fp32, broadcast against `codes`."""
     values = codes.float() * scales
     quiet = torch.tensor(_QUIET[dtype], dtype=_BITS[dtype], device=codes.device)
     return torch.where(values.isnan(), quiet, values.to(dtype).view(_BITS[dtype])).view(dtype)
@@ -66,7 +71,7 @@ def dequantised(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class Conversion:
-    """The compile-time constants of `convert_kernel`; see there."""
+    """The compile-time constants of `triton_convert.convert`; see there."""
 
     into_a: bool
     number: int
@@ -82,7 +87,7 @@ class Conversion:
     b_vector: int
 
     def constants(self) -> dict[str, Any]:
-        """`convert_kernel`'s constexpr arguments."""
+        """The constexpr arguments of `triton_convert.convert`, by name."""
         return {
             "INTO_A": self.into_a,
             "FLOAT": self.number,
@@ -99,15 +104,22 @@ class Conversion:
         }
 
     def options(self) -> dict[str, int | bool]:
-        """Compiler options; a product and a sum must round twice, as they do in torch."""
+        """Compiler options; no fused multiply-add, so that a product and a sum round separately, as in torch."""
         return {"num_warps": _WARPS, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def conversion(
     copy: RowCopy, *, into_a: bool, dtype: torch.dtype, kind: torch.dtype, head_loop: int | None, lanes: int = 32
 ) -> Conversion:
-    """How to convert this copy's rows; pure, see `triton_convert.convert_rows`; `lanes`: of a warp."""
-    step = _WARPS * lanes * _SHARE
+    """Derives the kernel constants for a copy's rows; arguments as for `triton_convert.convert_rows`.
+
+    Args:
+        lanes: threads per warp.
+
+    Raises:
+        CopyError: floats on side A are not aligned to their size.
+    """
+    step = _WARPS * lanes * _BYTES_PER_THREAD
     width = dtype.itemsize
     elements = copy.run
     tile = tile_of_run(elements, width, step)
@@ -139,7 +151,7 @@ def conversion(
 
 
 def tile_of_run(size: int, width: int, budget: int) -> int:
-    """Elements of a run that are one item: a divisor where that is long enough, otherwise the last one is ragged."""
+    """Elements per tile of a run: a power of two that divides the run if that is long enough, else the last tile is partial."""
     divisor = size & -size
     if divisor == size or divisor * width >= 2 * EDGE_BYTES:
         return min(divisor, budget // width)

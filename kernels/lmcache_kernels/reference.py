@@ -1,9 +1,9 @@
-"""The movers in plain torch and numpy: what every faster kernel must equal, bit for bit.
+"""Reference copies in plain torch and numpy; every faster kernel must reproduce them bit for bit.
 
-Rows are named by an index on one side and lie regularly on the other. Elements are moved as integers as wide as all
-offsets allow, so that no dtype, NaN payload or denormal can matter. Which primitive moves them was measured: on a CPU,
-`torch.index_select` is the fastest gather (it honours any stride and writes into place), numpy's indexed assignment of
-rows by far the fastest scatter. Other devices see torch operations only.
+Rows are selected by an index on one side and are regular on the other. Elements are copied as the widest integers that all
+offsets allow, so dtypes, NaN payloads and denormals do not matter. The primitives were chosen by measurement: on a CPU,
+`torch.index_select` is the fastest gather (it supports any stride and writes in place), and numpy's indexed assignment of
+rows is by far the fastest scatter. Other devices use torch operations only.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ ELEMENTS: dict[int, np.dtype[Any]] = {
     8: np.dtype(np.int64),
     16: np.dtype(np.complex128),
 }
-"""numpy's element of each width; assigning one moves its bits."""
+"""Width in bytes → numpy dtype; assigning an element copies its bits."""
 
 WIDEST = 16
 
 
 def width_of(*numbers: int) -> int:
-    """The widest element, in bytes, that divides all these offsets, strides, lengths and pointers."""
+    """Returns the widest element size, in bytes, that divides all these offsets, strides, lengths and pointers."""
     return gcd(WIDEST, *numbers)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in a flat byte tensor: row i begins at `offset + i·stride`; inside lie loops of (size, stride), in bytes.
+    """Rows in a flat byte tensor: row i starts at `offset + i·stride` and consists of loops `dims` of (size, stride), in bytes.
 
     The innermost loop is contiguous: `(n, 1)`.
     """
@@ -52,16 +52,16 @@ class Rows:
 
     @property
     def reach(self) -> int:
-        """Bytes from the first to past the last byte of one row."""
+        """Bytes from the first byte of a row to the end of its last byte."""
         return 1 + sum((size - 1) * stride for size, stride in self.dims)
 
     def count(self, nbytes: int) -> int:
-        """How many whole rows fit into `nbytes` bytes."""
+        """Number of whole rows that fit into `nbytes` bytes."""
         return max(0, (nbytes - self.offset - self.reach) // self.stride + 1)
 
 
 def view(flat: torch.Tensor, rows: Rows, lead: Digits, width: int) -> torch.Tensor:
-    """`(*lead sizes, *dims sizes)` view of `flat` (uint8, one-dimensional), elements `width` bytes wide.
+    """Returns a `(*lead sizes, *dims sizes)` view of `flat` (uint8, one-dimensional) with elements of `width` bytes.
 
     `lead`: (size, stride) of the leading dimensions, usually (number of rows, row stride).
     """
@@ -75,17 +75,17 @@ def view(flat: torch.Tensor, rows: Rows, lead: Digits, width: int) -> torch.Tens
 
 
 def all_rows(flat: torch.Tensor, rows: Rows, width: int) -> torch.Tensor:
-    """View of every whole row that fits into `flat`: `(rows, *dims sizes)`, to be indexed by row number."""
+    """Returns a `(rows, *dims sizes)` view of every whole row that fits into `flat`, indexed by row number."""
     return view(flat, rows, ((rows.count(flat.shape[0]), rows.stride),), width)
 
 
 def on_host(tensor: torch.Tensor) -> bool:
-    """Whether numpy can reach this memory."""
+    """Whether numpy can access this memory."""
     return tensor.device.type == "cpu"
 
 
 def take_rows(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
-    """`out[i] = source[index[i]]`. `source`, `out`: views of one element type; `index`: int64, any shape, in range."""
+    """Copies `out[i] = source[index[i]]`. `source`, `out`: views of one dtype; `index`: int64, any shape, in range."""
     if index.dim() == 1:
         torch.index_select(source, 0, index, out=out)
     else:
@@ -93,9 +93,9 @@ def take_rows(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> N
 
 
 def put_rows(target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, *, partial: bool = False) -> None:
-    """`target[index[i]] = source[i]`; rows not named stay untouched. Indices must be distinct and in range.
+    """Copies `target[index[i]] = source[i]`; other rows stay untouched. Indices must be distinct and in range.
 
-    With `partial`, negative indices are skipped. On a CPU as many threads share the work as torch uses.
+    With `partial`, negative indices are skipped. On a CPU, large copies use torch's number of threads.
     """
     prepared_put(target, index, source, partial=partial)()
 
@@ -103,37 +103,37 @@ def put_rows(target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, *,
 def prepared_put(
     target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, *, partial: bool = False
 ) -> Callable[[], object]:
-    """`put_rows` in two steps: what Python has to do, and, when called, the copy."""
+    """Prepares `put_rows` in Python and returns a function that performs the copy."""
     if not on_host(target):
         if partial:
-            there = index >= 0
-            index, source = index[there], source[there]
+            present = index >= 0
+            index, source = index[present], source[present]
         return functools.partial(target.index_copy_, 0, index.reshape(-1), source.reshape(-1, *target.shape[1:]))
     memory, numbers, values = target.numpy(), index.numpy(), source.numpy()
     if partial:
-        present = numbers >= 0
-        numbers, values = numbers[present], values[present]
+        kept = numbers >= 0
+        numbers, values = numbers[kept], values[kept]
     return prepared_assignment(memory, numbers, values)
 
 
 def prepared_assignment(
     memory: npt.NDArray[Any], numbers: npt.NDArray[Any], values: npt.NDArray[Any]
 ) -> Callable[[], object]:
-    """`memory[numbers] = values`, on as many threads as torch uses if it is large."""
+    """Prepares `memory[numbers] = values`, on torch's number of threads if it is large."""
     threads = torch.get_num_threads()
-    if threads == 1 or values.nbytes < _WORTH_A_THREAD:
+    if threads == 1 or values.nbytes < _MIN_PARALLEL_BYTES:
         return functools.partial(memory.__setitem__, numbers, values)
     shares = [functools.partial(memory.__setitem__, n, v) for n, v in _shares(numbers, values, threads)]
     return functools.partial(in_parallel, shares)
 
 
-_WORTH_A_THREAD = 8 << 20
+_MIN_PARALLEL_BYTES = 8 << 20
 
 
 def _shares(
     numbers: npt.NDArray[Any], values: npt.NDArray[Any], threads: int
 ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Equal parts along the longest dimension of the index."""
+    """Splits an assignment into equal parts along the longest dimension of the index."""
     axis = int(np.argmax(numbers.shape))
     for n, v in zip(np.array_split(numbers, threads, axis), np.array_split(values, threads, axis), strict=True):
         if n.size:
@@ -141,9 +141,9 @@ def _shares(
 
 
 def in_parallel(tasks: Sequence[Callable[[], object]]) -> None:
-    """Run all, the first one here and the others on threads of their own that end before this returns.
+    """Runs all tasks, the first on the calling thread and each other one on a new thread, and joins them.
 
-    Starting a thread takes 50 µs, the copies it is used for milliseconds; no pool has to be owned and closed.
+    Raises the first failure. Starting a thread takes 50 µs and the copies take milliseconds, so there is no thread pool.
     """
     failures: list[BaseException] = []
 
@@ -172,11 +172,11 @@ def copy_block(
     dims: Sequence[tuple[int, int, int]],
     width: int,
 ) -> None:
-    """One strided copy: loops (size, stride in src, stride in dst), the innermost contiguous on both sides."""
+    """Performs one strided copy: loops (size, stride in src, stride in dst), the innermost contiguous on both sides."""
     a = Rows(src_offset, 1, tuple((size, s) for size, s, _ in dims))
     b = Rows(dst_offset, 1, tuple((size, d) for size, _, d in dims))
     source, target = view(src, a, (), width), view(dst, b, (), width)
     if on_host(source) and on_host(target):
-        np.copyto(target.numpy(), source.numpy())  # up to twice as fast as torch's copy where loops are permuted
+        np.copyto(target.numpy(), source.numpy())  # up to twice as fast as torch's copy for permuted loops
     else:
         target.copy_(source)

@@ -1,8 +1,8 @@
-"""One copy of many rows, as a kernel sees it: absolute addresses, factored so that little has to be told per call.
+"""`RowCopy`: one copy of many rows, as passed to a kernel: absolute addresses, factored into a few short lists.
 
-Side A is an engine's memory, whose rows (a page, or some tokens) lie wherever its block table says, in as many layers as
-there are tensors. Side B are objects, whose rows lie regularly. A model's pages and a hundred objects are then a few short
-lists of integers, not one address for every row.
+Side A is an engine's memory, where the block table determines the address of each row (a page, or some tokens), with one
+tensor per layer. Side B are objects, whose rows are regular. A model's pages and a hundred objects are then described by a
+few short lists of integers instead of one address per row.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +21,17 @@ from lmcache_kernels.address import Dim
 Ints = npt.NDArray[np.int64]
 
 SKIP = -1
-"""In `RowCopy.a_units`: this row is not resident, it is neither read nor written."""
+"""Value in `RowCopy.a_units` for a row that is not resident: it is neither read nor written."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowCopy:
-    """Row (object o, layer l, unit u) begins at `a_base[l] + a_units[o, u]` on side A and at
-    `b_base[o] + b_layers[l] + b_units[u]` on side B; inside lie the loops `dims`. All numbers are bytes.
+    """Row (object o, layer l, unit u) starts at `a_base[l] + a_units[o, u]` on side A and at
+    `b_base[o] + b_layers[l] + b_units[u]` on side B and consists of the loops `dims`. All numbers are bytes.
 
     Attributes:
         a_base: int64 `(layers,)`, absolute addresses.
-        a_units: int64 `(objects, units)`, offsets; negative = skip this row, in all layers.
+        a_units: int64 `(objects, units)`, offsets; negative = skip this row in all layers.
         b_base: int64 `(objects,)`, absolute addresses.
         b_layers: int64 `(layers,)`, offsets.
         b_units: int64 `(units,)`, offsets.
@@ -56,26 +57,23 @@ class RowCopy:
 
     @property
     def layers(self) -> int:
-        """Layers copied."""
+        """Number of layers."""
         return len(self.a_base)
 
     @property
     def objects(self) -> int:
-        """Objects copied."""
+        """Number of objects."""
         return len(self.b_base)
 
     @property
     def units(self) -> int:
-        """Rows of one object in one layer."""
+        """Number of rows per object and layer."""
         return len(self.b_units)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        out = 1
-        for size, _, _ in self.dims:
-            out *= size
-        return out
+        return prod(size for size, _, _ in self.dims)
 
     @property
     def run(self) -> int:
@@ -84,7 +82,7 @@ class RowCopy:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that move."""
+        """Bytes copied, without skipped rows."""
         return int((self.a_units >= 0).sum()) * self.layers * self.row_bytes
 
     @cached_property
@@ -100,7 +98,7 @@ class RowCopy:
         return _divisor(self.row_alignment, self.run, *(n for _, a, b in self.dims[:-1] for n in (a, b)))
 
     def inside(self) -> Iterator[tuple[int, int, int]]:
-        """(offset on A, offset on B, bytes) of each contiguous run of a row."""
+        """Yields (offset on A, offset on B, bytes) of each contiguous run of a row."""
         for place in product(*(range(size) for size, _, _ in self.dims[:-1])):
             yield (
                 sum(i * a for i, (_, a, _) in zip(place, self.dims, strict=False)),
@@ -109,15 +107,15 @@ class RowCopy:
             )
 
     def rows(self) -> tuple[Ints, Ints]:
-        """Addresses of all rows that move, (on A, on B), each `(rows,)`; layers are the outermost, units the innermost."""
-        there = self.a_units >= 0
-        a = self.a_base[:, None] + self.a_units[there][None, :]
-        b = (self.b_base[:, None] + self.b_units[None, :])[there][None, :] + self.b_layers[:, None]
+        """Addresses of all resident rows, (on A, on B), each int64 `(rows,)`; layers outermost, units innermost."""
+        resident = self.a_units >= 0
+        a = self.a_base[:, None] + self.a_units[resident][None, :]
+        b = (self.b_base[:, None] + self.b_units[None, :])[resident][None, :] + self.b_layers[:, None]
         return a.reshape(-1), b.reshape(-1)
 
 
 def _divisor(*numbers: int) -> int:
-    """The largest power of two, up to 16, that divides all of them."""
+    """Returns the largest power of two, up to 16, that divides all numbers."""
     bits = 16
     for number in numbers:
         bits |= number

@@ -1,5 +1,5 @@
-"""Streams and events, as little of them as ordering needs. Whoever moves bytes on a device writes it over `Streams`, so that
-a test can put a recorder in its place that runs the same calls in any order they allow.
+"""A minimal interface to streams and events. Device copies are written against `Streams`, so that a test can substitute a
+recorder that runs the same calls in any order they allow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-_NAP_S = 0.0002
+_POLL_S = 0.0002
 
 Work = Callable[[], object]
 Span = tuple[int, int]
@@ -20,48 +20,48 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Touches:
-    """The memory that a piece of work reads and writes."""
+    """The memory ranges that a piece of work reads and writes."""
 
     reads: Sequence[Span] = ()
     writes: Sequence[Span] = ()
 
 
 class Streams(Protocol):
-    """The streams of one device. Work of one stream runs in the order it was launched, that of two in any, unless an event
-    orders it. No call but `synchronise` waits.
+    """The streams of one device. Work on one stream runs in launch order; work on different streams is ordered only by
+    events. Only `synchronise` blocks.
     """
 
     def compute(self) -> Any:
-        """The stream on which the calling thread's engine computes."""
+        """The engine's stream: the current stream of the calling thread."""
         ...
 
     def side(self, name: str) -> Any:
-        """A stream of our own; the same one for the same name."""
+        """A stream separate from the engine's; the same one for the same name."""
         ...
 
     def launch(self, stream: Any, work: Work, touches: Callable[[], Touches]) -> None:
-        """Enqueue what `work` enqueues on `stream`. `touches` tells a recorder what it reads and writes; others don't ask."""
+        """Runs `work` with `stream` as the current stream. `touches` returns the memory it accesses; only a recorder calls it."""
         ...
 
     def record(self, stream: Any) -> Any:
-        """An event that happens when all work launched on `stream` so far is done."""
+        """Records an event that occurs when all work launched on `stream` so far is done."""
         ...
 
     def wait(self, stream: Any, event: Any) -> None:
-        """Work launched on `stream` from now on runs after `event`."""
+        """Makes work launched on `stream` from now on run after `event`."""
         ...
 
     def done(self, event: Any) -> bool:
-        """Whether it has happened."""
+        """Whether the event has occurred."""
         ...
 
     def synchronise(self, event: Any) -> None:
-        """Let this thread wait until it has happened."""
+        """Blocks this thread until the event has occurred."""
         ...
 
 
 class TorchStreams:
-    """Streams of a CUDA, ROCm or XPU device, by torch's device-independent interface."""
+    """Streams of a CUDA, ROCm or XPU device, through torch's device-independent interface."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -78,7 +78,10 @@ class TorchStreams:
 
     def launch(self, stream: torch.Stream, work: Work, touches: Callable[[], Touches]) -> None:
         """See `Streams`."""
-        with torch.accelerator.device_index(self.device.index), stream:  # entering a current stream selects no device
+        with (
+            torch.accelerator.device_index(self.device.index),
+            stream,
+        ):  # entering an already current stream sets no device
             work()
 
     def record(self, stream: torch.Stream) -> torch.Event:
@@ -95,5 +98,5 @@ class TorchStreams:
 
     def synchronise(self, event: torch.Event) -> None:
         """See `Streams`."""
-        while not event.query():  # `synchronize` of such an event keeps a core busy
-            time.sleep(_NAP_S)
+        while not event.query():  # `event.synchronize` would busy-wait
+            time.sleep(_POLL_S)

@@ -1,7 +1,9 @@
-"""Rows converted on their way: the kernel of `quantise`, which plain torch there equals bit for bit.
+"""Converts rows while copying them: the Triton kernel of `quantise`, bit for bit equal to the plain torch version there.
 
-Addresses as in `triton_copy`. Arithmetic is in fp32 and rounding on integers, so that no device and no interpreter can round
-in another way.
+Callers: planned for the lossy and lossless codecs of the file format; nothing calls this today.
+
+Addresses are as in `triton_copy`. Arithmetic is in fp32 and rounding is done on integers, so that every device and the
+interpreter round alike.
 """
 
 from __future__ import annotations
@@ -35,17 +37,17 @@ def convert(  # type: ignore[no-untyped-def]
     FP8: tl.constexpr,  # B's elements: e4m3fn, or int8
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    LIMIT: tl.constexpr,  # elements of a run where the tile does not divide it, else 0
-    CHUNKS: tl.constexpr,  # tiles of a run
-    PLACES: tl.constexpr,
-    OUTER: tl.constexpr,  # ((positions, step on A, step on B, whether this loop is over heads), …), minor first
+    LIMIT: tl.constexpr,  # elements of a run if the tile does not divide it, else 0
+    CHUNKS: tl.constexpr,  # tiles per run
+    PLACES: tl.constexpr,  # tiles per row
+    OUTER: tl.constexpr,  # ((positions, step on A, step on B, whether this loop is over heads), …), innermost first
     HEADS: tl.constexpr,
     A_VECTOR: tl.constexpr,
     B_VECTOR: tl.constexpr,
 ):
-    """Converts rows on their way: A's floats × factor → B's codes, or B's codes × factor → A's floats (`INTO_A`).
+    """Converts A's floats × factor → B's codes, or B's codes × factor → A's floats (`INTO_A`).
 
-    factors: fp32 `(objects, layers, heads)`. Rounding is done on integers, to nearest even; see `quantise`.
+    factors: fp32 `(objects, layers, heads)`. Rounds to nearest even, on integers; see `quantise`.
     """
     a_width: tl.constexpr = 4 if FLOAT == 0 else 2
     word: tl.constexpr = tl.int32 if FLOAT == 0 else tl.int16
@@ -120,13 +122,13 @@ def convert(  # type: ignore[no-untyped-def]
             if FP8:
                 size = tl.where(size > 0x43E00000, 0x43E00000, size)  # 448
                 normal = ((size + (0x7FFFF + ((size >> 20) & 1))) >> 20) - 960
-                # 2¹⁴ has steps of 2⁻⁹, those of e4m3's subnormals: adding it rounds to them, to nearest even.
+                # fp32 near 2¹⁴ has a spacing of 2⁻⁹, like e4m3's subnormals: adding 2¹⁴ rounds to them, to nearest even.
                 tiny = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
                 code = tl.where(size >= 0x3C800000, normal, tiny)
                 code = tl.where(unordered, 0x7F, code) | sign
             else:
                 size = tl.where(size > 0x42FE0000, 0x42FE0000, size)  # 127
-                # 2²³ has steps of 1.
+                # fp32 near 2²³ has a spacing of 1.
                 whole = (size.to(tl.float32, bitcast=True) + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
                 code = tl.where(unordered, 0, tl.where(sign != 0, -whole, whole))
             tl.store(pb, code.to(tl.int8), mask=mask)
@@ -144,25 +146,27 @@ def convert_rows(
     max_programs: int | None = None,
     trusted: bool = False,
 ) -> None:
-    """Quantise rows from side A to side B, or (`into_a`) bring them back. Asynchronous, as `copy_rows`.
+    """Quantises rows from side A to side B, or (`into_a`) converts them back. Asynchronous, like `copy_rows`.
 
     Args:
-        copy: as for `copy_rows`, except that the innermost loop counts *elements*, `dtype` on A and one byte on B; all other
-            numbers are bytes of their own side.
-        scales: fp32 `(objects, layers, heads)`, contiguous, on the device that runs the program.
-        into_a: back to floats.
-        dtype: of side A: fp32, fp16 or bf16.
-        kind: of side B: `float8_e4m3fn` or `int8`.
-        head_loop: which of `copy.dims` counts the heads; None where rows hold one head.
+        copy: as for `copy_rows`, except that the innermost loop counts *elements*: of `dtype` on A, of one byte on B. All
+            other numbers are bytes of their own side.
+        scales: fp32 `(objects, layers, heads)`, contiguous, on the device that runs the kernel.
+        into_a: convert codes back to floats.
+        dtype: dtype of side A: fp32, fp16 or bf16.
+        kind: dtype of side B: `float8_e4m3fn` or `int8`.
+        head_loop: index of the loop in `copy.dims` that counts heads; None if rows hold one head.
         stream, max_programs, trusted: as for `copy_rows`.
 
     Raises:
-        CopyError: a dtype, a shape or an address that cannot be converted, or rows written twice.
+        CopyError: an unsupported dtype, shape or address, or rows that are written twice.
     """
     if dtype not in FLOATS or kind not in LARGEST:
-        raise CopyError(f"{dtype} ⇄ {kind} is not converted: from {', '.join(map(str, FLOATS))} to {list(LARGEST)}")
+        raise CopyError(
+            f"cannot convert {dtype} ⇄ {kind}: supported are {', '.join(map(str, FLOATS))} ⇄ {list(LARGEST)}"
+        )
     if head_loop is not None and not 0 <= head_loop < len(copy.dims) - 1:
-        raise CopyError(f"head_loop {head_loop} is none of the {len(copy.dims) - 1} loops over runs")
+        raise CopyError(f"head_loop {head_loop} is not one of the {len(copy.dims) - 1} loops over runs")
     if scales.dtype != torch.float32:
         raise CopyError(f"scales are {scales.dtype}; they must be torch.float32")
     check_buffers(scales)

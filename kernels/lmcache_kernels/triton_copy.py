@@ -1,9 +1,9 @@
-"""Rows between an engine's pages and objects, on a GPU: one kernel family, driven by addresses alone.
+"""Copies rows between an engine's pages and objects on a GPU: one kernel family, driven by addresses alone.
 
-Bits move as integers as wide as alignment allows. `run` moves rows whose innermost loop is contiguous on both sides; `turn`
-reads a tile in the order of one side and writes it in the order of the other, so that both accesses are wide, and lets the
-compiler turn it in shared memory. Programs walk over the pieces of all layers, objects and pages of one launch, so that their
-number can be held down to what the forward pass can spare.
+Bits are copied as the widest integers that alignment allows. `run` copies rows whose innermost loop is contiguous on both
+sides; `turn` reads a tile in the order of one side and writes it in the order of the other, so that both accesses are wide;
+the compiler transposes it in shared memory. Programs iterate over the work items of all layers, objects and pages of a
+launch, so that their number can be limited to what the forward pass can spare.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _ELEMENTS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 _PROGRAMS = 1 << 14
 
-_first_launch = Lock()
+_launch_lock = Lock()
 
 COUNTS = ("layers", "objects", "units")
-"""Arguments that are data: what is launched is what was compiled ahead of time, however many there are."""
+"""Arguments that must not be specialised, so that one compiled kernel, also one compiled ahead of time, fits all sizes."""
 
 
 @triton.jit
 def _row(tables, layers, objects, units, row, there):  # type: ignore[no-untyped-def]
-    """Addresses of rows on both sides, and which of those that are `there` are resident."""
+    """Addresses of rows on both sides, and `there` restricted to rows that are resident."""
     unit = row % units
     rest = row // units
     layer = rest % layers
@@ -79,7 +79,7 @@ def run(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """`ROWS` rows of `COUNT` elements at a time, `TILE` of each."""
+    """Copies `TILE` elements of `ROWS` rows at a time, in order; a row has `COUNT` elements."""
     tiles: tl.constexpr = (COUNT + TILE - 1) // TILE
     rows = layers * objects * units
     for item in range(tl.program_id(0), (rows + ROWS - 1) // ROWS * tiles, tl.num_programs(0)):
@@ -123,9 +123,9 @@ def turn(  # type: ignore[no-untyped-def]
     SHAPE: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """One tile at a time: read in the order of one side, written in the order of the other.
+    """Copies one tile at a time: reads it in the order of one side and writes it in the order of the other.
 
-    `SHAPE` are the tile's loops in the order of the side that is read, `ORDER` their permutation to the other's.
+    `SHAPE` has the sizes of the tile's loops in the order of the side that is read, `ORDER` their permutation to the other.
     """
     for item in range(tl.program_id(0), layers * objects * units * COUNT, tl.num_programs(0)):
         a, b, there = _row(tables, layers, objects, units, item // COUNT, True)
@@ -147,7 +147,7 @@ KERNELS = {"run": run, "turn": turn}
 
 
 def constants(what: Specialisation, *, into_a: bool) -> dict[str, Any]:
-    """The compile-time arguments of a specialisation's kernel, by name."""
+    """Returns the compile-time arguments of a specialisation's kernel, by name."""
     out: dict[str, Any] = {
         "INTO_A": into_a,
         "FAR": what.far,
@@ -178,17 +178,17 @@ def copy_rows(
     max_programs: int | None = None,
     trusted: bool = False,
 ) -> None:
-    """Move every row, from A to B or (`into_a`) from B to A, on `stream` (default: the current one of `device`).
+    """Copies every row from A to B, or (`into_a`) from B to A, on `stream` (default: the current stream of `device`).
 
-    Returns at once; the memory must stay until the stream is through.
+    Asynchronous: the memory must stay allocated until the stream has finished the copy.
 
     Args:
-        copy: all addresses are such as `device` can reach: its own memory, or pinned host memory.
+        copy: all addresses must be accessible to `device`: its own memory, or pinned host memory.
         into_a: direction.
-        device: where the kernel runs.
+        device: the device that runs the kernel.
         stream: a stream of `device`.
-        max_programs: no more programs than these at a time, to leave compute to others.
-        trusted: the caller has made sure that no byte is written twice.
+        max_programs: maximum number of programs, to leave compute to other work.
+        trusted: the caller guarantees that no byte is written twice.
 
     Raises:
         CopyError: rows that are written overlap; nothing was launched.
@@ -206,7 +206,7 @@ def _launch(work: Launch, into_a: bool, device: torch.device, max_programs: int 
     tables = torch.from_numpy(work.tables)
     if device.type != "cpu":
         tables = tables.pin_memory().to(device, non_blocking=True)
-    with _first_launch:  # of one kernel, by two threads at a time, is a race in Triton
+    with _launch_lock:  # the first launch of a kernel by two threads at once is a race in Triton
         _run(work, into_a, device, tables, max_programs)
 
 

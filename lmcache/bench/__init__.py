@@ -1,1 +1,1 @@
-"""Measurements: each is a function that returns plain results; `lmcache bench` shows them."""
+"""Benchmarks: functions that return plain results, which `lmcache bench` prints."""

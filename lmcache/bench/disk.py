@@ -1,6 +1,6 @@
-"""How close object files come to the raw limit of a folder: a plain write, and a plain read plus a checksum, of the same bytes.
+"""Compares object files with the raw limit of a folder: a plain write, and a plain read plus a checksum, of the same bytes.
 
-Raw and ours alternate within each repetition and the best of each counts, since absolute times on a busy machine are noise.
+Raw and tier I/O alternate within each repetition and the best time of each counts, since times on a busy machine are noisy.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class DiskResult:
 
     Attributes:
         model: label of the shape.
-        order: of the files; in memory the objects have an engine's native order.
-        write_gbs, read_gbs: GB/s of payload, ours, checksums included.
+        order: byte order of the files; in memory the objects have an engine's native order.
+        write_gbs, read_gbs: GB/s of payload through the disk tier, including checksums.
         raw_write_gbs: GB/s of plain `write` calls to new files.
         raw_read_gbs: GB/s of plain `preadv` plus one XXH3-128 over the bytes.
-        disk_write_ratio, disk_read_ratio: ours / raw.
+        disk_write_ratio, disk_read_ratio: disk tier / raw.
     """
 
     model: str
@@ -59,7 +59,7 @@ def measure(
     folder: Path | None = None,
     repeat: int = 5,
 ) -> DiskResult:
-    """Write and read `objects` objects in `folder` (a tmpfs by default, so that the code is measured, not the disk)."""
+    """Measures writes and reads of `objects` objects in `folder` (default: a tmpfs, to measure the code and not the disk)."""
     home = Path(tempfile.mkdtemp(prefix="lmcache-bench-", dir=folder or _memory_folder()))
     arena = Arena(objects, native.nbytes)
     payloads = [arena.view(i) for i in range(objects)]

@@ -1,7 +1,7 @@
-"""What moving KV costs on a GPU, by arithmetic: a prediction to hold the first measurements against.
+"""Estimates the cost of moving KV on a GPU by arithmetic: a prediction to compare measurements with.
 
-Three numbers per 1,000 tokens: how long the link is busy, how many descriptors the copy engine is given, and how much of the
-GPU's compute is taken away from the forward pass (SM-milliseconds; a GPU of 132 SMs has 132 of them each millisecond).
+Three numbers per 1,000 tokens: the time the link is busy, the number of copy-engine descriptors, and the GPU compute taken
+from the forward pass (SM-milliseconds; a GPU with 132 SMs has 132 of them per millisecond).
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from lmcache_kernels import DMA_BYTES
+from lmcache.config import Config
+from lmcache.config.settings import parse_size
 
 
 @dataclass(frozen=True)
 class Model:
-    """KV of one rank.
+    """KV geometry of one rank.
 
     Attributes:
         name: model and parallelism.
-        layers: layers of this rank.
+        layers: number of layers on this rank.
         page_bytes: contiguous bytes of one block of one layer.
-        block_tokens: tokens of a block.
+        block_tokens: tokens per block.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Model:
 def attention(
     name: str, layers: int, kv_heads: int, head_dim: int, *, block_tokens: int = 16, itemsize: int = 2
 ) -> Model:
-    """A model whose pages hold K‖V of all its heads, as vLLM's do."""
+    """Returns a model whose pages hold K‖V of all its heads, as vLLM's do."""
     return Model(name, layers, block_tokens * kv_heads * 2 * head_dim * itemsize, block_tokens)
 
 
@@ -53,12 +54,12 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Link:
-    """A road between host and GPU memory.
+    """A link between host and GPU memory.
 
     Attributes:
-        name: what it is called.
-        gbs: GB/s in one direction that large copies reach.
-        latency_us: from a load instruction to its data, which a kernel that reads host memory has to hide.
+        name: label of the link.
+        gbs: GB/s in one direction, as reached by large copies.
+        latency_us: latency of a load from host memory by a kernel.
     """
 
     name: str
@@ -73,7 +74,7 @@ HBM_GBS = 3350.0
 """An H100 SXM."""
 
 SM_BYTES_IN_FLIGHT = 64 << 10
-"""What the run kernels have under way on one SM: 16 bytes × 4 a thread, 128 threads, 8 programs (see `--aot`)."""
+"""Bytes in flight per SM in the run kernels: 16 bytes × 4 per thread, 128 threads, 8 programs (see `--aot`)."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class Estimate:
     Attributes:
         model, link: names.
         megabytes: bytes moved.
-        descriptors: pieces contiguous on both sides where no two blocks are neighbours.
-        piece_kib: size of each.
-        road: "copy engine", or "kernel" where pieces are below `copy_engine_bytes`.
+        descriptors: pieces that are contiguous on both sides, if no two blocks are adjacent.
+        piece_kib: size of each piece.
+        road: "copy engine", or "kernel" for pieces smaller than `copy_engine_bytes`.
         link_ms: time on the link.
-        load_sm_ms: compute taken by a load: none by the copy engine; else a kernel that reads pinned memory directly.
-        store_sm_ms: compute taken by a store: the gather into staging memory, which reads and writes device memory once.
+        load_sm_ms: compute used by a load: 0 with the copy engine, otherwise a kernel that reads pinned memory directly.
+        store_sm_ms: compute used by a store: the gather into staging memory, which reads and writes device memory once.
     """
 
     model: str
@@ -103,10 +104,11 @@ class Estimate:
 
 
 def estimates(tokens: int = 1000) -> Iterator[Estimate]:
-    """Every model over every link."""
+    """Yields the estimate of every model over every link."""
+    copy_engine_bytes = parse_size(Config.copy_engine_bytes)
     for model in MODELS:
         nbytes = model.token_bytes * tokens
-        by_engine = model.page_bytes >= DMA_BYTES
+        by_engine = model.page_bytes >= copy_engine_bytes
         for link in LINKS:
             link_ms = nbytes / link.gbs / 1e6
             readers = ceil(link.gbs * 1e3 * link.latency_us / SM_BYTES_IN_FLIGHT)  # Little's law

@@ -1,12 +1,11 @@
-"""How close the kernels come to the device's own copies: on a GPU, in one run, without anybody watching.
+"""Compares the kernels with the device's own copies, in one unattended run on a GPU.
 
-For every kind of copy the same bytes move between pages in random order and objects, within device memory and, where memory can
-be pinned, straight to and from the host; beside each stands one plain copy of as many bytes over the same road.
+Every kind of copy moves bytes between pages in random order and objects, within device memory and, if memory can be pinned,
+directly to and from the host. The reference is one plain copy of the same number of bytes over the same path.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,10 +17,10 @@ from lmcache_kernels.cases import CASES, Case
 
 Kernel = Callable[..., None]
 Clock = Callable[[Callable[[], object]], float]
-"""Seconds that a call takes on the device, everything it enqueued included."""
+"""Measures the seconds that a call takes on the device, including all work it enqueues."""
 
 USUAL = tuple(case for case in CASES if not case.why)
-"""All copies but those of odd rows."""
+"""All cases except those with odd rows."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,12 @@ class GpuResult:
         kernel: kind of copy, see `lmcache_kernels.cases`.
         direction: "store" (pages → objects) or "load".
         road: "device" (objects in device memory) or "host" (in pinned host memory, reached by the kernel itself).
-        programs: most programs at a time; None = as many as there is work.
+        programs: limit on concurrent programs; None: no limit.
         nbytes: bytes moved.
         gbs: GB/s.
-        limit_gbs: GB/s of one plain copy over the same road.
-        ratio: the one as part of the other.
-        correct: the bytes that arrived are those that left.
+        limit_gbs: GB/s of one plain copy over the same path.
+        ratio: gbs / limit_gbs.
+        correct: whether the copied bytes are right.
     """
 
     kernel: str
@@ -62,17 +61,17 @@ def measure(
     pin: bool = True,
     clock: Clock | None = None,
 ) -> Iterator[GpuResult]:
-    """Every case both ways over each road, with few programs and many.
+    """Measures every case in both directions over each path, for each limit on programs.
 
     Args:
-        device: where the pages lie.
-        kernel: as `lmcache_kernels.triton_copy.copy_rows`.
+        device: device of the pages.
+        kernel: a function like `lmcache_kernels.triton_copy.copy_rows`.
         cases: what to copy; default `USUAL`.
-        nbytes: bytes per copy, about.
-        repeat: the best of so many counts.
+        nbytes: approximate bytes per copy.
+        repeat: number of repetitions; the best one counts.
         programs: see `GpuResult`.
-        pin: measure the road to pinned host memory as well.
-        clock: how to time; default by events of the device.
+        pin: also measure the path to pinned host memory.
+        clock: how to time a call; default: device events.
     """
     clock = clock or _by_events(device)
     roads = {"device": device} | ({"host": torch.device("cpu")} if pin else {})
@@ -103,31 +102,31 @@ def measure(
                         gbs=copy.nbytes / seconds / 1e9,
                         limit_gbs=copy.nbytes / limit / 1e9,
                         ratio=limit / seconds,
-                        correct=_goes_round(copy, pages, objects, kernel),
+                        correct=_round_trip_is_exact(copy, pages, objects, kernel),
                     )
 
 
 def _shuffled(copy: RowCopy) -> RowCopy:
-    """With its pages in random order, as a block table has them."""
+    """Returns `copy` with its pages in random order, as in a block table."""
     flat = copy.a_units.reshape(-1)
     order = np.random.default_rng(0).permutation(flat.size)
     return replace(copy, a_units=flat[order].reshape(copy.a_units.shape))
 
 
 def _limits(pages: torch.Tensor, objects: torch.Tensor, nbytes: int, repeat: int, clock: Clock) -> tuple[float, float]:
-    """Seconds of one plain copy of as many bytes: pages → objects, and back."""
+    """Returns the seconds of one plain copy of the same number of bytes: pages → objects, and back."""
     nbytes = min(nbytes, pages.numel(), objects.numel())
     here, there = pages[:nbytes], objects[:nbytes]
     if pages.device == objects.device:
-        there = torch.empty_like(here)  # pages and objects are one memory: not onto itself
+        there = torch.empty_like(here)  # within one memory: never copy a range onto itself
     return (
         _best(repeat, lambda: there.copy_(here, non_blocking=True), clock),
         _best(repeat, lambda: here.copy_(there, non_blocking=True), clock),
     )
 
 
-def _goes_round(copy: RowCopy, pages: torch.Tensor, objects: torch.Tensor, kernel: Kernel) -> bool:
-    """Whether random runs of random rows are the same on both sides after a store, and after a load into empty pages."""
+def _round_trip_is_exact(copy: RowCopy, pages: torch.Tensor, objects: torch.Tensor, kernel: Kernel) -> bool:
+    """Returns whether random runs of random rows are equal on both sides after a store, and after a load into empty pages."""
     pages.random_(0, 256)
     rng = np.random.default_rng(1)
     runs = list(copy.inside())
@@ -156,7 +155,7 @@ def _by_events(device: torch.device) -> Clock:
     def clock(call: Callable[[], object]) -> float:
         start, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
         if device.type == "cuda":
-            torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # some 10 ms, in which the host gets ahead of the device
+            torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # about 10 ms, so that the host is ahead of the device
         start.record()
         call()
         end.record()
@@ -164,13 +163,6 @@ def _by_events(device: torch.device) -> Clock:
         return float(start.elapsed_time(end)) / 1e3
 
     return clock
-
-
-def by_the_wall(call: Callable[[], object]) -> float:
-    """A clock for devices that finish when a call returns."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def _wait(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""How fast a prompt is named and found: every chunk hashed, looked up in the index, leased and released."""
+"""Measures lookups: every chunk of a prompt is hashed, looked up in the index, leased and released."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lmcache.spec import KVSpec, Numerics
 
 @dataclass(frozen=True)
 class LookupResult:
-    """Speed of `CacheEngine.lookup` for a prompt whose every chunk is in DRAM.
+    """Speed of `CacheEngine.lookup` for a prompt that is fully cached in DRAM.
 
     Attributes:
         tokens: length of the prompt.
-        source: in which form the token ids came.
-        lookup_mtokens_per_s: million tokens a second, best of all repetitions, each on another prompt.
-        milliseconds: of one lookup.
+        source: type of the token ids: tensor, numpy or list.
+        lookup_mtokens_per_s: million tokens per second; the best of all repetitions, each on a different prompt.
+        milliseconds: duration of one lookup.
     """
 
     tokens: int
@@ -31,8 +31,8 @@ class LookupResult:
     milliseconds: float
 
 
-def measure(tokens: int = 131_072, *, chunk_tokens: int = 256, repeat: int = 20) -> list[LookupResult]:
-    """Look up `repeat` different, fully cached prompts, from a tensor, a numpy array and a list."""
+def measure(tokens: int = 131_072, *, chunk_tokens: int = Config.chunk_tokens, repeat: int = 20) -> list[LookupResult]:
+    """Measures lookups of `repeat` different, fully cached prompts, given as tensors, numpy arrays and lists."""
     spec = KVSpec.uniform(
         "bench", layers=1, kv_heads=1, head_dim=8, dtype=torch.int8, numerics=Numerics(engine="bench")
     )

@@ -1,7 +1,7 @@
-"""How close gather and scatter come to one memcpy: an engine's paged KV ⇄ objects in an arena, on a CPU.
+"""Compares gather and scatter with one memcpy: an engine's paged KV ⇄ objects in an arena, on a CPU.
 
-memcpy, store and retrieve alternate within each repetition and the best of each counts, since absolute times on a busy
-machine are noise. All memory is touched before, so that no page fault is part of any figure.
+memcpy, store and retrieve alternate within each repetition and the best time of each counts, since times on a busy machine
+are noisy. All memory is touched beforehand, so that no page fault is measured.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lmcache.config import Config
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter, translate
 from lmcache.spec import KVSpec, Numerics
 from lmcache.transfer.arena import Arena
@@ -22,20 +23,20 @@ LAYOUTS = {
     "nhd": "slot head dim",
     "nhd-kv": "kv block slot head dim",
 }
-"""Short name → axes: vLLM's one storage for all layers; SGLang's pools apart for K and V; a tensor per layer."""
+"""Short name → axes: one tensor for all layers (vLLM); separate pools for K and V (SGLang); one tensor per layer."""
 
 PACKINGS: dict[str, str | dict[str, str]] = {
     "packed": LAYOUTS["packed"],
     "vec": {"k": "block head (kv dim slot)", "v": "block head (kv slot dim)"},
     "amx": {"k": "block head (kv slot/16 dim/2 slot%16 dim%2)", "v": "block head (kv dim/16 slot/2 dim%16 slot%2)"},
 }
-"""Short name → axes of the pages that are measured against canonical objects: vLLM's on a GPU, and on CPUs."""
+"""Short name → axes of the pages measured against canonical objects: vLLM's on GPUs, and on CPUs."""
 
 PAGES = {"packed": (16, 128), "vec": (16, 128), "amx": (32, 128)}
-"""Tokens of the blocks that each of `PACKINGS` is measured with; AMX packs 32 tokens at a time."""
+"""Block sizes in tokens for each of `PACKINGS`; AMX packs 32 tokens at a time."""
 
 PATTERNS = ("permuted", "scattered", "contiguous")
-"""Which blocks a sequence has: neighbours in random order; random ones of a pool twice as large; neighbours in order."""
+"""Blocks of a sequence: adjacent in random order; random ones of a pool twice as large; adjacent in order."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Shape:
 
     @property
     def spec(self) -> KVSpec:
-        """bf16 keys and values."""
+        """The spec of this shape, with bf16 keys and values."""
         return KVSpec.uniform(
             f"bench/{self.name}",
             layers=self.layers,
@@ -72,10 +73,10 @@ class PagedResult:
         block_tokens: tokens per block of the engine.
         layout: see `LAYOUTS`.
         pattern: see `PATTERNS`.
-        threads: that torch and numpy may use.
+        threads: number of threads that torch and numpy may use.
         memcpy_gbs: GB/s of one copy of the same bytes on as many threads.
         store_gbs, retrieve_gbs: GB/s of gather and scatter.
-        store_ratio, retrieve_ratio: the same as parts of memcpy.
+        store_ratio, retrieve_ratio: store_gbs and retrieve_gbs relative to memcpy_gbs.
     """
 
     model: str
@@ -98,10 +99,10 @@ def measure(
     threads: Sequence[int] = (1,),
     patterns: Sequence[str] = PATTERNS,
     tokens: int = 4096,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = Config.chunk_tokens,
     repeat: int = 9,
 ) -> Iterator[PagedResult]:
-    """Store and retrieve `tokens` tokens in chunks, in one call each, for every pattern and number of threads."""
+    """Measures store and retrieve of `tokens` tokens in chunks, one call each, for every pattern and number of threads."""
     pool_tokens = 2 * tokens
     kv = pool(shape, layout, block_tokens, pool_tokens)
     chunks = tokens // chunk_tokens
@@ -144,12 +145,12 @@ def measure(
 
 @dataclass(frozen=True)
 class CanonicalResult:
-    """Speed of one packing against objects in canonical order, which is what files and other engines have.
+    """Speed of one packing with objects in canonical order, the order of files and of exchange between engines.
 
     Attributes:
         model, block_tokens, threads, memcpy_gbs: as in `PagedResult`.
         packing: see `PACKINGS`.
-        store_*, retrieve_*: gather from and scatter to scattered pages, objects canonical.
+        store_*, retrieve_*: gather from and scatter to scattered pages, with canonical objects.
         pack_*, unpack_*: `translate` canonical → native objects, and native → canonical.
     """
 
@@ -175,10 +176,10 @@ def measure_canonical(
     block_tokens: int,
     threads: Sequence[int] = (1,),
     tokens: int = 2048,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = Config.chunk_tokens,
     repeat: int = 7,
 ) -> Iterator[CanonicalResult]:
-    """Store, retrieve and both translations of `tokens` tokens in chunks, for every number of threads."""
+    """Measures store, retrieve and both translations of `tokens` tokens in chunks, for every number of threads."""
     kv = pool(shape, packing, block_tokens, 2 * tokens)
     chunks = tokens // chunk_tokens
     native, canonical = kv.native(0, chunk_tokens), ObjectLayout.canonical(shape.spec, 0, chunk_tokens)
@@ -217,7 +218,7 @@ def measure_canonical(
 
 
 def pool(shape: Shape, layout: str, block_tokens: int, tokens: int) -> BoundKV:
-    """An engine's KV memory of `tokens` tokens, every page touched."""
+    """Returns an engine's KV memory of `tokens` tokens with every page touched."""
     blocks, heads, dim = tokens // block_tokens, shape.kv_heads, shape.head_dim
 
     def memory(*size: int) -> torch.Tensor:
@@ -237,7 +238,7 @@ def pool(shape: Shape, layout: str, block_tokens: int, tokens: int) -> BoundKV:
 
 
 def slots_of(pattern: str, tokens: int, pool_tokens: int, block_tokens: int) -> torch.Tensor:
-    """Slots of a sequence, see `PATTERNS`."""
+    """Returns the slots of a sequence of `tokens` tokens; see `PATTERNS`."""
     count = tokens // block_tokens
     generator = torch.Generator().manual_seed(0)
     if pattern == "scattered":
@@ -250,7 +251,7 @@ def slots_of(pattern: str, tokens: int, pool_tokens: int, block_tokens: int) -> 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use `count` threads inside."""
+    """Sets the number of torch threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -260,7 +261,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def _best(repeat: int, *calls: Callable[[], object]) -> list[float]:
-    """The best time of each call in seconds. Each is run twice in a row, so that all find the caches as they left them."""
+    """Returns the best time of each call in seconds. Each call runs twice in a row, so that its own data is in the caches."""
     best = [float("inf")] * len(calls)
     for _ in range(repeat):
         for i, call in enumerate(calls):

@@ -1,6 +1,6 @@
-"""The command line, `lmcache`: one command a file, each with `--json`.
+"""The command line, `lmcache`: one file per command, each with `--json`.
 
-`--help` must answer at once, so command modules import whatever is heavy (torch, tiers, engines) inside their functions.
+`--help` must be fast, so command modules import heavy modules (torch, tiers, engines) inside their functions.
 """
 
 from lmcache.cli.app import app, main

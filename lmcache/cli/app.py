@@ -1,4 +1,4 @@
-"""Puts the commands together and turns typed errors into one line on stderr."""
+"""Assembles the commands and reports typed errors as one line on stderr."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -42,7 +42,7 @@ for command in (demo, doctor, bench, conformance, simulate, ls, verify, clear):
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 = fine, 1 = the command found something wrong, 2 = it could not do what was asked."""
+    """Entry point. Exit status: 0 = success, 1 = the command found a problem, 2 = the command could not run."""
     try:
         app()
     except (LMCacheError, OSError) as error:

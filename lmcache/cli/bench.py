@@ -1,4 +1,4 @@
-"""`lmcache bench`: what this machine could do, and how much of it the cache does."""
+"""`lmcache bench`: the speed of the cache relative to the limits of this machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from lmcache.cli.bench_kernels import kernels
 from lmcache.cli.output import JsonOption, console, print_json
+from lmcache.config import Config
 
 if TYPE_CHECKING:
     from lmcache.bench.disk import DiskResult
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 _PARTS = ("memory", "canonical", "disk", "lookup")
 
-bench = typer.Typer(help="Speed of this machine, beside what it could do at best.", no_args_is_help=True)
+bench = typer.Typer(help="Speed of the cache on this machine, relative to the hardware's limits.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Adds the command to the app."""
     app.add_typer(bench, name="bench")
 
 
@@ -38,27 +39,27 @@ def _root() -> None:
 @bench.command()
 def io(
     part: Annotated[
-        list[str] | None, typer.Option("--part", help=f"What to measure: {', '.join(_PARTS)}; may be repeated.")
+        list[str] | None, typer.Option("--part", help=f"What to measure: {', '.join(_PARTS)}; repeatable.")
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option("--model", help="Shapes: smollm2-135m, 8b; may be repeated.")
+        list[str] | None, typer.Option("--model", help="Model shapes: smollm2-135m, 8b; repeatable.")
     ] = None,
     threads: Annotated[
-        list[int] | None, typer.Option("--threads", min=1, help="Numbers of threads; may be repeated.")
+        list[int] | None, typer.Option("--threads", min=1, help="Number of threads; repeatable.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, and random blocks only.")] = False,
     folder: Annotated[
-        Path | None, typer.Option("--folder", metavar="FOLDER", help="Where to measure files; by default a tmpfs.")
+        Path | None, typer.Option("--folder", metavar="FOLDER", help="Folder for the disk part; default: a tmpfs.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Paged KV ⇄ DRAM against memcpy, files against raw reads and writes, and lookups.
+    """Measure paged KV ⇄ DRAM against memcpy, files against raw reads and writes, and lookups.
 
-    A ratio of 1 is what the hardware does with the same bytes. Times are the best of several, on an idle machine.
+    A ratio of 1 means as fast as a plain copy of the same bytes. Times are the best of several; use an idle machine.
 
-    memory: pages ⇄ objects in the same order. canonical: pages (vLLM's on a GPU, `packed`; on a CPU, `vec` and `amx`)
-    ⇄ objects in canonical order: store, retrieve, and the translation of objects, unpack and pack.
-    disk: files. lookup: keys.
+    memory: pages ⇄ objects in the same order. canonical: pages (vLLM's on a GPU: `packed`; on a CPU: `vec`, `amx`)
+    ⇄ objects in canonical order: store, retrieve, and the translation of objects (unpack, pack).
+    disk: object files. lookup: hashing and index lookup of a prompt.
 
     \b
     Examples:
@@ -69,17 +70,17 @@ def io(
     """
     from lmcache.bench.paged import SHAPES
 
-    parts = _chosen(part, _PARTS, "--part")
-    models = _chosen(model, tuple(SHAPES), "--model")
+    parts = _validated(part, _PARTS, "--part")
+    models = _validated(model, tuple(SHAPES), "--model")
     out: dict[str, Any] = {"machine": _machine()}
     if "memory" in parts:
-        out["memory"] = [asdict(result) for result in _told(_memory(models, threads, quick), json)]
+        out["memory"] = [asdict(result) for result in _shown(_memory(models, threads, quick), json)]
     if "canonical" in parts:
-        out["canonical"] = [asdict(result) for result in _told(_canonical(models, threads, quick), json)]
+        out["canonical"] = [asdict(result) for result in _shown(_canonical(models, threads, quick), json)]
     if "disk" in parts:
-        out["disk"] = [asdict(result) for result in _told(_disk(models, folder, quick), json)]
+        out["disk"] = [asdict(result) for result in _shown(_disk(models, folder, quick), json)]
     if "lookup" in parts:
-        out["lookup"] = [asdict(result) for result in _told(_lookup(quick), json)]
+        out["lookup"] = [asdict(result) for result in _shown(_lookup(quick), json)]
     if json:
         print_json(out)
 
@@ -123,7 +124,7 @@ def _disk(models: list[str], folder: Path | None, quick: bool) -> Iterable[DiskR
     with torch_threads(1):
         for name in models:
             shape = SHAPES[name]
-            native = pool(shape, "packed", 16, 256).native(0, 256)
+            native = pool(shape, "packed", 16, Config.chunk_tokens).native(0, Config.chunk_tokens)
             for order in ("native", "canonical"):
                 yield measure(
                     name,
@@ -142,16 +143,16 @@ def _lookup(quick: bool) -> Iterable[LookupResult]:
     return measure(repeat=5 if quick else 20)
 
 
-def _told(results: Iterable[Any], json: bool) -> list[Any]:
-    """The results, each shown to people as soon as it is there."""
-    kept = []
+def _shown(results: Iterable[Any], json: bool) -> list[Any]:
+    """Returns the results; without `--json`, prints each as soon as it is available."""
+    finished = []
     for result in results:
-        kept.append(result)
+        finished.append(result)
         if not json:
             row = asdict(result)
             text = (f"{key} {value:.2f}" if isinstance(value, float) else str(value) for key, value in row.items())
             console().print("  ".join(text), markup=False, soft_wrap=True)
-    return kept
+    return finished
 
 
 def _machine() -> dict[str, Any]:
@@ -169,7 +170,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _chosen(wanted: list[str] | None, known: tuple[str, ...], option: str) -> list[str]:
+def _validated(wanted: list[str] | None, known: tuple[str, ...], option: str) -> list[str]:
     for name in wanted or ():
         if name not in known:
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint=option)

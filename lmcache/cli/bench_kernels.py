@@ -1,4 +1,4 @@
-"""`lmcache bench kernels`: the GPU kernels, compiled ahead of time anywhere, measured where there is a GPU."""
+"""`lmcache bench kernels`: the GPU kernels, compiled ahead of time on any machine, or measured on a GPU."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lmcache.cli.output import JsonOption, console, print_json
 
 def kernels(
     aot: Annotated[
-        bool, typer.Option("--aot", help="Compile every kernel for every target, and judge; needs no GPU.")
+        bool, typer.Option("--aot", help="Compile every kernel for every target and check the results; needs no GPU.")
     ] = False,
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", help="With --aot: sm_80, sm_90, sm_100, gfx942; may be repeated; default all."),
+        typer.Option("--target", help="With --aot: sm_80, sm_90, sm_100, gfx942; repeatable; default: all."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """The GPU kernels: GB/s against the device's own copies, or what they compile to.
+    """Measure the GPU kernels against the device's own copies, or inspect what they compile to.
 
-    With --aot, each kernel's access widths, registers, spills and occupancy, and exit status 1 if one of them is worse than
-    it must be. Without it, a GPU is needed, and exit status 1 means that bytes did not arrive as they left.
+    With --aot: prints each kernel's access widths, registers, spills and occupancy; exit status 1 if one misses its target.
+    Without --aot: needs a GPU and prints GB/s; exit status 1 if the copied bytes are wrong.
 
     \b
     Examples:
@@ -34,12 +34,12 @@ def kernels(
     try:
         import triton  # noqa: F401
     except ImportError as error:
-        _complain(f"Triton cannot be imported ({error}); `pip install triton` brings it (Linux)")
+        _error(f"Triton cannot be imported ({error}); `pip install triton` installs it (Linux)")
         raise typer.Exit(1) from error
     if aot:
         _aot(target, json)
     elif target:
-        raise typer.BadParameter("targets are compiled for with --aot; what is measured is the GPU that is here")
+        raise typer.BadParameter("--target is only valid with --aot; without it, the GPU of this machine is measured")
     else:
         _measure(json)
 
@@ -57,10 +57,10 @@ def _aot(targets: list[str] | None, json: bool) -> None:
             _line(asdict(one))
     if json:
         print_json([asdict(one) for one in found])
-    bad = verdicts(found)
-    for text in bad:
-        _complain(text)
-    if bad:
+    failures = verdicts(found)
+    for text in failures:
+        _error(text)
+    if failures:
         raise typer.Exit(1)
 
 
@@ -72,7 +72,7 @@ def _measure(json: bool) -> None:
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None:
-        _complain("no GPU here; `lmcache bench kernels --aot` compiles the kernels without one")
+        _error("no GPU found; `lmcache bench kernels --aot` compiles the kernels without one")
         raise typer.Exit(1)
     found = []
     for one in measure(device, copy_rows):
@@ -88,7 +88,7 @@ def _measure(json: bool) -> None:
             }
         )
     if not all(one.correct for one in found):
-        _complain("some bytes did not arrive as they left")
+        _error("some copied bytes are wrong")
         raise typer.Exit(1)
 
 
@@ -99,5 +99,5 @@ def _line(row: dict[str, Any]) -> None:
     console().print(text, markup=False, soft_wrap=True)
 
 
-def _complain(text: str) -> None:
+def _error(text: str) -> None:
     typer.echo(text, err=True)

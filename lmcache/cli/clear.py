@@ -1,4 +1,4 @@
-"""`lmcache clear`: empty the disk tier, or one namespace of it."""
+"""`lmcache clear`: empties the disk tier, or one namespace of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmcache.errors import ConfigError
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Adds the command to the app."""
     app.command()(clear)
 
 
@@ -20,12 +20,14 @@ def clear(
     path: PathOption = None,
     namespace: Annotated[
         str | None,
-        typer.Option("--namespace", metavar="HEX", help="Only this one: its first digits, as `ls` shows them."),
+        typer.Option(
+            "--namespace", metavar="HEX", help="Remove only this namespace; the first digits suffice, as shown by `ls`."
+        ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Remove objects from the disk tier for good. What running engines hold in memory stays with them.
+    """Remove objects from the disk tier permanently. Objects that running engines hold in memory are not affected.
 
     \b
     Examples:
@@ -43,10 +45,10 @@ def clear(
     what = f"{objects:,} objects ({human_bytes(nbytes)}) in {folder}"
     if not yes:
         if json:
-            raise ConfigError("--json asks no questions: confirm with --yes")
+            raise ConfigError("--json cannot ask for confirmation; add --yes")
         typer.confirm(f"Remove {what}?", abort=True)
     removed = 0
-    if (folder / "objects").is_dir():  # in any other folder a tier would first have to be made
+    if (folder / "objects").is_dir():  # otherwise opening the tier would create one
         tier = DiskTier(folder)
         try:
             removed = tier.clear() if namespace is None else sum(tier.clear(bytes.fromhex(name)) for name in tallies)
@@ -59,13 +61,13 @@ def clear(
 
 
 def _complete(prefix: str, names: list[str]) -> str:
-    """The one namespace that starts with `prefix`.
+    """Returns the only namespace that starts with `prefix`.
 
     Raises:
-        ConfigError: none does, or several do.
+        ConfigError: none or several do.
     """
     found = [name for name in names if name.startswith(prefix.lower())]
     if len(found) == 1 and prefix:
         return found[0]
-    shown = ", ".join(name[:16] for name in names) or "none at all"
-    raise ConfigError(f"--namespace {prefix!r} fits {len(found)} namespaces, it must fit one; there are: {shown}")
+    shown = ", ".join(name[:16] for name in names) or "none"
+    raise ConfigError(f"--namespace {prefix!r} matches {len(found)} namespaces, it must match one; there are: {shown}")

@@ -1,4 +1,4 @@
-"""`lmcache conformance`: proof that a hit is what was computed, for every adapter, tier and layout that is installed."""
+"""`lmcache conformance`: checks that a hit is bit-for-bit what was computed, for every installed adapter, tier and layout."""
 
 from __future__ import annotations
 
@@ -21,42 +21,45 @@ _NEEDED = ("pytest", "hypothesis", "lmcache_conformance")
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Adds the command to the app."""
     app.command()(conformance)
 
 
 def conformance(
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="NAME", help="An engine adapter; may be repeated.")
+        list[str] | None, typer.Option("--adapter", metavar="NAME", help="An engine adapter; repeatable.")
     ] = None,
-    tier: Annotated[list[str] | None, typer.Option("--tier", metavar="NAME", help="A tier; may be repeated.")] = None,
+    tier: Annotated[list[str] | None, typer.Option("--tier", metavar="NAME", help="A tier; repeatable.")] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", metavar="NAME", help="Anything else that has tests; may be repeated."),
+        typer.Option("--target", metavar="NAME", help="Any other test target; repeatable."),
     ] = None,
     level: Annotated[
-        list[str] | None, typer.Option("--level", metavar="NAME", help="Only tests of this level; may be repeated.")
+        list[str] | None, typer.Option("--level", metavar="NAME", help="Only tests of this level; repeatable.")
     ] = None,
-    full: Annotated[bool, typer.Option("--full/--quick", help="How thorough; --full uses the real model.")] = False,
+    full: Annotated[bool, typer.Option("--full/--quick", help="Thoroughness; --full uses the real model.")] = False,
     mutants: Annotated[
         bool,
-        typer.Option("--mutants", help="Test the suites themselves: they must fail on everything known to go wrong."),
+        typer.Option(
+            "--mutants", help="Test the suites themselves: they must fail on every known defect (mutation testing)."
+        ),
     ] = False,
     xfails: Annotated[
-        Path | None, typer.Option("--xfails", metavar="FILE", help="Known failures, each with a link to its issue.")
+        Path | None,
+        typer.Option("--xfails", metavar="FILE", help="File of known failures, each with a link to its issue."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Repeat a run with its seed.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the run to repeat.")] = None,
     json: JsonOption = False,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report for people.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write an HTML report.")] = None,
     junit: Annotated[
-        Path | None, typer.Option("--junit", metavar="FILE", help="Write a report for CI systems.")
+        Path | None, typer.Option("--junit", metavar="FILE", help="Write a JUnit XML report for CI systems.")
     ] = None,
 ) -> None:
-    """Run the conformance suite: is a hit, bit for bit, what was computed?
+    """Run the conformance suite, which checks that a hit is bit-for-bit what was computed.
 
-    Without names, everything that is installed is tested: tiers, layouts, kernels, keys, the cache, and every engine
-    adapter. What an adapter or tier does not claim is skipped, with that as the reason. Exit status 1 if anything failed,
-    or if a mutant survived.
+    Without names, everything installed is tested: tiers, layouts, kernels, keys, the cache, and every engine adapter.
+    Tests of capabilities that an adapter or tier does not claim are skipped with that reason. Exit status 1 if a test
+    failed or a mutant survived.
 
     \b
     Examples:

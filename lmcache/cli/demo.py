@@ -1,4 +1,4 @@
-"""`lmcache demo`: a real model answers over a long document, plain beside cached, and again after a restart."""
+"""`lmcache demo`: a real model answers questions on a long document without and with the cache, and after a restart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Adds the command to the app."""
     app.command()(demo)
 
 
@@ -29,22 +29,22 @@ def demo(
         typer.Option("--model", metavar="PATH_OR_HUB_ID", help="A causal language model [SmolLM2-135M-Instruct]."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16; auto: bfloat16 where the processor computes in it.")
+        str, typer.Option(help="float32, bfloat16, float16; auto: bfloat16 if the processor supports it.")
     ] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Questions asked before the restart.")] = 4,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the document.")] = 3000,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of questions before the restart.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the document in tokens.")] = 3000,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer in tokens.")] = 24,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Keep the cache in this folder. Default: a fresh one, removed at the end.")
+        Path | None, typer.Option(help="Folder of the cache. Default: a temporary one, removed at the end.")
     ] = None,
     json: JsonOption = False,
     restart_task: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Chat with a model over a long document, with and without the cache, and prove that the answers are the same.
+    """Chat with a model about a long document, with and without the cache, and check that the answers are equal.
 
-    TTFT is the time to the first token. Every cached answer is compared, tokens and logits bit for bit, with
-    recomputation in the same split; the last one comes from a new process that has only the files on disk. Exit status 1
-    if anything differs.
+    TTFT is the time to first token. Every cached answer is compared, tokens and logits bit for bit, with recomputation
+    in the same split; the last one is computed in a new process that has only the files on disk. Exit status 1 if
+    anything differs.
 
     \b
     Examples:
@@ -55,7 +55,7 @@ def demo(
     if util.find_spec("transformers") is None:
         raise ConfigError("the demo needs Hugging Face transformers: pip install 'lmcache-sdk[hf]'")
     if model is None or Path(model).expanduser().exists():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported; the new process inherits it
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read on import of transformers; inherited by the new process
     from lmcache_hf.demo import Options, continue_after_restart, run
 
     if restart_task is not None:

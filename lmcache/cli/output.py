@@ -1,4 +1,4 @@
-"""What commands share: the `--json` and `--path` options, JSON on stdout, sizes and ages for people."""
+"""Shared by commands: the `--json` and `--path` options, JSON on stdout, and human-readable sizes and ages."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from lmcache.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on stdout.")]
 PathOption = Annotated[
     Path | None,
-    typer.Option("--path", metavar="FOLDER", help="The disk tier's folder; by default the configured disk_path."),
+    typer.Option("--path", metavar="FOLDER", help="Folder of the disk tier; default: the configured disk_path."),
 ]
 
 
 def console() -> Console:
-    """Where people read: stdout."""
+    """Returns a console on stdout."""
     from rich.console import Console
 
     return Console(highlight=False)
 
 
 def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """One JSON document, plain text whatever the terminal."""
+    """Prints one JSON document, without terminal formatting."""
     typer.echo(jsonlib.dumps(value, indent=2))
 
 
 def load_config(path: Path | None) -> Config:
-    """The configuration in force, with `--path` on top."""
+    """Loads the configuration, with `--path` as `disk_path`."""
     return Config.load({} if path is None else {"disk_path": path})
 
 
 def disk_folder(path: Path | None) -> Path:
-    """The folder of the disk tier, which must be there.
+    """Returns the folder of the disk tier, which must exist.
 
     Raises:
-        ConfigError: none is configured, or it does not exist.
+        ConfigError: no folder is configured, or it does not exist.
     """
     folder = load_config(path).disk_path
     if folder is None:
         raise ConfigError(
-            "no disk tier is configured; name its folder with --path, LMCACHE_DISK_PATH or a settings file"
+            "no disk tier is configured; give its folder with --path, LMCACHE_DISK_PATH or a settings file"
         )
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {str(folder)!r}; check --path, or the configured disk_path")
@@ -56,7 +56,7 @@ def disk_folder(path: Path | None) -> Path:
 
 
 def human_bytes(size: float) -> str:
-    """`1.5 GiB`."""
+    """Formats bytes, e.g. `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -65,7 +65,7 @@ def human_bytes(size: float) -> str:
 
 
 def human_age(seconds: float) -> str:
-    """`3 min`."""
+    """Formats a duration, e.g. `3 min`."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""`lmcache simulate`: what a cache of some size would have done for recorded traffic."""
+"""`lmcache simulate`: what a cache of a given size would have achieved on recorded traffic."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmcache.cli.output import JsonOption, console, human_bytes, print_json
+from lmcache.config import Config
 from lmcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _CAPACITIES = "1%,2%,5%,10%,20%"
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Adds the command to the app."""
     app.command()(simulate)
 
 
@@ -30,36 +31,46 @@ def simulate(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE…", help="Mooncake or `record_trace` files.")],
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="May be repeated; by default all, the optimum and an infinite cache."),
+        typer.Option("--policy", help="Eviction policy; repeatable. Default: all policies and baselines."),
     ] = None,
     capacity: Annotated[
         str | None,
-        typer.Option("--capacity", metavar="LIST", help=f"Of DRAM: {_CAPACITIES} of the distinct chunks, or sizes."),
+        typer.Option(
+            "--capacity",
+            metavar="LIST",
+            help=f"DRAM capacities: sizes, or shares of the distinct chunks [{_CAPACITIES}].",
+        ),
     ] = None,
     tiers: Annotated[
         str | None,
-        typer.Option("--tiers", metavar="LIST", help="Capacities of device, dram and disk: dram=5%,disk=200GiB."),
+        typer.Option("--tiers", metavar="LIST", help="Capacities of device, dram and disk, e.g. dram=5%,disk=200GiB."),
     ] = None,
     admit: Annotated[
         str,
-        typer.Option("--admit", help="What goes to a full disk: adaptive, all (write-through), second, break-even."),
-    ] = "adaptive",
-    model: Annotated[str, typer.Option("--model", help="Shape, for bytes and prefill time.")] = "llama-3-8b",
-    device: Annotated[str, typer.Option("--device", help="Hardware, for times.")] = "h100",
-    gpus: Annotated[int, typer.Option("--gpus", help="Devices per engine.")] = 1,
+        typer.Option(
+            "--admit", help="What is written to a full disk: adaptive, all (write-through), second, break-even."
+        ),
+    ] = Config.admission,
+    model: Annotated[str, typer.Option("--model", help="Model shape, for bytes and prefill time.")] = "llama-3-8b",
+    device: Annotated[str, typer.Option("--device", help="GPU type, for times.")] = "h100",
+    gpus: Annotated[int, typer.Option("--gpus", help="GPUs per engine.")] = 1,
     servers: Annotated[
-        int | None, typer.Option("--servers", help="Engines; by default enough to be 80 % busy without a cache.")
+        int | None, typer.Option("--servers", help="Engines; default: as many as would be 80 % busy without a cache.")
     ] = None,
-    kv_bytes_per_token: Annotated[int | None, typer.Option(help="Instead of the model's.")] = None,
-    prefill_tokens_per_second: Annotated[float | None, typer.Option(help="Measured; instead of the estimate.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out lines that are no requests.")] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.html", help="Write one page to print.")] = None,
+    kv_bytes_per_token: Annotated[int | None, typer.Option(help="Overrides the model's value.")] = None,
+    prefill_tokens_per_second: Annotated[
+        float | None, typer.Option(help="Measured value; overrides the estimate.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip lines that are not valid requests.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.html", help="Write a printable HTML page.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """What a cache would have done for a trace: hit rates, prefill saved, bytes moved, waiting times. No KV, no model.
+    """Simulate a cache on a trace: hit rates, prefill saved, bytes moved, waiting times. Needs no KV and no model.
 
-    Policies run in the real control plane. `optimum` and `lru-textbook` are what papers compare with: single chunks that
-    know nothing of each other; `optimum-chained` lets a prompt's end go before its beginning, as the control plane does.
+    Policies run in the real control plane. `optimum` and `lru-textbook` are the baselines of the literature, which treat
+    chunks as independent; `optimum-chained` evicts the end of a prompt before its beginning, as the control plane does.
 
     \b
     Examples:
@@ -91,7 +102,7 @@ def simulate(
             raise ConfigError(f"--tiers {tiers!r} gives {place} twice; drop one of them")
         fixed[place] = size
     if capacity and "dram" in fixed:
-        raise ConfigError("--capacity is that of DRAM, which --tiers gives too; drop one of them")
+        raise ConfigError("--capacity is the capacity of DRAM, which --tiers gives too; drop one of them")
     trace = read_traces(traces, skip_bad=skip_bad)
     chunk = setup.kv_bytes * trace.chunk_tokens
     sizes = {place: chunks_of(size, trace, chunk, f"--tiers {place}") for place, size in fixed.items()}
@@ -102,11 +113,13 @@ def simulate(
     _note(f"{len(trace)} requests, {trace.accesses} chunks of {trace.chunk_tokens} tokens, {trace.blocks} distinct")
     if trace.skipped:
         _note(f"{trace.skipped} bad lines skipped")
-    gc.freeze()  # the trace stays: no need to walk through it again and again
+    gc.freeze()  # the trace is kept: exclude it from garbage collection
     results = []
     for capacities in grid:
         for name in policy or known_policies():
-            results.append(simulate(trace, name, capacities, setup, servers=servers, admit=admit, progress=_dots(name)))
+            results.append(
+                simulate(trace, name, capacities, setup, servers=servers, admit=admit, progress=_progress_of(name))
+            )
             if sys.stderr.isatty():
                 print("\r\033[K", end="", file=sys.stderr)
     about = {
@@ -133,7 +146,7 @@ def simulate(
 
 
 def chunks_of(text: str, trace: Trace, chunk_bytes: int, option: str) -> int:
-    """Chunks of a capacity: `5%` or `0.05` of the distinct chunks, or a size in bytes such as `20GiB`."""
+    """Converts a capacity to chunks: `5%` or `0.05` of the distinct chunks, or a size in bytes such as `20GiB`."""
     from lmcache.config.settings import parse_size
 
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text)
@@ -147,7 +160,7 @@ def chunks_of(text: str, trace: Trace, chunk_bytes: int, option: str) -> int:
             raise ConfigError(f"{option}: {error}; or a share of the distinct chunks, such as 5%") from None
     if chunks < 1:
         raise ConfigError(
-            f"{option}: {text!r} has no room for a single chunk of {human_bytes(chunk_bytes)} "
+            f"{option}: {text!r} is less than one chunk of {human_bytes(chunk_bytes)} "
             f"(the trace has {trace.blocks} distinct ones); give more"
         )
     return chunks
@@ -171,12 +184,12 @@ def _table(results: list[Result]) -> None:
         row += [f"{r.ttft_p50_s:.3f}", f"{r.ttft_p99_s:.3f}"]
         table.add_row(*row, *([human_bytes(r.disk_written_bytes)] if disk else []))
     out = console()
-    # Figures that are cut off are none, so a terminal that is too narrow wraps them.
+    # Truncated numbers are useless, so let a narrow terminal wrap the lines instead.
     out.width = max(out.width, Measurement.get(out, out.options.update(max_width=1000), table).maximum)
     out.print(table)
     out.print(
         f"p50, p99: time to first token. Prefill without a cache: {results[0].prefill_s + results[0].prefill_saved_s:.0f} s; "
-        f"waiting times are of {results[0].servers} engines, first come, first served, one prompt at a time."
+        f"waiting times are for {results[0].servers} engines, first come, first served, one prompt at a time."
     )
 
 
@@ -184,7 +197,7 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _dots(name: str) -> Callable[[int], None]:
+def _progress_of(name: str) -> Callable[[int], None]:
     def show(done: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{name}: {done} requests", end="", file=sys.stderr, flush=True)

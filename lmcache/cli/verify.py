@@ -1,4 +1,4 @@
-"""`lmcache verify`: every byte of every file of the disk tier is checked again."""
+"""`lmcache verify`: verifies every byte of every file of the disk tier."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """A file and what is wrong with it."""
+    """A file and its defect."""
 
     file: str
     reason: str
@@ -28,7 +28,7 @@ class Problem:
 
 @dataclass
 class Verdict:
-    """The outcome. `newer`: written by a newer release, so neither good nor bad; they are never deleted."""
+    """The outcome. `newer`: files of a newer format, which cannot be verified and are never deleted."""
 
     checked: int = 0
     bytes: int = 0
@@ -39,23 +39,23 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing needs attention."""
+        """Whether no file is damaged or unreadable."""
         return not self.bad and not self.unreadable
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Adds the command to the app."""
     app.command()(verify)
 
 
 def verify(
     path: PathOption = None,
-    delete_bad: Annotated[bool, typer.Option("--delete-bad", help="Remove the files that are damaged.")] = False,
+    delete_bad: Annotated[bool, typer.Option("--delete-bad", help="Delete damaged files.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Check header, length and checksums of every file. Engines may go on using the folder meanwhile.
+    """Verify header, length and checksums of every file. Engines may use the folder at the same time.
 
-    Exit status 1 if anything is damaged or cannot be read, whether or not it was then deleted.
+    Exit status 1 if a file is damaged or cannot be read, even if it was then deleted.
 
     \b
     Examples:
@@ -97,7 +97,7 @@ def verify(
 
 
 def check(entries: Iterable[Entry], advance: Callable[[int], object]) -> tuple[Verdict, list[ObjectId]]:
-    """The verdict on all files, and the names of the bad ones. A file that is evicted meanwhile is left out."""
+    """Verifies all files; returns the verdict and the ids of damaged ones. Files evicted in the meantime are skipped."""
     from lmcache.format.file import verify_file
     from lmcache.tiers.folder import object_of
 
@@ -107,14 +107,14 @@ def check(entries: Iterable[Entry], advance: Callable[[int], object]) -> tuple[V
         id = object_of(entry)
         try:
             if id is None:
-                continue  # `walk` only yields names that parse; this is for the type checker
+                continue  # for the type checker: `walk` yields only names that parse
             verify_file(entry.path, id)
         except FileNotFoundError:
             continue
         except FormatVersionError as error:
             verdict.newer.append(Problem(entry.path, str(error)))
         except FormatError as error:
-            if os.path.exists(entry.path):  # not one that was removed and written anew while we read it
+            if os.path.exists(entry.path):  # not if it was removed while being read
                 verdict.bad.append(Problem(entry.path, str(error)))
                 assert id is not None
                 bad.append(id)

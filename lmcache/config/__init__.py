@@ -1,4 +1,4 @@
-"""Settings: how they are declared, what they are, and what of this machine their defaults depend on."""
+"""Settings: their declaration (`settings`), their values (`config`), and the machine facts defaults depend on (`machine`)."""
 
 from lmcache.config.config import PREFIX, Config
 

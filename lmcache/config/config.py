@@ -1,6 +1,6 @@
-"""All settings of a cache, each declared once, and where they come from.
+"""All settings of a cache, each declared once, and the sources they are loaded from.
 
-    Config(dram_bytes="8GiB")              # in code; everything else is at its default
+    Config(dram_bytes="8GiB")              # in code; all other settings have their defaults
     Config.load({"dram_bytes": "8GiB"})    # explicit > engine's JSON > LMCACHE_* > file named by LMCACHE_CONFIG_FILE > default
 
 Importing this module imports neither torch nor an engine.
@@ -51,99 +51,103 @@ def _auto_dram() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of one `CacheEngine`. Immutable; every value was checked when the object was made.
+    """Settings of one `CacheEngine`. Immutable; values are checked on construction.
 
     Raises:
-        ConfigError: on construction, naming the setting, the value, and what to give instead.
+        ConfigError: a value is invalid; the message has the setting, the value, and what to use instead.
     """
 
     chunk_tokens: Setting[int, int] = Setting(
         Whole(low=1, high=1 << 20),
         256,
         unit="tokens",
-        doc="Tokens per chunk, the unit in which KV is named, stored and found. Rounded up to a multiple of the engine's "
-        "block. Part of every name: caches written with another value are not read.",
+        doc="Tokens per chunk, the unit in which KV is hashed, stored and looked up. Rounded up to a multiple of the engine's "
+        "block size. Part of every object's key: objects written with another value are not found.",
     )
     dram_bytes: Setting[int | str, int] = Setting(
         Size(auto=_auto_dram),
         "auto",
         unit="bytes",
-        doc="Host memory for cached KV. `auto` is 4GiB, or half of the memory this process may use where that is less. 0 keeps "
-        "nothing in memory: only a small bounce buffer towards the tiers below.",
+        doc="Host memory for cached KV. `auto`: 4GiB, or half of the memory available to this process if that is less. 0: "
+        "nothing is kept in memory; only a small bounce buffer for the tiers below is allocated.",
     )
     disk_path: Setting[str | Path | None, Path | None] = Setting(
         Folder(),
         None,
-        doc="Folder of the disk tier, made if missing; several processes may share it. Nothing: no disk tier.",
+        doc="Folder of the disk tier, created if missing; several processes may share it. Unset: no disk tier.",
     )
     disk_bytes: Setting[int | str, int] = Setting(
         Size(low=1 << 20),
         "100GiB",
         unit="bytes",
-        doc="The disk tier's folder is kept below this size by evicting, for all processes that share it together.",
+        doc="Size limit of the disk tier's folder, enforced by eviction, for all processes that share it together.",
     )
     disk_order: Setting[Order, Order] = Setting(
         Choice(("canonical", "native")),
         "canonical",
-        doc="Byte order of objects on disk. `canonical` is read by every engine, block size and processor without knowing the "
-        "writer; `native` keeps the writer's pages (faster), and readers with another layout translate.",
+        doc="Byte order of objects on disk. `canonical` can be read by every engine, block size and processor without knowledge "
+        "of the writer; `native` keeps the writer's page layout (faster), and readers with another layout translate.",
     )
     policy: Setting[Policy, Policy] = Setting(
         Choice(("lru", "lfu", "s3fifo", "density")),
         "density",
-        doc="Which objects leave memory first when room is needed. `density` learns what promises most hits, and "
-        "stays close to `lru` until that pays; the others are as in the literature.",
+        doc="Which objects are evicted from memory first. `density` learns from the traffic which objects promise the most hits, "
+        "and stays close to `lru` until that pays off; the others are as in the literature.",
     )
     admission: Setting[Admission, Admission] = Setting(
         Choice(("all", "second", "adaptive")),
         "adaptive",
-        doc="What is written to a disk that is full, at the cost of what is there: `all`: everything, as it is stored; `second`: "
-        "only what was stored before and has to be stored again; `adaptive`: whichever of the two is measured to find "
-        "more, and at equal hits the one that writes less. What is not written is gone once it leaves memory.",
+        doc="What is written to a full disk tier, where each write evicts other objects: `all`: every object, as it is stored; "
+        "`second`: only objects that were stored before and have to be stored again; `adaptive`: whichever of the two is "
+        "measured to give more hits or, at equal hits, the one that writes less. An object that is not written is lost when it "
+        "is evicted from memory.",
     )
     prefill_tokens_per_s: Setting[float | None, float | None] = Setting(
         Rate(),
         None,
         unit="tokens per second",
-        doc="How fast the engine computes a prompt, measured by you. With it, nothing is written to a tier from which it would "
-        "load slower than that, by the tier's own measured speed. Nothing: that is not considered.",
+        doc="Prefill speed of the engine, as measured by you. If set, nothing is written to a tier from which loading would be "
+        "slower than recomputing, by the tier's own measured speed. Unset: the comparison is not made.",
     )
     share: Setting[Share, Share] = Setting(
         Choice(("exact", "semantic")),
         "exact",
-        doc="`exact`: KV is reused only where the same numerics computed it (engine, version, attention backend, instruction "
-        "set, dtype, parallelism), so a hit is what recomputation gives. `semantic` reuses KV across numerics: same "
-        "model and tokens, other rounding.",
+        doc="`exact`: KV is reused only if it was computed with the same numerics (engine, version, attention backend, "
+        "instruction set, dtype, parallelism), so a hit equals recomputation. `semantic`: KV is reused across numerics: same "
+        "model and tokens, different rounding.",
     )
     fingerprint: Setting[Fingerprint, Fingerprint] = Setting(
         Choice(("fast", "full")),
         "fast",
-        doc="How local weights are identified: `fast` reads headers, sizes and samples of each file; `full` hashes every byte.",
+        doc="How local weights are identified: `fast` hashes the header, the size and samples of each file; `full` hashes every "
+        "byte.",
     )
     model_identity: Setting[str | None, str | None] = Setting(
         Text(),
         None,
-        doc="Names the weights, instead of looking at them: two engines given the same name are believed to hold the same "
-        "weights. For sharing KV between engines that see weights differently. Nothing: they are looked at.",
+        doc="Name of the weights, used instead of inspecting them: engines with the same name are assumed to hold the same "
+        "weights. For sharing KV between engines that see the weights differently. Unset: the weights are inspected.",
     )
     pin_memory: Setting[Pinning, Pinning] = Setting(
         Choice(("auto", "always", "never")),
         "auto",
-        doc="Page-lock host memory for faster device copies. `auto`: where it works; `always`: refuse to start otherwise.",
+        doc="Whether to page-lock host memory for faster device copies. `auto`: where possible; `always`: fail at start-up "
+        "otherwise.",
     )
     copy_engine_bytes: Setting[int | str, int] = Setting(
         Size(low=1),
         "28KiB",
         unit="bytes",
-        doc="On a GPU, pieces of at least so many bytes that are contiguous on both sides go through the copy engine, which "
-        "takes no compute; smaller ones through a kernel. The default is where an H100's copy engine was measured to turn fast.",
+        doc="On a GPU, pieces of at least this many bytes that are contiguous on both sides are copied by the copy engine, which "
+        "uses no compute; smaller pieces by a kernel. The default is the size from which an H100's copy engine was measured to "
+        "be fast.",
     )
     staging_bytes: Setting[int | str, int] = Setting(
         Size(low=1 << 20),
         "256MiB",
         unit="bytes",
-        doc="Device memory through which stores and loads pass on a GPU, half of it for each. What one step stores beyond its "
-        "half waits for the link in the engine's stream; where the link is a GiB behind, stores are skipped and counted.",
+        doc="Device memory that stages stores and loads on a GPU, half of it for each. Stores of one step that exceed their half "
+        "wait for the host link in the engine's stream; if the link is a GiB behind, stores are skipped and counted.",
     )
     io_threads: Setting[int, int] = Setting(
         Whole(low=1, high=256),
@@ -155,39 +159,39 @@ class Config:
         Size(low=1 << 20),
         "512MiB",
         unit="bytes",
-        doc="Most bytes that may wait to be written to the tiers below memory. Beyond it, stores towards them are skipped and "
+        doc="Most bytes that may be queued for write-back to the tiers below memory. Beyond it, write-backs are skipped and "
         "counted; the engine never waits.",
     )
     load_timeout_s: Setting[float, float] = Setting(
-        Seconds(), 10.0, unit="seconds", doc="A load from a tier below memory that takes longer is a miss."
+        Seconds(), 10.0, unit="seconds", doc="Time limit of a load from a tier below memory; a slower one is a miss."
     )
     probe_timeout_s: Setting[float, float] = Setting(
         Seconds(),
         0.2,
         unit="seconds",
-        doc="A question to a shared tier whether it holds an object that takes longer is a miss.",
+        doc="Time limit of the check whether a shared tier holds an object; a slower one is a miss.",
     )
     lease_s: Setting[float, float] = Setting(
         Seconds(),
         60.0,
         unit="seconds",
-        doc="How long what a lookup found is kept from eviction if nobody retrieves or releases it.",
+        doc="How long the objects found by a lookup are protected from eviction if they are neither retrieved nor released.",
     )
     record_trace: Setting[str | None, str | None] = Setting(
         Text(),
         None,
-        doc="File to which every lookup appends one line for `lmcache simulate`: time, prompt tokens, and hashed keys of its "
-        "chunks, no text and no token ids. Readable by its owner only. Nothing: nothing is recorded.",
+        doc="File to which every lookup appends one line for `lmcache simulate`: time, number of prompt tokens, and hashed keys "
+        "of the chunks; no text and no token ids. Readable by its owner only. Unset: nothing is recorded.",
     )
     strict: Setting[bool, bool] = Setting(
         Flag(),
         False,
-        doc="Raise where a part of the cache cannot do its work (a folder that cannot be opened, a model or call that cannot "
-        "be cached), instead of going on without it, a counter and one log line.",
+        doc="Raise an error where part of the cache cannot work (a folder that cannot be opened, a model or call that cannot be "
+        "cached). Otherwise the cache continues without it, with a counter and one log line.",
     )
 
     def __new__(cls, **given: Any) -> Config:
-        """Refuse unknown names with a better message than Python's, and note which settings were given."""
+        """Rejects unknown names with a better message than Python's, and records which settings were given."""
         _refuse_unknown(given, "setting")
         if "disk_bytes" in given and "disk_path" not in given:
             raise ConfigError("disk_bytes: given without disk_path; set disk_path to a folder, or drop disk_bytes")
@@ -200,12 +204,17 @@ class Config:
         if limit is not None and self.dram_bytes > limit:
             raise ConfigError(
                 f"dram_bytes: {format_size(self.dram_bytes)} is beyond the {limit / 2**30:.1f} GiB of memory this process "
-                f"may use; give at most that, better half of it (dram_bytes='{max(1, limit // 2**30 // 2)}GiB'), or 'auto'"
+                f"may use; give at most that, or better half of it (dram_bytes='{max(1, limit // 2**30 // 2)}GiB'), or 'auto'"
             )
+
+    @property
+    def selective(self) -> bool:
+        """Whether admission may refuse to write an object to a tier, so that the tiers' room and speed have to be measured."""
+        return self.admission != "all" or self.prefill_tokens_per_s is not None
 
     @classmethod
     def settings(cls) -> tuple[Setting[Any, Any], ...]:
-        """The declarations, in order."""
+        """Returns the declarations in order."""
         return tuple(setting for setting in vars(cls).values() if isinstance(setting, Setting))
 
     @classmethod
@@ -217,16 +226,16 @@ class Config:
         json: str | Mapping[str, Any] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Config:
-        """Gather settings from every source; the first that has one wins, in the order of the parameters here.
+        """Loads settings from all sources. If several give a setting, the first one in the order below wins.
 
         Args:
             overrides: explicit settings, e.g. from a command line.
-            json: settings that came with an engine's own configuration, as JSON text or an already parsed mapping.
-            environ: variables `LMCACHE_<SETTING>` (default: this process's). An empty one counts as not set.
-            file: a YAML file of settings; if None, the one that `LMCACHE_CONFIG_FILE` names, if any.
+            json: settings from an engine's own configuration, as JSON text or a parsed mapping.
+            environ: variables `LMCACHE_<SETTING>` (default: this process's). An empty variable counts as unset.
+            file: a YAML file of settings; if None, the one named by `LMCACHE_CONFIG_FILE`, if any.
 
         Raises:
-            ConfigError: an unknown or impossible setting, naming the source it came from.
+            ConfigError: an unknown setting or invalid value; the message has its source.
         """
         environ = os.environ if environ is None else environ
         path = file or environ.get(FILE_VARIABLE)
@@ -238,26 +247,26 @@ class Config:
             _from_environ(cls, environ),
             _from_mapping(_parse_file(Path(path)), f"file {path}") if path else (),
         ]
-        for layer in layers:  # every layer is read to its end, so that a typo is found even where it is overruled
+        for layer in layers:  # read every layer to its end, so that a typo is found even if it is overridden
             for name, value, source in layer:
                 if name not in values:
                     values[name], sources[name] = value, source
         try:
             config = cls(**values)
-        except ConfigError as error:  # every message begins with the setting's name
+        except ConfigError as error:  # every message starts with the setting's name
             name, _, reason = str(error).partition(":")
             raise ConfigError(f"{name} (from {sources.get(name, 'default')}):{reason}") from None
         config.__dict__["_sources"].update(sources)
         return config
 
     def source(self, name: str) -> str:
-        """Where a setting came from: `default`, `explicit`, `engine JSON`, `env LMCACHE_…` or `file …`."""
+        """Returns where a setting came from: `default`, `explicit`, `engine JSON`, `env LMCACHE_…` or `file …`."""
         _refuse_unknown([name], "setting")
         sources: dict[str, str] = self.__dict__["_sources"]
         return sources.get(name, "default")
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Every setting's `value` (JSON-able) and `source`."""
+        """Returns the `value` (JSON-able) and `source` of every setting."""
         return {
             s.name: {"value": str(value) if isinstance(value, Path) else value, "source": self.source(s.name)}
             for s in self.settings()
@@ -272,7 +281,7 @@ def _refuse_unknown(names: Iterable[str], what: str, prefix: str = "") -> None:
             spelled = prefix + (name.upper() if prefix else name)
             near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
             shown = [prefix + (n.upper() if prefix else n) for n in near or known]
-            hint = f"did you mean {shown[0]!r}?" if near else f"there are {', '.join(shown)}"
+            hint = f"did you mean {shown[0]!r}?" if near else f"known: {', '.join(shown)}"
             raise ConfigError(f"unknown {what} {spelled!r}; {hint}")
 
 
@@ -305,7 +314,7 @@ def _parse_json(json: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def _parse_file(path: Path) -> Mapping[str, Any]:
-    import yaml  # only those who use a file pay for it
+    import yaml  # imported only if a file is used
 
     try:
         content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What this machine is, as far as settings depend on it: memory that may be used, WSL2. Standard library only."""
+"""Facts about this machine that settings depend on: memory limit, WSL2, container. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Bytes of memory this process may ever use: the least of physical memory and all cgroup limits above it.
+    """Returns the bytes of memory this process may use: the minimum of physical memory and all enclosing cgroup limits.
 
-    None where neither is known (then nothing is checked against it). `root` is where `proc` and `sys` are looked up.
+    None if neither is known (then nothing is checked against it). `root` is the folder that contains `proc` and `sys`.
     """
     limits = list(_cgroup_limits(root))
     physical = _physical_memory(root)
@@ -21,12 +21,12 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 
 
 def is_wsl(root: Path = Path("/")) -> bool:
-    """Whether this is Windows' Linux subsystem, where large pinned allocations commonly fail."""
+    """Returns whether this is WSL (Windows Subsystem for Linux), where large pinned allocations often fail."""
     return "microsoft" in (_read(root / "proc/sys/kernel/osrelease") or platform.release()).lower()
 
 
 def is_container(root: Path = Path("/")) -> bool:
-    """Whether this looks like a container, where locked memory is often limited."""
+    """Returns whether this looks like a container, where locked memory is often limited."""
     return (root / ".dockerenv").exists() or (root / "run/.containerenv").exists()
 
 
@@ -34,7 +34,7 @@ def _physical_memory(root: Path) -> int | None:
     for line in (_read(root / "proc/meminfo") or "").splitlines():
         name, _, rest = line.partition(":")
         if name == "MemTotal":
-            return int(rest.split()[0]) * 1024  # /proc/meminfo says kB and means KiB
+            return int(rest.split()[0]) * 1024  # the unit kB of /proc/meminfo is KiB
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS
     except (AttributeError, OSError, ValueError):
@@ -42,7 +42,7 @@ def _physical_memory(root: Path) -> int | None:
 
 
 def _cgroup_limits(root: Path) -> Iterator[int]:
-    """Every memory limit of this process's cgroup and the ones around it, of either cgroup version."""
+    """Yields every memory limit of this process's cgroup and its ancestors, for cgroup v1 and v2."""
     mount = root / "sys/fs/cgroup"
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         hierarchy, _, rest = line.partition(":")
@@ -53,11 +53,11 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
             base, name = mount / "memory", "memory.limit_in_bytes"
         else:
             continue
-        # Inside a container `path` may be the host's and not exist here; the mount's own root is then the container's.
+        # Inside a container `path` may be the host's and not exist here; then the root of the mount is the container's cgroup.
         parts = Path(path.lstrip("/")).parts
         for depth in range(len(parts), -1, -1):
             text = _read(base.joinpath(*parts[:depth]) / name)
-            if text and text.strip().isdigit():  # version 2 writes "max" for none, version 1 a number near 2**63
+            if text and text.strip().isdigit():  # no limit is "max" in v2, and a number near 2**63 in v1
                 yield int(text)
 
 

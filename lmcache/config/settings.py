@@ -1,6 +1,6 @@
-"""How one setting is declared: a descriptor that carries kind, default, unit and explanation, and checks what it is given.
+"""The declaration of a setting: a descriptor with kind, default, unit and description, which validates assigned values.
 
-`lmcache.config` declares the settings; the documentation page, `lmcache doctor` and error messages are made from them.
+`lmcache.config` declares the settings; the documentation page, `lmcache doctor` and error messages are generated from them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ UNITS = {"B": 1} | {
 
 
 def parse_size(value: object) -> int:
-    """Bytes from an int, or from text with a unit: `"4GiB"` (2**30), `"500MB"` (10**6), `"1.5GiB"`, `"4096"`.
+    """Parses bytes from an int, or from text with a unit: `"4GiB"` (2**30), `"500MB"` (10**6), `"1.5GiB"`, `"4096"`.
 
     Raises:
-        ConfigError: anything else; "4G" and "4gb" are refused too, because people mean different things by them.
+        ConfigError: anything else, including "4G" and "4gb", which are ambiguous.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
@@ -43,7 +43,7 @@ def parse_size(value: object) -> int:
     number, unit = match.groups()
     if unit and unit not in UNITS:
         near = [u for u in UNITS if u[0].lower() == unit[0].lower()]
-        raise ConfigError(f"{value!r} has no unit known here; write {' or '.join(number + u for u in near or ['GiB'])}")
+        raise ConfigError(f"{value!r} has an unknown unit; write {' or '.join(number + u for u in near or ['GiB'])}")
     size = Fraction(number) * UNITS[unit or "B"]
     if size.denominator != 1:
         raise ConfigError(f"{value!r} is not a whole number of bytes")
@@ -51,13 +51,17 @@ def parse_size(value: object) -> int:
 
 
 def format_size(size: int) -> str:
-    """The shortest exact text that `parse_size` reads back, e.g. `4GiB`, `500MB`, `1234567B`."""
+    """Returns the shortest exact text that `parse_size` parses back, e.g. `4GiB`, `500MB`, `1234567B`."""
     texts = [f"{size // scale}{unit}" for unit, scale in UNITS.items() if size % scale == 0] if size else ["0B"]
     return min(texts, key=len)
 
 
 def named(name: str, known: Mapping[str, T], what: str) -> T:
-    """`known[name]`, or a `ConfigError` with the nearest name."""
+    """Returns `known[name]`.
+
+    Raises:
+        ConfigError: no such name; the message has the nearest one.
+    """
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown {what} {name!r}: did you mean {near!r}? Known: {', '.join(known)}")
@@ -65,25 +69,29 @@ def named(name: str, known: Mapping[str, T], what: str) -> T:
 
 
 class Kind(Protocol[Out_co]):
-    """What values a setting takes."""
+    """The type of a setting: validates and parses its values."""
 
     @property
     def label(self) -> str:
-        """For documentation: `whole number`, `"lru" | "lfu"`, …"""
+        """The type as documentation shows it: `whole number`, `"lru" | "lfu"`, …"""
         ...
 
     def check(self, value: Any) -> Out_co:
-        """The value to use, or a `ConfigError` that says what would be right (without the setting's name)."""
+        """Returns the value to use.
+
+        Raises:
+            ConfigError: invalid; the message has what would be valid, without the setting's name.
+        """
         ...
 
     def from_text(self, text: str) -> Any:
-        """What `check` should see for a value given as text (environment)."""
+        """Converts a value given as text (environment variable) for `check`; returns the text itself if it cannot."""
         ...
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number of at least `low`."""
+    """A whole number from `low` to `high`; None: no upper limit."""
 
     low: int = 0
     high: int | None = None
@@ -145,7 +153,7 @@ class Rate:
     @property
     def label(self) -> str:
         """See `Kind`."""
-        return "number, or nothing"
+        return "number, or unset"
 
     def check(self, value: Any) -> float | None:
         """See `Kind`."""
@@ -158,7 +166,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes. `auto` computes the value that the word `auto` stands for."""
+    """A number of bytes, at least `low`. `auto` computes the value of the word `auto`."""
 
     low: int = 0
     auto: Callable[[], int] | None = None
@@ -184,7 +192,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Choice(Generic[Out]):
-    """One of a few words."""
+    """One of a fixed set of words."""
 
     options: tuple[Out, ...]
 
@@ -209,12 +217,12 @@ class Choice(Generic[Out]):
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder, made absolute, or None. Whether it can be used is found out by whoever opens it."""
+    """A folder, made absolute, or None. Whether it is usable is checked when it is opened."""
 
     @property
     def label(self) -> str:
         """See `Kind`."""
-        return "path, or nothing"
+        return "path, or unset"
 
     def check(self, value: Any) -> Path | None:
         """See `Kind`."""
@@ -224,10 +232,10 @@ class Folder:
             raise ConfigError(f"{value!r} is not a path; give the folder's name as text")
         try:
             path = Path(value).expanduser().absolute()
-        except RuntimeError as error:  # "~someone" who is not known here
+        except RuntimeError as error:  # "~user" of an unknown user
             raise ConfigError(f"{str(value)!r}: {error}; give an absolute path") from None
         if path.exists() and not path.is_dir():
-            raise ConfigError(f"{str(value)!r} is a file; give a folder, which is made if it is not there yet")
+            raise ConfigError(f"{str(value)!r} is a file; give a folder, which is created if it does not exist")
         return path
 
     def from_text(self, text: str) -> Any:
@@ -237,19 +245,19 @@ class Folder:
 
 @dataclass(frozen=True)
 class Text:
-    """Some text, or None."""
+    """Non-empty text, or None."""
 
     @property
     def label(self) -> str:
         """See `Kind`."""
-        return "text, or nothing"
+        return "text, or unset"
 
     def check(self, value: Any) -> str | None:
         """See `Kind`."""
         if value is None:
             return None
         if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{value!r} is not a text that names anything")
+            raise ConfigError(f"{value!r} is not a non-empty text")
         return value
 
     def from_text(self, text: str) -> Any:
@@ -259,7 +267,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Flag:
-    """Yes or no."""
+    """A boolean."""
 
     @property
     def label(self) -> str:
@@ -278,9 +286,9 @@ class Flag:
 
 
 class Setting(Generic[In, Out]):
-    """The declaration of one field of a frozen dataclass: what `kind` it is, its default, unit and meaning.
+    """The declaration of one field of a frozen dataclass: its kind, default, unit and description.
 
-    Type checkers see that the constructor takes `In` and the attribute is `Out` (a size goes in as text, comes out as int).
+    For type checkers the constructor takes `In` and the attribute is `Out` (e.g. a size is given as text and read as int).
     """
 
     name: str
@@ -300,7 +308,7 @@ class Setting(Generic[In, Out]):
     def __get__(self, instance: object, owner: type) -> Out: ...
     def __get__(self, instance: object | None, owner: type) -> In | Out:
         if instance is None:
-            return self.default  # this is how a dataclass learns the default
+            return self.default  # `dataclass` reads the default this way; so may other code, e.g. `Config.chunk_tokens`
         value: Out = instance.__dict__[self.name]
         return value
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from lmcache.control import invariants, outcomes, planner, reports
+from lmcache.control import invariants, planner, reports
 from lmcache.control.eviction import PolicyFactory, hears, policy_factory
 from lmcache.control.extents import ExtentPin
 from lmcache.control.jobs import TrackedJob
 from lmcache.control.lookup import Found, by_tier, find, stop_of
-from lmcache.control.outcomes import Finished, Lookup, Owner, Store, TierInfo
+from lmcache.control.outcomes import Finished, Lookup, Owner, StopReason, Store, TierInfo
 from lmcache.control.slot_pool import SlotPool
 from lmcache.control.state import Admit, State
 from lmcache.errors import ConfigError
@@ -30,20 +30,36 @@ _REMEMBERED_OWNERS = 16_384
 """Owners that are never forgotten by their engine cost no more than this many entries."""
 
 
+Pins = list[tuple[SlotPool, list[ExtentPin]]]
+_Query = tuple[int, int, int | None]
+
 Notice = Callable[[bool, str, bytes, int, bytes], None]
 """(usable from now on, place: "dram" or a tier's name, namespace, group, digest)"""
 
 
 class Lease:
-    """What an owner was offered, kept from eviction until it is loaded, released or expired."""
+    """A hit that was offered to an owner and is kept from eviction until it is loaded, released or expired.
 
-    __slots__ = ("chain", "chunks", "expires", "pins", "queued_until")
+    Attributes:
+        chain, found: the hit. `found` is valid while the index has `version`.
+        query: `limit`, `max_tokens` and `near` of the lookup that found it; `answer`: what that lookup returned.
+        pins: of the hit in DRAM, one entry for each group; then of what was promoted for it since.
+        expires, queued_until: seconds.
+    """
 
-    def __init__(self, chain: Chain, chunks: int, expires: float, pins: list[tuple[SlotPool, list[ExtentPin]]]) -> None:
+    __slots__ = ("answer", "chain", "expires", "found", "pins", "query", "queued_until", "version")
+
+    def __init__(self, chain: Chain, expires: float) -> None:
         self.chain = chain
-        self.chunks = chunks
         self.expires = self.queued_until = expires
+
+    def offer(self, found: Found, query: _Query, answer: Lookup, pins: Pins, version: int) -> None:
+        """What the lease is for."""
+        self.found = found
+        self.query = query
+        self.answer = answer
         self.pins = pins
+        self.version = version
 
 
 class _Question(NamedTuple):
@@ -124,29 +140,37 @@ class Index:
         With `near`, beyond so many tokens (which the engine has) only what is in DRAM counts, so that a load of it cannot
         fail, and nobody is asked.
         """
-        state = self.state
-        state.counts["lookups"] += 1
+        state, counts = self.state, self.state.counts
+        counts["lookups"] += 1
         if owner in state.failed:
             self.release(owner)
-            return Lookup("miss", 0, {}, outcomes.FAILED_BEFORE)
+            return Lookup("miss", 0, {}, StopReason.FAILED_BEFORE)
         limit = min(len(chain.digests), max(0, max_tokens) // state.chunk_tokens)
+        query = limit, max_tokens, near
+        lease = self.leases.get(owner)
+        if lease is not None and self._holds(lease, chain, query):
+            lease.expires = now + self._lease_ttl
+            counts["hit_tokens"] += lease.answer.tokens
+            return lease.answer
         found = find(state, chain, limit, near=None if near is None else near // state.chunk_tokens)
         late = False
         if found.chunks < limit and self._shared and near is None:
             awaited, late = self._ask(owner, chain, limit, found, now)
             if awaited:
                 self.release(owner)
-                return Lookup("pending", 0, {}, outcomes.PROBING)
-        stop = stop_of(state, chain, found, limit, max_tokens, late)
+                return Lookup("pending", 0, {}, StopReason.PROBING)
+        stop, group = stop_of(state, chain, found, limit, max_tokens, late)
         if (self._curious or self.learner is not None) and chain.digests:
             self._tell(owner, chain, found)
         if not found.chunks:
             self.release(owner)
-            return Lookup("miss", 0, {}, stop)
-        fast = self._lease(owner, chain, found, now)
+            return Lookup("miss", 0, {}, stop, group)
         tokens = found.chunks * state.chunk_tokens
-        state.counts["hit_tokens"] += tokens
-        return Lookup("hit", tokens, {"dram": tokens} if fast else by_tier(state, found), stop)
+        counts["hit_tokens"] += tokens
+        sources = by_tier(state, found) if any(found.below) else {"dram": tokens}
+        answer = Lookup("hit", tokens, sources, stop, group)
+        self._lease(owner, chain, found, query, answer, now)
+        return answer
 
     def release(self, owner: Owner) -> None:
         """End the owner's lease. Idempotent; jobs under way are not touched."""
@@ -179,16 +203,20 @@ class Index:
         lease = self._valid(owner, now)
         if lease is None:
             return None
-        limit = lease.chunks if tokens is None else min(lease.chunks, max(0, tokens) // self.state.chunk_tokens)
-        work = planner.load(self.state, owner, lease.chain, limit, max(0, skip))
+        state, chain = self.state, lease.chain
+        limit = lease.found.chunks if tokens is None else min(lease.found.chunks, max(0, tokens) // state.chunk_tokens)
+        work = TrackedJob("load", owner, chain.namespace)
+        found = self._hold(lease, limit, work)
         self.release(owner)
-        if work is None:
+        if found.chunks * state.chunk_tokens <= skip:
+            reports.release(work)
             return None
-        self.state.counts["loads"] += 1
+        planner.load(state, work, chain, found, max(0, skip))
+        state.counts["loads"] += 1
         work.until = now + self._load_deadline + _GRACE
-        job = self.state.jobs.start(work, self._load_deadline)
+        job = state.jobs.start(work, self._load_deadline)
         self._overdue.append((work.until, job))
-        self.state.loading.setdefault(owner, set()).add(job)
+        state.loading.setdefault(owner, set()).add(job)
         return job
 
     def begin_prefetch(self, owner: Owner, now: float, *, skip: int = 0) -> int | None:
@@ -199,7 +227,10 @@ class Index:
         lease = self._valid(owner, now)
         if lease is None:
             return None
-        work = planner.prefetch(self.state, owner, lease.chain, lease.chunks, skip)
+        work = TrackedJob("prefetch", owner, lease.chain.namespace)
+        found = find(self.state, lease.chain, lease.found.chunks)
+        work.pins = planner.pins_of(self.state, found)
+        planner.prefetch(self.state, work, lease.chain, found, skip)
         if not work.ops:
             reports.release(work)
             return None
@@ -255,7 +286,7 @@ class Index:
             if present:
                 known.add(name, rank)
             elif known.remove(name, rank):
-                self.state.pools[name.group].gone.put(name.chain, outcomes.EVICTED)
+                self.state.pools[name.group].gone.put(name.chain, StopReason.EVICTED)
 
     def clear(self, namespace: bytes | None, now: float) -> int:
         """Forget everything (of one namespace) at once; returns how many objects left DRAM.
@@ -396,27 +427,40 @@ class Index:
             lead = next((g for g, pool in enumerate(self.state.pools) if pool.chained), 0)
             self.learner(chain.digests, found.resident(lead), found.chunks)
 
-    def _lease(self, owner: Owner, chain: Chain, found: Found, now: float) -> bool:
-        """Lease a hit; returns whether all of it is in DRAM."""
+    def _holds(self, lease: Lease, chain: Chain, query: _Query) -> bool:
+        """Whether a lookup would find what this lease holds. Where all of a hit is in DRAM, `near` changes nothing."""
+        if lease.version != self.state.version or (lease.chain is not chain and lease.chain != chain):
+            return False
+        return lease.query == query or (lease.query == (*query[:2], None) and not any(lease.found.below))
+
+    def _lease(self, owner: Owner, chain: Chain, found: Found, query: _Query, answer: Lookup, now: float) -> None:
+        """Lease a hit to `owner`."""
         old = self.leases.get(owner)
-        again = old is not None and old.chunks == found.chunks and old.chain == chain
-        pins: list[tuple[SlotPool, list[ExtentPin]]] = []
-        in_dram = True
+        again = old is not None and old.found.chunks == found.chunks and old.chain == chain
+        pins: Pins = []
         for group, pool in enumerate(self.state.pools):
-            runs = pool.carve(found.parts(group))
-            in_dram = in_dram and not found.below[group]
-            pins.append((pool, pool.pin(runs)))
+            extents = pool.carve(found.slices(group))
+            pins.append((pool, pool.pin(extents)))
             if not again:  # an engine may ask every step while a request waits: that is one use
-                pool.touch(runs)
+                pool.touch(extents)
         if old is not None:
             self._unpin(old)
         expires = now + self._lease_ttl
         if old is not None and again:
-            old.expires, old.pins = expires, pins
+            lease, old.expires = old, expires
         else:
-            self.leases[owner] = lease = Lease(chain, found.chunks, expires, pins)
+            self.leases[owner] = lease = Lease(chain, expires)
             self._expiring.append((owner, lease))
-        return in_dram
+        lease.offer(found, query, answer, pins, self.state.version)
+
+    def _hold(self, lease: Lease, limit: int, work: TrackedJob) -> Found:
+        """The hit of at most `limit` chunks that a lease is for now, held by `work`. Without a walk where nothing changed."""
+        if limit == lease.found.chunks and lease.version == self.state.version:
+            work.pins, lease.pins = lease.pins, []
+            return lease.found
+        found = find(self.state, lease.chain, limit)
+        work.pins = planner.pins_of(self.state, found)
+        return found
 
     def _ended(self, finished: list[Finished]) -> list[Finished]:
         for end in finished:

@@ -1,15 +1,23 @@
-"""The longest hit of a chain: where each object of it lies, and why it ends where it ends."""
+"""The longest hit of a chain: which chunk boundaries are legal, where each object lies, and why the hit ends.
+
+Positions are chunk indices, boundaries count chunks: a hit of `n` chunks ends before chunk n. Boundary 0 (no hit) is always
+legal. Which boundaries are legal is a pure function of which objects are present: one rule per layer group, and the fixpoint
+over all groups.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from lmcache.control import outcomes
 from lmcache.control.extents import ExtentSlice
-from lmcache.control.hits import Longest, fixpoint, longest, needed
+from lmcache.control.outcomes import StopReason
 from lmcache.control.state import DRAM, State
 from lmcache.plan import Chain
+from lmcache.spec import HitRule
+
+Longest = Callable[[int], int]
+"""Largest boundary ≤ the given one that is legal for one group."""
 
 
 class Found:
@@ -34,7 +42,7 @@ class Found:
         self._chain = chain
         self._walked = walked
 
-    def parts(self, group: int) -> Iterable[ExtentSlice]:
+    def slices(self, group: int) -> Iterable[ExtentSlice]:
         """Where the needed objects of a group that are in DRAM lie, parents first; to be used before the arena changes."""
         walked, stop = self._walked[group], self.chunks
         if walked is None:
@@ -151,18 +159,65 @@ def by_tier(state: State, found: Found) -> dict[str, int]:
     return tokens
 
 
-def stop_of(state: State, chain: Chain, found: Found, limit: int, max_tokens: int, late: bool) -> str:
-    """Why the hit ends where it ends."""
+def stop_of(
+    state: State, chain: Chain, found: Found, limit: int, max_tokens: int, late: bool
+) -> tuple[StopReason, str]:
+    """Why the hit ends where it ends; for `StopReason.GROUP` also which group ends it."""
     if found.chunks == limit:
         if limit < len(chain.digests):
-            return outcomes.MAX_TOKENS
-        return outcomes.END if max_tokens <= limit * state.chunk_tokens else outcomes.TAIL
+            return StopReason.MAX_TOKENS, ""
+        return (StopReason.END if max_tokens <= limit * state.chunk_tokens else StopReason.TAIL), ""
     group = found.limiter
     if state.rules[group].kind != "all":
-        return outcomes.GROUP + state.names[group]
+        return StopReason.GROUP, state.names[group]
     digest = chain.digests[found.chunks]
     pool = state.pools[group]
     if pool.find(chain.namespace, digest, chain.depth(found.chunks)) is not None:
-        return outcomes.WRITING
-    reason = pool.gone.get(digest)
-    return reason or (outcomes.LATE if late else outcomes.ABSENT)
+        return StopReason.WRITING, ""
+    return pool.gone.get(digest) or (StopReason.LATE if late else StopReason.ABSENT), ""
+
+
+# ---------------------------------------------------------------- legal boundaries
+
+
+def needed(rule: HitRule, chunks: int, chunk_tokens: int) -> range:
+    """Positions of the objects that a hit of `chunks` chunks needs of a group."""
+    if chunks == 0:
+        return range(0)
+    if rule.kind == "all":
+        return range(chunks)
+    if rule.kind == "trailing":
+        return range(max(0, chunks - -(-rule.window // chunk_tokens)), chunks)
+    if rule.kind == "state_at":
+        return range(chunks - 1, chunks)
+    return range(1)
+
+
+def longest(rule: HitRule, chunks: int, chunk_tokens: int, present: Callable[[int], bool]) -> int:
+    """Largest boundary ≤ `chunks` for which every needed object is present. O(chunks) calls of `present`."""
+    if rule.kind == "all":
+        return next((i for i in range(chunks) if not present(i)), chunks)
+    while chunks:
+        # A missing object rules out every boundary from the one just after it up to this one: each of them needs it.
+        # (trailing: windows that end in between all cover it; state_at: there is none in between; whole: always.)
+        missing = next((i for i in reversed(needed(rule, chunks, chunk_tokens)) if not present(i)), None)
+        if missing is None:
+            return chunks
+        chunks = missing
+    return 0
+
+
+def fixpoint(groups: Sequence[Longest], chunks: int) -> tuple[int, int]:
+    """Largest boundary ≤ `chunks` legal for every group, and the group that lowered it last (−1: none did).
+
+    Each pass can only lower the boundary, and a boundary no group lowers is legal for all; so it ends, at the largest.
+    """
+    limiter = -1
+    while True:
+        before = chunks
+        for group, shorten in enumerate(groups):
+            after = shorten(chunks)
+            if after < chunks:
+                chunks, limiter = after, group
+        if chunks == before:
+            return chunks, limiter

@@ -1,55 +1,85 @@
-"""What the index answers: plain values."""
+"""What the index returns: plain values."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from lmcache.plan import JobKind, Status
 
 Owner = Hashable
-"""Whoever asks: a request id. Leases, probes and the memory of a failed load are kept under it."""
+"""A request id. Leases, probes and failed loads are remembered per owner."""
 
-END = "end"
-"""Everything that was asked for is a hit."""
-TAIL = "tail"
-"""Every full chunk is a hit; what is left is shorter than a chunk."""
-MAX_TOKENS = "max_tokens"
-"""The next boundary lies beyond `max_tokens`."""
-ABSENT = "absent"
-"""The next object is nowhere, and nothing is remembered about it: never stored under this name (other tokens or salt)."""
-EVICTED = "evicted"
-"""It was here and had to make room."""
-CORRUPT = "corrupt"
-"""A tier held bytes that were not this object."""
-FAILED = "failed"
-"""Storing or reading it failed."""
-WRITING = "writing"
-"""It is being stored, and not all ranks have acknowledged it yet."""
-LATE = "late"
-"""A shared tier did not answer the probe in time."""
-FAILED_BEFORE = "failed_before"
-"""An earlier load of this owner failed; it is not offered anything again until `forget`."""
-PROBING = "probing"
-"""The answer of a shared tier is awaited (status `pending`)."""
-GROUP = "group:"
-"""Prefix: the named group's rule allows no later boundary."""
+
+class StopReason(StrEnum):
+    """Why a hit ends where it ends. Compares equal to its text; `metric` is its label in `lmcache_miss_tokens_total`."""
+
+    metric: str
+
+    def __new__(cls, text: str, metric: str) -> StopReason:
+        """A member of that text and metric label."""
+        member = str.__new__(cls, text)
+        member._value_ = text
+        member.metric = metric
+        return member
+
+    END = "end", "tail"
+    """Everything that was asked for is a hit."""
+    TAIL = "tail", "tail"
+    """Every full chunk is a hit; the rest is shorter than a chunk."""
+    MAX_TOKENS = "max_tokens", "tail"
+    """The next chunk boundary lies beyond `max_tokens`."""
+    ABSENT = "absent", "absent"
+    """No tier holds the next object: it was never stored under this name (other tokens, another salt), or long ago."""
+    EVICTED = "evicted", "evicted"
+    """The next object was evicted."""
+    CORRUPT = "corrupt", "corrupt"
+    """A tier held other bytes than those of the next object."""
+    FAILED = "failed", "failed"
+    """Storing or reading the next object failed."""
+    WRITING = "writing", "pending"
+    """The next object is being stored; not all ranks have acknowledged it yet."""
+    LATE = "late", "failed"
+    """A shared tier did not answer the probe in time."""
+    FAILED_BEFORE = "failed_before", "failed"
+    """An earlier load of this owner failed; it gets no hit again until `Index.forget`."""
+    PROBING = "probing", "pending"
+    """A shared tier has not answered yet (status `pending`)."""
+    GROUP = "group", "group"
+    """A layer group's rule allows no later boundary; `Lookup.group` names it."""
 
 
 class TierInfo(NamedTuple):
-    """What the index knows of a tier: its name in `by_tier`, and whether other processes may add objects to it."""
+    """What the control plane knows of a tier.
+
+    Attributes:
+        name: as in `by_tier`.
+        shared: other processes may add objects, so that it is probed.
+        usable_bytes: bytes that it holds before it evicts; None: no limit.
+    """
 
     name: str
     shared: bool = False
+    usable_bytes: int | None = None
 
 
 class Lookup(NamedTuple):
-    """The longest hit. `by_tier`: tokens per source ("dram" or a tier's name); `stop`: why it ends there (see above)."""
+    """The longest hit.
+
+    Attributes:
+        status: `pending`: a shared tier is being probed, look up again later.
+        tokens: length of the hit, a multiple of `chunk_tokens`.
+        by_tier: tokens per source, "dram" or a tier's name.
+        stop: why the hit ends there.
+        group: the layer group that ends it, for `StopReason.GROUP`.
+    """
 
     status: Literal["hit", "miss", "pending"]
     tokens: int
     by_tier: dict[str, int]
-    stop: str
+    stop: StopReason
+    group: str = ""
 
 
 class Store(NamedTuple):

@@ -7,55 +7,60 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 
-from lmcache.control.extents import Extent, pieces
+from lmcache.control.extents import Extent, ExtentPin, pieces
 from lmcache.control.jobs import LoadTarget, TrackedJob
-from lmcache.control.lookup import Found, find, stretches
+from lmcache.control.lookup import Found, stretches
 from lmcache.control.outcomes import Owner
+from lmcache.control.slot_pool import SlotPool
 from lmcache.control.state import State
-from lmcache.plan import ArenaSlot, Chain, Copy, Engine, Place, Tier
+from lmcache.plan import ArenaSlot, Chain, Copy, Engine, Name, Place, Tier
 
 ENGINE = Engine()
 
 
-def load(state: State, owner: Owner, chain: Chain, limit: int, skip: int) -> TrackedJob | None:
-    """A job that brings chunks [skip, longest hit ≤ limit) into the engine, or None if that is nothing."""
-    found = find(state, chain, limit)
-    chunk = state.chunk_tokens
-    if found.chunks * chunk <= skip:
-        return None
-    work = TrackedJob("load", owner, chain.namespace)
-    near = _pin(state, work, found)
+def load(state: State, work: TrackedJob, chain: Chain, found: Found, skip: int) -> None:
+    """Fills `work`, which holds `found`, with the ops that bring chunks [skip, hit) into the engine."""
+    chunk, namespace, digests = state.chunk_tokens, chain.namespace, chain.digests
+    near = _resident(work, found)
     hops = _hops(state, work, chain, found, skip // chunk)
     targets: list[tuple[int, int, int]] = []
+    ops = work.ops
     for i in range(skip // chunk, found.chunks):
+        depth = i if chain.linked else 0
         for group, need in enumerate(found.needs):
             if i not in need:
                 continue
-            name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
+            name = Name(namespace, digests[i], group, chunk, depth)
             source: Place | None = near[group].get(i)
             if source is None:  # straight into the engine if no slot can be freed, or another job is filling one
                 source = Tier(found.below[group][i])
                 if i in hops[group]:
-                    work.ops.append(Copy(name, source, hops[group][i]))
+                    ops.append(Copy(name, source, hops[group][i]))
                     source = hops[group][i]
-            work.ops.append(Copy(name, source, ENGINE, i * chunk))
-            targets.append((len(work.ops) - 1, group, i))
+            ops.append(Copy(name, source, ENGINE, i * chunk))
+            targets.append((len(ops) - 1, group, i))
     work.wanted = LoadTarget(found.chunks, skip, targets)
-    return work
 
 
-def prefetch(state: State, owner: Owner, chain: Chain, limit: int, skip: int = 0) -> TrackedJob:
-    """A job that brings what the hit needs from tiers into DRAM, as far as slots can be freed; maybe without ops."""
-    found = find(state, chain, limit)
-    work = TrackedJob("prefetch", owner, chain.namespace)
-    _pin(state, work, found)
-    hops = _hops(state, work, chain, found, skip // state.chunk_tokens)
-    for i in range(skip // state.chunk_tokens, found.chunks):
+def prefetch(state: State, work: TrackedJob, chain: Chain, found: Found, skip: int) -> None:
+    """Fills `work`, which holds `found`, with the ops that copy what the hit needs from tiers into DRAM, as far as slots
+    can be freed; possibly none.
+    """
+    first = skip // state.chunk_tokens
+    hops = _hops(state, work, chain, found, first)
+    for i in range(first, found.chunks):
         for group, slots in enumerate(hops):
             if i in slots:
                 name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
                 work.ops.append(Copy(name, Tier(found.below[group][i]), slots[i]))
-    return work
+
+
+def pins_of(state: State, found: Found) -> list[tuple[SlotPool, list[ExtentPin]]]:
+    """Pins what is in DRAM of a hit, one entry for each group; must happen before a slot for anything else is taken."""
+    pins = []
+    for group, pool in enumerate(state.pools):
+        pins.append((pool, pool.pin(pool.carve(found.slices(group)))))
+    return pins
 
 
 def store(
@@ -117,15 +122,13 @@ def _reachable(state: State, chain: Chain, group: int, i: int) -> bool:
     return state.tier_with(chain.namespace, digest, group) is not None
 
 
-def _pin(state: State, work: TrackedJob, found: Found) -> list[dict[int, ArenaSlot]]:
-    """Hold what is in DRAM, before a slot for anything else is taken from there; per group, where each position of it lies."""
-    near: list[dict[int, ArenaSlot]] = []
-    for group, pool in enumerate(state.pools):
-        extents = pool.carve(found.parts(group))
-        work.pins.append((pool, pool.pin(extents)))
-        positions = (i for i in found.needs[group] if i not in found.below[group])
-        near.append(dict(zip(positions, _slots(extents), strict=True)))
-    return near
+def _resident(work: TrackedJob, found: Found) -> list[dict[int, ArenaSlot]]:
+    """Per group, the arena slot of each position of the hit that is in DRAM, from the first pins that the job holds."""
+    resident = []
+    for (_, pins), need, below in zip(work.pins, found.needs, found.below, strict=False):
+        positions = [i for i in need if i not in below] if below else need
+        resident.append(dict(zip(positions, _slots(pieces(pins)), strict=True)))
+    return resident
 
 
 def _hops(state: State, work: TrackedJob, chain: Chain, found: Found, first: int) -> list[dict[int, ArenaSlot]]:

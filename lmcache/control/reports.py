@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from lmcache.control.hits import fixpoint, longest
 from lmcache.control.jobs import TrackedJob
-from lmcache.control.outcomes import CORRUPT, EVICTED, FAILED, Finished
+from lmcache.control.lookup import fixpoint, longest
+from lmcache.control.outcomes import Finished, StopReason
 from lmcache.control.state import State
 from lmcache.plan import ArenaSlot, Copy, Delete, Engine, JobReport, Name, Probe, Report, Status, Tier
 
 _GONE = (Status.MISSING, Status.CORRUPT, Status.FAILED)
 """After these the object counts as no longer in the tier it was read from."""
 
-_REASONS = {Status.MISSING: EVICTED, Status.CORRUPT: CORRUPT}
+_REASONS = {Status.MISSING: StopReason.EVICTED, Status.CORRUPT: StopReason.CORRUPT}
 
 
 def apply(state: State, report: Report) -> list[Finished]:
@@ -76,7 +76,7 @@ def _observe(state: State, work: TrackedJob, i: int, status: Status, rank: int) 
         if isinstance(op.dst, Tier) and not work.cleared:
             state.directories[op.dst.index].add(op.name, rank)
         return
-    reason = _REASONS.get(status, FAILED)
+    reason = _REASONS.get(status, StopReason.FAILED)
     if isinstance(op.dst, ArenaSlot):
         _drop(state, op.name, op.dst, reason)
         state.counts["dropped"] += 1
@@ -92,7 +92,7 @@ def _observe(state: State, work: TrackedJob, i: int, status: Status, rank: int) 
         _drop(state, op.name, op.src, reason)
 
 
-def _drop(state: State, name: Name, slot: ArenaSlot, reason: str) -> None:
+def _drop(state: State, name: Name, slot: ArenaSlot, reason: StopReason) -> None:
     state.pools[name.group].drop(name.namespace, name.chain, name.depth, slot.generation, reason)
 
 
@@ -142,6 +142,8 @@ def _loaded(state: State, work: TrackedJob) -> int:
     wanted = work.wanted
     assert wanted is not None
     chunk = state.chunk_tokens
+    if all(status is Status.OK for status in work.results):
+        return max(wanted.skip, wanted.chunks * chunk)
     own = wanted.skip // chunk
     arrived: list[set[int]] = [set() for _ in state.rules]
     for op, group, position in wanted.targets:

@@ -26,6 +26,7 @@ from lmcache.control.extents import (
     ResidentObject,
     pieces,
 )
+from lmcache.control.outcomes import StopReason
 from lmcache.plan import Chain
 
 REMEMBERED = 16_384
@@ -39,9 +40,10 @@ class SlotPool:
         self.slots = slots
         self.chained = chained
         self.spaces: dict[bytes, NamespaceTable] = {}
-        self.gone: Recent[str] = Recent(REMEMBERED)
+        self.gone: Recent[StopReason] = Recent(REMEMBERED)
         self.policy = policy
         self.evictions = 0
+        self.changes = 0  # grows whenever an object arrives, becomes ready or leaves
         self.writing = 0  # objects in state WRITING
         self.leaving: set[Extent] = set()  # EVICTING, still referenced
         # Called with (there, namespace, digest) for what becomes ready, and for what was and leaves.
@@ -112,6 +114,7 @@ class SlotPool:
             space = self.spaces.get(namespace)
             if space is None:
                 space = self.spaces[namespace] = NamespaceTable(namespace, chained=self.chained)
+            self.changes += 1
             spans = self._extents(space, chain, start, slots)
             self._generation += len(slots)
             self.writing += len(slots)
@@ -136,6 +139,7 @@ class SlotPool:
                 if cuts:
                     fresh += reversed([extent.split(at) for at in reversed(cuts)])
         if fresh:
+            self.changes += 1
             self.policy.add(fresh)
             if self.notice is not None:
                 for extent in fresh:
@@ -176,7 +180,7 @@ class SlotPool:
 
     # ---------------------------------------------------------------- leaving
 
-    def drop(self, namespace: bytes, digest: bytes, depth: int, generation: int, reason: str) -> None:
+    def drop(self, namespace: bytes, digest: bytes, depth: int, generation: int, reason: StopReason) -> None:
         """Nobody finds this object from now on; its slot is free once nothing refers to it.
 
         Nothing happens if that generation of it is not there (any more). `reason` is remembered as to why a later lookup
@@ -208,6 +212,7 @@ class SlotPool:
 
     def _leave(self, extent: Extent) -> None:
         space = extent.space
+        self.changes += 1
         if extent.state == READY:
             if self.notice is not None:
                 self._tell(False, space.namespace, extent.digests)
@@ -288,7 +293,8 @@ class SlotPool:
                 del held[digest]
             if self.notice is not None:
                 self._tell(False, extent.space.namespace, last)
-            self.gone.put_all(last, "evicted")
+            self.changes += 1
+            self.gone.put_all(last, StopReason.EVICTED)
             self.policy.evicted(extent, last)
             if extent.state == READY:
                 self.policy.restore(extent)

@@ -53,6 +53,16 @@ class State:
         self.deleting: Counter[tuple[int, Name]] = Counter()  # (tier, object) of removals that have not ended
         self._admit = admit
 
+    @property
+    def version(self) -> int:
+        """Grows whenever the contents of an arena or of a tier directory change: a lookup of equal version finds the same."""
+        version = 0
+        for pool in self.pools:
+            version += pool.changes
+        for directory in self.directories:
+            version += directory.changes
+        return version
+
     def name(self, namespace: bytes, digest: bytes, group: int, depth: int) -> Name:
         """The full name of a full chunk's object."""
         return Name(namespace, digest, group, self.chunk_tokens, depth)

@@ -13,10 +13,11 @@ _NOTHING: Mapping[bytes, int] = MappingProxyType({})
 class TierDirectory:
     """Contents of one tier: per namespace and group, digest → bit mask of the ranks that hold their part."""
 
-    __slots__ = ("_full", "_masks", "notice")
+    __slots__ = ("_full", "_masks", "changes", "notice")
 
     def __init__(self, ranks: int) -> None:
         self._full = (1 << ranks) - 1
+        self.changes = 0  # grows with every change
         self.notice: Callable[[bool, bytes, int, bytes], None] | None = None  # (there, namespace, group, digest)
         self._masks: dict[tuple[bytes, int], dict[bytes, int]] = {}
 
@@ -33,6 +34,7 @@ class TierDirectory:
         masks = self._masks.setdefault((name.namespace, name.group), {})
         before = masks.get(name.chain, 0)
         masks[name.chain] = after = before | 1 << rank
+        self.changes += after != before
         if self.notice is not None and after == self._full != before:
             self.notice(True, name.namespace, name.group, name.chain)
 
@@ -44,6 +46,7 @@ class TierDirectory:
         if masks is None or not before:
             return False
         after = 0 if rank is None else before & ~(1 << rank)
+        self.changes += after != before
         if after:
             masks[name.chain] = after
         else:
@@ -56,6 +59,7 @@ class TierDirectory:
 
     def clear(self, namespace: bytes | None) -> None:
         """Forget everything (of one namespace)."""
+        self.changes += 1
         for key in [k for k in self._masks if namespace is None or k[0] == namespace]:
             masks = self._masks.pop(key)
             for digest in (d for d, mask in masks.items() if self.notice is not None and mask == self._full):

@@ -1,1 +1,1 @@
-"""The bytes of an object on a tier: header, payload, checksums, and how they are read back."""
+"""The stored format of an object on a tier: header, payload and checksums, with encoding and verified decoding."""

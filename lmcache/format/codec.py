@@ -1,7 +1,7 @@
-"""Objects between an arena slot and a tier: encode on the way down, verify and translate on the way up.
+"""Transfers objects between an arena slot and a tier: encodes on save, verifies and translates on load.
 
-Every byte that comes from a tier passes `ObjectCodec.load`, which checks the header (magic, caps, own digest, that it is *this*
-object), the length and each segment's checksum before the slot counts as filled. What fails is a status, never an
+Every byte from a tier passes through `ObjectCodec.load`, which checks the header (length limit, digest, object id), the payload
+length and the checksum of each segment before the slot counts as filled. A failed check is reported as a status, never as an
 exception.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from lmcache.errors import FormatError, FormatVersionError, LayoutError
 from lmcache.format import reslice
-from lmcache.format.file import HEADER_PROBE, Form, Header, PlaneForm, SegmentSpan, decode_header, header_bytes, verify
+from lmcache.format.file import HEADER_PROBE, Form, Header, decode_header, form_of, header_bytes, verify
 from lmcache.keys import ObjectId
 from lmcache.layout import ObjectLayout, translate
 from lmcache.memory import anonymous
@@ -28,7 +28,7 @@ _LAYOUTS_KEPT = 64
 
 
 class Loaded(NamedTuple):
-    """How a load ended, and in which order the bytes lie now (None unless it went well)."""
+    """Result of a load, and the layout of the bytes in the buffer (None unless the load succeeded)."""
 
     result: Result
     layout: ObjectLayout | None = None
@@ -38,10 +38,10 @@ class ObjectCodec:
     """Encodes, verifies and translates the objects of one rank. Thread-safe; each thread has its own buffers.
 
     Args:
-        spec: what this rank's KV is.
+        spec: spec of this rank's KV.
         chunk_tokens: tokens per object.
-        order: the order in which objects are written; either is read.
-        reslice: what is missing may be put together from objects of other tensor-parallel splits, see `lmcache.format.reslice`.
+        order: the order in which objects are written; both orders can be read.
+        reslice: assemble missing objects from those of other tensor-parallel splits, see `lmcache.format.reslice`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ObjectCodec:
         self._local = threading.local()
 
     def save(self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout) -> Result:
-        """Write the object whose bytes are `payload` (uint8, in `layout`); they must not change until this returns."""
+        """Writes an object. `payload` (uint8, in `layout`) must not change until this returns."""
         target = layout if self._order == "native" else self._canonical[id.group]
         if target.signature != layout.signature:
             out = self._buffer("save", target.nbytes)
@@ -73,7 +73,7 @@ class ObjectCodec:
         return result
 
     def contains(self, tier: Tier, ids: Sequence[ObjectId], deadline: float | None) -> list[Result]:
-        """Whether `load` would find them."""
+        """Checks which objects `load` would find; one result per id."""
         results = tier.contains(ids, deadline=deadline)
         if self._reslice and any(result.status is Status.MISSING for result in results):
             return reslice.contains(self._spec, tier, ids, results, deadline)
@@ -82,7 +82,15 @@ class ObjectCodec:
     def load(
         self, tier: Tier, id: ObjectId, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
     ) -> Loaded:
-        """Read and verify an object, or what it can be put together from, into `out`: see `_load`."""
+        """Reads and verifies an object into `out`, assembling it from other splits if it is missing and `reslice` is set.
+
+        Args:
+            tier: where to read.
+            id: name of the object.
+            out: uint8 `(nbytes,)` buffer; undefined unless the result is `OK`.
+            want: layout to translate to; None = keep the stored layout.
+            deadline: passed to the tier.
+        """
         loaded = self._load(tier, id, out, want, deadline)
         if loaded.result.status is not Status.MISSING or not self._reslice:
             return loaded
@@ -99,19 +107,16 @@ class ObjectCodec:
 
     def _load_piece(self, spec: KVSpec, tier: Tier, id: ObjectId, out: torch.Tensor, deadline: float | None) -> Result:
         rect = spec.rects[id.group]
-        io = self._others.get(rect)
-        if io is None:
-            io = self._others.setdefault(rect, ObjectCodec(spec, self._chunk_tokens))
-        return io.load(tier, id, out, ObjectLayout.canonical(spec, id.group, self._chunk_tokens), deadline).result
+        codec = self._others.get(rect)
+        if codec is None:
+            codec = self._others.setdefault(rect, ObjectCodec(spec, self._chunk_tokens))
+        return codec.load(tier, id, out, ObjectLayout.canonical(spec, id.group, self._chunk_tokens), deadline).result
 
     def _load(
         self, tier: Tier, id: ObjectId, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
     ) -> Loaded:
-        """Read and verify an object into `out` (uint8, `object_bytes`), in `want`'s order, or as it is stored.
-
-        `out` is undefined unless the result is `OK`.
-        """
-        # Nearly all objects were written by someone with our settings: header and payload then take one round trip.
+        """Reads and verifies an object into `out`, in layout `want` or as stored; arguments as for `load`."""
+        # Nearly all objects were written with the same settings: header and payload then take one round trip.
         guess = self._canonical[id.group] if self._order == "canonical" or want is None else want
         straight = want is None or guess.signature == want.signature
         target = out if straight else self._buffer("load", guess.nbytes)
@@ -122,7 +127,7 @@ class ObjectCodec:
         if result.status is not Status.OK:
             return Loaded(result)
         try:
-            head = head[: result.nbytes]  # beyond it lies what this buffer held before
+            head = head[: result.nbytes]  # the rest of the buffer holds stale bytes
             if header_bytes(head) != start:
                 return self._load_other(tier, id, out, want, deadline)
             header = decode_header(head, id)
@@ -132,25 +137,25 @@ class ObjectCodec:
             verify(header, _bytes(target))
             if want is not None and (held.signature != want.signature or not straight):
                 src = target
-                if straight:  # stored in another order than ours, with a header of the same length
+                if straight:  # stored in another order, with a header of the same length
                     src = self._buffer("load", held.nbytes)
                     src.copy_(target)
                 translate(src, held, out, want)
                 held = want
-        except FormatVersionError as error:  # not ours to judge, nor to delete: another release uses this folder too
+        except FormatVersionError as error:  # not corrupt, so not to be deleted: a newer release uses the same folder
             return Loaded(Result(Status.FAILED, 0, str(error)))
         except (FormatError, LayoutError) as error:
             return Loaded(Result(Status.CORRUPT, result.nbytes, str(error)))
         return Loaded(result, held)
 
     def bounce(self, group: int) -> torch.Tensor:
-        """This thread's spare buffer for one object of `group`; `load` may fill it when nothing has to be translated."""
+        """Returns this thread's spare buffer for one object of `group`; usable as `out` of `load`."""
         return self._buffer("bounce", self._canonical[group].nbytes)
 
     def _load_other(
         self, tier: Tier, id: ObjectId, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
     ) -> Loaded:
-        """An object whose payload starts elsewhere than ours do: first the header, then the payload."""
+        """Reads an object whose payload starts at another offset than expected: first the header, then the payload."""
         probe = _bytes(self._buffer("head", HEADER_PROBE))
         [result] = tier.read_into([Read(id, [probe], [Range(0, len(probe))])], deadline=deadline)
         if result.status is not Status.OK:
@@ -177,37 +182,31 @@ class ObjectCodec:
         return Loaded(result, held)
 
     def _layout_of(self, header: Header) -> ObjectLayout:
-        """The layout a header describes, if an object of this spec can have it."""
+        """Returns the layout that a header describes; raises `FormatError` if it does not fit this spec's objects."""
         group = header.group
         key = msgspec.json.encode(header.layout)
         layout = self._layouts.get(key)
         if layout is None:
-            # Extents first: a description is not trusted to be of a size that can be held in memory.
+            # Check the extents first: an untrusted description may need more memory than is available.
             ours, theirs = _extents(self._canonical[group].describe()), _extents(header.layout)
             if ours != theirs:
-                raise FormatError(f"holds {theirs}, this rank's objects are {ours}")
+                raise FormatError(f"contains {theirs}, this rank's objects are {ours}")
             layout = ObjectLayout.from_description(header.layout)
             if len(self._layouts) >= _LAYOUTS_KEPT:
                 self._layouts.clear()
             self._layouts[key] = layout
         if header.payload_bytes != layout.nbytes:
-            raise FormatError(f"a payload of {header.payload_bytes} bytes, its layout needs {layout.nbytes}")
+            raise FormatError(f"the payload has {header.payload_bytes} bytes, its layout needs {layout.nbytes}")
         return layout
 
     def _form(self, layout: ObjectLayout) -> Form:
         form = self._forms.get(layout)
         if form is None:
-            shape = (layout.layers, layout.tokens, layout.heads)
-            form = self._forms[layout] = Form(
-                order=layout.order,
-                planes=[PlaneForm(p.name, p.dtype, (*shape, p.elems), p.axes, p.block_tokens) for p in layout.planes],
-                spans=[SegmentSpan(s.planes, s.layer, s.offset, s.nbytes) for s in layout.segments()],
-                isa=self._spec.numerics.isa or None,
-            )
+            form = self._forms[layout] = form_of(layout, isa=self._spec.numerics.isa or None)
         return form
 
     def _buffer(self, purpose: str, nbytes: int) -> torch.Tensor:
-        """A buffer of this thread, kept for the next object."""
+        """Returns this thread's buffer for `purpose`, reused for the next object."""
         buffers: dict[str, torch.Tensor] = self._local.__dict__
         found = buffers.get(purpose)
         if found is None or found.numel() < nbytes:
@@ -216,7 +215,7 @@ class ObjectCodec:
 
 
 def _extents(layout: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
-    """(name, dtype, shape) per plane of a layout's description."""
+    """Returns (name, dtype, shape) of each plane of a layout's description."""
     try:
         return [(plane["name"], plane["dtype"], list(plane["shape"])) for plane in layout["planes"]]
     except (KeyError, TypeError) as error:
@@ -224,5 +223,5 @@ def _extents(layout: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a one-dimensional uint8 host tensor, without a copy."""
+    """Returns the memory of a one-dimensional uint8 host tensor, without a copy."""
     return tensor.numpy().data.cast("B")

@@ -1,12 +1,12 @@
-"""The stored form of one object: a valid safetensors file whose every byte can be checked. See docs/file-format.md.
+"""The stored form of one object: a valid safetensors file in which every byte can be verified. See docs/file-format.md.
 
     8 bytes  little-endian length N of the JSON that follows; 8 + N is a multiple of 4096
     N bytes  safetensors JSON, padded with spaces; `__metadata__["lmcache"]` holds one JSON string: the `Header`
-    payload  the object's bytes, cut into segments that each have a checksum
+    payload  the object's bytes, in segments with one checksum each
     tail     zeros up to a multiple of 4096, visible as the tensor `__pad__`
 
-Everything that is the same in all objects of one layout is prepared once, in a `Form`; an object then costs its checksums
-and one join of strings. Nothing read from a file is trusted before its checksum was, and nothing is ever unpickled.
+A `Form` prepares once what all objects of one layout share; encoding an object then takes its checksums and one string join.
+Nothing read from a file is used before its checksum is verified, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from lmcache.format.header import (
     header_bytes,
 )
 from lmcache.keys import ObjectId
+from lmcache.layout import ObjectLayout
 from lmcache.spec import KVSpec, Rect, host_isa
 
 __all__ = [
@@ -53,13 +54,14 @@ __all__ = [
     "canonical_form",
     "decode_header",
     "describe_id",
+    "form_of",
     "header_bytes",
     "verify",
     "verify_file",
     "verify_segment",
 ]
 
-# torch dtype → safetensors dtype. What is not listed is shown as raw bytes (U8) with a longer last axis.
+# torch dtype → safetensors dtype. Other dtypes are declared as raw bytes (U8) with a longer last axis.
 _SAFETENSORS_DTYPES: Mapping[str, str] = {
     "float64": "F64",
     "float32": "F32",
@@ -77,7 +79,7 @@ _SAFETENSORS_DTYPES: Mapping[str, str] = {
 
 
 class SegmentSpan(NamedTuple):
-    """Where a contiguous run of the payload lies: `planes` of the group's local layer `layer`, at bytes [offset, +length)."""
+    """A contiguous run of the payload: `planes` of the group's local layer `layer`, bytes [offset, offset + length)."""
 
     planes: tuple[str, ...]
     layer: int
@@ -86,18 +88,18 @@ class SegmentSpan(NamedTuple):
 
 
 class Form:
-    """What all objects of one arrangement have in common, with the constant text of their headers prepared.
+    """The common part of all objects with one layout, with the constant text of their headers prepared.
 
-    Make one per (layout, group, rect, tokens) and keep it; it is immutable and may be used by many threads.
+    Create one per (layout, group, rect, tokens) and reuse it; it is immutable and thread-safe.
 
     Args:
         order: `canonical` or `native`.
-        planes: the planes, in payload order if canonical; they say where each element lies.
-        spans: the segments, ascending, covering the payload without gap; one plane per span if canonical.
+        planes: the planes, in payload order if canonical; they define the place of each element.
+        spans: the segments, ascending, covering the payload without gaps; one plane per span if canonical.
         isa: the writer's arithmetic identity; this host's by default.
 
     Raises:
-        FormatError: the spans have gaps, contradict the planes, or need a header above 1 MiB.
+        FormatError: the spans have gaps, contradict the planes, or need a header larger than 1 MiB.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class Form:
         names = {plane.name for plane in self.planes}
         for span in self.spans:
             if not span.planes or not set(span.planes) <= names:
-                raise FormatError(f"a segment holds planes {span.planes}, but the object has {sorted(names)}")
+                raise FormatError(f"a segment contains planes {span.planes}, but the object has {sorted(names)}")
         self.pad = -self.nbytes % ALIGN
 
         constant = msgspec.json.encode(
@@ -131,7 +133,7 @@ class Form:
         ).decode()
         tensors = json.dumps(self._tensors())[:-1]
         self._before = f'{tensors}, "__metadata__": {{"lmcache": "{_escape(constant[:-1])}'
-        # What stands before each segment's checksum, and after the last one.
+        # The text before each segment's checksum, and after the last one.
         pieces, glue = [], ',"segments":['
         for span in self.spans:
             fields = {"planes": span.planes, "layer": span.layer, "offset": span.offset, "raw": span.length}
@@ -149,10 +151,10 @@ class Form:
             position0=HUGE,
         )
         self.payload_offset = -(-(8 + len(longest)) // ALIGN) * ALIGN
-        """Where the payload starts, the same for every object of this form: what a reader with the same layout expects."""
+        """Start of the payload, the same for every object of this form, so that a reader with the same layout can predict it."""
         if self.payload_offset > MAX_HEADER:
             raise FormatError(
-                f"{len(self.spans)} segments need a header of {self.payload_offset} bytes, the format allows {MAX_HEADER}; "
+                f"{len(self.spans)} segments need a header of {self.payload_offset} bytes, the maximum is {MAX_HEADER}; "
                 "use fewer, larger segments"
             )
         self._pad = bytes(self.pad)
@@ -163,7 +165,7 @@ class Form:
         return self.payload_offset + self.nbytes + self.pad
 
     def _tensors(self) -> dict[str, object]:
-        """The safetensors table: one tensor per plane in canonical order, else one of raw bytes; and the tail."""
+        """The safetensors table: one tensor per plane in canonical order, else one tensor of raw bytes; and the tail."""
         table: dict[str, object] = {}
         if self.order == "canonical":
             at = 0
@@ -186,17 +188,17 @@ class Form:
         return table
 
     def _text(self, id: ObjectId, checksums: Sequence[str], *, parent: bytes | None, first: int, position0: int) -> str:
-        """The JSON of one object, without padding, its digest still zeros."""
+        """The JSON of one object, without padding and with a digest of zeros."""
         (l0, l1), (h0, h1) = id.rect.layers, id.rect.heads
-        mother = f'\\"{parent.hex()}\\"' if parent is not None else "null"
+        parent_json = f'\\"{parent.hex()}\\"' if parent is not None else "null"
         variable = (
-            f',\\"namespace\\":\\"{id.namespace.hex()}\\",\\"chain\\":\\"{id.chain.hex()}\\",\\"parent\\":{mother}'
+            f',\\"namespace\\":\\"{id.namespace.hex()}\\",\\"chain\\":\\"{id.chain.hex()}\\",\\"parent\\":{parent_json}'
             f',\\"depth\\":{id.depth},\\"group\\":{id.group},\\"layers\\":[{l0},{l1}],\\"heads\\":[{h0},{h1}]'
             f',\\"tokens\\":[{first},{first + id.tokens}],\\"position0\\":{position0}'
             f',\\"write_id\\":\\"{secrets.token_hex(8)}\\"'
         )
-        woven = [text for pair in zip(self._pieces, checksums, strict=True) for text in pair]
-        return "".join((self._before, variable, *woven, self._after, self._close))
+        segments = [text for pair in zip(self._pieces, checksums, strict=True) for text in pair]
+        return "".join((self._before, variable, *segments, self._after, self._close))
 
     def encode(
         self,
@@ -207,21 +209,21 @@ class Form:
         first_token: int | None = None,
         position0: int = 0,
     ) -> list[memoryview | bytes]:
-        """The parts of the stored form, for `Tier.write`. The payload is not copied: it must not change until written.
+        """Returns the parts of the stored form, for `Tier.write`. The payload is not copied: it must not change until written.
 
         Args:
             id: the object's name.
-            payload: its bytes, in this form's arrangement.
-            parent: chain digest of the chunk before.
-            first_token: where the chunk starts in its sequence; `depth * tokens` by default.
+            payload: its bytes, in this form's layout.
+            parent: chain digest of the preceding chunk.
+            first_token: index of the chunk's first token in its sequence; `depth * tokens` by default.
             position0: position of the sequence's token 0.
 
         Raises:
-            FormatError: the payload's length is not this form's, or a digest of the id has not 1..32 bytes.
+            FormatError: the payload has the wrong length, or a digest of the id is not 1 to 32 bytes long.
         """
         payload = payload.cast("B")
         if payload.nbytes != self.nbytes:
-            raise FormatError(f"the payload has {payload.nbytes} bytes, this form {self.nbytes}")
+            raise FormatError(f"the payload has {payload.nbytes} bytes, this form needs {self.nbytes}")
         for digest in (id.namespace, id.chain, parent):
             if digest is not None and not 0 < len(digest) <= 32:
                 raise FormatError(f"a digest must have 1 to 32 bytes, {digest.hex()!r} has {len(digest)}")
@@ -240,41 +242,43 @@ class Form:
         return parts
 
 
+def form_of(layout: ObjectLayout, *, isa: str | None = None) -> Form:
+    """Returns the form of objects with this layout; `isa` as for `Form`."""
+    shape = (layout.layers, layout.tokens, layout.heads)
+    return Form(
+        order=layout.order,
+        planes=[PlaneForm(p.name, p.dtype, (*shape, p.elems), p.axes, p.block_tokens) for p in layout.planes],
+        spans=[SegmentSpan(s.planes, s.layer, s.offset, s.nbytes) for s in layout.segments()],
+        isa=isa,
+    )
+
+
 def canonical_form(spec: KVSpec, group: int, tokens: int, *, isa: str | None = None) -> Form:
-    """The form of an object in canonical order (plane layer slot head dim): readable by everyone."""
-    layers, heads = len(spec.local_layers(group)), spec.local_heads(group)
-    planes, spans, at = [], [], 0
-    for plane in spec.groups[group].planes:
-        shape = (layers, tokens, heads, plane.elems)
-        planes.append(PlaneForm(plane.name, plane.dtype, shape, "layer slot head dim", tokens))
-        size = tokens * heads * plane.elems * plane.itemsize
-        for layer in range(layers):
-            spans.append(SegmentSpan((plane.name,), layer, at, size))
-            at += size
-    return Form(order="canonical", planes=planes, spans=spans, isa=isa)
+    """Returns the form of objects in canonical order (plane layer slot head dim), which every engine can read."""
+    return form_of(ObjectLayout.canonical(spec, group, tokens), isa=isa)
 
 
 def verify(header: Header, payload: memoryview, segments: range | None = None) -> None:
-    """Check the payload, segment by segment.
+    """Verifies the checksums of the payload's segments.
 
     Args:
         header: from `decode_header`.
-        payload: its `payload_bytes` stored bytes, counted from the payload's start.
-        segments: which ones, all by default.
+        payload: the stored payload, `payload_bytes` bytes.
+        segments: indices of the segments to check, default all.
 
     Raises:
-        FormatError: naming the first segment whose bytes are missing or wrong.
+        FormatError: names the first segment whose bytes are missing or wrong.
     """
     checked = header.segments if segments is None else [header.segments[index] for index in segments]
     hexdigest = xxhash.xxh3_128_hexdigest
     for segment in checked:
         data = payload[segment.offset : segment.offset + segment.stored]
         if hexdigest(data) != segment.xxh3 or len(data) != segment.stored:
-            verify_segment(segment, data)  # says what is wrong
+            verify_segment(segment, data)  # raises with the details
 
 
 def verify_segment(segment: Segment, data: memoryview) -> None:
-    """Check one segment's stored bytes. Raises `FormatError`."""
+    """Verifies one segment's stored bytes; raises `FormatError`."""
     if len(data) != segment.stored or xxhash.xxh3_128_hexdigest(data) != segment.xxh3:
         what = (
             f"{len(data)} of {segment.stored} bytes" if len(data) != segment.stored else "its checksum does not match"
@@ -283,11 +287,15 @@ def verify_segment(segment: Segment, data: memoryview) -> None:
 
 
 def verify_file(path: str | os.PathLike[str], id: ObjectId | None = None) -> Header:
-    """Check a whole file: header, every segment, length, tail. Reads it once, in pieces.
+    """Verifies a whole file: header, every segment, length, tail. Reads it once, segment by segment.
+
+    Args:
+        path: the file.
+        id: the expected object; None accepts any.
 
     Raises:
-        FormatError: in which way it is not (that) object.
-        OSError: it can't be read.
+        FormatError: the file is damaged, not of this format, or another object; the message has the details.
+        OSError: the file cannot be read.
     """
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -299,7 +307,7 @@ def verify_file(path: str | os.PathLike[str], id: ObjectId | None = None) -> Hea
         end = need + header.payload_bytes
         expected = end + -header.payload_bytes % ALIGN
         if size != expected:
-            raise FormatError(f"the file has {size} bytes, its header calls for {expected}")
+            raise FormatError(f"the file has {size} bytes, its header requires {expected}")
         buffer = memoryview(bytearray(max((segment.stored for segment in header.segments), default=0)))
         file.seek(need)
         for segment in header.segments:
@@ -309,10 +317,10 @@ def verify_file(path: str | os.PathLike[str], id: ObjectId | None = None) -> Hea
                 filled += step
             verify_segment(segment, data[:filled])
         if any(file.read(ALIGN)):
-            raise FormatError(f"the tail from byte {end} on is not zero")
+            raise FormatError(f"the tail, from byte {end} to the end, is not zero")
     return header
 
 
 def _escape(text: str) -> str:
-    """Text as it stands inside a JSON string."""
+    """Escapes text for use inside a JSON string."""
     return json.dumps(text)[1:-1]

@@ -1,7 +1,7 @@
-"""What an object file says about itself: the header's fields, and how to read them from bytes nobody vouches for.
+"""The header of an object file: its fields, and decoding from untrusted bytes.
 
-The order of checks matters: the length is capped before anything is parsed, the version is read before fields it may have
-changed, and no field is believed before the header's own digest was checked.
+The order of checks matters: the length is limited before anything is parsed, the version is read before fields that another
+version may have changed, and no field is used before the header's own digest is verified.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ FORMAT = 1
 """The format version this release writes, and the newest it reads."""
 
 ALIGN = 4096
-"""Payloads start, and files end, at multiples of this: the page size of every storage API worth having."""
+"""Alignment in bytes of the payload's start and of the file's end: a page, as direct I/O and other storage APIs require."""
 
 MAX_HEADER = 1 << 20
-"""No header is longer than this, so a damaged length field can't make a reader allocate or parse more."""
+"""Maximum bytes of a header, so that a damaged length field cannot make a reader allocate or parse more."""
 
 HEADER_PROBE = 32 << 10
-"""How much to read first when the payload's offset is not known: the whole header of nearly every model."""
+"""Bytes to read first if the payload's offset is unknown: the whole header of nearly every model."""
 
 ZERO_DIGEST = "0" * 32
-"""What stands in for the header's digest while it is computed."""
+"""Placeholder of the header's digest while the digest is computed."""
 
 HUGE = (1 << 63) - 1
 
@@ -39,14 +39,14 @@ _Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
 class PlaneForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One plane as this object holds it.
+    """One plane of an object.
 
     Attributes:
         name: the plane's name in the spec.
         dtype: torch dtype name.
-        shape: (layers, tokens, heads, elems), whatever the order of the bytes.
-        axes: the axis string of the arrangement, outermost axis first; `layer slot head dim` in canonical order.
-        block_tokens: tokens per page of the arrangement; all of the object's tokens in canonical order.
+        shape: (layers, tokens, heads, elems), independent of the order of the bytes.
+        axes: the axis string of the layout, outermost axis first; `layer slot head dim` in canonical order.
+        block_tokens: tokens per page of the layout; all of the object's tokens in canonical order.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A contiguous run of the payload with its own checksum.
 
     Attributes:
-        planes: the planes inside, one in canonical order.
+        planes: the planes in the segment; exactly one in canonical order.
         layer: position among the group's local layers.
-        offset: first byte, counted from the start of the payload.
+        offset: first byte, relative to the start of the payload.
         raw: bytes after decoding.
         stored: bytes in the file.
-        codec: how `stored` bytes become `raw` bytes; `raw` = they are the same.
+        codec: how to decode stored bytes; `raw` = they are stored as they are.
         xxh3: XXH3-128 of the stored bytes, 32 hex digits.
     """
 
@@ -79,22 +79,22 @@ class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a file says about itself. `payload_offset` is where the payload starts in this file (not part of the JSON).
+    """The header of an object file.
 
     Attributes:
-        format: version of this format.
-        order: `canonical` (plane layer slot head dim) or `native` (as the planes' axes say).
-        planes: see `PlaneForm`; together with `order` the complete description of where each element lies.
+        format: version of the format.
+        order: `canonical` (plane layer slot head dim) or `native` (given by the planes' axes).
+        planes: see `PlaneForm`; together with `order` the complete description of the layout.
         isa: the writer's arithmetic identity, e.g. `x86_64-AVX512`.
         codec: the codec of all segments.
         payload_bytes: stored length of the payload.
-        namespace, chain, parent: hex digests; `parent` is the chain of the chunk before, None for the first one.
+        namespace, chain, parent: hex digests; `parent` is the chain of the preceding chunk, None for the first chunk.
         depth, group, layers, heads: the rest of the id; `layers` and `heads` are the rect.
         tokens: token range [first, last) in the sequence.
-        position0: position (as positional encoding sees it) of the sequence's token 0.
-        write_id: random, tells two writes of the same object apart.
-        segments: ascending, they cover the payload without gap.
-        digest: XXH3-128 of bytes [0, payload_offset) of the file with these 32 digits replaced by `0`.
+        position0: position (in the positional encoding) of the sequence's token 0.
+        write_id: random; distinguishes two writes of the same object.
+        segments: ascending; they cover the payload without gaps.
+        digest: XXH3-128 of the file's bytes before the payload, with these 32 digits replaced by `0`.
     """
 
     format: _Natural
@@ -118,7 +118,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def id(self) -> ObjectId:
-        """The object's name, from the header's own words."""
+        """The object's name, from the header's fields."""
         return ObjectId(
             bytes.fromhex(self.namespace),
             bytes.fromhex(self.chain),
@@ -130,17 +130,17 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def layout(self) -> dict[str, object]:
-        """The arrangement, as `ObjectLayout.from_description` takes it."""
+        """The layout's description, for `ObjectLayout.from_description`."""
         return {"order": self.order, "planes": msgspec.to_builtins(self.planes)}
 
     @property
     def raw_bytes(self) -> int:
-        """Bytes of the decoded payload: `spec.object_bytes(group, tokens)` of a spec that fits."""
+        """Bytes of the decoded payload; equals `spec.object_bytes(group, tokens)` of the matching spec."""
         return sum(segment.raw for segment in self.segments)
 
 
 class _Version(msgspec.Struct):
-    """The one field that all versions share."""
+    """The only field that all versions share."""
 
     format: int
 
@@ -159,33 +159,33 @@ _decode_inner = msgspec.json.Decoder(Header).decode
 
 
 def header_bytes(data: memoryview | bytes) -> int:
-    """Where the payload starts, from the first 8 bytes of a file.
+    """Returns the payload's offset in the file, from the first 8 bytes.
 
     Raises:
-        FormatError: fewer than 8 bytes, or a length that no header of this format has.
+        FormatError: `data` has fewer than 8 bytes, or the length is not valid in this format.
     """
     if len(data) < 8:
-        raise FormatError(f"only {len(data)} bytes: not an object")
+        raise FormatError(f"only {len(data)} bytes: not an object file")
     size = 8 + int.from_bytes(data[:8], "little")
     if size > MAX_HEADER or size % ALIGN:
-        raise FormatError(f"a header of {size} bytes: this format's are multiples of {ALIGN} up to {MAX_HEADER}")
+        raise FormatError(f"a header of {size} bytes: it must be a multiple of {ALIGN}, at most {MAX_HEADER}")
     return size
 
 
 def decode_header(data: memoryview | bytes, id: ObjectId | None = None) -> Header:
-    """Parse and check a header. `data` starts at the file's first byte and may reach into the payload.
+    """Parses and verifies a header. `data` starts at the file's first byte and may extend into the payload.
 
     Args:
         data: at least `header_bytes(data)` bytes.
-        id: the object that should be there; None accepts any.
+        id: the expected object; None accepts any.
 
     Raises:
-        FormatVersionError: written by a newer format.
-        FormatError: truncated, damaged, of another object, or not of this format at all.
+        FormatVersionError: written by a newer version of the format.
+        FormatError: truncated, damaged, of another object, or not of this format.
     """
     size = header_bytes(data)
     if len(data) < size:
-        raise FormatError(f"truncated: the header has {size} bytes, only {len(data)} are there")
+        raise FormatError(f"truncated: the header has {size} bytes, only {len(data)} are present")
     try:
         text = _decode_outer(data[8:size]).metadata.lmcache
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -212,7 +212,7 @@ def decode_header(data: memoryview | bytes, id: ObjectId | None = None) -> Heade
 
 
 def describe_id(id: ObjectId) -> str:
-    """One id for people: digests shortened."""
+    """Formats an id for messages, with shortened digests."""
     (l0, l1), (h0, h1) = id.rect.layers, id.rect.heads
     return (
         f"chunk {id.chain.hex()[:16]}… (depth {id.depth}, {id.tokens} tokens) of namespace {id.namespace.hex()[:16]}…, "
@@ -220,10 +220,10 @@ def describe_id(id: ObjectId) -> str:
     )
 
 
-def covered(runs: Iterable[tuple[int, int]]) -> int:
-    """Total length of runs that must follow each other without gap, from 0 on."""
+def covered(segments: Iterable[tuple[int, int]]) -> int:
+    """Returns the total length of (offset, length) segments; raises `FormatError` unless they are contiguous from 0."""
     at = 0
-    for offset, length in runs:
+    for offset, length in segments:
         if offset != at or length < 1:
             raise FormatError(f"a segment of {length} bytes at {offset}: the next one should start at {at}")
         at += length
@@ -231,7 +231,7 @@ def covered(runs: Iterable[tuple[int, int]]) -> int:
 
 
 def _version_of(text: str) -> int:
-    """The one thing that can be read from a header of any version; 0 if not even that."""
+    """Returns the version, the only field readable in a header of any version; 0 if it cannot be read."""
     try:
         return _decode_version(text).format
     except (msgspec.MsgspecError, RecursionError):
@@ -239,7 +239,7 @@ def _version_of(text: str) -> int:
 
 
 def _check(header: Header) -> None:
-    """What the types can't say: ranges ascend, the codec is known, the segments cover the payload."""
+    """Checks what the types do not express: ranges ascend, the codec is known, the segments cover the payload."""
     for name in ("layers", "heads", "tokens"):
         low, high = getattr(header, name)
         if low >= high:

@@ -1,8 +1,8 @@
-"""Objects put together from those of other ranks: KV that was written with another tensor-parallel size, re-sliced by heads.
+"""Assembles objects from those of other ranks: KV written with another tensor-parallel size, re-sliced by heads.
 
-Names do not depend on the rank (the rectangle is a part of the object's id, not of the chain), so an object of heads [a, b)
-can be cut out of, or put together from, the objects of any split of the same heads. What is put together is not what *this*
-split would have computed, to the last bit: it is done where sharing is semantic, and only for what is not there as it is.
+Chain digests do not depend on the rank (the rect is part of the object's id, not of the chain), so an object of heads [a, b)
+can be cut from, or assembled from, the objects of any other split of the same heads. An assembled object is not bit for bit
+what *this* split would have computed, so this is done only where sharing is semantic, and only for objects that are missing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 
 from lmcache.keys import ObjectId
 from lmcache.layout import ObjectLayout
+from lmcache.layout.objects import canonical_views
 from lmcache.plan import Status
 from lmcache.spec import KVSpec, Rect
 from lmcache.tiers.base import Result, Tier
 
 
 class Piece(NamedTuple):
-    """An object of another rank, and which of its heads are wanted: `take` of it go to `put` of ours."""
+    """An object of another rank, whose heads `take` become heads `put` of the assembled object."""
 
     rect: Rect
     take: slice
@@ -28,11 +29,11 @@ class Piece(NamedTuple):
 
 
 Load = Callable[[KVSpec, Tier, ObjectId, torch.Tensor, float | None], Result]
-"""Read the object of a rank with this spec, verified and in canonical order, into a buffer."""
+"""(spec of the other rank, tier, id, buffer, deadline): reads and verifies an object in canonical order into the buffer."""
 
 
 def splits(spec: KVSpec, group: int) -> Iterator[list[Piece]]:
-    """Every other way in which engines cut a group's heads, as the pieces that cover ours; the fewest pieces first."""
+    """Yields every other even split of a group's heads, as the pieces that cover this rank's heads; fewest pieces first."""
     mine = spec.rects[group]
     low, high = mine.heads
     total = spec.groups[group].kv_heads
@@ -50,7 +51,7 @@ def splits(spec: KVSpec, group: int) -> Iterator[list[Piece]]:
 def contains(
     spec: KVSpec, tier: Tier, ids: Sequence[ObjectId], results: list[Result], deadline: float | None
 ) -> list[Result]:
-    """`results` of `tier.contains(ids)`, with what is missing looked for in other splits."""
+    """Returns `results` of `tier.contains(ids)`, with missing objects marked `OK` if another split has all pieces."""
     found = list(results)
     for i, (id, result) in enumerate(zip(ids, results, strict=True)):
         if result.status is not Status.MISSING:
@@ -64,7 +65,11 @@ def contains(
 
 
 def assemble(spec: KVSpec, tier: Tier, id: ObjectId, out: torch.Tensor, load: Load, deadline: float | None) -> Result:
-    """Fill `out` (uint8, canonical order) from other ranks' objects; `MISSING` where no split is there whole."""
+    """Fills `out` (uint8, canonical order) from other ranks' objects.
+
+    Returns:
+        `OK`; `MISSING` if no split is complete; or the result of the last piece that failed to load.
+    """
     last = Result(Status.MISSING)
     for pieces in splits(spec, id.group):
         parts = tier.contains([id._replace(rect=piece.rect) for piece in pieces], deadline=deadline)
@@ -89,15 +94,6 @@ def assemble(spec: KVSpec, tier: Tier, id: ObjectId, out: torch.Tensor, load: Lo
 def _copy_heads(
     src: torch.Tensor, theirs: ObjectLayout, take: slice, dst: torch.Tensor, ours: ObjectLayout, put: slice
 ) -> None:
-    for a, b in zip(_planes(src, theirs), _planes(dst, ours), strict=True):
-        b[:, :, put].copy_(a[:, :, take])
-
-
-def _planes(buffer: torch.Tensor, layout: ObjectLayout) -> Iterator[torch.Tensor]:
-    """`(layers, tokens, heads, bytes)` of each plane of a canonical object."""
-    start = 0
-    for plane in layout.planes:
-        row = plane.elems * layout.places[plane.name].itemsize
-        size = layout.layers * layout.tokens * layout.heads * row
-        yield buffer[start : start + size].view(layout.layers, layout.tokens, layout.heads, row)
-        start += size
+    target = canonical_views(dst, ours)
+    for name, source in canonical_views(src, theirs).items():
+        target[name][:, :, put].copy_(source[:, :, take])

@@ -1,6 +1,6 @@
-"""How KV lies in memory: an engine's pages (`Layout`, `PagedKV`), an object's bytes (`ObjectLayout`), and moving between.
+"""Memory layouts of KV: an engine's pages (`Layout`, `PagedKV`), an object's bytes (`ObjectLayout`), and copies between them.
 
-`gather` and `scatter` are the only ways in and out of an engine's memory; `translate` rearranges an object.
+Only `gather` and `scatter` read and write an engine's memory; `translate` converts an object from one layout to another.
 """
 
 from lmcache.layout.axes import Axes

@@ -1,17 +1,18 @@
-"""Axis strings: how the dimensions of a tensor are named, parsed, and turned into strides per axis.
+"""Axis strings: name the dimensions of a tensor; this module parses them and derives the strides of each axis.
 
 A string names the tensor's dimensions in order, separated by spaces. `( … )` is one dimension composed of several axes,
-row-major inside. `slot/16 … slot%16` (and `dim/2 … dim%2`) split an axis into quotient and remainder that may stand apart.
+row-major inside. `slot/16 … slot%16` (and `dim/2 … dim%2`) split an axis into quotient and remainder, which need not be
+adjacent.
 
 | axis | meaning |
 | --- | --- |
-| `block` | page of the pool, named by a block table |
-| `batch` | like `block`, for caches whose page is a whole sequence: its tokens are the extent of `slot` |
-| `slot` | token inside its page; without `block` or `batch`, the token's place in the pool |
-| `head` | kv head (may be left out where there is one) |
+| `block` | page of the pool, selected by a block table |
+| `batch` | like `block`, for caches with one page per sequence: the extent of `slot` is the sequence's capacity in tokens |
+| `slot` | token within its page; without `block` or `batch`, the token's slot in the pool |
+| `head` | kv head (may be omitted if there is one) |
 | `layer` | position among the group's local layers |
-| `kv` | which plane, where one tensor holds several; planes of different size are laid end to end |
-| `dim` | element; `latent` and `elem` are other names for it (may be left out where there is one) |
+| `kv` | plane, if one tensor holds several; planes of different size are concatenated |
+| `dim` | element; `latent` and `elem` are aliases (may be omitted if there is one) |
 | `one` | a dimension of size 1 |
 """
 
@@ -36,7 +37,7 @@ _MAX_FACTOR = 1 << 20
 
 @dataclass(frozen=True)
 class Atom:
-    """An axis, or one factor of it: `name/factor` (quotient, `op == "/"`) or `name%factor` (remainder)."""
+    """An axis, or one part of a split axis: `name/factor` (quotient, `op == "/"`) or `name%factor` (remainder)."""
 
     name: str
     op: str = ""
@@ -48,13 +49,13 @@ class Atom:
 
 @dataclass(frozen=True)
 class Axes:
-    """A parsed axis string: per tensor dimension, the atoms it is composed of, major first."""
+    """A parsed axis string: for each tensor dimension, the atoms that compose it, major first."""
 
     dims: tuple[tuple[Atom, ...], ...]
 
     @staticmethod
     def parse(text: str) -> Axes:
-        """Parse and check what can be checked without a tensor; `LayoutError` names the axis at fault."""
+        """Parses a string and checks what can be checked without a tensor; `LayoutError` names the invalid axis."""
         dims: list[tuple[Atom, ...]] = []
         inside: list[Atom] | None = None
         for token in _TOKEN.findall(text):
@@ -84,12 +85,12 @@ class Axes:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The axes that occur."""
+        """The axes in use."""
         return frozenset(atom.name for atom in self.atoms)
 
     @cached_property
     def factors(self) -> dict[str, int]:
-        """The factor of each factored axis."""
+        """The factor of each split axis."""
         return {atom.name: atom.factor for atom in self.atoms if atom.op}
 
     def __str__(self) -> str:
@@ -142,7 +143,7 @@ def _atom(token: str, text: str) -> Atom:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of a plane before looking at a tensor; None = to be read off the tensor's shape."""
+    """Extents of a plane that are known without the tensor; None = taken from the tensor's shape."""
 
     heads: int
     layers: int
@@ -153,10 +154,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Strides:
-    """Where a plane lies in a tensor, strides in bytes from the tensor's first element.
+    """Strides of a plane in a tensor, in bytes; `offset` is relative to the tensor's first element.
 
-    `page` strides over pages and `slot` digits over the tokens of one; a pool without a `block` axis has pages of one
-    token. `layer` is None where the tensor holds one layer.
+    `page` is the stride between pages, `slot` the digits of the tokens within a page; a pool without a `block` axis has
+    pages of one token. `layer` is None if the tensor holds one layer.
     """
 
     offset: int
@@ -172,10 +173,16 @@ class Strides:
 def solve(
     label: str, axes: Mapping[str, Axes], sizes: Mapping[str, Sizes], shape: Sequence[int]
 ) -> dict[str, dict[Atom, int]]:
-    """Extent of every atom of every plane in one tensor of `shape`.
+    """Solves for the extent of every atom of every plane in one tensor of `shape`.
 
-    `axes` holds the planes in that tensor, in the order in which `kv` selects them. `LayoutError` if shape and axes
-    contradict each other.
+    Args:
+        label: the tensor's name in error messages.
+        axes: the planes in the tensor, in the order of the `kv` axis.
+        sizes: known extents of each plane.
+        shape: shape of the tensor.
+
+    Raises:
+        LayoutError: shape and axes contradict each other.
     """
     first = next(iter(axes.values()))
     if len(axes) > 1 and "kv" not in first.names:
@@ -196,14 +203,14 @@ def solve(
 
 
 def known_extents(label: str, name: str, axes: Axes, sizes: Sizes, planes: int) -> dict[Atom, int]:
-    """Extents that follow from the spec, block_tokens and tokens; of a dense object, all of them."""
+    """Returns the extents that follow from the spec, block_tokens and tokens; for a dense object, these are all extents."""
     where = f"{label}: axes {str(axes)!r} of plane {name!r}"
     if "head" not in axes.names and sizes.heads != 1:
         raise LayoutError(f"{where}: axis 'head' is missing, and there are {sizes.heads} kv heads")
     if "dim" not in axes.names and sizes.elems != 1:
         raise LayoutError(f"{where}: axis 'dim' is missing, and there are {sizes.elems} elements per head")
     if "slot" not in axes.names and sizes.block_tokens != 1:
-        raise LayoutError(f"{where}: axis 'slot' is missing; pages without it hold one token: say block_tokens=1")
+        raise LayoutError(f"{where}: axis 'slot' is missing; pages without it hold one token: pass block_tokens=1")
     paged = bool(axes.names & {"block", "batch"})
     known: dict[Atom, int] = {}
     for atom in axes.atoms:
@@ -234,14 +241,14 @@ def _solve_dim(
     found: dict[str, dict[Atom, int]],
     shape: tuple[int, ...],
 ) -> None:
-    """Check one dimension, and fill in the one extent it may leave open."""
+    """Checks one dimension and fills in its extent if exactly one is unknown."""
     for name, atoms in dims.items():
         text = " ".join(map(str, atoms))
         where = f"{label}: dimension {index} ({text})"
         known = found[name]
         unknown = [atom for atom in atoms if atom not in known]
         if len(unknown) > 1:
-            raise LayoutError(f"{where} leaves {' and '.join(map(str, unknown))} open; give block_tokens")
+            raise LayoutError(f"{where} leaves {' and '.join(map(str, unknown))} open; pass block_tokens")
         if unknown:
             rest = prod(known[atom] for atom in atoms if atom in known)
             if extent % rest:
@@ -258,12 +265,12 @@ def _solve_dim(
 
 
 def dim_extent(label: str, dims: Mapping[str, tuple[Atom, ...]], found: Mapping[str, Mapping[Atom, int]]) -> int:
-    """Extent of a dimension that all these planes share: a leading `kv` lays them end to end, otherwise all are equal."""
+    """Extent of a dimension shared by these planes: a leading `kv` concatenates them, otherwise all extents are equal."""
     inner = {name: prod(found[name][a] for a in atoms if a.name != "kv") for name, atoms in dims.items()}
     leading = {atoms[0].name == "kv" for atoms in dims.values()}
     has_kv = {any(a.name == "kv" for a in atoms) for atoms in dims.values()}
     if len(leading) > 1 or len(has_kv) > 1:
-        raise LayoutError(f"{label}: axis 'kv' must stand in the same place for planes {', '.join(dims)}")
+        raise LayoutError(f"{label}: axis 'kv' must be in the same place for planes {', '.join(dims)}")
     if leading == {True}:
         return sum(inner.values())
     if len(set(inner.values())) > 1:
@@ -281,7 +288,7 @@ def strides_of(
     dim_strides: Sequence[int],
     sizes: Sizes,
 ) -> Strides:
-    """Strides of plane `name` in a tensor with these strides per dimension (bytes)."""
+    """Returns the strides of plane `name` in a tensor with the strides `dim_strides` per dimension (bytes)."""
     by_atom: dict[Atom, int] = {}
     offset = 0
     position = list(axes).index(name)
@@ -300,7 +307,7 @@ def strides_of(
     block = next((atom for atom in by_atom if atom.name in ("block", "batch")), None)
     if block is not None:
         page, pages = by_atom[block], known[block]
-    elif len(slot) == 2:  # a pool of `slot/f … slot%f`: the quotient is the page
+    elif len(slot) == 2:  # a pool of `slot/f … slot%f`: the quotient selects the page
         (pages, page), slot = slot[0], slot[1:]
     else:
         (pages, page), slot = slot[0], ()

@@ -1,4 +1,4 @@
-"""`Layout`: how an engine arranges each plane, in words. Plain data."""
+"""`Layout`: the arrangement of each plane in an engine's memory, as axis strings. Plain data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lmcache.layout.axes import Axes
 
 @dataclass(frozen=True)
 class Layout:
-    """How an engine arranges each plane. Build it with `parse`; see `lmcache.layout.axes` for the axis strings.
+    """The arrangement of each plane in an engine's memory. Created by `parse`; see `lmcache.layout.axes` for axis strings.
 
     Attributes:
-        axes: one axis string for every plane, or (plane name, axis string) pairs.
+        axes: one axis string for all planes, or (plane name, axis string) pairs.
         block_tokens: tokens per page; None = the extent of the tensor's `slot` dimension.
     """
 
@@ -24,10 +24,10 @@ class Layout:
 
     @staticmethod
     def parse(axes: str | Mapping[str, str], *, block_tokens: int | None = None) -> Layout:
-        """Check and normalise. One string is sugar for the same string for every plane.
+        """Checks and normalises axis strings. A single string applies to every plane.
 
         Raises:
-            LayoutError: an axis is unknown, missing, duplicated or badly factored; the message names it.
+            LayoutError: an axis is unknown, missing, duplicated or wrongly split; the message names it.
         """
         if block_tokens is not None and (type(block_tokens) is not int or block_tokens < 1):
             raise LayoutError(f"block_tokens must be a positive integer, not {block_tokens!r}")
@@ -53,7 +53,7 @@ class Layout:
         return Layout(parsed, block_tokens)
 
     def axes_of(self, plane: str) -> Axes:
-        """The axes of one plane."""
+        """Returns the axes of one plane; raises `LayoutError` if the layout has no such plane."""
         if isinstance(self.axes, str):
             return Axes.parse(self.axes)
         for name, text in self.axes:
@@ -62,7 +62,7 @@ class Layout:
         raise LayoutError(f"the layout describes planes {', '.join(n for n, _ in self.axes)}, but not {plane!r}")
 
     def describe(self) -> dict[str, object]:
-        """JSON-able; `from_description` gives the same layout back."""
+        """Returns a JSON-serialisable description; `from_description` is the inverse."""
         return {
             "axes": self.axes if isinstance(self.axes, str) else dict(self.axes),
             "block_tokens": self.block_tokens,
@@ -70,7 +70,7 @@ class Layout:
 
     @staticmethod
     def from_description(data: Mapping[str, Any]) -> Layout:
-        """The layout that `describe` described; `LayoutError` if it is none."""
+        """Creates a layout from the output of `describe`; raises `LayoutError` if `data` is not valid."""
         try:
             return Layout.parse(data["axes"], block_tokens=data["block_tokens"])
         except (KeyError, TypeError) as error:

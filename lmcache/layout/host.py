@@ -1,4 +1,4 @@
-"""What only concerns copies between host memories: what numpy believes to overlap, and what the prefetcher likes."""
+"""Optimisations of copies between host memories: avoiding numpy's overlap copies, and sequential reads for the prefetcher."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from lmcache.layout.plan import Copy
 from lmcache_kernels import ELEMENTS, Rows, prepared_assignment, table
 
-_LONG_ROW = 32 << 10  # from here on the prefetcher's start is no part of the time
-_BYTES_PER_PUT = 256 << 10  # below, a call costs more than it saves
-_WORTH_IT = 4 << 20
+_LONG_ROW = 32 << 10  # bytes; above this, restarting the prefetcher takes a negligible part of the time
+_BYTES_PER_PUT = 256 << 10  # below this, a call costs more than it saves
+_MIN_GATHER_BYTES = 4 << 20
 
 
 def apart(copy: Copy) -> Iterator[Copy]:
-    """The copy in pieces whose rows all lie on one side of its buffer.
+    """Splits a copy into pieces whose rows are all above or all below its buffer in memory.
 
-    numpy compares the bounds of what it reads and of what it writes; where they overlap, as they do when the buffer
-    happens to lie between two pools of a window, it first copies the source aside.
+    numpy compares the bounds of source and target; if these overlap, as they do when the buffer is located between two
+    pools of a window, it first makes a temporary copy of the source.
     """
     part, numbers, storage = copy.part, copy.numbers, copy.storage
     low = copy.memory.data_ptr() - storage.data_ptr()
@@ -31,14 +31,14 @@ def apart(copy: Copy) -> Iterator[Copy]:
         return
     by_layer = numbers.reshape(len(numbers), len(part.layer_rows), -1)
     above = (part.rows.offset + by_layer.max(axis=(0, 2)) * part.step >= high).tolist()
-    skip = -(-(high - part.rows.offset) // part.step)  # rows from this number on begin behind the buffer
+    skip = -(-(high - part.rows.offset) // part.step)  # rows from this number on start after the buffer
     for is_above, group in groupby(range(len(above)), above.__getitem__):
         layers = list(group)
         chosen = slice(layers[0], layers[-1] + 1)
         piece, rows, layer_rows = by_layer[:, chosen], part.rows, part.layer_rows[chosen]
         if is_above:
             rows = replace(rows, offset=rows.offset + skip * part.step)
-            piece, layer_rows = piece - skip, layer_rows - skip  # what is negative, so skipped, stays so
+            piece, layer_rows = piece - skip, layer_rows - skip  # negative (skipped) rows stay negative
         back = replace(part.back, offset=part.back.offset + layers[0] * part.layer)
         moved = part._replace(rows=rows, back=back, layer_rows=layer_rows)
         yield copy._replace(
@@ -49,15 +49,15 @@ def apart(copy: Copy) -> Iterator[Copy]:
 
 
 def by_neighbours(copy: Copy) -> list[Callable[[], object]] | None:
-    """A gather of pages that are neighbours in the pool, in whatever order the objects have them; None if it is none.
+    """Prepares a gather of adjacent pages that the objects hold in another order; None if the pages are not adjacent.
 
-    Reading short rows at random places is what a gather is slow at: the prefetcher starts anew at each row. Writing them
-    at random places costs next to nothing. So where the pages, sorted by address, form long runs (a sequence whose blocks
-    were freed and taken again in another order), runs are read front to back and rows written where they belong.
+    A gather is slow at reading short rows at random addresses, because the prefetcher restarts at each row. Writing them at
+    random addresses costs almost nothing. So if the pages, sorted by address, form long runs (a sequence whose blocks were
+    freed and allocated again in another order), runs are read sequentially and each row is written to its place.
     """
     part, numbers = copy.part, copy.numbers
     row, nbytes = part.rows.dims[0][0], numbers.size * part.rows.dims[0][0]
-    if len(part.rows.dims) > 1 or row % part.step or row > _LONG_ROW or nbytes < _WORTH_IT:
+    if len(part.rows.dims) > 1 or row % part.step or row > _LONG_ROW or nbytes < _MIN_GATHER_BYTES:
         return None
     objects, layers, next_row = len(numbers), len(part.layer_rows), row // part.step
     units = numbers.reshape(objects, layers, -1)[:, 0].reshape(-1) - part.layer_rows[0]
@@ -73,7 +73,7 @@ def by_neighbours(copy: Copy) -> list[Callable[[], object]] | None:
     grain = gcd(copy.distance, *(stride for _, stride in part.lead))
     places = (offsets.transpose(1, 0, 2) // grain).reshape(layers, -1)[:, order]
     groups = [range(layers)] if even else [range(i, i + 1) for i in range(layers)]
-    # numpy alone: there may be many of these arrays, and each costs time before the first byte moves.
+    # numpy instead of torch: there may be many of these arrays, and each takes time before the first byte is copied.
     width, element = copy.width, ELEMENTS[copy.width]
     count = Rows(part.back.offset, grain, part.back.dims).count(copy.memory.shape[0])
     inner = row // width

@@ -1,4 +1,4 @@
-"""Gather, scatter and translate. What goes where is decided in `plan`; bytes are moved by `lmcache_kernels`."""
+"""Gather, scatter and translate. `plan` determines source and target of each byte; `lmcache_kernels` copies."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def gather(
     layout: ObjectLayout,
     layers: slice | None = None,
 ) -> None:
-    """Copy objects out of the engine's memory.
+    """Copies objects out of the engine's memory.
 
     Args:
         kv: the engine's memory.
         group: index of the layer group.
-        slots: int64 `(objects × tokens,)`, the slot of each token of each object in turn; all resident (no −1).
+        slots: int64 `(objects × tokens,)`, the slot of each token, object after object; all resident (no −1).
         outs: one uint8 `(layout.nbytes,)` tensor per object.
-        layout: how to arrange the objects' bytes.
-        layers: range of local layers to copy, default all; bytes of other layers in `outs` stay as they are.
+        layout: layout of the objects.
+        layers: range of local layers to copy, default all; bytes of other layers in `outs` stay unchanged.
 
     Raises:
-        SlotError: slots out of range, of the wrong length or type. Nothing was copied.
-        LayoutError, SpecError: the layout is of another spec, or a buffer has the wrong size.
+        SlotError: slots are out of range, or have the wrong length or type. Nothing was copied.
+        LayoutError, SpecError: the layout belongs to another spec, or a buffer has the wrong size.
     """
     bound = kv.groups[group]
     _check_buffers(outs, layout)
@@ -79,19 +79,19 @@ def scatter(
     slots: torch.Tensor,
     layers: slice | None = None,
 ) -> None:
-    """Copy objects into the engine's memory. Tokens whose slot is −1 are skipped; no slot that is not named is written.
+    """Copies objects into the engine's memory. Skips tokens whose slot is −1; writes no slot that is not listed.
 
     Args:
         srcs: one uint8 `(layout.nbytes,)` tensor per object.
-        layout: how their bytes are arranged.
+        layout: layout of the objects.
         kv: the engine's memory.
         group: index of the layer group.
-        slots: int64 `(objects × tokens,)`, distinct, or −1.
+        slots: int64 `(objects × tokens,)`, the slot of each token, object after object; distinct, or −1.
         layers: range of local layers to copy, default all.
 
     Raises:
-        SlotError: slots out of range, duplicated, of the wrong length or type. Nothing was copied.
-        LayoutError, SpecError: the layout is of another spec, or a buffer has the wrong size.
+        SlotError: slots are out of range or duplicated, or have the wrong length or type. Nothing was copied.
+        LayoutError, SpecError: the layout belongs to another spec, or a buffer has the wrong size.
     """
     bound = kv.groups[group]
     _check_buffers(srcs, layout)
@@ -109,7 +109,7 @@ def _copy(
     *,
     into_paged: bool,
 ) -> None:
-    """Between pages and buffers of one device: by kernel where there is one, else by numpy and tensor operations."""
+    """Copies between pages and buffers of one device: with a kernel if there is one, else with numpy and tensor operations."""
     if not buffers:
         return
     wanted = range(*(layers or slice(None)).indices(layout.layers))
@@ -133,8 +133,8 @@ def _copy(
 def _moves(
     bound: BoundGroup, work: Sequence[Job], buffers: Sequence[torch.Tensor], *, into_paged: bool
 ) -> list[Callable[[], object]]:
-    """All copies of a call, prepared before the first byte moves: interpreting Python between copies that have just
-    emptied the processor's caches was measured at a tenth of the whole.
+    """Prepares all copies of a call before the first byte is copied: running Python between copies, which evict the CPU
+    caches, took a tenth of the total time when measured.
     """
     moves: list[Callable[[], object]] = []
     for job in work:
@@ -149,7 +149,7 @@ def _moves(
 
 
 def _takes(copy: Copy) -> Iterator[Callable[[], object]]:
-    """Gather: rows of the paged side into the buffer."""
+    """Gather: copies rows of the paged side into the buffer."""
     device, host = copy.storage.device, on_host(copy.storage)
     pieces = list(apart(copy)) if host else [copy]
     if host:
@@ -170,7 +170,7 @@ def _takes(copy: Copy) -> Iterator[Callable[[], object]]:
 
 
 def _puts(copy: Copy, missing: bool) -> Iterator[Callable[[], object]]:
-    """Scatter: rows of the buffer to the paged side."""
+    """Scatter: copies rows of the buffer to the paged side."""
     device = copy.storage.device
     for piece in apart(copy) if on_host(copy.storage) else (copy,):
         paged = all_rows(piece.storage, piece.part.rows, piece.width)
@@ -180,9 +180,9 @@ def _puts(copy: Copy, missing: bool) -> Iterator[Callable[[], object]]:
 
 
 def _batches(buffers: Sequence[torch.Tensor]) -> list[tuple[slice, torch.Tensor, int]]:
-    """Buffers that move together: (which, tensor over all of them, bytes from one to the next).
+    """Groups buffers that can be copied together: (indices, tensor over all of them, bytes from one to the next).
 
-    All of them if they are at equal distances in one storage, as neighbouring arena slots are; else each alone.
+    One group if they are at equal distances in one storage, like adjacent arena slots; else one group per buffer.
     """
     first, count, nbytes = buffers[0], len(buffers), buffers[0].shape[0]
     if count == 1:
@@ -192,14 +192,14 @@ def _batches(buffers: Sequence[torch.Tensor]) -> list[tuple[slice, torch.Tensor,
     if distance >= nbytes and all(b.data_ptr() == start + i * distance for i, b in enumerate(buffers)):
         storage = first.untyped_storage()
         span = (count - 1) * distance + nbytes
-        if start + span <= storage.data_ptr() + storage.nbytes():  # else neighbours by chance, allocated apart
+        if start + span <= storage.data_ptr() + storage.nbytes():  # otherwise separate allocations, adjacent by chance
             memory = first.as_strided((span,), (1,), int(first.storage_offset()))
             return [(slice(0, count), memory, distance)]
     return [(slice(i, i + 1), buffer, 0) for i, buffer in enumerate(buffers)]
 
 
 def translate(src: torch.Tensor, src_layout: ObjectLayout, dst: torch.Tensor, dst_layout: ObjectLayout) -> None:
-    """Rearrange one object's bytes from one layout to another of the same spec. Buffers: uint8 `(nbytes,)`, no overlap."""
+    """Converts one object from one layout to another of the same spec. Buffers: uint8 `(nbytes,)`, must not overlap."""
     _check_buffers([src], src_layout)
     _check_buffers([dst], dst_layout)
     strips = src_layout.translations.get(dst_layout)
@@ -219,7 +219,7 @@ def translate(src: torch.Tensor, src_layout: ObjectLayout, dst: torch.Tensor, ds
 
 
 def _row(source: int, target: int, strip: Strip) -> RowCopy:
-    """A whole strip as a single row between two objects."""
+    """Turns a whole strip into a single row between two objects."""
     zero = np.zeros(1, dtype=np.int64)
     return RowCopy(
         zero + source + strip.sources[0][1], zero[None], zero + target, zero + strip.offset, zero, strip.dims

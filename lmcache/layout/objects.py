@@ -1,4 +1,4 @@
-"""`ObjectLayout`: how the bytes of one object are arranged. Plain data, goes into file headers."""
+"""`ObjectLayout`: the arrangement of the bytes of one object. Plain data, stored in file headers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lmcache.errors import LayoutError
 from lmcache.layout.axes import Atom, Axes, Sizes, dim_extent, known_extents, solve, strides_of
 from lmcache.spec import KVSpec, Plane
-from lmcache_kernels import Digits, PlaneAddress
+from lmcache_kernels import Digits, PlaneAddress, join_digits
+
+if TYPE_CHECKING:
+    import torch
 
 CANONICAL_AXES = "layer slot head dim"
 _MAX = 1 << 40
@@ -19,7 +22,7 @@ _MAX_LAYERS = 1 << 16
 
 
 class Segment(NamedTuple):
-    """A contiguous run of an object: `planes` of local layer `layer`, at bytes [offset, offset + nbytes)."""
+    """A contiguous run of an object: `planes` of local layer `layer`, bytes [offset, offset + nbytes)."""
 
     planes: tuple[str, ...]
     layer: int
@@ -29,12 +32,12 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class ObjectPlane:
-    """One plane of an object. Planes whose axes contain `kv` share one dense region; every other has its own.
+    """One plane of an object. Planes whose axes contain `kv` share one dense region; every other plane has its own.
 
     Attributes:
         name, dtype, elems: as in the spec.
         axes: axis string; the first axis is `layer`.
-        block_tokens: tokens of a page where the axes have a `block`, else the object's tokens.
+        block_tokens: tokens per page if the axes have a `block`, else the object's tokens.
     """
 
     name: str
@@ -46,7 +49,15 @@ class ObjectPlane:
 
 @dataclass(frozen=True)
 class PlaneBytes:
-    """Where a plane lies in the object: `addresses[layer]`, pages of `address.slot` tokens, `tokens` over all of them."""
+    """Addresses of a plane in the object.
+
+    Attributes:
+        addresses: per layer; `slot` has the tokens of one page.
+        layer: bytes from one layer to the next.
+        pages: number of pages.
+        tokens: digits over the tokens of all pages.
+        itemsize: bytes per element.
+    """
 
     addresses: tuple[PlaneAddress, ...]
     layer: int
@@ -59,7 +70,7 @@ class PlaneBytes:
 class ObjectLayout:
     """The dense arrangement of one object of `tokens` tokens × `layers` layers × `heads` kv heads.
 
-    Frozen, hashable and comparable: two equal layouts mean the same bytes at the same places.
+    Immutable, hashable and comparable: equal layouts place the same elements at the same bytes.
     """
 
     planes: tuple[ObjectPlane, ...]
@@ -70,7 +81,7 @@ class ObjectLayout:
 
     @staticmethod
     def canonical(spec: KVSpec, group: int, tokens: int) -> ObjectLayout:
-        """Plane, layer, token, head, element: what every engine, block size and processor can read."""
+        """Returns the canonical layout: plane, layer, token, head, element; independent of engine, block size and CPU."""
         planes = tuple(ObjectPlane(p.name, p.dtype, p.elems, CANONICAL_AXES, tokens) for p in spec.groups[group].planes)
         layers, heads = len(spec.local_layers(group)), spec.local_heads(group)
         return ObjectLayout(planes, layers, heads, tokens, "canonical").checked()
@@ -78,7 +89,10 @@ class ObjectLayout:
     # ------------------------------------------------------------ plain data
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; `from_description` gives the same layout back. `shape` is (layers, tokens, heads, elems)."""
+        """Returns a JSON-serialisable description; `from_description` is the inverse.
+
+        `shape` is (layers, tokens, heads, elems).
+        """
         planes = [
             {
                 "name": p.name,
@@ -93,7 +107,7 @@ class ObjectLayout:
 
     @staticmethod
     def from_description(data: Mapping[str, Any]) -> ObjectLayout:
-        """The layout that `describe` described. Trusts nothing: `LayoutError` if `data` is not such a description."""
+        """Creates a layout from the output of `describe`. `data` is untrusted: raises `LayoutError` if it is not valid."""
         try:
             shapes = {tuple(plane["shape"][:3]) for plane in data["planes"]}
             planes = tuple(
@@ -120,17 +134,22 @@ class ObjectLayout:
             raise LayoutError(f"not an object layout: {type(error).__name__}: {error}") from error
 
     def checked(self) -> ObjectLayout:
-        """Self, or `LayoutError` if it is not a dense arrangement with `layer` outermost."""
+        """Returns self; raises `LayoutError` if this is not a dense arrangement with `layer` outermost."""
         if not self.planes or len({p.name for p in self.planes}) != len(self.planes):
             raise LayoutError(f"an object needs planes with distinct names, got {[p.name for p in self.planes]}")
         if min(self.layers, self.heads, self.tokens, *(p.elems for p in self.planes)) < 1 or self.layers > _MAX_LAYERS:
-            raise LayoutError(f"an object of {self.layers} layers × {self.tokens} tokens × {self.heads} heads is none")
+            raise LayoutError(
+                f"invalid extents {self.layers} layers × {self.tokens} tokens × {self.heads} heads × "
+                f"{[p.elems for p in self.planes]} elements: each must be 1 or more, layers at most {_MAX_LAYERS}"
+            )
         for plane in self.planes:
             first = Axes.parse(plane.axes).dims[0]
             if first[0] != Atom("layer"):
                 raise LayoutError(f"object axes {plane.axes!r} of plane {plane.name!r} must begin with 'layer'")
             if plane.block_tokens < 1 or self.tokens % plane.block_tokens:
-                raise LayoutError(f"plane {plane.name!r}: {self.tokens} tokens are no pages of {plane.block_tokens}")
+                raise LayoutError(
+                    f"plane {plane.name!r}: {self.tokens} tokens are not a multiple of block_tokens={plane.block_tokens}"
+                )
             if self.order == "canonical" and plane.axes != CANONICAL_AXES:
                 raise LayoutError(f"canonical order is {CANONICAL_AXES!r}, not {plane.axes!r}")
         _ = self.places
@@ -163,7 +182,7 @@ class ObjectLayout:
 
     @cached_property
     def regions(self) -> tuple[tuple[str, ...], ...]:
-        """Planes by the dense region they lie in, in the order of the regions."""
+        """The planes in each dense region, in the order of the regions."""
         shared = tuple(p.name for p in self.planes if "kv" in Axes.parse(p.axes).names)
         regions: list[tuple[str, ...]] = []
         for plane in self.planes:
@@ -174,7 +193,7 @@ class ObjectLayout:
 
     @cached_property
     def places(self) -> dict[str, PlaneBytes]:
-        """Address tables per plane."""
+        """Addresses of each plane."""
         by_name = {p.name: p for p in self.planes}
         out: dict[str, PlaneBytes] = {}
         start = 0
@@ -184,11 +203,11 @@ class ObjectLayout:
             out.update(found)
             start += nbytes
         if start != self.nbytes:
-            raise LayoutError(f"an object of {self.nbytes} bytes, but its axes cover {start}")
+            raise LayoutError(f"the object has {self.nbytes} bytes, but its axes cover {start}")
         return {p.name: out[p.name] for p in self.planes}
 
     def segments(self) -> tuple[Segment, ...]:
-        """The contiguous runs of (planes, layer), ascending; together they are the whole object."""
+        """Returns the contiguous runs of (planes, layer), ascending; together they cover the whole object."""
         out, start = [], 0
         for region in self.regions:
             size = self.places[region[0]].layer
@@ -199,37 +218,22 @@ class ObjectLayout:
 
     @cached_property
     def translations(self) -> dict[ObjectLayout, Any]:
-        """Compiled copies to other layouts, kept by `lmcache.layout.translate`."""
+        """Cache of compiled copies to other layouts, filled by `lmcache.layout.translate`."""
         return {}
 
     @cached_property
     def signature(self) -> tuple[object, ...]:
-        """Equal signatures = the same bytes at the same places, however the axes are written."""
+        """Equal signatures mean that the same elements are at the same bytes, however the axes are written."""
         out = []
         for name, place in self.places.items():
             address = place.addresses[0]
             axes = (place.tokens, ((self.heads, address.head),), address.elem)
-            out.append(
-                (name, address.base, place.layer if self.layers > 1 else 0, tuple(_plain(digits) for digits in axes))
-            )
+            out.append((name, address.base, place.layer if self.layers > 1 else 0, tuple(map(join_digits, axes))))
         return tuple(out)
 
 
-def _plain(digits: Digits) -> Digits:
-    """Without digits of size 1, and with digits joined that continue each other."""
-    out: list[tuple[int, int]] = []
-    for size, stride in digits:
-        if size == 1:
-            continue
-        if out and out[-1][1] == size * stride:
-            out[-1] = (out[-1][0] * size, stride)
-        else:
-            out.append((size, stride))
-    return tuple(out)
-
-
 def _dense(layout: ObjectLayout, planes: Mapping[str, ObjectPlane], start: int) -> tuple[dict[str, PlaneBytes], int]:
-    """Addresses of planes that share one dense region beginning at byte `start`, and the region's bytes."""
+    """Returns the addresses of planes that share one dense region starting at byte `start`, and the region's size in bytes."""
     label = "object"
     itemsizes = {layout._itemsize(p) for p in planes.values()}
     if len({p.dtype for p in planes.values()}) > 1:
@@ -271,7 +275,7 @@ def _text(value: Any) -> str:
 
 
 def same_planes(a: ObjectLayout, b: ObjectLayout) -> None:
-    """`LayoutError` unless both describe an object of the same spec and extent."""
+    """Raises `LayoutError` unless both layouts describe objects of the same planes and extents."""
     left = [(p.name, p.dtype, p.elems) for p in a.planes]
     right = [(p.name, p.dtype, p.elems) for p in b.planes]
     if (left, a.layers, a.heads, a.tokens) != (right, b.layers, b.heads, b.tokens):
@@ -279,3 +283,14 @@ def same_planes(a: ObjectLayout, b: ObjectLayout) -> None:
             f"objects differ: {left} × {a.layers} layers × {a.heads} heads × {a.tokens} tokens, "
             f"and {right} × {b.layers} × {b.heads} × {b.tokens}"
         )
+
+
+def canonical_views(buffer: torch.Tensor, layout: ObjectLayout) -> dict[str, torch.Tensor]:
+    """Returns plane → `(layers, tokens, heads, elems × itemsize)` byte views of a canonical object (uint8 `(nbytes,)`)."""
+    out, start = {}, 0
+    for plane in layout.planes:
+        row = plane.elems * layout.places[plane.name].itemsize
+        size = layout.layers * layout.tokens * layout.heads * row
+        out[plane.name] = buffer[start : start + size].view(layout.layers, layout.tokens, layout.heads, row)
+        start += size
+    return out

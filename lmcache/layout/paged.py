@@ -1,4 +1,4 @@
-"""`PagedKV`: an engine's live tensors, checked once against the spec and compiled to addresses."""
+"""`PagedKV`: an engine's KV tensors, checked once against the spec and compiled to addresses."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lmcache.layout.bound import BoundGroup, BoundKV
 from lmcache.layout.description import Layout
 from lmcache.layout.window import host_window
 from lmcache.spec import KVSpec, LayerGroup, Plane
-from lmcache_kernels import PlaneAddress, on_host
+from lmcache_kernels import PlaneAddress
 
 LayerTensors = torch.Tensor | Sequence[torch.Tensor]
 GroupTensors = LayerTensors | Mapping[str, LayerTensors]
 
 
 class PagedKV:
-    """An engine's live KV tensors and their layout.
+    """An engine's KV tensors and their layout. The tensors are not copied; the engine keeps ownership.
 
     Args:
-        tensors: per-layer tensors that hold all planes; or plane name → per-layer tensors; or, where the axes have a
+        tensors: per-layer tensors that hold all planes; or plane name → per-layer tensors; or, if the axes include
             `layer`, one tensor instead of a sequence. With several groups: group index → any of these.
-        layout: one layout, or group index → layout. The tensors are not copied and stay the engine's.
+        layout: one layout, or group index → layout.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class PagedKV:
         self._bound: tuple[KVSpec, BoundKV] | None = None
 
     def bind(self, spec: KVSpec) -> BoundKV:
-        """Check the tensors against `spec` and compile their addresses; cached for the same spec.
+        """Checks the tensors against `spec` and compiles their addresses; cached for the same spec.
 
         Raises:
-            SpecError: wrong number of layers, dtype or device, or tensors that are not plain memory.
+            SpecError: wrong number of layers, dtype or device, or tensors that are not plain strided memory.
             LayoutError: axes and shapes contradict each other.
         """
         if self._bound is None or self._bound[0] != spec:
@@ -118,8 +118,8 @@ def _bind_group(spec: KVSpec, index: int, tensors: GroupTensors, layout: Layout)
 def _in_one_window(
     storages: Sequence[torch.Tensor], addresses: Sequence[tuple[PlaneAddress, ...]]
 ) -> tuple[tuple[torch.Tensor, ...], list[tuple[PlaneAddress, ...]]]:
-    """On the host, memory allocated apart is addressed through one window, so that all layers move in one copy."""
-    if len(storages) == 1 or not all(map(on_host, storages)):
+    """Addresses separately allocated host memory through one window, so that one copy covers all layers."""
+    if len(storages) == 1 or any(storage.device.type != "cpu" for storage in storages):
         return tuple(storages), list(addresses)
     window, offsets = host_window(storages)
     moved = [tuple(replace(a, storage=0, base=a.base + offsets[a.storage]) for a in layers) for layers in addresses]
@@ -137,14 +137,14 @@ def _by_plane(
     lone = [name for name in names if "kv" not in axes[name].names]
     if lone and len(names) > 1:
         raise LayoutError(
-            f"{label}: planes {', '.join(names)} come in one tensor, but the axes of {lone[0]!r} have no 'kv' to tell them "
+            f"{label}: planes {', '.join(names)} share one tensor, but the axes of {lone[0]!r} have no 'kv' to tell them "
             "apart; add it, or pass a mapping from plane name to tensors"
         )
     return dict.fromkeys(names, tensors)
 
 
 class _Compiler:
-    """Turns tensors into addresses. Layers of one shape and stride are solved once."""
+    """Compiles tensors to addresses. Layers of the same shape and strides are solved once."""
 
     def __init__(
         self, label: str, group: LayerGroup, layout: Layout, axes: Mapping[str, Axes], layers: int, heads: int
@@ -156,8 +156,8 @@ class _Compiler:
         self._solved: dict[object, Strides] = {}
 
     def plane(self, plane: Plane, source: LayerTensors) -> list[tuple[PlaneAddress, Strides]]:
-        """(address, strides) of each local layer of one plane."""
-        where = f"{self.label}, plane {plane.name!r}"
+        """Returns (address, strides) of each local layer of one plane."""
+        where, itemsize = f"{self.label}, plane {plane.name!r}", plane.itemsize
         if isinstance(source, torch.Tensor):
             if "layer" not in self.axes[plane.name].names:
                 raise LayoutError(
@@ -166,7 +166,7 @@ class _Compiler:
             strides = self._strides(plane, source, where)
             assert strides.layer is not None
             step = strides.layer
-            return [(self._address(plane, source, strides, i * step), strides) for i in range(self.layers)]
+            return [(self._address(source, strides, i * step, itemsize), strides) for i in range(self.layers)]
         if not isinstance(source, Sequence):
             raise SpecError(f"{where}: expected a tensor or a sequence of tensors, not {type(source).__name__}")
         if "layer" in self.axes[plane.name].names:
@@ -176,12 +176,12 @@ class _Compiler:
         out = []
         for i, tensor in enumerate(source):
             strides = self._strides(plane, tensor, f"{where}, layer {i}")
-            out.append((self._address(plane, tensor, strides, 0), strides))
+            out.append((self._address(tensor, strides, 0, itemsize), strides))
         return out
 
-    def _address(self, plane: Plane, tensor: torch.Tensor, s: Strides, offset: int) -> PlaneAddress:
+    def _address(self, tensor: torch.Tensor, s: Strides, offset: int, itemsize: int) -> PlaneAddress:
         base = int(tensor.storage_offset()) * tensor.element_size() + s.offset + offset
-        return PlaneAddress(self._storage(tensor), base, s.page, s.head, s.slot, s.elem, plane.itemsize)
+        return PlaneAddress(self._storage(tensor), base, s.page, s.head, s.slot, s.elem, itemsize)
 
     def _storage(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -214,15 +214,15 @@ class _Compiler:
 
 
 def _check_dtype(plane: Plane, tensor: torch.Tensor, where: str) -> None:
-    """The spec's dtype, or raw bits: an unsigned integer of the same width (engines keep fp8 in uint8 tensors)."""
+    """Accepts the spec's dtype, or raw bits: an unsigned integer of the same width (engines store fp8 in uint8 tensors)."""
     raw = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
     if tensor.dtype == plane.torch_dtype or (tensor.dtype in raw and tensor.element_size() == plane.itemsize):
         return
-    raise SpecError(f"{where}: the tensor is {tensor.dtype}, the spec says {plane.torch_dtype}")
+    raise SpecError(f"{where}: the tensor is {tensor.dtype}, the spec requires {plane.torch_dtype}")
 
 
 def _check_injective(tensor: torch.Tensor, where: str, axes: Axes) -> None:
-    """Different indices must be different bytes, or a scatter would overwrite what it just wrote."""
+    """Raises if different indices share bytes, since a scatter would overwrite its own writes."""
     reach = 1
     for stride, size, i in sorted(
         (stride, size, i) for i, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))

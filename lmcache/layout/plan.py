@@ -1,7 +1,7 @@
-"""Which bytes go where between an engine's pages and an object: compiled once, then only slots are looked at per call.
+"""Compiles the copy between an engine's pages and an object: once per layout; each call then only processes its slots.
 
-A copy is a set of `Strip`s: what is contiguous on both sides moves as one run. Objects made of whole pages in order move
-by page; any other by token, where tokens that follow each other are joined into runs again.
+A copy is a set of `Strip`s: bytes that are contiguous on both sides are copied as one run. Objects that consist of whole pages
+in order are copied page by page; all others token by token, with adjacent tokens merged into runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from lmcache.errors import SpecError
 from lmcache.layout.bound import BoundGroup
 from lmcache.layout.objects import ObjectLayout, PlaneBytes
-from lmcache_kernels import Digits, PlaneAddress, Rows, Strip, merge_strips, refine, table, width_of
+from lmcache_kernels import Digits, PlaneAddress, Rows, Strip, join_digits, merge_strips, refine, table, width_of
 
 Ints = npt.NDArray[np.int64]
 _MISSING = -(1 << 62)
@@ -27,11 +27,12 @@ _LONG_RUN = 4096
 
 
 class Part(NamedTuple):
-    """One strip for layers that share a storage.
+    """One strip, for layers that share a storage.
 
-    `rows` describes the inside of a row on the paged side, `back` the same bytes in the object, whose rows have the
-    leading dimensions `lead`: `layer` bytes from a layer to the next, then `units`. Row (layer, unit) of the paged side
-    has number `layer_rows[layer] + address[unit] // step`.
+    `rows` describes a row on the paged side, `back` the same bytes in the object, whose rows have the leading dimensions
+    `lead`: `layer` bytes from one layer to the next, then `units`. Row (layer, unit) of the paged side has the number
+    `layer_rows[layer] + address[unit] // step`. `join`: consecutive units merged into one; `width`: bytes per element. `lead`:
+    (size, stride) of the leading dimensions, as few as possible.
     """
 
     storage: int
@@ -44,17 +45,13 @@ class Part(NamedTuple):
     tag: int
     join: int
     width: int
-
-    @property
-    def lead(self) -> Digits:
-        """(size, stride) of the leading dimensions of an object's rows, as few as possible."""
-        return joined([(len(self.layer_rows), self.layer), *self.units])
+    lead: Digits
 
 
 class Copy(NamedTuple):
-    """A part for objects that lie in one buffer, ready to move.
+    """A part for objects in one buffer, ready to be copied.
 
-    `numbers[object]` are row numbers in `storage`, negative = skip, in the shape of `part.lead`; objects begin every
+    `numbers[object]` are row numbers in `storage`, negative = skip, in the shape of `part.lead`; objects start every
     `distance` bytes of `memory`; `width` bytes divide every offset, stride, length and pointer.
     """
 
@@ -72,7 +69,7 @@ class Copy(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Copy `parts` of these objects. `numbers[part][object]` are row numbers, negative = skip, in the shape of `part.lead`."""
+    """Copies `parts` of `objects`. `numbers[part][object]` are row numbers, negative = skip, in the shape of `part.lead`."""
 
     objects: Sequence[int]
     parts: tuple[Part, ...]
@@ -84,8 +81,8 @@ class Job(NamedTuple):
 class Plan:
     """The strips of one group and object layout, for units of a page or of one token.
 
-    `kinds[tag]` = (page stride, slot digits; none if by page) on the paged side of the planes with that tag.
-    `joinable[tag]`: joining units makes some of its runs longer.
+    `kinds[tag]` = (page stride, slot digits; empty if by page) on the paged side of the planes with that tag.
+    `joinable[tag]`: merging units lengthens some runs.
     """
 
     strips: tuple[Strip, ...]
@@ -96,7 +93,7 @@ class Plan:
 
 
 class Units(NamedTuple):
-    """Objects that move by the same plan: `ids` are page numbers (`block` = 1) or slots, int64 `(objects, units)`."""
+    """Objects copied by the same plan: `ids` are page numbers (`block` = 1) or slots, int64 `(objects, units)`."""
 
     plan: Plan
     objects: Sequence[int]
@@ -104,13 +101,18 @@ class Units(NamedTuple):
     block: int
 
     def addresses(self, tag: int) -> Ints:
-        """Byte offset of each unit inside a layer on the paged side; of a unit that is missing (−1), anything."""
+        """Byte offset of each unit within a layer on the paged side; undefined for missing units (−1)."""
         page, slot = self.plan.kinds[tag]
         return self.ids * page if not slot else self.ids // self.block * page + table(slot)[self.ids % self.block]
 
 
 def units_of(bound: BoundGroup, layout: ObjectLayout, ids: Ints, objects: int) -> list[Units]:
-    """What moves for `objects` objects whose tokens' slots are `ids`, checked, −1 = leave out: whole pages, then tokens."""
+    """Divides the objects into those copied by page and those copied by token.
+
+    Args:
+        ids: int64 `(objects × tokens,)`, checked slots; −1 = skip.
+        objects: number of objects.
+    """
     if not objects:
         return []
     plan = _plan(bound, layout, by_page=True)
@@ -131,9 +133,9 @@ def units_of(bound: BoundGroup, layout: ObjectLayout, ids: Ints, objects: int) -
 
 
 def _whole_pages(ids: Ints, block: int, objects: int, partial: bool) -> tuple[Ints, npt.NDArray[np.bool_] | None]:
-    """Page numbers `(objects, pages)`, and which objects are whole pages in order: None = all.
+    """Returns page numbers `(objects, pages)`, and a mask of the objects that are whole pages in order (None = all).
 
-    A page none of whose tokens is resident counts as whole, and has number −1.
+    A page without resident tokens counts as whole and has number −1.
     """
     pages = ids.reshape(-1, block)
     first = pages[:, 0]
@@ -147,13 +149,13 @@ def _whole_pages(ids: Ints, block: int, objects: int, partial: bool) -> tuple[In
 
 
 def job_of(work: Units, layers: range) -> Job:
-    """What to copy, rows named by an index."""
+    """Returns the copy with rows selected by an index."""
     plan, ids = work.plan, work.ids
     partial = bool(ids.size and ids.min() < 0)
     addresses, joins = [], []
     for tag, (page, slot) in enumerate(plan.kinds):
         step, address = slot[-1][1] if slot else page, work.addresses(tag)
-        if partial:  # a run of missing units continues itself, and nothing else
+        if partial:  # missing units are adjacent to each other only
             address = np.where(ids < 0, np.arange(ids.shape[1]) * step + _MISSING, address)
         addresses.append(address)
         joins.append(_join(address, step) if plan.joinable[tag] else 1)
@@ -170,7 +172,7 @@ def job_of(work: Units, layers: range) -> Job:
 
 
 def _join(address: Ints, step: int) -> int:
-    """The largest number of consecutive units that are `step` apart in every object wherever a group of them begins."""
+    """Returns the largest group size such that, in every object, consecutive units of each group are `step` bytes apart."""
     breaks = np.flatnonzero((np.diff(address, axis=1) != step).any(axis=0)) + 1
     return gcd(address.shape[1], int(np.gcd.reduce(breaks))) if len(breaks) else address.shape[1]
 
@@ -187,7 +189,7 @@ def _plan(bound: BoundGroup, layout: ObjectLayout, *, by_page: bool) -> Plan | N
 
 
 def _compile(bound: BoundGroup, layout: ObjectLayout, *, by_page: bool) -> Plan | None:
-    """None if pages are asked for but the object has no pages of that size."""
+    """Returns None if `by_page` is requested but the object cannot be copied by page."""
     mine = [(p.name, p.dtype, p.elems) for p in bound.planes]
     theirs = [(p.name, p.dtype, p.elems) for p in layout.planes]
     if (mine, bound.layers, bound.heads) != (theirs, layout.layers, layout.heads):
@@ -214,12 +216,12 @@ def _compile(bound: BoundGroup, layout: ObjectLayout, *, by_page: bool) -> Plan 
 
 
 def _joinable(strip: Strip) -> bool:
-    """Whether joining units can pay: the object's units are regular, and runs are short."""
+    """Whether merging units can be faster: the object's units are regular, and runs are short."""
     return len(strip.units) == 1 and (len(strip.dims) > 1 or strip.run < _LONG_RUN)
 
 
 def _alike(addresses: Sequence[PlaneAddress]) -> list[range]:
-    """Ranges of layers whose strides agree (in practice one: all)."""
+    """Ranges of layers with equal strides (in practice a single range)."""
     shapes = [(a.page, a.head, a.slot, a.elem) for a in addresses]
     cuts = [0, *(i for i in range(1, len(shapes)) if shapes[i] != shapes[i - 1]), len(shapes)]
     return [range(a, b) for a, b in pairwise(cuts)]
@@ -228,7 +230,7 @@ def _alike(addresses: Sequence[PlaneAddress]) -> list[range]:
 def _plane_strips(
     addresses: Sequence[PlaneAddress], layers: range, place: PlaneBytes, tag: int, bound: BoundGroup, by_page: bool
 ) -> list[Strip] | None:
-    """Strips of one plane for a range of layers with equal strides."""
+    """Strips of one plane for a range of layers with equal strides; None if `by_page` does not fit the object."""
     source, target = addresses[layers[0]], place.addresses[layers[0]]
     units, slot_pieces = place.tokens, refine((), ())
     if by_page:
@@ -249,7 +251,7 @@ def _plane_strips(
 
 
 def split_digits(digits: Digits, inner: int) -> tuple[Digits, Digits] | None:
-    """The digits of whole pages, and those of the `inner` tokens inside one; None where no digit boundary is there."""
+    """Splits digits into those of the pages and those of the `inner` tokens of a page; None if no digit can be cut there."""
     outer, rest, left = list(digits), [], inner
     while left > 1:
         size, stride = outer.pop()
@@ -266,19 +268,11 @@ def split_digits(digits: Digits, inner: int) -> tuple[Digits, Digits] | None:
 
 
 def joined(digits: Sequence[tuple[int, int]]) -> Digits:
-    """Digits that continue each other as one; at least one digit remains."""
-    out: list[tuple[int, int]] = []
-    for size, stride in digits:
-        if size == 1:
-            continue
-        if out and out[-1][1] == size * stride:
-            out[-1] = (out[-1][0] * size, stride)
-        else:
-            out.append((size, stride))
-    return tuple(out or [(1, digits[-1][1] if digits else 0)])
+    """Merges contiguous digits; returns at least one digit."""
+    return join_digits(digits) or ((1, digits[-1][1] if digits else 0),)
 
 
-# ---------------------------------------------------------------- compiled once per joining of units
+# ---------------------------------------------------------------- compiled once per merging of units
 
 
 def _parts(plan: Plan, joins: Sequence[int], layers: range) -> tuple[Part, ...]:
@@ -298,16 +292,15 @@ def _parts(plan: Plan, joins: Sequence[int], layers: range) -> tuple[Part, ...]:
             width = width_of(base, step, offset, strip.run, strip.layer, *(stride for _, stride in strip.units), *inner)
             rows = Rows(base, step, tuple((size, a) for size, a, _ in strip.dims))
             back = Rows(offset, 1, tuple((size, b) for size, _, b in strip.dims))
+            lead, layer_rows = joined([(len(bases), strip.layer), *strip.units]), (bases - base) // step
             parts.append(
-                Part(
-                    storage, rows, back, strip.layer, strip.units, (bases - base) // step, step, strip.tag, join, width
-                )
+                Part(storage, rows, back, strip.layer, strip.units, layer_rows, step, strip.tag, join, width, lead)
             )
     return tuple(parts)
 
 
 def _with_joined_units(plan: Plan, strip: Strip, join: int) -> tuple[Strip, int]:
-    """The strip with `join` consecutive units as one, where the object's units are regular and it makes runs longer."""
+    """Merges `join` consecutive units of the strip if that can be faster; returns the strip and the units merged."""
     if join == 1 or not _joinable(strip):
         return strip, 1
     page, slot = plan.kinds[strip.tag]
@@ -318,7 +311,7 @@ def _with_joined_units(plan: Plan, strip: Strip, join: int) -> tuple[Strip, int]
 
 
 def _by_storage(strip: Strip, layers: range) -> list[tuple[int, range]]:
-    """Runs of layers that lie in the same storage."""
+    """(storage, range of layers) for consecutive layers in the same storage."""
     out: list[tuple[int, range]] = []
     for layer in layers:
         storage = strip.sources[layer - strip.first][0]

@@ -1,9 +1,9 @@
-"""Layout proof: an adapter shows at start-up that a layout is true, by the engine's own cache-write path.
+"""Layout proof: verifies at start-up that a layout describes the engine's memory, through the engine's own cache-write path.
 
-Shapes cannot tell layouts apart: with 2 kv heads, `[block, slot, 2, 2·dim]` is K‖V per head or heads per K and V, and
-the same engine packs its pages differently on another processor. So the engine writes known patterns, no two elements
-alike, into scratch slots, and what `gather` reads must be exactly these; then `scatter` writes others, and the engine (if
-it can) reads them back. What is not proven is not used.
+Shapes do not determine the layout: with 2 kv heads, `[block, slot, 2, 2·dim]` is either K‖V per head or heads per K and V, and
+the same engine packs its pages differently on another CPU. So the engine writes known patterns, in which no two elements are
+equal, into scratch slots, and `gather` must read exactly these; then `scatter` writes others, and the engine (if it can)
+reads them back. An unproven layout is not used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from lmcache.layout import BoundKV, ObjectLayout, gather, scatter
 from lmcache.layout.bound import BoundGroup
+from lmcache.layout.objects import canonical_views
 from lmcache.layout.slots import validate_slots
 from lmcache.spec import KVSpec, Plane
 
@@ -23,17 +24,17 @@ Values = dict[str, torch.Tensor]
 """Plane name → values `(tokens, heads, elems)` in the plane's dtype."""
 
 Write = Callable[[int, int, torch.Tensor, Values], None]
-"""(group, local layer, slots, values): store these tokens' KV the way the engine does it in a forward pass."""
+"""(group, local layer, slots, values): stores the tokens' KV as the engine does in a forward pass."""
 
 Read = Callable[[int, int, torch.Tensor], Mapping[str, torch.Tensor]]
-"""(group, local layer, slots) → values, the way the engine's attention reads them."""
+"""(group, local layer, slots) → values, as read by the engine's attention."""
 
 _SNAPSHOT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Whether the layout is true, and if not, the first thing that contradicts it. True in a boolean context if proven."""
+    """Result of a layout proof: `reason` is the first contradiction found. True in a boolean context if proven."""
 
     ok: bool
     reason: str = ""
@@ -51,18 +52,18 @@ def prove(
     read: Read | None = None,
     layers: Iterable[int] | None = None,
 ) -> Proof:
-    """Compare the layout of `kv` with what the engine really does.
+    """Verifies the layout of `kv` against the engine's own writes and reads.
 
-    Never raises, whatever the engine's functions do, and writes into the engine's memory itself only once reading is
-    proven. The scratch slots' content is lost.
+    Never raises: an exception in the engine's functions fails the proof. `scatter` runs only after `gather` is proven. The
+    content of the scratch slots is overwritten.
 
     Args:
-        kv: the engine's memory under the layout in question.
-        spec: what `kv` was bound to.
+        kv: the engine's memory under the layout to verify.
+        spec: the spec that `kv` is bound to.
         write: the engine's cache-write path.
-        scratch_slots: slots that nobody uses, per group if there are several: at least two pages, all their slots (in a
-            pool without pages, at least four).
-        read: the engine's own way of reading, if it has one.
+        scratch_slots: unused slots, per group if there are several: all slots of at least two pages (in a pool without
+            pages, at least four slots).
+        read: the engine's read path, if it has one.
         layers: local layers to test, default all.
     """
     try:
@@ -71,7 +72,7 @@ def prove(
             reason = _prove_group(kv, index, write, read, slots, layers)
             if reason:
                 return Proof(False, f"group {spec.groups[index].name!r}: {reason}")
-    except Exception as error:  # an engine's internals may raise anything: then nothing is proven
+    except Exception as error:  # the engine's functions may raise anything
         return Proof(False, f"{type(error).__name__}: {error}")
     return Proof(True)
 
@@ -99,7 +100,7 @@ def _prove_group(
 
 
 def _prove_scatter(kv: BoundKV, index: int, read: Read | None, slots: torch.Tensor, patterns: _Patterns) -> str:
-    """Overwrite every other scratch slot; their neighbours, and all memory that is not theirs, must stay as it is."""
+    """Overwrites every other scratch slot and checks that all other memory stays unchanged. Returns the reason of failure."""
     bound, which = kv.groups[index], patterns.layers
     canonical = ObjectLayout.canonical(kv.spec, index, len(slots))
     before = _snapshot(bound)
@@ -107,7 +108,7 @@ def _prove_scatter(kv: BoundKV, index: int, read: Read | None, slots: torch.Tens
     new = patterns.values(patterns.passes, kv.device)
     chosen = torch.arange(len(slots)) % 2 == 0
     buffer = torch.zeros(canonical.nbytes, dtype=torch.uint8, device=kv.device)
-    parts = _planes_of(buffer, canonical)
+    parts = canonical_views(buffer, canonical)
     for name, by_layer in new.items():
         for layer, values in by_layer.items():
             parts[name][layer].copy_(_bits(values))
@@ -130,13 +131,13 @@ def _prove_scatter(kv: BoundKV, index: int, read: Read | None, slots: torch.Tens
 
 
 def _too_few(bound: BoundGroup, slots: torch.Tensor) -> str:
-    """Why these scratch slots cannot prove anything, or nothing."""
+    """Returns why these scratch slots are not sufficient for a proof, or an empty string."""
     block = bound.block_tokens
     if bool((slots < 0).any()):
         return "scratch slots must be real slots, not −1"
     if bound.runs:
         need = min(4, bound.num_slots)
-        return "" if len(slots) >= need else f"{len(slots)} scratch slots prove nothing, pass at least {need}"
+        return "" if len(slots) >= need else f"{len(slots)} scratch slots are too few, pass at least {need}"
     pages, offsets = torch.unique(slots // block).numel(), torch.unique(slots % block).numel()
     if pages < min(2, bound.pages) or offsets < block or len(slots) < 2:
         return (
@@ -147,10 +148,10 @@ def _too_few(bound: BoundGroup, slots: torch.Tensor) -> str:
 
 
 class _Patterns:
-    """Values for every (plane, layer, token, head, element), no two alike over all passes.
+    """Values for every (plane, layer, token, head, element), such that no two elements are equal in all passes.
 
-    An element's number is written in base M, one digit a pass, where M is how many values of the dtype are safe: finite,
-    normal, positive, so that no write path rounds, flushes or canonicalises them.
+    The index of an element is encoded in base M, one digit per pass, where M is the number of safe values of the dtype:
+    finite, normal and positive, so that no write path rounds, flushes or canonicalises them.
     """
 
     def __init__(self, bound: BoundGroup, tokens: int, layers: list[int]) -> None:
@@ -165,7 +166,7 @@ class _Patterns:
             self.passes += 1
 
     def values(self, number: int, device: torch.device) -> dict[str, dict[int, torch.Tensor]]:
-        """Plane → layer → values. Pass `passes` is one more, unlike pass 0 everywhere."""
+        """Returns plane → layer → values of one pass. Pass `passes` is an extra one that differs from pass 0 everywhere."""
         out: dict[str, dict[int, torch.Tensor]] = {}
         start = 0
         for name, shape in self._shapes.items():
@@ -181,7 +182,7 @@ class _Patterns:
 
 
 def _alphabet(plane: Plane) -> torch.Tensor:
-    """The values of a dtype that survive any honest write path."""
+    """Returns the values of a dtype that every correct write path preserves."""
     dtype = plane.torch_dtype
     if dtype == torch.bool:
         return torch.tensor([False, True])
@@ -203,24 +204,12 @@ def _alphabet(plane: Plane) -> torch.Tensor:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """The same values as bytes: `(…, last dimension × itemsize)`."""
+    """Views values as bytes: `(…, last dimension × itemsize)`."""
     return values.contiguous().view(torch.uint8)
 
 
 def _choose(mask: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, _bits(yes), _bits(no)).view(yes.dtype)
-
-
-def _planes_of(buffer: torch.Tensor, canonical: ObjectLayout) -> dict[str, torch.Tensor]:
-    """Plane → `(layers, tokens, heads, elems × itemsize)` byte views of a canonical object."""
-    out, start = {}, 0
-    for plane in canonical.planes:
-        row = plane.elems * canonical.places[plane.name].itemsize
-        size = canonical.layers * canonical.tokens * canonical.heads * row
-        shape = (canonical.layers, canonical.tokens, canonical.heads, row)
-        out[plane.name] = buffer[start : start + size].view(shape)
-        start += size
-    return out
 
 
 def _gathered(kv: BoundKV, index: int, slots: torch.Tensor, layers: list[int]) -> dict[str, dict[int, torch.Tensor]]:
@@ -229,7 +218,7 @@ def _gathered(kv: BoundKV, index: int, slots: torch.Tensor, layers: list[int]) -
     for layer in layers:
         gather(kv, index, slots, [buffer], canonical, slice(layer, layer + 1))
     dtypes = {p.name: p.torch_dtype for p in kv.groups[index].planes}
-    parts = _planes_of(buffer, canonical)
+    parts = canonical_views(buffer, canonical)
     return {name: {i: part[i].clone().view(dtypes[name]) for i in layers} for name, part in parts.items()}
 
 
@@ -239,7 +228,7 @@ def _difference(
     left: str,
     right: str,
 ) -> str:
-    """The first element that differs in any bit, in words."""
+    """Describes the first element that differs in any bit; empty if there is none."""
     for name, by_layer in wanted.items():
         for layer, values in by_layer.items():
             seen = found[name][layer]
@@ -257,7 +246,7 @@ def _difference(
 
 
 def _snapshot(bound: BoundGroup) -> tuple[torch.Tensor, ...] | None:
-    """All of the engine's memory, if it is small enough to copy."""
+    """Copies all of the engine's memory, or returns None if it is too large."""
     if any(tensor.untyped_storage().nbytes() > _SNAPSHOT_BYTES for tensor in bound.owners):
         return None
     return tuple(tensor.clone() for tensor in bound.owners)
@@ -266,7 +255,7 @@ def _snapshot(bound: BoundGroup) -> tuple[torch.Tensor, ...] | None:
 def _stray_bytes(
     bound: BoundGroup, before: tuple[torch.Tensor, ...] | None, slots: torch.Tensor, layers: Iterable[int]
 ) -> int:
-    """How many bytes changed that belong to none of `slots`."""
+    """Returns the number of bytes that changed outside of `slots`; 0 without a snapshot."""
     if before is None:
         return 0
     changed = [new != old for new, old in zip(bound.owners, before, strict=True)]

@@ -1,4 +1,4 @@
-"""What an accelerator's kernels are told: the same copies as in `plan`, as absolute addresses of rows."""
+"""Converts copies of `plan` to `RowCopy`s, the absolute row addresses that kernels take."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lmcache_kernels import SKIP, RowCopy, table
 def row_copies(
     bound: BoundGroup, layout: ObjectLayout, ids: Ints, starts: Sequence[int], layers: slice | None = None
 ) -> list[RowCopy]:
-    """Every byte of the objects that begin at addresses `starts`, side B, and of the slots `ids`, side A.
+    """Returns the copies between slots `ids` (side A) and objects at addresses `starts` (side B).
 
     Args:
         bound: the engine's memory.
-        layout: how the objects are arranged.
-        ids: int64 `(objects × tokens,)`, checked slots; −1 = left out.
+        layout: layout of the objects.
+        ids: int64 `(objects × tokens,)`, checked slots; −1 = skip.
         starts: address of each object's first byte.
         layers: range of local layers, default all.
     """
@@ -31,10 +31,10 @@ def row_copies(
 
 
 def rows_of(units: Units, bound: BoundGroup, starts: Sequence[int], layers: range) -> list[RowCopy]:
-    """What `units` are, as rows.
+    """Converts `units` to rows.
 
-    Units are not joined into longer runs, however the block table lies: what a kernel is compiled for then depends on
-    the layouts alone, and a planner that wants longer pieces finds them itself.
+    Adjacent units are not merged into longer runs: kernel specialisations then depend on the layouts alone, not on the block
+    table, and a planner that needs longer pieces merges them itself.
     """
     pointers = [storage.data_ptr() for storage in bound.storages]
     every = np.asarray(starts, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Checks of slot tensors, vectorised, before anything moves."""
+"""Vectorised checks of slot mappings, done before anything is copied."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def validate_slots(slots: torch.Tensor, num_slots: int, tokens: int, *, unique: bool) -> torch.Tensor:
-    """The slots of the first `tokens` tokens, int64 `(tokens,)`, checked.
+    """Checks and returns the slots of the first `tokens` tokens, int64 `(tokens,)`.
 
     Args:
         slots: one-dimensional integer tensor with at least `tokens` entries in [0, num_slots), or −1 = not resident.
         num_slots: slots of the pool.
-        tokens: how many are needed.
-        unique: each slot may be named once (destinations); −1 may be repeated.
+        tokens: number of slots needed.
+        unique: slots must be distinct (destinations); −1 may be repeated.
 
     Raises:
         SlotError: wrong type or shape, too few, out of range, or duplicated; the message names slot and position.
@@ -36,7 +36,16 @@ def validate_slots(slots: torch.Tensor, num_slots: int, tokens: int, *, unique: 
 def check_slots(
     slots: torch.Tensor, num_slots: int, expected: int, *, missing: bool, unique: bool
 ) -> npt.NDArray[np.int64]:
-    """The slots as a host array (no copy where they are on the host), or `SlotError`. `missing`: −1 is allowed."""
+    """Checks slots and returns them as a host array (without a copy if they are on the host).
+
+    Args:
+        expected: required number of slots.
+        missing: −1 (not resident) is allowed.
+        unique: slots other than −1 must be distinct.
+
+    Raises:
+        SlotError: as `validate_slots`.
+    """
     if slots.dtype != torch.int64 or slots.shape != (expected,):
         raise SlotError(f"slots must be int64 of shape ({expected},), not {slots.dtype} {tuple(slots.shape)}")
     ids: npt.NDArray[np.int64] = slots.cpu().numpy()
@@ -49,8 +58,8 @@ def check_slots(
         hint = "; -1 (not resident) cannot be read" if ids[where] == -1 else ""
         raise SlotError(f"slot {ids[where]} at position {where} is outside of [0, {num_slots}){hint}")
     if unique:
-        # The last position written at each slot; a slot that occurs twice does not give its first position back. The
-        # scratch array need not be cleared, only touched entries are read, so the cost does not grow with the pool.
+        # `last` holds the last position of each slot; for a duplicated slot it differs from the first position. The scratch
+        # array is not cleared, since only entries written here are read, so the cost does not grow with the pool.
         wanted = ids[ids >= 0] if low < 0 else ids
         last = np.empty(num_slots, dtype=np.int64)
         position = np.arange(len(wanted))
@@ -60,6 +69,6 @@ def check_slots(
             slot = int(wanted[twice[0]])
             first, second = np.flatnonzero(ids == slot)[:2]
             raise SlotError(
-                f"slot {slot} is named twice, at positions {first} and {second}; a destination takes one token"
+                f"slot {slot} is named twice, at positions {first} and {second}; a destination slot holds one token"
             )
     return ids

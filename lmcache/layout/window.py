@@ -1,4 +1,4 @@
-"""One flat view over host tensors that were allocated apart, so that one copy can reach the pages of all layers."""
+"""One flat view over separately allocated host tensors, so that one copy can access the pages of all layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class _Memory:
-    """numpy's array interface over addresses [start, start + nbytes). Keeps the tensors that own the used parts alive."""
+    """numpy's array interface over addresses [start, start + nbytes). Keeps the owners of the used ranges alive."""
 
     def __init__(self, start: int, nbytes: int, owners: Sequence[torch.Tensor]) -> None:
         self.owners = tuple(owners)
@@ -17,10 +17,10 @@ class _Memory:
 
 
 def host_window(storages: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A uint8 tensor from the first to the last byte of flat host `storages`, and each storage's offset in it.
+    """Returns a uint8 tensor from the first to the last byte of flat host `storages`, and each storage's offset in it.
 
-    The bytes between the storages belong to others and must never be touched: use it only with offsets inside of a
-    storage. Nothing is copied or allocated.
+    Bytes between the storages belong to other allocations and must not be accessed: use offsets within a storage only.
+    Nothing is copied or allocated.
     """
     spans = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes) for storage in storages if storage.nbytes]
     if not spans:

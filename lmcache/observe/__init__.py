@@ -1,1 +1,1 @@
-"""What an operator sees: metrics, log lines, recorded traces."""
+"""Observability: metrics, log lines, and recorded request traces."""

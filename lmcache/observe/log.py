@@ -1,7 +1,7 @@
 """One-line structured logs over the standard library: `event key=value key=value`, under the logger `lmcache`.
 
-A library does not configure logging: records below WARNING go nowhere unless the application asks for them, and warnings
-reach stderr through Python's handler of last resort. What may happen for every request is said through a `Throttle`.
+A library does not configure logging: records below WARNING are dropped unless the application enables them, and warnings
+reach stderr through Python's handler of last resort. Events that can occur on every request are logged through a `Throttle`.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ _PLAIN: Final = re.compile(r"[^\s\"'=]+")
 
 
 def event(level: int, name: str, /, **fields: object) -> None:
-    """Log one line: `name` (a few words with hyphens) and its fields. Costs nothing if `level` is off."""
+    """Logs one line: `name` (hyphenated words) and its fields. Nothing is formatted if `level` is disabled."""
     if LOGGER.isEnabledFor(level):
         LOGGER.log(level, "%s", render(name, fields), stacklevel=2)
 
 
 def warning(name: str, /, **fields: object) -> None:
-    """Log one line that says something went wrong and was dealt with."""
+    """Logs one line about a failure that was handled."""
     if LOGGER.isEnabledFor(logging.WARNING):
         LOGGER.warning("%s", render(name, fields), stacklevel=2)
 
 
 def info(name: str, /, **fields: object) -> None:
-    """Log one line of what an operator may want to know once."""
+    """Logs one line of information for operators, for events that happen once or rarely."""
     if LOGGER.isEnabledFor(logging.INFO):
         LOGGER.info("%s", render(name, fields), stacklevel=2)
 
 
 def render(name: str, fields: dict[str, object]) -> str:
-    """`name key=value …` on one line; values with spaces, quotes, `=` or control characters are quoted and escaped."""
+    """Returns `name key=value …` on one line; values with spaces, quotes, `=` or control characters are quoted and escaped."""
     return " ".join([name, *(f"{key}={_value(value)}" for key, value in fields.items())])
 
 
@@ -53,35 +53,35 @@ def _value(value: object) -> str:
 
 
 class Throttle:
-    """Says the same thing at most once per `every` seconds; the next line then tells how often it was held back.
+    """Rate-limits log lines: logs the same event at most once per `every` seconds, with the number of suppressed repeats.
 
-    Owned by whoever logs (no module state); thread-safe. `every=inf` means once in its life. It remembers at most `limit`
-    different things; when there are more, the one said longest ago is forgotten.
+    Owned by the component that logs (no module state); thread-safe. `every=inf` logs each event once. Tracks at most `limit`
+    different events; beyond that, the one logged least recently is dropped.
     """
 
     def __init__(self, every: float = 30.0, limit: int = 1024) -> None:
         self._every = every
         self._limit = limit
         self._lock = Lock()
-        self._said: dict[tuple[str, object], tuple[float, int]] = {}
+        self._logged: dict[tuple[str, object], tuple[float, int]] = {}
 
     def allow(self, name: str, key: object = None, now: float | None = None) -> int | None:
-        """None: hold back. Otherwise: say it, it was held back this many times. `now` is in seconds (default: monotonic)."""
+        """Returns None to suppress the line; otherwise how often it has been suppressed. `now`: seconds (default: monotonic)."""
         now = monotonic() if now is None else now
         with self._lock:
-            last, held = self._said.get((name, key), (None, 0))
+            last, suppressed = self._logged.get((name, key), (None, 0))
             if last is not None and now - last < self._every:
-                self._said[name, key] = (last, held + 1)
+                self._logged[name, key] = (last, suppressed + 1)
                 return None
-            self._said.pop((name, key), None)
-            if len(self._said) >= self._limit:
-                del self._said[next(iter(self._said))]
-            self._said[name, key] = (now, 0)
-            return held
+            self._logged.pop((name, key), None)
+            if len(self._logged) >= self._limit:
+                del self._logged[next(iter(self._logged))]
+            self._logged[name, key] = (now, 0)
+            return suppressed
 
     def warning(self, name: str, /, key: object = None, **fields: object) -> None:
-        """`warning`, throttled by `name` and `key`."""
-        held = self.allow(name, key)
-        if held is not None and LOGGER.isEnabledFor(logging.WARNING):
-            fields = fields | {"repeated": held} if held else fields
+        """Logs like the function `warning`, rate-limited by `name` and `key`."""
+        suppressed = self.allow(name, key)
+        if suppressed is not None and LOGGER.isEnabledFor(logging.WARNING):
+            fields = fields | {"repeated": suppressed} if suppressed else fields
             LOGGER.warning("%s", render(name, fields), stacklevel=2)

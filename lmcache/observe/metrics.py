@@ -1,9 +1,9 @@
-"""Counters, gauges and histograms of one cache, in the prometheus client's terms. Every name ends in its unit.
+"""Prometheus counters, gauges and histograms of one cache. Every name ends in its unit.
 
-Each `Metrics` has its own registry: two caches in one process do not mix, and nothing is registered globally. Nothing
-listens on a port unless `serve` is called; an engine with an endpoint of its own can scrape `registry` instead.
+Each `Metrics` has its own registry: two caches in one process do not mix, and nothing is registered globally. No port is
+opened unless `serve` is called; an engine with its own endpoint can expose `registry` instead.
 
-Calls are cheap (label children are bound once) and thread-safe.
+Calls are cheap (label children are cached) and thread-safe.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Op = Literal["lookup", "retrieve", "store"]
 
 MISS_REASONS: Final = {
     "absent": "no tier holds the chunk",
-    "evicted": "it was held, and had to go to make room",
-    "corrupt": "bytes were found, but not those of this object",
-    "tail": "tokens after the last whole chunk, or the last token, which the engine must compute itself",
-    "group": "another layer group or rank does not hold what a hit up to here needs",
-    "pending": "it is being written or fetched at this moment",
+    "evicted": "it was cached, and has been evicted",
+    "corrupt": "the bytes found failed verification",
+    "tail": "tokens after the last full chunk, and the last prompt token, which the engine always computes",
+    "group": "another layer group or rank lacks the objects that a hit up to here needs",
+    "pending": "it is being written or loaded at this moment",
     "failed": "a tier failed or was too slow",
 }
-"""Why tokens were not found; the values of `reason` in `lmcache_miss_tokens_total`."""
+"""Reasons of misses; the values of the label `reason` of `lmcache_miss_tokens_total`."""
 
 SECONDS_BUCKETS: Final = (
     *(1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3),
@@ -37,7 +37,7 @@ M = TypeVar("M", Counter, Gauge)
 
 
 class Family(NamedTuple):
-    """A metric as documentation shows it."""
+    """A metric, as shown in the documentation."""
 
     name: str
     kind: str
@@ -46,11 +46,11 @@ class Family(NamedTuple):
 
 
 class Metrics:
-    """The metrics of one cache. One method per event; each says what to count and in which unit.
+    """The metrics of one cache, with one method per event.
 
     Attributes:
-        registry: what a prometheus endpoint scrapes.
-        families: what there is, for documentation.
+        registry: the Prometheus registry to expose.
+        families: all metrics, for the documentation.
     """
 
     def __init__(self) -> None:
@@ -70,100 +70,100 @@ class Metrics:
             self.families.append(Family(f"lmcache_{op}_seconds", "histogram", (), doc))
             return Histogram(f"lmcache_{op}_seconds", doc, buckets=SECONDS_BUCKETS, registry=self.registry)
 
-        self._requested_tokens = counter("requested_tokens_total", "Tokens asked for by lookups.")
+        self._requested_tokens = counter("requested_tokens_total", "Tokens requested by lookups.")
         self._hit_tokens = counter(
             "hit_tokens_total", "Tokens found by lookups, by the tier nearest to the engine.", "tier"
         )
         self._miss_tokens = counter("miss_tokens_total", "Tokens not found by lookups, by reason.", "reason")
-        self._loaded_tokens = counter("loaded_tokens_total", "Tokens handed back to the engine.")
-        self._stored_tokens = counter("stored_tokens_total", "Tokens newly accepted by stores.")
+        self._loaded_tokens = counter("loaded_tokens_total", "Tokens loaded into the engine.")
+        self._stored_tokens = counter("stored_tokens_total", "Tokens accepted by stores that were not cached before.")
         self._seconds: dict[Op, Histogram] = {
             "lookup": seconds("lookup", "Seconds per lookup."),
             "retrieve": seconds("retrieve", "Seconds per retrieve."),
-            "store": seconds("store", "Seconds per store, until the source may be overwritten."),
+            "store": seconds("store", "Seconds per store, until the source slots may be overwritten."),
         }
         self._moved_bytes = counter("moved_bytes_total", "Bytes of KV moved, by source and destination.", "src", "dst")
         self._evictions = counter("evictions_total", "Objects evicted, by tier.", "tier")
         self._corruptions = counter("corruptions_total", "Objects whose bytes failed verification, by tier.", "tier")
         self._failures = counter("failures_total", "Operations that failed and became misses.", "op", "reason")
-        self._skipped = counter("skipped_stores_total", "Objects not stored, or not written down, by reason.", "reason")
-        self._uncached = counter("uncached_requests_total", "Requests that ran without cache, by reason.", "reason")
-        self._queue = gauge("queue_depth", "Jobs waiting for or held by I/O threads.")
-        self._queue_bytes = gauge("queue_bytes", "Bytes waiting to be written to tiers below.")
+        self._skipped = counter(
+            "skipped_stores_total", "Objects not stored, or not written back to a tier, by reason.", "reason"
+        )
+        self._uncached = counter("uncached_requests_total", "Requests that ran without the cache, by reason.", "reason")
+        self._queue = gauge("queue_depth", "Jobs queued for or running on I/O threads.")
+        self._queue_bytes = gauge("queue_bytes", "Bytes queued for write-back to tiers.")
         self._slots = gauge("arena_slots", "Arena slots, by group and state.", "group", "state")
-        self._tier_bytes = gauge("tier_bytes", "Bytes that a tier occupies.", "tier")
-        self._fallbacks = gauge("kernel_fallbacks", "Kinds of devices whose kernels cannot run, so that torch copies.")
+        self._tier_bytes = gauge("tier_bytes", "Bytes occupied by a tier.", "tier")
+        self._fallbacks = gauge(
+            "kernel_fallbacks", "Device types on which the kernels cannot run, so that torch copies instead."
+        )
         self._children: dict[tuple[object, ...], Counter | Gauge] = {}
 
     def requested(self, tokens: int) -> None:
-        """A lookup asked for `tokens` tokens."""
+        """Counts `tokens` tokens requested by a lookup."""
         self._requested_tokens.inc(tokens)
 
     def hit(self, tier: str, tokens: int) -> None:
-        """A lookup found `tokens` tokens whose nearest copy is in `tier`."""
+        """Counts `tokens` tokens found by a lookup whose nearest copy is in `tier`."""
         self._child(self._hit_tokens, tier).inc(tokens)
 
     def missed(self, reason: str, tokens: int) -> None:
-        """A lookup did not find `tokens` tokens; `reason` is one of `MISS_REASONS`."""
+        """Counts `tokens` tokens not found by a lookup; `reason` is one of `MISS_REASONS`."""
         self._child(self._miss_tokens, reason).inc(tokens)
 
     def loaded(self, tokens: int) -> None:
-        """A retrieve put `tokens` tokens into the engine's memory."""
+        """Counts `tokens` tokens that a retrieve put into the engine's memory."""
         self._loaded_tokens.inc(tokens)
 
     def stored(self, tokens: int) -> None:
-        """A store accepted `tokens` tokens that were not held yet."""
+        """Counts `tokens` tokens accepted by a store that were not cached before."""
         self._stored_tokens.inc(tokens)
 
     def moved(self, src: str, dst: str, nbytes: int) -> None:
-        """`nbytes` bytes went from one place to another: `engine`, `dram`, `disk`, …"""
+        """Counts `nbytes` bytes moved from `src` to `dst`: `engine`, `dram`, `disk`, …"""
         self._child(self._moved_bytes, src, dst).inc(nbytes)
 
     def evicted(self, tier: str, objects: int = 1) -> None:
-        """`objects` objects left `tier` to make room."""
+        """Counts `objects` objects evicted from `tier`."""
         self._child(self._evictions, tier).inc(objects)
 
     def corrupted(self, tier: str, objects: int = 1) -> None:
-        """`objects` objects read from `tier` were not what their name says."""
+        """Counts `objects` objects read from `tier` that failed verification."""
         self._child(self._corruptions, tier).inc(objects)
 
     def failed(self, op: str, reason: str, count: int = 1) -> None:
-        """An operation (`load`, `write_back`, `probe`, …) ended badly: `failed`, `late`, `full`, …"""
+        """Counts failed operations; `op`: `load`, `write_back`, `probe`, …; `reason`: `failed`, `late`, `full`, …"""
         self._child(self._failures, op, reason).inc(count)
 
     def skipped_store(self, reason: str, objects: int = 1) -> None:
-        """`objects` objects were not stored: `queue`, `arena`, `pinned`, …"""
+        """Counts `objects` objects that were not stored; `reason`: `queue`, `arena`, `pinned`, …"""
         self._child(self._skipped, reason).inc(objects)
 
     def uncached(self, reason: str, requests: int = 1) -> None:
-        """A request ran as if there was no cache, because of `reason` (a short word or phrase from a fixed set)."""
+        """Counts requests that ran without the cache; `reason`: a short word or phrase from a fixed set."""
         self._child(self._uncached, reason).inc(requests)
 
     def kernel_fallbacks(self, count: Callable[[], float]) -> None:
-        """`count()`, asked at each scrape, tells how many kinds of devices are copied by torch instead of kernels."""
+        """Registers `count`, called at each scrape: the number of device types that torch copies instead of the kernels."""
         self._fallbacks.set_function(count)
 
     def queue(self, jobs: int, nbytes: int) -> None:
-        """The transfer's queue now holds `jobs` jobs, with `nbytes` bytes waiting to be written."""
+        """Sets the number of jobs in the transfer's queue and the bytes queued for write-back."""
         self._queue.set(jobs)
         self._queue_bytes.set(nbytes)
 
     def arena(self, group: str | int, *, free: int, writing: int, ready: int, evicting: int) -> None:
-        """How many arena slots of `group` are in each state."""
+        """Sets the number of arena slots of `group` in each state."""
         for state, slots in (("free", free), ("writing", writing), ("ready", ready), ("evicting", evicting)):
             self._child(self._slots, str(group), state).set(slots)
 
     def tier(self, tier: str, nbytes: int) -> None:
-        """`tier` now occupies `nbytes` bytes."""
+        """Sets the bytes occupied by `tier`."""
         self._child(self._tier_bytes, tier).set(nbytes)
-
-    def took(self, op: Op, seconds: float) -> None:
-        """One `lookup`, `retrieve` or `store` took this long."""
-        self._seconds[op].observe(seconds)
 
     @contextmanager
     def timed(self, op: Op) -> Iterator[None]:
-        """Measure the body as one `op`, whether or not it raises."""
+        """Records the duration of the body as one `op`, whether or not it raises."""
         start = perf_counter()
         try:
             yield
@@ -171,7 +171,7 @@ class Metrics:
             self._seconds[op].observe(perf_counter() - start)
 
     def snapshot(self) -> dict[str, float]:
-        """Every sample's value under its exposition name, e.g. `lmcache_hit_tokens_total{tier="dram"}`.
+        """Returns every sample's value by its exposition name, e.g. `lmcache_hit_tokens_total{tier="dram"}`.
 
         Histograms appear as their `_count` and `_sum`.
         """
@@ -184,9 +184,9 @@ class Metrics:
         return values
 
     def serve(self, port: int, host: str = "127.0.0.1") -> int:
-        """Answer prometheus scrapes on `host:port` from a daemon thread until the process ends; returns the port.
+        """Serves Prometheus scrapes on `host:port` from a daemon thread until the process ends; returns the port.
 
-        Port 0 takes a free one. There is no authentication: think before binding to anything but this machine.
+        Port 0 takes a free one. There is no authentication: be careful when binding to a public address.
         """
         server, _ = start_http_server(port, addr=host, registry=self.registry)
         return int(server.server_port)
@@ -194,6 +194,6 @@ class Metrics:
     def _child(self, metric: M, *labels: str) -> M:
         key = (metric, *labels)
         child = self._children.get(key)
-        if child is None:  # two threads may both bind it: the metric hands both the same child
+        if child is None:  # if two threads race, the metric returns the same child to both
             child = self._children[key] = metric.labels(*labels)
-        return child  # type: ignore[return-value]  # the key holds the metric, so the child is of its type
+        return child  # type: ignore[return-value]  # the metric is part of the key, so the child has its type

@@ -1,8 +1,8 @@
-"""`record_trace`: which chunks each request consisted of, for `lmcache simulate`. Keys only: no text, no token ids.
+"""Records request traces (`record_trace`) for `lmcache simulate`: the chunks of each request, without text or token ids.
 
 One JSON line per request: seconds since the recording began, prompt tokens, tokens per chunk, and a key per full chunk. Keys
-are hashes under a random secret of this process that is written nowhere: they tell which prefixes are equal, and nobody can
-find out by trying whether a prompt of his own was among them. Not even what a later process records matches them.
+are hashes keyed with a random secret of this process that is never stored: equal keys mean equal prefixes, but nobody can
+test whether a given prompt was recorded. Keys of different processes never match.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _KEY_BYTES = 12
 _FLUSH_BYTES = 1 << 16
 _FLUSH_S = 1.0
 _TAIL_BYTES = 1 << 22
-"""In which the last line is looked for: one of 150 thousand chunks."""
+"""Bytes at the end of the file searched for the last line; enough for a line of 150,000 chunks."""
 
 
 class Recorder:
-    """Appends to a file that only its owner can read. Never raises: the first failure is one log line and the end of it."""
+    """Appends requests to a file readable by its owner only. Never raises: the first failure is logged and ends the recording."""
 
     def __init__(self, path: str | Path, chunk_tokens: int) -> None:
         self._chunk = chunk_tokens
@@ -46,15 +46,15 @@ class Recorder:
             self._give_up(error)
         else:
             self._start = time.monotonic() - before
-            self._end = weakref.finalize(self, _end, self._fd, self._lines)  # also when the process ends
+            self._finish = weakref.finalize(self, _finish, self._fd, self._lines)  # also runs when the process ends
 
     def record(self, tokens: int, digests: Sequence[bytes]) -> None:
-        """A request of so many prompt tokens, with the digests of its full chunks."""
+        """Records a request of `tokens` prompt tokens with the digests of its full chunks."""
         if self._fd is None:
             return
         keys = [blake2b(digest, digest_size=_KEY_BYTES, key=self._secret).hexdigest() for digest in digests]
         with self._lock:
-            if self._fd is None:  # closed meanwhile, or another thread's write failed
+            if self._fd is None:  # closed, or a write failed, in another thread
                 return
             now = time.monotonic()
             seconds = round(now - self._start, 3)
@@ -65,13 +65,13 @@ class Recorder:
                 self._flush(self._fd, now)
 
     def close(self) -> None:
-        """Write what is buffered, and record no more. Idempotent."""
+        """Writes what is buffered and stops recording. Idempotent."""
         with self._lock:
             if self._fd is not None:
                 self._flush(self._fd, time.monotonic())
             if self._fd is not None:
                 self._fd = None
-                self._end()
+                self._finish()
 
     def _flush(self, fd: int, now: float) -> None:
         self._bytes, self._flushed = 0, now
@@ -79,7 +79,7 @@ class Recorder:
             _write(fd, self._lines)
         except OSError as error:
             self._fd = None
-            self._end()
+            self._finish()
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -93,7 +93,7 @@ def _write(fd: int, lines: list[bytes]) -> None:
         data = data[os.write(fd, data) :]
 
 
-def _end(fd: int, lines: list[bytes]) -> None:
+def _finish(fd: int, lines: list[bytes]) -> None:
     with suppress(OSError):
         _write(fd, lines)
     with suppress(OSError):
@@ -101,17 +101,18 @@ def _end(fd: int, lines: list[bytes]) -> None:
 
 
 def _open(path: Path) -> tuple[int, float]:
-    """The file, which is this recorder's alone, and the time of its last line, where the recording goes on.
+    """Opens and locks the file. Returns its descriptor and the time of its last line, from which the recording continues.
 
     Raises:
-        OSError, ValueError: it cannot be opened, somebody else records to it, or it is no recording.
+        OSError: the file cannot be opened.
+        ValueError: another engine records to it, or it is not a recording.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError("another engine records to it; give each a file of its own") from None
+            raise ValueError("another engine records to it; give each engine its own file") from None
         except OSError:
             pass  # a filesystem without locks
         return fd, _last_time(fd)
@@ -121,16 +122,16 @@ def _open(path: Path) -> tuple[int, float]:
 
 
 def _last_time(fd: int) -> float:
-    """The time of the last line; 0 if there is none. One that was cut off, by a kill or a full disk, is taken away."""
+    """Returns the time of the last line, or 0 if the file is empty. Truncates an incomplete last line (kill, full disk)."""
     size = os.fstat(fd).st_size
     if not size:
         return 0.0
     tail = os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
-    whole, _, cut = tail.rpartition(b"\n")
+    complete, _, partial = tail.rpartition(b"\n")
     try:
-        seconds = float(json.loads(whole.rstrip().rpartition(b"\n")[2])["t"])
+        seconds = float(json.loads(complete.rstrip().rpartition(b"\n")[2])["t"])
     except (KeyError, TypeError, ValueError):
-        raise ValueError("its last line is no request; name another file") from None
-    if cut:
-        os.ftruncate(fd, size - len(cut))
+        raise ValueError("its last line is not a request; choose another file") from None
+    if partial:
+        os.ftruncate(fd, size - len(partial))
     return seconds

@@ -1,1 +1,1 @@
-"""What a cache would have done: recorded or published request traces through the real control plane, without KV bytes."""
+"""Simulates a cache: runs recorded or published request traces through the real control plane, without KV data."""

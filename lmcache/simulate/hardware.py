@@ -1,7 +1,8 @@
-"""What a token weighs and costs: model shapes, and devices with their links. Estimates for planning, not measurements.
+"""Estimates bytes and time per token from model shapes, devices and links. For capacity planning; not measurements.
 
-Shapes are those of the models' published `config.json`; peak FLOP/s (dense, 16 bit) and link speeds those of vendors' data
-sheets. `mfu` is the assumed share of the peak that a prefill reaches; links and disks are taken at what copies usually reach.
+Shapes are from the models' published `config.json`; peak FLOP/s (dense, 16 bit) and link speeds from vendors' data sheets.
+`mfu` (model FLOPs utilization) is the assumed share of the peak reached in prefill; links and disks are given the throughput
+that copies usually reach.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lmcache.errors import ConfigError
 
 
 class Model(NamedTuple):
-    """`kv_bytes`: per token, 16 bit. `params`: those active per token. `attention`: layers × query heads × head size."""
+    """`kv_bytes`: bytes per token, 16 bit. `params`: active per token. `attention`: layers × query heads × head size."""
 
     kv_bytes: int
     params: float
@@ -24,7 +25,7 @@ class Model(NamedTuple):
 
 
 class Device(NamedTuple):
-    """Peak FLOP/s, share of it that a prefill reaches, and bytes per second from DRAM and from disk."""
+    """Peak FLOP/s, the share of it reached in prefill, and bytes per second from DRAM and from disk."""
 
     flops: float
     mfu: float
@@ -57,7 +58,7 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
 
 
 class Profile(NamedTuple):
-    """A model on `gpus` devices. With `rate`, prefill takes 1/rate seconds a token whatever the position."""
+    """A model on `gpus` devices. With `rate`, prefill takes 1/rate seconds per token at every position."""
 
     kv_bytes: int
     model: Model | None
@@ -66,8 +67,9 @@ class Profile(NamedTuple):
     rate: float | None = None
 
     def prefill_s(self, start: int, end: int) -> float:
-        """Seconds to compute tokens [start, end) of a prompt: 2 FLOP per active parameter and token, and 2 × `attention`
-        × (end² − start²) for the scores and their sum of values, causal.
+        """Returns the seconds to compute tokens [start, end) of a prompt.
+
+        2 FLOP per active parameter and token, plus 2 × `attention` × (end² − start²) for causal attention (QKᵀ and PV).
         """
         if self.rate is not None:
             return (end - start) / self.rate
@@ -76,7 +78,7 @@ class Profile(NamedTuple):
         return flops / (self.device.flops * self.device.mfu * self.gpus)
 
     def load_s(self, place: str, tokens: int) -> float:
-        """Seconds to load the KV of `tokens` from `dram` or `disk`; 0 from the device's own memory."""
+        """Returns the seconds to load the KV of `tokens` tokens from `dram` or `disk`; 0 from device memory."""
         speed = {"dram": self.device.dram * self.gpus, "disk": self.device.disk}.get(place)
         return tokens * self.kv_bytes / speed if speed else 0.0
 
@@ -84,10 +86,10 @@ class Profile(NamedTuple):
 def profile(
     model: str, device: str, *, gpus: int = 1, kv_bytes: int | None = None, rate: float | None = None
 ) -> Profile:
-    """A profile by names. `kv_bytes` (per token) and `rate` (prefill tokens per second) replace the estimates.
+    """Looks up a profile by name. `kv_bytes` (per token) and `rate` (prefill tokens per second) override the estimates.
 
     Raises:
-        ConfigError: an unknown name (with the nearest), or an impossible number.
+        ConfigError: an unknown name (the message has the nearest one), or an invalid number.
     """
     shape = named(model, MODELS, "model")
     if gpus < 1 or (kv_bytes is not None and kv_bytes < 1) or (rate is not None and not 0 < rate < math.inf):

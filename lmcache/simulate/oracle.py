@@ -1,4 +1,4 @@
-"""What no real cache reaches, and what every one should: bounds and a textbook baseline, apart from the control plane."""
+"""Baselines outside the control plane: the optimal and the infinite cache as upper bounds, and textbook LRU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _NEVER = 1 << 62
 
 
 def optimum(trace: Trace, capacity: int, *, chained: bool = False) -> Iterator[int]:
-    """Leading chunks found of each request by a cache that knows the future (Belady 1966): it evicts the chunk whose next
-    use is farthest, and keeps nothing that is not used again.
+    """Yields the number of leading chunks found for each request by a cache that knows the future (Belady 1966).
 
-    Chunks of one prompt are next used together. Belady leaves open which of them goes first: here the first of the prompt,
-    as if chunks knew nothing of each other; with `chained` the last, which leaves a prefix and so finds more.
+    It evicts the chunk whose next use is farthest in the future, and keeps no chunk that is not used again. Chunks of one
+    prompt have the same next use; Belady does not define the order among them. Here the first chunk of the prompt is evicted
+    first, as if chunks were independent; with `chained` the last one, which leaves a usable prefix and so gives more hits.
     """
     following = _next_uses(trace)
     order = -1 if chained else 1
-    resident: dict[int, tuple[int, int]] = {}  # chunk → its key in the heap
-    heap: list[tuple[tuple[int, int], int]] = []  # stale where `resident` says otherwise
+    resident: dict[int, tuple[int, int]] = {}  # chunk → its current key in the heap
+    heap: list[tuple[tuple[int, int], int]] = []  # an entry whose key differs from `resident` is stale
     at = 0
     for request in trace:
         yield next((i for i, block in enumerate(request.blocks) if block not in resident), len(request.blocks))
@@ -40,7 +40,7 @@ def optimum(trace: Trace, capacity: int, *, chained: bool = False) -> Iterator[i
 
 
 def infinite(trace: Trace) -> Iterator[int]:
-    """Leading chunks found of each request by a cache that keeps everything."""
+    """Yields the number of leading chunks found for each request by a cache that keeps everything."""
     seen = bytearray(trace.blocks)
     for request in trace:
         first = next((i for i, block in enumerate(request.blocks) if not seen[block]), len(request.blocks))
@@ -50,9 +50,9 @@ def infinite(trace: Trace) -> Iterator[int]:
 
 
 def textbook_lru(trace: Trace, capacity: int) -> Iterator[int]:
-    """Leading chunks found of each request by least-recently-used over single chunks that know nothing of each other.
+    """Yields the number of leading chunks found for each request by LRU over independent chunks.
 
-    It evicts the beginning of a prompt before its end. The control plane's own `lru` evicts from the end.
+    It evicts the beginning of a prompt before its end. The control plane's `lru` evicts from the end.
     """
     resident: OrderedDict[int, None] = OrderedDict()
     for request in trace:
@@ -65,7 +65,7 @@ def textbook_lru(trace: Trace, capacity: int) -> Iterator[int]:
 
 
 def _next_uses(trace: Trace) -> list[int]:
-    """Per access, the number of the next request that uses the same chunk."""
+    """Returns, per access, the index of the next request that uses the same chunk; `_NEVER` if there is none."""
     accesses = [(block, number) for number, request in enumerate(trace) for block in request.blocks]
     following = [_NEVER] * len(accesses)
     later: dict[int, int] = {}

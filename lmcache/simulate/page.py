@@ -1,6 +1,6 @@
-"""One page to print for whoever plans capacity: hit rate over capacity as a drawing, the figures, and what they assume.
+"""A printable HTML report for capacity planning: a chart of hit rate over capacity, the numbers, and their assumptions.
 
-No scripts, no downloads. Lines differ by dashes and marks as well as by colour, for printers that have none.
+No scripts, no downloads. Lines differ in dashes and markers as well as in colour, for black-and-white printers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _DASHES = ("", "8 3", "2 3", "8 3 2 3", "14 3", "5 5", "1 2")
 _LINE = 15
 _NOTES = (
-    "Hit %: chunks found, as part of the longest leading stretch of their prompt, of all chunks of all prompts; tokens %: the "
-    "same in prompt tokens, of which the last is always computed; requests %: requests that found anything.",
+    "Hit %: chunks found in the longest cached prefix of each prompt, as a share of all chunks of all prompts; tokens %: the "
+    "same in prompt tokens, of which the last is always computed; requests %: requests with at least one hit.",
     "Prefill saved: estimated from the model's shape and the device's data sheet, unless a measured rate was given. p50, p99: "
-    "time to first token, prompts in order of arrival, each served alone by the first free engine. Compare rows with each "
-    "other; do not promise them to anyone.",
+    "time to first token; prompts are served in order of arrival, each alone, by the first free engine. Use the numbers to "
+    "compare rows, not as absolute predictions.",
 )
 _BOUND_NOTE = (
-    "In italics: no policies of the cache. infinite keeps everything; optimum knows the future; lru-textbook is LRU over chunks "
-    "that know nothing of each other. They have one place, as large as all tiers together, and write nothing."
+    "In italics: baselines that are not policies of the cache. infinite keeps everything; optimum knows the future; "
+    "lru-textbook is LRU over independent chunks. They have a single tier, as large as all tiers together, and write nothing."
 )
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
@@ -54,7 +54,7 @@ td.best { font-weight: bold }
 
 
 def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
-    """HTML. `about`: the trace and the setup; those keys that are known get words and units."""
+    """Returns the HTML. `about`: facts on the trace and the setup; keys it does not know are ignored."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -66,7 +66,7 @@ def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
 
 
 def size(nbytes: float) -> str:
-    """`1.5 GiB`: three digits and the largest unit that leaves a number of at least 1."""
+    """Formats bytes, e.g. `1.50 GiB`: three digits, in the largest unit that gives a number of at least 1."""
     units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
     while nbytes >= 1024 and len(units) > 1:
         nbytes /= 1024
@@ -82,7 +82,7 @@ def _title(about: Mapping[str, Any]) -> str:
 def _facts(about: Mapping[str, Any], results: Sequence[Result]) -> str:
     known = {
         "requests": ("requests", "{:,}"),
-        "accesses": ("chunks asked for", "{:,}"),
+        "accesses": ("chunks requested", "{:,}"),
         "distinct_chunks": ("distinct chunks", "{:,}"),
         "chunk_tokens": ("tokens per chunk", "{:,}"),
         "skipped_lines": ("bad lines skipped", "{:,}"),
@@ -174,7 +174,7 @@ def _chart(results: Sequence[Result]) -> str:
     last = -math.inf
     for nbytes in sizes:
         out.append(f'<path d="M{x(nbytes):.1f} {bottom}v5" stroke="#888"/>')
-        if x(nbytes) - last >= 60:  # else the labels would run into each other
+        if x(nbytes) - last >= 60:  # otherwise the labels would overlap
             last = x(nbytes)
             out.append(f'<text x="{last:.1f}" y="{bottom + 20}" text-anchor="middle">{size(nbytes)}</text>')
     middle = (_LEFT + right) / 2
@@ -198,7 +198,7 @@ def _chart(results: Sequence[Result]) -> str:
 
 
 def _mark(i: int, x: float, y: float, colour: str) -> str:
-    """A disc, square, triangle or diamond, for those who cannot tell colours."""
+    """Returns a marker (disc, square, triangle or diamond), so that lines can be told apart without colour."""
     shapes = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>',
         f'<path d="M{x - 3.2:.1f} {y - 3.2:.1f}h6.4v6.4h-6.4z" fill="{colour}"/>',
@@ -209,7 +209,7 @@ def _mark(i: int, x: float, y: float, colour: str) -> str:
 
 
 def _apart(wanted: Sequence[float]) -> list[float]:
-    """Heights for labels that want to be at `wanted` (ascending), a line apart, within the drawing where they fit at all."""
+    """Returns label positions close to `wanted` (ascending), at least one line apart, inside the chart if they fit."""
     placed: list[float] = []
     for y in wanted:
         placed.append(max(y, placed[-1] + _LINE) if placed else y)

@@ -15,7 +15,7 @@ from lmcache.control.eviction import hears
 from lmcache.control.extents import ExtentPin
 from lmcache.control.index import Index
 from lmcache.control.lookup import find, stretches
-from lmcache.control.outcomes import EVICTED
+from lmcache.control.outcomes import StopReason
 from lmcache.plan import Chain, Name
 
 Written = Callable[[int, Name], None]
@@ -64,7 +64,7 @@ class Replay:
         chunks, below = found.chunks, found.below[0]
         if self._curious:
             pool.policy.asked(digests, found.resident(0))
-        near = pool.carve(found.parts(0))
+        near = pool.carve(found.slices(0))
         if self._learner is not None:
             self._learner(digests, found.resident(0), chunks)
         pins = pool.pin(near)
@@ -84,7 +84,7 @@ class Replay:
     def lost(self, tier: int, name: Name) -> None:
         """A tier no longer holds an object, see `Index.announce`."""
         if self._state.directories[tier].remove(name, 0):
-            self._pool.gone.put(name.chain, EVICTED)
+            self._pool.gone.put(name.chain, StopReason.EVICTED)
 
     def _promote(self, chain: Chain, positions: list[int], tier: int) -> None:
         """Bring neighbouring chunks from a tier, as far as slots can be freed."""

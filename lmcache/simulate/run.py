@@ -1,4 +1,4 @@
-"""One simulation: a trace, a policy, capacities per tier; what was found, moved and written, and how long prompts waited."""
+"""Runs one simulation (trace, policy, capacities per tier): hits, bytes moved and written, and waiting times."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from lmcache.config import Config
 from lmcache.config.settings import named
 from lmcache.control import Index, TierInfo
 from lmcache.control.admission.rules import Adaptive, BreakEven, SecondHit
@@ -27,23 +28,23 @@ BOUNDS: Mapping[str, Callable[[Trace, int], Iterator[int]]] = {
     "optimum-chained": lambda trace, capacity: oracle.optimum(trace, capacity, chained=True),
     "infinite": lambda trace, capacity: oracle.infinite(trace),
 }
-"""Not of the control plane: a textbook's baseline, and what knowing the future or keeping everything would give."""
+"""Baselines outside the control plane: name → (trace, capacity) → leading chunks found per request."""
 
 PLACES = ("device", "dram", "disk")
 ADMISSIONS = {
     "all": "everything, as it is stored (write-through)",
-    "second": "when full, only what is computed a second time",
-    "adaptive": "when full, `all` or `second`: what is measured to find more",
-    "break-even": "as `adaptive`, and nothing that recomputes faster than it loads",
+    "second": "when full, only chunks that are computed a second time",
+    "adaptive": "when full, `all` or `second`, whichever is measured to give more hits",
+    "break-even": "as `adaptive`, but nothing that is faster to recompute than to load",
 }
-"""What is written to disk."""
+"""Admission rules of the disk tier: name → what is written."""
 
 _NAMESPACE = b"trace".ljust(32, b".")
 Progress = Callable[[int], None]
 
 
 class Result(NamedTuple):
-    """What one simulation found. Rates are of 1; seconds, chunks and bytes are of the whole trace."""
+    """Result of one simulation. Rates are in [0, 1]; seconds, chunks and bytes are totals over the trace."""
 
     policy: str
     capacity_chunks: int
@@ -67,12 +68,12 @@ class Result(NamedTuple):
     accesses_per_s: float
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns the result as plain values."""
         return self._asdict()
 
 
 def known_policies() -> dict[str, object]:
-    """Every name that `simulate` takes."""
+    """Returns every policy name that `simulate` accepts."""
     return {**POLICIES, **BOUNDS}
 
 
@@ -83,22 +84,22 @@ def simulate(
     profile: Profile,
     *,
     servers: int | None = None,
-    admit: str = "all",
+    admit: str = Config.admission,
     progress: Progress | None = None,
 ) -> Result:
-    """Run `trace` once.
+    """Simulates `trace` once.
 
     Args:
-        trace: requests.
-        policy: one of the index's, or of `BOUNDS` (which know one place only, the sum of what was given).
-        capacities: chunks per place, of `PLACES`.
+        trace: the requests.
+        policy: an eviction policy of the index, or one of `BOUNDS` (with a single tier of the total capacity).
+        capacities: chunks per place; places are `PLACES`.
         profile: model and device.
-        servers: engines that share the cache; by default the fewest that would be busy at most 80 % without any cache.
-        admit: what goes to disk, of `ADMISSIONS`.
-        progress: told the number of requests done, now and then.
+        servers: engines that share the cache; default: the fewest that would be at most 80 % busy without a cache.
+        admit: the disk tier's admission rule, one of `ADMISSIONS`.
+        progress: called periodically with the number of requests done.
 
     Raises:
-        ConfigError: an unknown policy, place or impossible capacity.
+        ConfigError: an unknown policy, place or admission rule, or an invalid capacity.
     """
     named(policy, known_policies(), "policy")
     named(admit, ADMISSIONS, "admission")
@@ -130,18 +131,18 @@ def simulate(
 
 
 class ControlPlane:
-    """The index as an engine would drive it, with what is around it: the engine's own prefix cache, and a disk that is full.
+    """The index driven as an engine would, together with the engine's own prefix cache and a disk tier of bounded size.
 
-    `counts`: chunks `stored` in DRAM, and `written` to disk.
+    `counts`: chunks `stored` in DRAM and `written` to disk.
     """
 
     def __init__(
-        self, trace: Trace, policy: str, capacities: Mapping[str, int], profile: Profile, admit: str = "all"
+        self, trace: Trace, policy: str, capacities: Mapping[str, int], profile: Profile, admit: str = Config.admission
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._names = [block.to_bytes(32, "little") for block in range(trace.blocks)]
         device = capacities.get("device")
-        # An engine evicts least recently used blocks, the end of a prompt first: an index with that policy, and no tiers.
+        # The engine's own prefix cache is LRU and evicts the end of a prompt first: an index with that policy and no tiers.
         self._device = Replay(Index([("kv", ALL)], trace.chunk_tokens, [device], policy="lru")) if device else None
         self._disk = Disk(capacities["disk"], self._forget) if "disk" in capacities else None
         self.index = Index(
@@ -155,7 +156,7 @@ class ControlPlane:
         self._replay = Replay(self.index, written=self._write, used=self._use)
 
     def request(self, request: Request) -> dict[str, int]:
-        """Serve one; its leading chunks by place."""
+        """Serves one request; returns its leading chunks found, by place."""
         names = self._names
         chain = Chain(_NAMESPACE, [names[block] for block in request.blocks])
         own = self._device.request(chain).chunks if self._device else 0
@@ -164,7 +165,7 @@ class ControlPlane:
         if not own and not found.tiers:
             return {"dram": found.dram} if found.dram else {}
         hits = {"device": own, "dram": found.dram, "disk": found.tiers.get(0, 0)}
-        if own:  # what the engine has itself is not loaded
+        if own:  # chunks in the engine's own cache are not loaded
             hits["dram"] = max(0, found.dram - own)
             hits["disk"] = max(0, found.chunks - max(own, found.dram))
         return {place: chunks for place, chunks in hits.items() if chunks}
@@ -183,7 +184,7 @@ class ControlPlane:
 
 
 class Disk:
-    """The names in a folder of bounded size; what was used longest ago goes first, as in the disk tier."""
+    """The names of objects in a disk tier of bounded size, with LRU eviction as in the real tier."""
 
     def __init__(self, capacity: int, lost: Callable[[Name], None]) -> None:
         self.capacity = capacity
@@ -191,18 +192,18 @@ class Disk:
         self._lost = lost
 
     def has_room(self, tier: int) -> bool:
-        """Whether another object fits without one going."""
+        """Returns whether another object fits without evicting one."""
         return len(self._names) < self.capacity
 
     def put(self, name: Name) -> None:
-        """Written."""
+        """Records a write; calls `lost` if it evicts an object."""
         self._names[name] = None
         self._names.move_to_end(name)
         if len(self._names) > self.capacity:
             self._lost(self._names.popitem(last=False)[0])
 
     def use(self, name: Name) -> None:
-        """Read."""
+        """Records a read."""
         if name in self._names:
             self._names.move_to_end(name)
 

@@ -1,9 +1,9 @@
-"""Request traces: which chunks each prompt consisted of, when it came. Two formats of JSON lines, told apart by their fields.
+"""Request traces: the chunks and arrival time of each prompt. Two JSON Lines formats, distinguished by their fields.
 
     Mooncake   {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [int, …]}   512-token blocks
     recorded   {"t": seconds, "tokens": tokens, "chunk_tokens": tokens, "keys": ["hex", …]}               `record_trace`
 
-Files are read line by line and kept as columns: 4 bytes per chunk of a request, about 100 per distinct chunk.
+Files are read line by line and kept as columns: 4 bytes per chunk of a request, about 100 bytes per distinct chunk.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from lmcache.errors import LMCacheError
 MOONCAKE_BLOCK = 512
 """Tokens per block of the published Mooncake traces (FAST '25 release: "each hash id stands for 512 tokens")."""
 
-
-_MOST = 1 << 40
-"""Tokens, of whatever: more is a mistake, and would not fit into the columns."""
+_TOKEN_LIMIT = 1 << 40
+"""Limit of every token count: more is a mistake, and would not fit into the columns."""
 
 
 class TraceError(LMCacheError):
-    """A trace that cannot be used; names file, line and reason."""
+    """A trace cannot be used; the message has file, line and reason."""
 
 
 class Request(NamedTuple):
-    """One request. `blocks`: numbers of its chunks, equal for equal prefixes, in order; the last may be partial."""
+    """One request. `blocks`: ids of its chunks in order, equal for equal prefixes; the last chunk may be partial."""
 
     time: float
     tokens: int
@@ -40,7 +39,7 @@ class Request(NamedTuple):
 
 
 class Trace:
-    """Requests in order of time. `chunk_tokens`: tokens per chunk; `blocks`: number of distinct chunks."""
+    """Requests ordered by time. `chunk_tokens`: tokens per chunk; `blocks`: number of distinct chunks."""
 
     def __init__(self, chunk_tokens: int = MOONCAKE_BLOCK) -> None:
         self.chunk_tokens = chunk_tokens
@@ -53,7 +52,7 @@ class Trace:
         self._ids = array("I")
 
     def add(self, request: Request) -> None:
-        """Append a request; `blocks` of the trace grows to cover its chunks."""
+        """Appends a request; `blocks` of the trace grows to cover its chunks."""
         self._times.append(request.time)
         self._tokens.append(request.tokens)
         self._outputs.append(request.output)
@@ -66,7 +65,7 @@ class Trace:
 
     @property
     def accesses(self) -> int:
-        """Chunks of all requests together."""
+        """Total number of chunks of all requests."""
         return len(self._ids)
 
     def __iter__(self) -> Iterator[Request]:
@@ -76,7 +75,7 @@ class Trace:
 
 
 class _Line(msgspec.Struct):
-    """Either format; what is missing is None."""
+    """A line of either format; missing fields are None."""
 
     timestamp: float | None = None
     input_length: int | None = None
@@ -88,8 +87,8 @@ class _Line(msgspec.Struct):
     keys: list[str] | None = None
 
 
-class _Numbers(dict[tuple[int, int] | str, int]):
-    """Numbers distinct chunks in the order in which they appear."""
+class _Numbering(dict[tuple[int, int] | str, int]):
+    """Numbers distinct chunks in order of first appearance."""
 
     def __missing__(self, key: tuple[int, int] | str) -> int:
         self[key] = number = len(self)
@@ -97,15 +96,15 @@ class _Numbers(dict[tuple[int, int] | str, int]):
 
 
 def read_traces(paths: Iterable[str | Path], *, skip_bad: bool = False) -> Trace:
-    """Traces as one stream. Several files are several replicas' traffic on one cache: merged by time.
+    """Reads traces as one stream. Several files are the traffic of several replicas on one cache, merged by time.
 
-    Ids of Mooncake files count within their file; keys of recorded ones are equal wherever they are equal.
+    Ids in Mooncake files are local to their file; keys in recorded files are global.
 
     Raises:
-        TraceError: a line that is no request, or earlier than the one before; nothing in it. With `skip_bad` such lines are
-            counted in `Trace.skipped` instead.
+        TraceError: a line is not a request, or is earlier than the line before, or there is no request at all. With
+            `skip_bad`, bad lines are counted in `Trace.skipped` instead.
     """
-    numbers = _Numbers()
+    numbers = _Numbering()
     chunk: list[int] = []
     skipped = [0]
     parts = [list(_requests(Path(path), file, numbers, chunk, skip_bad, skipped)) for file, path in enumerate(paths)]
@@ -120,7 +119,7 @@ def read_traces(paths: Iterable[str | Path], *, skip_bad: bool = False) -> Trace
 
 
 def _requests(
-    path: Path, file: int, numbers: _Numbers, chunk: list[int], skip_bad: bool, skipped: list[int]
+    path: Path, file: int, numbers: _Numbering, chunk: list[int], skip_bad: bool, skipped: list[int]
 ) -> Iterator[Request]:
     decoder = msgspec.json.Decoder(_Line)
     before = -math.inf
@@ -140,7 +139,7 @@ def _requests(
                     raise TraceError(f"{size} tokens per chunk, where the lines above have {chunk[0]}")
             except (msgspec.DecodeError, TraceError, UnicodeDecodeError) as error:
                 if not skip_bad:
-                    raise TraceError(f"{path}, line {number}: {error} (--skip-bad leaves such lines out)") from None
+                    raise TraceError(f"{path}, line {number}: {error} (--skip-bad skips such lines)") from None
                 skipped[0] += 1
                 continue
             before = time
@@ -151,7 +150,11 @@ def _requests(
 
 
 def _parse(line: _Line) -> tuple[float, int, int, int, Sequence[int | str]]:
-    """(seconds, tokens, output tokens, chunk tokens, chunks), or `TraceError` saying what is wrong."""
+    """Returns (seconds, tokens, output tokens, chunk tokens, chunks).
+
+    Raises:
+        TraceError: the line is not a valid request; the message has the reason.
+    """
     keys: Sequence[int | str] | None
     if line.keys is not None or line.t is not None:
         names, keys = ("t", "tokens", "chunk_tokens", "keys"), line.keys
@@ -170,7 +173,7 @@ def _parse(line: _Line) -> tuple[float, int, int, int, Sequence[int | str]]:
     assert keys is not None
     if not math.isfinite(time) or time < 0:
         raise TraceError(f"time {time!r} is not a number of seconds from 0 up")
-    if not (0 <= tokens < _MOST and 0 <= line.output_length < _MOST and 1 <= size < _MOST):
+    if not (0 <= tokens < _TOKEN_LIMIT and 0 <= line.output_length < _TOKEN_LIMIT and 1 <= size < _TOKEN_LIMIT):
         raise TraceError(f"impossible: {tokens} tokens, {line.output_length} output tokens, {size} tokens per chunk")
     if len(keys) > -(-tokens // size):
         raise TraceError(f"{len(keys)} chunks of {size} tokens, but only {tokens} tokens")

@@ -1,15 +1,16 @@
-"""What a tier is: a place below the arena that holds objects as opaque bytes under their `ObjectId`.
+"""The tier interface: a store below the arena that keeps objects as opaque bytes under their `ObjectId`.
 
 The framework guarantees: calls come from several threads, never from the engine's own; buffers stay valid until the call
-returns; an `ObjectId` always names the same values (though the *encoding* of two writers may differ), so whichever write
-comes first wins; everything read is verified (header, id, length, checksums) above the tier before anyone uses it.
+returns; an `ObjectId` always names the same values (the *encoding* may differ between writers), so the first write wins;
+everything read is verified (header, id, length, checksums) above the tier before it is used.
 
-The implementer must: block until done or until `deadline` (a `time.monotonic()` value) has passed; report per item and
-never raise for one bad item; publish a write whole or not at all; keep no reference to a buffer after returning.
+The implementer must: block until done or until `deadline` (a `time.monotonic()` value) has passed; report a result per item
+and never raise for one bad item; publish a write completely or not at all; keep no reference to a buffer after returning.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -25,10 +26,10 @@ class Range(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Read `ranges[i]` of the object's stored bytes into `buffers[i]`, a writable byte memoryview of that length.
+    """A request to read `ranges[i]` of the object's stored bytes into `buffers[i]`, a writable byte memoryview of that length.
 
-    A range may reach past the end of the object (a reader who does not know the header's size asks for more); the
-    result's `nbytes` tells how much there was.
+    A range may extend past the end of the object (a reader that does not know the header's size requests more); the
+    result's `nbytes` is the number of bytes actually read.
     """
 
     id: ObjectId
@@ -37,14 +38,14 @@ class Read(NamedTuple):
 
 
 class Write(NamedTuple):
-    """Store the concatenation of `parts` under `id`; an object that is already there is kept, which counts as `OK`."""
+    """A request to store the concatenation of `parts` under `id`. An existing object is kept; that counts as `OK`."""
 
     id: ObjectId
     parts: Sequence[memoryview | bytes]
 
 
 class Result(NamedTuple):
-    """How one item went. `nbytes` = bytes moved; `detail` = one line for the log if it failed."""
+    """Outcome of one item. `nbytes`: bytes moved. `detail`: one line for the log if it failed."""
 
     status: Status
     nbytes: int = 0
@@ -52,60 +53,69 @@ class Result(NamedTuple):
 
 
 class Found(NamedTuple):
-    """One object met by `scan`. `nbytes` = stored size, header included."""
+    """One object listed by `scan`. `nbytes`: stored size, header included."""
 
     id: ObjectId
     nbytes: int
 
 
 def usable_bytes(tier: Tier) -> int | None:
-    """Bytes that can be in a tier before it evicts (`usable_bytes`, else `capacity_bytes`); None: it has no limit."""
+    """Returns how many bytes a tier holds before it evicts (`usable_bytes`, else `capacity_bytes`); None: no limit."""
     found: int | None = getattr(tier, "usable_bytes", getattr(tier, "capacity_bytes", None))
     return found
 
 
+def refusal(closed: bool, deadline: float | None) -> Result | None:
+    """Returns the result of an item that must not start: the tier is closed or the deadline has passed. None: go ahead."""
+    if closed:
+        return Result(Status.FAILED, 0, "the tier is closed")
+    if deadline is not None and time.monotonic() > deadline:
+        return Result(Status.LATE, 0, "the deadline had passed")
+    return None
+
+
 @runtime_checkable
 class Tier(Protocol):
-    """A place that holds objects. See the module's docstring for who guarantees what."""
+    """A store of objects. The module's docstring lists what the framework guarantees and what an implementer must do."""
 
     name: str
     """Short label for metrics and logs: `disk`, `redis`, …"""
 
     shared: bool
-    """Whether other processes may add objects, so that the index must probe instead of trusting its own knowledge."""
+    """Whether other processes may add objects, so that the index must probe the tier instead of relying on its directory."""
 
     def contains(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
-        """`OK` or `MISSING` per id (or a failure); no side effect."""
+        """Returns `OK` or `MISSING` per id (or a failure). Has no side effect."""
         ...
 
     def read_into(self, reads: Sequence[Read], *, deadline: float | None = None) -> list[Result]:
-        """Fill each read's buffers; `MISSING` if there is no such object."""
+        """Fills each read's buffers; `MISSING` if there is no such object."""
         ...
 
     def write(self, writes: Sequence[Write], *, deadline: float | None = None) -> list[Result]:
-        """Publish each object whole or not at all, visible to others on return; `FULL` when there is no room."""
+        """Publishes each object completely or not at all, visible to others on return; `FULL` when there is no room."""
         ...
 
     def delete(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
-        """Remove; what is not there counts as removed."""
+        """Removes objects; an absent object counts as removed."""
         ...
 
     def clear(self, namespace: bytes | None = None) -> int:
-        """Remove every object (of one namespace); returns how many went. Afterwards none of them is served."""
+        """Removes every object (of one namespace) and returns their number. Afterwards none of them is served."""
         ...
 
     def scan(self) -> Iterator[Found]:
-        """Every object present, in no particular order; objects that come or go meanwhile may or may not be met."""
+        """Yields every object in no particular order; objects added or removed meanwhile may or may not be included."""
         ...
 
     def flush(self, *, durable: bool = False) -> None:
-        """Return once everything written is visible and survives kill −9; `durable`: also power loss."""
+        """Returns once everything written is visible and survives kill −9; with `durable`, also a power loss."""
         ...
 
     def used_bytes(self) -> int:
-        """Bytes occupied, as far as known without a scan."""
+        """Returns the bytes occupied, as far as known without a scan."""
         ...
 
     def close(self) -> None:
-        """Release handles and locks; idempotent. Objects stay."""
+        """Releases handles and locks. Objects are kept. Idempotent."""
         ...

@@ -1,7 +1,8 @@
-"""A folder of object files, shared by any number of processes: see `folder` for names, `janitor` for capacity.
+"""The disk tier: a folder of object files shared by any number of processes. See `folder` for names, `janitor` for capacity.
 
-A write goes to a temporary file in the same folder and is then given its name without replacing anything, so whoever opens a
-name sees a whole file. There is no state to lose: a killed process leaves at most a temporary, which the janitor removes.
+A write goes to a temporary file in the same folder, which is then renamed without replacing an existing file, so a reader
+always sees a complete file. There is no state to lose: a killed process leaves at most a temporary file, which the janitor
+removes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lmcache.errors import TierError
 from lmcache.keys import ObjectId
 from lmcache.observe.log import Throttle, info
 from lmcache.plan import Status
-from lmcache.tiers.base import Found, Read, Result, Write
+from lmcache.tiers.base import Found, Read, Result, Write, refusal
 from lmcache.tiers.folder import (
     host_tag,
     make_folders,
@@ -37,26 +38,27 @@ from lmcache.tiers.janitor import HIGH, LOW, Janitor, Timing
 from lmcache.tiers.rawio import Late, read_all, write_all
 from lmcache.tiers.usage import Usage
 
-_OPEN_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # non-blocking: a foreign fifo must not hang us
+# Non-blocking, because opening a foreign FIFO must not hang.
+_OPEN_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _OPEN_TEMP = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_MANY = 1 << 16
-_TRIES = 8
+_MAX_UNSYNCED = 1 << 16
+_RESERVE_TRIES = 8
 _FIRST_PAUSE, _LAST_PAUSE = 0.1, 30.0
 
 
 class DiskTier:
-    """Objects as files below `root`.
+    """Stores objects as files below `root`.
 
     Args:
-        root: the folder; made if missing, readable by the owner alone.
-        capacity_bytes: never more than this much in the folder, whoever writes; None: no limit.
-        timing: how often background work happens.
-        log: where background trouble is told; failures of calls are in their results.
+        root: the folder; created if missing, readable by the owner only.
+        capacity_bytes: limit on the size of the folder, across all processes; None: no limit.
+        timing: intervals of background work.
+        log: receives failures of background work; failures of calls are in their results.
 
     Raises:
-        TierError: `root` can't be made, or nothing can be written there.
+        TierError: `root` cannot be created or is not writable.
     """
 
     name = "disk"
@@ -90,17 +92,17 @@ class DiskTier:
             with contextlib.suppress(OSError):
                 self._janitor.collect()
         self._janitor.start()
-        self._finalizer = weakref.finalize(self, _shut, self._janitor, self._usage)
+        self._finalizer = weakref.finalize(self, _close, self._janitor, self._usage)
         os.register_at_fork(after_in_child=functools.partial(_after_fork, weakref.ref(self)))
 
     @property
     def capacity_bytes(self) -> int | None:
-        """Bytes that the folder holds at most; None: no limit."""
+        """The most bytes the folder holds; None: no limit."""
         return self._capacity
 
     @property
     def usable_bytes(self) -> int | None:
-        """Bytes that remain when the janitor has evicted; None: no limit."""
+        """Bytes that remain after the janitor has evicted; None: no limit."""
         return None if self._capacity is None else int(LOW * self._capacity)
 
     def contains(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
@@ -120,10 +122,10 @@ class DiskTier:
         return [self._refusal(deadline) or self._delete(id) for id in ids]
 
     def clear(self, namespace: bytes | None = None) -> int:
-        """See `Tier.clear`. Also ends writes that other processes have begun: what they write will not be published.
+        """See `Tier.clear`. Also cancels writes in progress in other processes: they are not published.
 
         Raises:
-            TierError: something could not be removed, so it may still be served.
+            TierError: some files could not be removed and may still be served.
         """
         if self._closed:
             raise TierError(f"{self._root}: the tier is closed")
@@ -137,7 +139,7 @@ class DiskTier:
         return removed
 
     def scan(self) -> Iterator[Found]:
-        """See `Tier.scan`. Reads names only; ends early, with a log line, where the folder can't be listed."""
+        """See `Tier.scan`. Reads names only; ends early, with a log line, if the folder cannot be listed."""
         try:
             for entry in walk(self._objects):
                 if not entry.temp and entry.size and (id := object_of(entry)) is not None:
@@ -146,10 +148,10 @@ class DiskTier:
             self._log.warning("disk-scan", path=self._root, detail=str(error))
 
     def flush(self, *, durable: bool = False) -> None:
-        """Return at once: what `write` accepted is published. With `durable`, first sync this process's files and folders.
+        """Returns at once: accepted writes are already published. With `durable`, first syncs this process's files and folders.
 
         Raises:
-            TierError: a sync failed; those objects may not survive a power loss.
+            TierError: a sync failed; the objects concerned may not survive a power loss.
         """
         if not durable:
             return
@@ -171,7 +173,7 @@ class DiskTier:
             raise TierError(f"{self._root}: not everything could be made durable: {failure}")
 
     def used_bytes(self) -> int:
-        """See `Tier.used_bytes`. Counts what all processes wrote."""
+        """See `Tier.used_bytes`. Includes the writes of all processes."""
         return 0 if self._closed else self._usage.read().used
 
     def close(self) -> None:
@@ -182,11 +184,7 @@ class DiskTier:
     # ---------------------------------------------------------------- one item each
 
     def _refusal(self, deadline: float | None) -> Result | None:
-        if self._closed:
-            return Result(Status.FAILED, 0, "the tier is closed")
-        if deadline is not None and time.monotonic() > deadline:
-            return Result(Status.LATE, 0, "the deadline had passed")
-        return None
+        return refusal(self._closed, deadline)
 
     def _path(self, id: ObjectId) -> str:
         return f"{self._objects}/{relative_path(id)}"
@@ -220,7 +218,7 @@ class DiskTier:
             os.close(fd)
 
     def _touch(self, fd: int, status: os.stat_result) -> None:
-        """Note the use for the janitor, at most once per grain: mounts often do not note reads themselves."""
+        """Records the use for the janitor, at most once per grain: many mounts (noatime, relatime) skip reads."""
         now = time.time()
         if max(status.st_atime, status.st_mtime) // self._timing.grain < now // self._timing.grain:
             with contextlib.suppress(OSError):
@@ -252,7 +250,7 @@ class DiskTier:
             return Result(Status.FAILED, 0, str(error))
 
     def _publish(self, path: str, parts: Sequence[memoryview | bytes], size: int, deadline: float | None) -> Result:
-        """Write a temporary file and give it its name."""
+        """Writes a temporary file and publishes it as `path`."""
         temp = f"{os.path.dirname(path)}/{temp_name(self._tag)}"
         reserved = published = False
         fd = self._create(temp)
@@ -263,7 +261,7 @@ class DiskTier:
                     return Result(Status.FULL, 0, f"{self._capacity} bytes are in use and can't be freed fast enough")
                 write_all(fd, parts, deadline)
             finally:
-                os.close(fd)  # may raise too: some filesystems report a full disk only here
+                os.close(fd)  # may raise: some filesystems report a full disk only on close
             try:
                 self._usage.rename(size, lambda: publish(temp, path))
             except FileExistsError:
@@ -279,11 +277,11 @@ class DiskTier:
         return Result(Status.OK, size)
 
     def _reserve(self, fd: int, size: int, deadline: float | None) -> bool:
-        """Count `size` bytes as used, evicting if need be. Others may take the room that was made, so it may take some tries.
+        """Reserves `size` bytes of the capacity, evicting if necessary; retries, since others may take the freed space.
 
         The file gets its final size at the same time, so that a listing finds what is counted.
         """
-        for _ in range(_TRIES):
+        for _ in range(_RESERVE_TRIES):
             if self._usage.add(size, limit=self._capacity, commit=lambda: os.ftruncate(fd, size)):
                 return True
             if not self._janitor.make_room(size, deadline):
@@ -295,16 +293,16 @@ class DiskTier:
             if self._pause:
                 info("disk-recovered", path=self._root)
             self._pause = 0.0
-            if len(self._unsynced) < _MANY:
+            if len(self._unsynced) < _MAX_UNSYNCED:
                 self._unsynced[path] = None
             else:
                 self._sync_everything = True
 
     def _settled(self, path: str) -> bool:
-        """Whether an object of that name is there. An empty file (lost in a power failure) is removed to make way.
+        """Returns whether the object exists. Removes an empty file (content lost in a power failure) so that it can be rewritten.
 
         Raises:
-            OSError: something else has that name, or it can't be known.
+            OSError: the name is taken by something other than a file, or cannot be checked.
         """
         try:
             status = os.stat(path, follow_symlinks=False)
@@ -318,7 +316,7 @@ class DiskTier:
         return status.st_size > 0
 
     def _create(self, temp: str) -> int:
-        """A new temporary file; its folders are made, again if someone removes them at the same time."""
+        """Creates a temporary file and its folders, retrying if another process removes them at the same time."""
         for _ in range(3):
             with contextlib.suppress(FileNotFoundError):
                 return os.open(temp, _OPEN_TEMP, 0o600)
@@ -327,7 +325,7 @@ class DiskTier:
         return os.open(temp, _OPEN_TEMP, 0o600)
 
     def _back_off(self, error: OSError) -> None:
-        """The device is full: don't try again for a while, twice as long each time, so that stores fail cheaply."""
+        """Handles a full device: suspends writes, twice as long each time, so that stores fail cheaply."""
         with self._lock:
             self._pause = min(max(_FIRST_PAUSE, 2 * self._pause), _LAST_PAUSE)
             self._resume_at = time.monotonic() + self._pause
@@ -345,7 +343,7 @@ class DiskTier:
         return Result(Status.OK)
 
     def _prepare(self) -> None:
-        """Make the folder and prove that it takes files."""
+        """Creates the folder and checks that files can be written to it."""
         try:
             make_folders(self._root, self._objects)
             temp = os.path.join(self._root, temp_name(self._tag))
@@ -353,7 +351,7 @@ class DiskTier:
             os.unlink(temp)
         except OSError as error:
             if error.errno in _NO_SPACE:
-                return  # it will recover
+                return  # not an error of the configuration: writes resume when there is space
             raise TierError(
                 f"the disk tier can't write to {self._root}: {error.strerror}; choose another folder (disk_path), "
                 "make this one writable, or run without a disk tier"
@@ -367,7 +365,7 @@ def _failed(error: OSError) -> Result:
 
 
 def _sync(path: str) -> OSError | None:
-    """fsync; what was evicted meanwhile needs none."""
+    """Calls fsync on `path`; a file that has been evicted needs none."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -381,13 +379,15 @@ def _sync(path: str) -> OSError | None:
     return None
 
 
-def _shut(janitor: Janitor, usage: Usage) -> None:
+def _close(janitor: Janitor, usage: Usage) -> None:
     janitor.close()
     usage.close()
 
 
 def _after_fork(reference: weakref.ref[DiskTier]) -> None:
-    """A forked child has no janitor thread, must not share file locks with its parent, and may inherit held mutexes."""
+    """Resets a tier in a forked child, which has no janitor thread, must not share file locks with its parent and may have
+    inherited locked mutexes.
+    """
     tier = reference()
     if tier is not None:
         tier._lock = threading.Lock()

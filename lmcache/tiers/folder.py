@@ -1,9 +1,9 @@
-"""Where objects lie in a disk tier's folder, and how a finished file gets its name.
+"""The file names in a disk tier's folder, and how a finished file is published under its name.
 
     <root>/objects/<namespace hex>/<first 2 hex of chain>/<chain hex>.<group>.L<a>-<b>.H<a>-<b>.<depth>.<tokens>.safetensors
 
-A name is a pure function of the `ObjectId` and gives it back, so a folder needs no index: listing it is enough. Whatever
-else lies there is foreign: never served, never removed.
+The name is a pure function of the `ObjectId`, and the `ObjectId` can be parsed from it, so the folder needs no index: a
+listing is enough. All other files are foreign: never served and never removed.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 
 
 class Entry(NamedTuple):
-    """One of our files. `temp` = not published yet, or left behind by a killed process; else it is an object."""
+    """One of our files. `temp`: a temporary file (not published yet, or left by a killed process) rather than an object."""
 
     path: str
     name: str
     temp: bool
     size: int
     used: float
-    """When it was last read or written, seconds since 1970."""
+    """Time of the last read or write, in seconds since 1970."""
 
 
 def relative_path(id: ObjectId) -> str:
-    """The object's place below `<root>/objects`."""
+    """Returns the path of the object relative to `<root>/objects`."""
     chain, (l0, l1), (h0, h1) = id.chain.hex(), id.rect.layers, id.rect.heads
     return (
         f"{id.namespace.hex()}/{chain[:2]}/{chain}.{id.group}.L{l0}-{l1}.H{h0}-{h1}.{id.depth}.{id.tokens}.safetensors"
@@ -56,7 +56,7 @@ def relative_path(id: ObjectId) -> str:
 
 
 def parse_path(namespace: str, shard: str, name: str) -> ObjectId | None:
-    """The id that `relative_path` turns into `namespace/shard/name`, None if there is none."""
+    """Returns the id whose `relative_path` is `namespace/shard/name`, or None if there is none."""
     found = _OBJECT.fullmatch(name)
     if found is None or not name.startswith(shard) or not _NAMESPACE.fullmatch(namespace):
         return None
@@ -66,12 +66,12 @@ def parse_path(namespace: str, shard: str, name: str) -> ObjectId | None:
 
 
 def depth_of(name: str) -> int:
-    """The chunk's index in its chain, from an object's file name."""
+    """Returns the index of the chunk in its chain, parsed from an object's file name."""
     return int(name.rsplit(".", 3)[1])
 
 
 def host_tag() -> str:
-    """Who can tell whether a process id is alive: this boot of this host and its pid namespace, 16 hex digits."""
+    """Returns 16 hex digits that identify this host's boot and pid namespace, within which process ids can be compared."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             text = f"{file.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -81,12 +81,14 @@ def host_tag() -> str:
 
 
 def temp_name(tag: str) -> str:
-    """A fresh name for a file that is being written by this process."""
+    """Returns a unique name for a file that this process is about to write."""
     return f".tmp-{tag}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def is_stale(entry: Entry, tag: str, now: float, max_age: float) -> bool:
-    """Whether nobody will finish this temporary: its process is dead (where we can know), or it is older than `max_age`."""
+    """Returns whether a temporary file is abandoned: its process is dead (if that can be checked here), or it is older than
+    `max_age` seconds.
+    """
     found = _TEMP.fullmatch(entry.name)
     assert found is not None
     if now - entry.used > max_age:
@@ -103,10 +105,10 @@ def is_stale(entry: Entry, tag: str, now: float, max_age: float) -> bool:
 
 
 def walk(objects: str, namespace: bytes | None = None) -> Iterator[Entry]:
-    """Our files below `<root>/objects` (of one namespace). Files that vanish meanwhile are left out.
+    """Yields our files below `<root>/objects` (of one namespace). Files that disappear during the walk are skipped.
 
     Raises:
-        OSError: a folder can't be listed for another reason than being gone.
+        OSError: a folder cannot be listed, other than because it no longer exists.
     """
     for space in _folders(objects):
         if not _NAMESPACE.fullmatch(space.name) or (namespace is not None and space.name != namespace.hex()):
@@ -127,13 +129,14 @@ def walk(objects: str, namespace: bytes | None = None) -> Iterator[Entry]:
 
 
 def prune(objects: str, before: float) -> None:
-    """Remove empty folders that did not change since `before` (seconds since 1970): namespaces come and go."""
+    """Removes empty shard and namespace folders unchanged since `before` (seconds since 1970)."""
     for space in _folders(objects):
         if not _NAMESPACE.fullmatch(space.name):
             continue
         folders = [*_folders(space.path), space]
         with contextlib.suppress(OSError):
-            changed = [folder.stat(follow_symlinks=False).st_mtime for folder in folders]  # before removing changes it
+            # Read all times first: removing a folder changes its parent's.
+            changed = [folder.stat(follow_symlinks=False).st_mtime for folder in folders]
             for folder, when in zip(folders, changed, strict=True):
                 if when <= before:
                     with contextlib.suppress(OSError):
@@ -141,13 +144,13 @@ def prune(objects: str, before: float) -> None:
 
 
 def object_of(entry: Entry) -> ObjectId | None:
-    """The id of an entry met by `walk`."""
+    """Returns the id of an entry yielded by `walk`."""
     rest, shard = os.path.split(os.path.dirname(entry.path))
     return parse_path(os.path.basename(rest), shard, entry.name)
 
 
 def make_folders(root: str, folder: str) -> None:
-    """Make `folder` below `root`, and `root` itself, readable by the owner alone. What exists stays as it is."""
+    """Creates `folder` below `root`, and `root` itself, readable by the owner only. Existing folders are not changed."""
     if os.path.isdir(folder):
         return
     if folder != root:
@@ -162,11 +165,11 @@ def make_folders(root: str, folder: str) -> None:
 
 
 def publish(temp: str, path: str) -> None:
-    """Give a finished file its name, atomically and without replacing. The temporary name is gone afterwards.
+    """Renames a finished file from `temp` to `path`, atomically and without replacing an existing file.
 
     Raises:
-        FileExistsError: something of that name is there; nothing changed, `temp` still exists.
-        FileNotFoundError: `temp` or the folder was removed meanwhile.
+        FileExistsError: `path` exists; nothing changed, `temp` still exists.
+        FileNotFoundError: `temp` or the folder has been removed.
     """
     try:
         os.link(temp, path)
@@ -175,12 +178,12 @@ def publish(temp: str, path: str) -> None:
             raise
         _rename_without_replacing(temp, path)
         return
-    with contextlib.suppress(OSError):  # it is published; what is left of the other name is the janitor's
+    with contextlib.suppress(OSError):  # it is published; the janitor removes a leftover temporary name
         os.unlink(temp)
 
 
 def _rename_without_replacing(temp: str, path: str) -> None:
-    """For filesystems without hard links (exFAT, some FUSE and cloud mounts)."""
+    """Renames without hard links, for filesystems that lack them (exFAT, some FUSE and cloud mounts)."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         if renameat2(_AT_FDCWD, os.fsencode(temp), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE) == 0:
@@ -188,14 +191,14 @@ def _rename_without_replacing(temp: str, path: str) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(code, os.strerror(code), path)
-    # Neither is there. Two writers of one name may now both win in turn; each file is whole and holds the same values.
+    # Neither is supported. Two concurrent writers of one name may replace each other's file; both are complete and equal.
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
     os.rename(temp, path)
 
 
 def unlink(path: str) -> bool:
-    """Remove a file; False if it was gone."""
+    """Removes a file. Returns False if it did not exist."""
     try:
         os.unlink(path)
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Keeps one folder within its capacity, for all processes that write to it.
+"""Keeps a disk tier's folder within its capacity, on behalf of all processes that write to it.
 
-Every process with a disk tier runs a janitor thread; the one that holds the lock on `<root>/janitor.lock` works, the others
-wait for it to end. Holding the lock, a janitor lists the folder now and then, corrects the shared count, removes what killed
-processes left behind, and evicts: what was used longest ago first, and of what was used at about the same time the deepest
-chunks first, because a chunk is worth nothing without those before it.
+Every process with a disk tier runs a janitor thread. Only the holder of the lock on `<root>/janitor.lock` works; the others
+take over when it exits. The holder periodically lists the folder, corrects the shared byte count, removes temporary files of
+killed processes, and evicts: least recently used first and, among objects used at about the same time, the deepest chunks
+first, because a chunk is useless without the chunks before it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from lmcache.tiers.folder import Entry, depth_of, host_tag, is_stale, prune, unl
 from lmcache.tiers.usage import Usage, same_file
 
 HIGH, LOW = 0.95, 0.90
-"""Evict when more than HIGH of the capacity is used, down to LOW: writers need headroom while a pass is under way."""
+"""Evict when more than HIGH of the capacity is used, down to LOW: writers need headroom while a pass is in progress."""
 
-_GRACE = 5.0
-"""Seconds that `close` waits for a pass under way."""
+_CLOSE_WAIT_S = 5.0
+"""Seconds that `close` waits for a pass in progress."""
 
 
 class Timing(NamedTuple):
-    """How often things happen, in seconds.
+    """Intervals and timeouts, in seconds.
 
     Attributes:
-        tick: how often the holder looks at the shared count, and the others try to become the holder.
-        rescan: how often the folder is listed though nothing calls for it (at most a fiftieth of the time goes there).
-        temp_age: temporaries of unknown processes older than this are removed.
-        grain: uses this close together count as simultaneous.
-        patience: how long a writer waits for another process's janitor to make room.
+        tick: how often the holder checks the shared count, and the others try to take the lock.
+        rescan: how often the folder is listed without another reason (listing takes at most 2 % of the time).
+        temp_age: age at which temporary files of unknown processes are removed.
+        grain: resolution of use times; uses within one grain count as simultaneous.
+        patience: how long a writer waits for another process's janitor to free space.
     """
 
     tick: float = 0.25
@@ -44,7 +44,7 @@ class Timing(NamedTuple):
 
 
 class Janitor:
-    """The janitor of one folder in this process. `capacity` in bytes; None: no limit, only accounts and cleans up."""
+    """This process's janitor of one folder. `capacity` in bytes; None: no limit, so it only counts and cleans up."""
 
     def __init__(
         self, root: str, objects: str, capacity: int | None, usage: Usage, timing: Timing, log: Throttle
@@ -63,8 +63,8 @@ class Janitor:
         self.forked()
 
     def forked(self) -> None:
-        """Start over: in a new process nothing is running, and the parent's lock is not ours."""
-        self._mutex = threading.RLock()  # one pass, one change of the lock at a time; `close` may come from a finalizer
+        """Resets the state in a forked child: no thread is running, and the lock belongs to the parent."""
+        self._mutex = threading.RLock()  # guards passes and the lock file; reentrant: `close` may run in a finalizer
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._next_scan = 0.0
@@ -73,7 +73,7 @@ class Janitor:
         self._fd = -1
 
     def start(self) -> None:
-        """Run in the background, unless it does already."""
+        """Starts the background thread unless it is running."""
         if self._thread is None or not self._thread.is_alive():
             with self._mutex:
                 if not self._closed and (self._thread is None or not self._thread.is_alive()):
@@ -82,11 +82,11 @@ class Janitor:
 
     @property
     def holds_lock(self) -> bool:
-        """Whether this process is the one that cleans up."""
+        """Whether this process holds the lock and therefore does the work."""
         return self._fd >= 0
 
     def make_room(self, need: int, deadline: float | None) -> bool:
-        """Try to have `need` bytes free. True: try again now. Blocks while another process's janitor is at it."""
+        """Tries to free `need` bytes; True: there was room on return. Blocks while another process's janitor is working."""
         if self._capacity is None or need > self._capacity:
             return False
         until = time.monotonic() + self._timing.patience
@@ -95,13 +95,13 @@ class Janitor:
         while not self._closed:
             if self._mutex.acquire(timeout=max(0.0, until - time.monotonic())):
                 try:
-                    if self._lacking(need) and self._hold():  # else another thread made room meanwhile
+                    if self._is_short_of(need) and self._acquire():  # otherwise another thread has freed the space
                         self._collect(need)
                 except OSError as error:
                     self._log.warning("disk-janitor", path=self._objects, detail=str(error))
                 finally:
                     self._mutex.release()
-            if not self._lacking(need):
+            if not self._is_short_of(need):
                 return True
             if self.holds_lock or time.monotonic() >= until:
                 return False
@@ -109,21 +109,21 @@ class Janitor:
         return False
 
     def collect(self) -> bool:
-        """One pass now, if this process holds or gets the lock (else False)."""
+        """Runs one pass now if this process holds or gets the lock; otherwise returns False."""
         with self._mutex:
-            if not self._hold():
+            if not self._acquire():
                 return False
             self._collect(0)
             return True
 
     def close(self) -> None:
-        """Stop the thread, release the lock. Idempotent. Does not wait for ever for a filesystem that hangs."""
+        """Stops the thread and releases the lock. Idempotent. Waits a bounded time, since a filesystem may hang."""
         self._closed = True
         self._wake.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(_GRACE)
-        if self._mutex.acquire(timeout=_GRACE):
+            thread.join(_CLOSE_WAIT_S)
+        if self._mutex.acquire(timeout=_CLOSE_WAIT_S):
             self._release()
             self._mutex.release()
 
@@ -131,16 +131,16 @@ class Janitor:
         while not self._closed:
             try:
                 with self._mutex:
-                    if not self._closed and self._hold() and self._due():
+                    if not self._closed and self._acquire() and self._is_due():
                         self._collect(0)
             except OSError as error:
                 self._log.warning("disk-janitor", path=self._objects, detail=str(error))
             self._wake.wait(self._timing.tick)
 
-    def _lacking(self, need: int) -> bool:
+    def _is_short_of(self, need: int) -> bool:
         return self._capacity is not None and self._usage.read().used + need > self._capacity
 
-    def _due(self) -> bool:
+    def _is_due(self) -> bool:
         if time.monotonic() >= self._next_scan:
             return True
         now = self._usage.read()
@@ -148,8 +148,8 @@ class Janitor:
             now.used > HIGH * self._capacity or now.used + now.wanted > self._capacity
         )
 
-    def _hold(self) -> bool:
-        """Get the lock, or see that we still have it. Mutex held."""
+    def _acquire(self) -> bool:
+        """Takes the lock, or checks that we still hold it. The mutex must be held."""
         if self._usage.stale():
             self._usage.close()
         if self._fd >= 0:
@@ -166,7 +166,7 @@ class Janitor:
             os.close(fd)
             return False
         except OSError:
-            pass  # no locks on this filesystem: several janitors do no harm, they only evict a little early
+            pass  # no locks on this filesystem: several janitors are harmless, they only evict slightly early
         self._fd = fd
         self._next_scan = 0.0
         return True
@@ -177,7 +177,7 @@ class Janitor:
         self._fd = -1
 
     def _collect(self, need: int) -> None:
-        """One pass: list, clean up, correct the count, evict. Mutex and lock held."""
+        """Runs one pass: list, clean up, correct the count, evict. Mutex and lock must be held."""
         begun = time.monotonic()
         before = self._usage.read()
         entries: list[Entry] = []
@@ -203,7 +203,7 @@ class Janitor:
         self._next_scan = begun + max(self._timing.rescan, 50 * (time.monotonic() - begun))
 
     def _evict(self, entries: list[Entry], excess: int) -> None:
-        """Remove at least `excess` bytes of objects, the least valuable first."""
+        """Evicts objects of at least `excess` bytes in total, in the order given in the module's docstring."""
         grain = self._timing.grain
         entries.sort(key=lambda entry: (entry.used // grain, -depth_of(entry.name)))
         for entry in entries:

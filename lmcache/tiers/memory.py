@@ -1,32 +1,31 @@
-"""The simplest tier: a dict in this process. The example to read before writing one, and a base for tests that inject faults."""
+"""The simplest tier: a dict in this process. An example for authors of tiers, and a base for tests that inject faults."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 
 from lmcache.keys import ObjectId
 from lmcache.plan import Status
-from lmcache.tiers.base import Found, Read, Result, Write
+from lmcache.tiers.base import Found, Read, Result, Write, refusal
 
 
 class MemoryTier:
-    """Objects as `bytes`, least recently used first out. `capacity_bytes=None`: no limit."""
+    """Keeps objects as `bytes` and evicts the least recently used. `capacity_bytes=None`: no limit."""
 
     name = "memory"
     shared = False
 
     def __init__(self, capacity_bytes: int | None = None) -> None:
         self._capacity = capacity_bytes
-        self._objects: dict[ObjectId, bytes] = {}  # in order of use
+        self._objects: dict[ObjectId, bytes] = {}  # least recently used first
         self._used = 0
         self._closed = False
         self._lock = threading.Lock()
 
     @property
     def capacity_bytes(self) -> int | None:
-        """Bytes that it holds at most; None: no limit."""
+        """The most bytes the tier holds; None: no limit."""
         return self._capacity
 
     def contains(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
@@ -52,10 +51,10 @@ class MemoryTier:
     def clear(self, namespace: bytes | None = None) -> int:
         """See `Tier.clear`."""
         with self._lock:
-            doomed = [id for id in self._objects if namespace is None or id.namespace == namespace]
-            for id in doomed:
+            found = [id for id in self._objects if namespace is None or id.namespace == namespace]
+            for id in found:
                 self._remove(id)
-            return len(doomed)
+            return len(found)
 
     def scan(self) -> Iterator[Found]:
         """See `Tier.scan`."""
@@ -64,7 +63,7 @@ class MemoryTier:
         yield from found
 
     def flush(self, *, durable: bool = False) -> None:
-        """Nothing to do: memory is as durable as this tier gets."""
+        """Does nothing: this tier is only as durable as the process."""
 
     def used_bytes(self) -> int:
         """See `Tier.used_bytes`."""
@@ -75,16 +74,12 @@ class MemoryTier:
         self._closed = True
 
     def _refusal(self, deadline: float | None) -> Result | None:
-        if self._closed:
-            return Result(Status.FAILED, 0, "the tier is closed")
-        if deadline is not None and time.monotonic() > deadline:
-            return Result(Status.LATE, 0, "the deadline had passed")
-        return None
+        return refusal(self._closed, deadline)
 
     def _read(self, read: Read, deadline: float | None) -> Result:
         with self._lock:
-            if refusal := self._refusal(deadline):
-                return refusal
+            if refused := self._refusal(deadline):
+                return refused
             data = self._objects.pop(read.id, None)
             if data is None:
                 return Result(Status.MISSING)
@@ -99,8 +94,8 @@ class MemoryTier:
     def _write(self, write: Write, deadline: float | None) -> Result:
         data = b"".join(write.parts)
         with self._lock:
-            if refusal := self._refusal(deadline):
-                return refusal
+            if refused := self._refusal(deadline):
+                return refused
             if not data:
                 return Result(Status.FAILED, 0, "an object has at least one byte")
             if write.id in self._objects:

@@ -1,4 +1,4 @@
-"""Reading and writing many buffers at file offsets with few system calls and no copies."""
+"""Vectored file I/O: reads and writes many buffers at file offsets with few system calls and no copies."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from lmcache.tiers.base import Range
 
 _STEP = 16 << 20
-"""Bytes per system call at most, so that a deadline is noticed in time."""
+"""Most bytes per system call, so that the deadline is checked often enough."""
 
-_PIECES = 1024
-"""Buffers per system call: IOV_MAX of Linux."""
+_MAX_BUFFERS = 1024
+"""Most buffers per system call: `IOV_MAX` on Linux."""
 
 
 class Late(Exception):  # noqa: N818 (an outcome, not an error)
-    """The deadline passed; `moved` bytes had been moved."""
+    """The deadline passed after `moved` bytes had been transferred."""
 
     def __init__(self, moved: int) -> None:
         super().__init__(moved)
@@ -25,10 +25,11 @@ class Late(Exception):  # noqa: N818 (an outcome, not an error)
 
 
 def write_all(fd: int, parts: Sequence[memoryview | bytes], deadline: float | None) -> int:
-    """Write `parts` one after another from offset 0 on; returns their length.
+    """Writes `parts` one after another starting at offset 0; returns their total length.
 
     Raises:
-        Late, OSError
+        Late: the deadline passed.
+        OSError: a write failed.
     """
     at = 0
     for batch in _batches(parts):
@@ -43,15 +44,16 @@ def write_all(fd: int, parts: Sequence[memoryview | bytes], deadline: float | No
 
 
 def read_all(fd: int, buffers: Sequence[memoryview], ranges: Sequence[Range], deadline: float | None) -> int:
-    """Fill `buffers[i]` from `ranges[i]`; returns the bytes read, fewer where a range passes the end of the file.
+    """Fills `buffers[i]` from `ranges[i]`; returns the bytes read, fewer where a range extends past the end of the file.
 
     Raises:
-        Late, OSError
+        Late: the deadline passed.
+        OSError: a read failed.
     """
     moved = 0
-    for start, run in _runs(buffers, ranges):
+    for start, group in _adjacent(buffers, ranges):
         at = start
-        for batch in _batches(run):
+        for batch in _batches(group):
             while batch:
                 _check(deadline, moved)
                 step = os.preadv(fd, batch, at)
@@ -61,7 +63,7 @@ def read_all(fd: int, buffers: Sequence[memoryview], ranges: Sequence[Range], de
                 moved += step
                 batch = _rest(batch, step)
             if batch:
-                break  # the end of the file
+                break  # end of file
     return moved
 
 
@@ -70,35 +72,35 @@ def _check(deadline: float | None, moved: int) -> None:
         raise Late(moved)
 
 
-def _runs(buffers: Sequence[memoryview], ranges: Sequence[Range]) -> Iterator[tuple[int, list[memoryview]]]:
-    """Group ranges that follow each other in the file."""
-    start, end, run = 0, -1, list[memoryview]()
+def _adjacent(buffers: Sequence[memoryview], ranges: Sequence[Range]) -> Iterator[tuple[int, list[memoryview]]]:
+    """Groups ranges that are adjacent in the file: yields (offset, buffers)."""
+    start, end, group = 0, -1, list[memoryview]()
     for buffer, (offset, length) in zip(buffers, ranges, strict=True):
         if buffer.nbytes != length:
             raise OSError(errno.EINVAL, f"a buffer of {buffer.nbytes} bytes for a range of {length}")
         if offset != end:
-            if run:
-                yield start, run
-            start, run = offset, []
-        run.append(buffer)
+            if group:
+                yield start, group
+            start, group = offset, []
+        group.append(buffer)
         end = offset + length
-    if run:
-        yield start, run
+    if group:
+        yield start, group
 
 
 def _batches(parts: Sequence[memoryview | bytes]) -> Iterator[list[memoryview]]:
-    """Cut into lists that fit one system call."""
+    """Splits `parts` into lists that fit one system call."""
     batch, size = list[memoryview](), 0
     for part in parts:
         view = memoryview(part)
         if view.ndim != 1 or view.itemsize != 1:
             view = view.cast("B")
         while len(view):
-            piece = view[: _STEP - size]
-            batch.append(piece)
-            size += len(piece)
-            view = view[len(piece) :]
-            if size == _STEP or len(batch) == _PIECES:
+            part_view = view[: _STEP - size]
+            batch.append(part_view)
+            size += len(part_view)
+            view = view[len(part_view) :]
+            if size == _STEP or len(batch) == _MAX_BUFFERS:
                 yield batch
                 batch, size = [], 0
     if batch:
@@ -106,7 +108,7 @@ def _batches(parts: Sequence[memoryview | bytes]) -> Iterator[list[memoryview]]:
 
 
 def _rest(batch: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of `batch` after its first `done` bytes."""
+    """Returns what remains of `batch` after its first `done` bytes."""
     for index, view in enumerate(batch):
         if done < len(view):
             return [view[done:], *batch[index + 1 :]]

@@ -1,8 +1,8 @@
-"""How many bytes a folder holds, as all processes that write to it know it together.
+"""Counts the bytes in a disk tier's folder, shared by all processes that write to it.
 
-A few 64-bit numbers in the file `<root>/usage`, changed under a file lock that is held for microseconds. It is advice, not
-truth: a killed process leaves it slightly wrong, and the janitor corrects it from the folder's listing. Where the file can't
-be used (read-only filesystem, no locks), the numbers are this process's own.
+The count is a few 64-bit integers in the file `<root>/usage`, updated under a file lock that is held for microseconds. It is
+an estimate: a killed process leaves it slightly wrong, and the janitor corrects it from a listing of the folder. Where the
+file cannot be used (read-only filesystem, no locks), each process keeps its own count.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import NamedTuple
 
 _RECORD = struct.Struct("<8sqqq")
 _MAGIC = b"lmcuse01"
-_PATIENCE = 0.2
-"""Seconds to wait for the lock: its holder may be a stopped process, and a slightly wrong number is better than a hang."""
+_LOCK_WAIT_S = 0.2
+"""Seconds to wait for the lock. Its holder may be a stopped process; a slightly wrong count is better than a hang."""
 
 
 class Count(NamedTuple):
-    """What the record says, in bytes.
+    """The contents of the usage file, in bytes.
 
     Attributes:
-        used: all objects, and writes under way.
-        wanted: room that a writer found missing.
-        moved: grows with each change in the folder, so that a listing can tell what it may have missed.
+        used: size of all objects and of writes in progress.
+        wanted: free space that a writer needed and did not get.
+        moved: sum of the sizes of all changes in the folder, ever; bounds what a listing in progress may have missed.
     """
 
     used: int = 0
@@ -37,7 +37,7 @@ class Count(NamedTuple):
 
 
 class Usage:
-    """The counter of one folder. Thread-safe; several processes may share it."""
+    """The byte count of one folder. Thread-safe and shared between processes."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -46,13 +46,13 @@ class Usage:
         self._own = Count()
 
     def add(self, delta: int, *, limit: int | None = None, commit: Callable[[], None] | None = None) -> bool:
-        """Count `delta` bytes more, unless that makes it more than `limit`: then note the missing room and return False.
+        """Adds `delta` bytes to the count. If that exceeds `limit`, records the missing space instead and returns False.
 
         `commit` makes the change in the folder. It runs under the lock, so that no listing begins or ends between the change
-        and its being counted: else a janitor would take the difference for an error and correct it.
+        and its count; otherwise a janitor would treat the difference as an error and "correct" it.
 
         Raises:
-            OSError: `commit` did; nothing was counted.
+            OSError: raised by `commit`; nothing was counted.
         """
 
         fits = True
@@ -70,17 +70,17 @@ class Usage:
         return fits
 
     def remove(self, path: str, nbytes: int) -> bool:
-        """Unlink a counted file; False if it is gone already, and then no longer counted."""
+        """Unlinks a counted file and subtracts its size. Returns False, and changes nothing, if the file is already gone."""
         try:
             return self.add(-nbytes, commit=lambda: os.unlink(path))
         except FileNotFoundError:
             return False
 
     def rename(self, nbytes: int, commit: Callable[[], None]) -> None:
-        """Let `commit` give a counted file another name. A listing under way may meet it twice, or not at all.
+        """Renames a counted file by calling `commit`. A listing in progress may include the file twice, or not at all.
 
         Raises:
-            OSError: `commit` did.
+            OSError: raised by `commit`.
         """
 
         def change(now: Count) -> Count:
@@ -90,12 +90,13 @@ class Usage:
         self._update(change)
 
     def read(self) -> Count:
-        """The numbers now."""
+        """Returns the current count."""
         return self._update(lambda now: now)
 
     def correct(self, before: Count, listed: int) -> Count:
-        """Believe a listing that found `listed` bytes, as far as it is not explained by what moved since `before` was read.
-        Room is no longer wanted: whoever still waits says so again.
+        """Sets the count to the `listed` bytes of a listing, unless the changes since `before` explain the difference.
+
+        `before` is the count read before the listing began. Also resets `wanted`: a writer that still waits sets it again.
         """
 
         def change(now: Count) -> Count:
@@ -105,23 +106,23 @@ class Usage:
         return self._update(change)
 
     def known(self) -> bool:
-        """Whether an earlier process left a count."""
+        """Returns whether an earlier process left a valid count."""
         with self._mutex, contextlib.suppress(OSError):
             return _unpack(os.pread(self._open(), _RECORD.size, 0)) is not None
         return False
 
     def stale(self) -> bool:
-        """Whether the open file is no longer the one of that name (the folder was removed or moved): then `close` it."""
+        """Returns whether the path no longer names the open file (the folder was removed or moved); if so, call `close`."""
         with self._mutex:
             return self._fd >= 0 and not same_file(self._fd, self._path)
 
     def reopen(self) -> None:
-        """Forget the open file and its lock. For a forked child: the lock would be shared with its parent."""
+        """Drops the open file and its lock. For a forked child, which would otherwise share the lock with its parent."""
         self._mutex = threading.RLock()
         self.close()
 
     def close(self) -> None:
-        """Release the file; it is opened again when needed."""
+        """Closes the file; the next use reopens it."""
         with self._mutex:
             if self._fd >= 0:
                 os.close(self._fd)
@@ -134,10 +135,10 @@ class Usage:
         return self._fd
 
     def _update(self, change: Callable[[Count], Count]) -> Count:
-        """Call `change` once, with what is recorded, and record what it returns. What it raises is passed on."""
+        """Calls `change` once with the recorded count and records what it returns. Exceptions of `change` propagate."""
         with self._mutex, contextlib.ExitStack() as stack:
             fd, now = -1, self._own
-            with contextlib.suppress(OSError):  # else only this process knows
+            with contextlib.suppress(OSError):  # otherwise the count is this process's own
                 fd = self._open()
                 if _lock(fd):
                     stack.callback(_unlock, fd)
@@ -150,7 +151,7 @@ class Usage:
 
 
 def same_file(fd: int, path: str) -> bool:
-    """Whether `path` still names the open file `fd`."""
+    """Returns whether `path` still names the open file `fd`."""
     try:
         there, here = os.stat(path, follow_symlinks=False), os.fstat(fd)
     except OSError:
@@ -166,8 +167,8 @@ def _unpack(data: bytes) -> Count | None:
 
 
 def _lock(fd: int) -> bool:
-    """Lock, or give up after a while."""
-    until = time.monotonic() + _PATIENCE
+    """Takes the file lock; returns False if it is not free within `_LOCK_WAIT_S`."""
+    until = time.monotonic() + _LOCK_WAIT_S
     while time.monotonic() < until:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

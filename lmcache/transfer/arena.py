@@ -80,6 +80,11 @@ class Arena:
             self._warmer.reached((slot + 1) * self.stride)
         return view
 
+    def views(self, slots: Sequence[int]) -> list[torch.Tensor]:
+        """Returns `view` of each of these slots."""
+        known = self._views
+        return [known[slot] if slot in known else self.view(slot) for slot in slots]
+
     def _slab(self, slab: int) -> torch.Tensor:
         with self._lock:
             memory = self._slabs.get(slab)

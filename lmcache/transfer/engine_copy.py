@@ -57,7 +57,6 @@ class EngineCopier(Protocol):
         kv: BoundKV,
         group: int,
         slots: torch.Tensor,
-        layers: slice | None = None,
         after: object = None,
     ) -> Completion | None:
         """`srcs` → engine, once its stream has passed `after` (default: now), from when on the pages are free.
@@ -86,11 +85,10 @@ class HostCopier:
         kv: BoundKV,
         group: int,
         slots: torch.Tensor,
-        layers: slice | None = None,
         after: object = None,
     ) -> None:
         """See `EngineCopier`."""
-        scatter(srcs, layout, kv, group, slots, layers)
+        scatter(srcs, layout, kv, group, slots)
 
 
 class DeviceCopier:
@@ -140,14 +138,12 @@ class DeviceCopier:
         kv: BoundKV,
         group: int,
         slots: torch.Tensor,
-        layers: slice | None = None,
         after: object = None,
     ) -> Completion | None:
         """See `EngineCopier`."""
         self._here()
         if not served_by_torch(self._device):
             copies = self._copies(kv, group, slots, len(srcs), layout, missing=True)
-            wanted = None if layers is None else range(*layers.indices(layout.layers))
             try:
                 arrival = self._pipeline.load(
                     copies,
@@ -155,7 +151,6 @@ class DeviceCopier:
                     srcs,
                     pages=kv.groups[group].storages,
                     after=after,
-                    layers=wanted,
                     direct=srcs[0].is_pinned(),
                 )
             except torch.OutOfMemoryError:
@@ -167,7 +162,7 @@ class DeviceCopier:
                 return self._arrival(arrival)
         if after is not None:
             self._pipeline.wait_for(after)
-        self._plain.load(srcs, layout, kv, group, slots, layers)
+        self._plain.load(srcs, layout, kv, group, slots)
         self._pipeline.wait_for(self._pipeline.now())  # tensor operations only enqueue
         return None
 

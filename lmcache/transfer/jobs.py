@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,9 +18,6 @@ import torch
 from lmcache.keys import Name
 from lmcache.layout import BoundKV, ObjectLayout
 from lmcache.plan import ArenaSlot, Copy, Job, JobReport, Op, Plan, Report, Status
-
-LayerDone = Callable[[int, int], None]
-"""Called as `layer_done(group, layer)` when a layer (local position) of all objects of a load is in engine memory."""
 
 SlotKey = tuple[int, int]
 """(group, slot index)"""
@@ -32,12 +29,10 @@ class EngineView(NamedTuple):
     Attributes:
         kv: the live tensors.
         slots: group → int64 tensor, one slot per token of the request (−1 = not resident, never read or written).
-        layer_done: if given, a load writes layer by layer, across all objects, and calls this after each layer.
     """
 
     kv: BoundKV
     slots: Mapping[int, torch.Tensor]
-    layer_done: LayerDone | None = None
 
 
 class ActiveJob:

@@ -22,7 +22,7 @@ from lmcache.keys import Name, ObjectId
 from lmcache.layout import BoundKV, ObjectLayout
 from lmcache.observe.log import Throttle
 from lmcache.observe.metrics import Metrics
-from lmcache.plan import ArenaSlot, Copy, Delete, Engine, Plan, Probe, Report, Status, TierFacts
+from lmcache.plan import ArenaSlot, Copy, Delete, Engine, Plan, Probe, Status, TierFacts
 from lmcache.plan import Tier as TierPlace
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Result, Tier
@@ -38,12 +38,12 @@ __all__ = ["EngineView", "Transfer"]
 _ALARMS = frozenset({Status.CORRUPT, Status.FAILED, Status.FULL, Status.LATE})
 """Statuses worth a warning; a vanished object or a cancelled op is everyday business."""
 
-_LOOK_S = 0.25
-"""Seconds between two looks at how full a tier is, on its own threads."""
+_MEASURE_S = 0.25
+"""Seconds between two measurements of how full a tier is, on its own threads."""
 
 
 class Transfer:
-    """Executes plans on one rank.
+    """Executes plans on one rank. What its jobs have come to is in `tracker`.
 
     Args:
         spec: what this rank's KV is.
@@ -69,9 +69,9 @@ class Transfer:
         metrics: Metrics,
         log: Throttle,
         rank: int = 0,
-        read_threads: int = 2,
-        write_threads: int = 1,
-        queue_bytes: int = 1 << 30,
+        read_threads: int,
+        write_threads: int,
+        queue_bytes: int,
         open_copier: Callable[[torch.device], EngineCopier] = open_copier,
     ) -> None:
         self._spec = spec
@@ -85,14 +85,13 @@ class Transfer:
         self._queue_bytes = queue_bytes
         self._open_copier = open_copier
         self._engine_copiers: dict[torch.device, EngineCopier] = {}
-        self._tracker = JobTracker(rank)
+        self.tracker = JobTracker(rank)
         self._meters = [Meter() for _ in tiers]
         self._used = [0] * len(tiers)
         self._owed = [0] * len(tiers)  # bytes waiting to be written
-        self._look_at = [math.inf] * len(tiers)
+        self._measure_at = [math.inf] * len(tiers)
         self._readers = [Workers(f"lmcache-{t.name}-read", read_threads) for t in tiers]
         self._writers = [Workers(f"lmcache-{t.name}-write", write_threads) for t in tiers]
-        self._copiers = Workers("lmcache-copy", 1)
         self._stored = Workers("lmcache-stored", 1)  # apart, so that a load is not told late because of stores
         self._loaded = Workers("lmcache-loaded", 1)
         self._lock = Lock()
@@ -114,7 +113,7 @@ class Transfer:
         slots of host memory are complete (on a device, when they are reported). A job that was seen before is ignored, so a
         plan may be delivered twice.
         """
-        for active in self._tracker.begin(plan, views or {}):
+        for active in self.tracker.begin(plan, views or {}):
             self._guard(active, range(len(active.job.ops)), partial(self._begin, active, after))
 
     def _begin(self, active: ActiveJob, after: object) -> None:
@@ -122,40 +121,19 @@ class Transfer:
             active.after = self.point(active.view.kv) if after is None else after
         self._start(active)
 
-    def poll(self) -> Report:
-        """Everything this rank has to report and the index has not acknowledged."""
-        return self._tracker.report()
-
-    @property
-    def news(self) -> int:
-        """Grows whenever a job becomes reportable; lets a caller skip `poll` when nothing happened."""
-        return self._tracker.news
-
-    def wait(self, seen: int, timeout: float) -> None:
-        """Return when `news` is no longer `seen`, when a deadline passes, or after `timeout` seconds."""
-        self._tracker.wait(seen, timeout)
-
-    def fence(self, jobs: Sequence[int], timeout: float | None = None) -> bool:
-        """Wait until none of `jobs` writes engine memory, now or later; loads that have not begun are cancelled."""
-        return self._tracker.fence(jobs, timeout)
-
-    def running(self, kind: str | None = None) -> int:
-        """How many jobs (of one kind) are under way."""
-        return self._tracker.running(kind)
-
     def queue(self) -> tuple[int, int]:
         """Tier calls waiting for a thread, and bytes waiting to be written."""
         return sum(w.queued for w in (*self._readers, *self._writers)), self._write_bytes
 
     def facts(self) -> list[TierFacts]:
-        """What is known of each tier, for the rule of admission. Asks nobody."""
+        """What is known of each tier's room and speed, without asking it."""
         with self._lock:
             used = [a + b for a, b in zip(self._used, self._owed, strict=True)]
         return [TierFacts(n, *meter.read()) for n, meter in zip(used, self._meters, strict=True)]
 
-    def look(self, tier: int) -> None:
-        """Find out how full a tier is, now and from then on: `facts` counts on from there. Takes as long as the tier takes."""
-        self._look_at[tier] = time.monotonic() + _LOOK_S
+    def measure(self, tier: int) -> None:
+        """Refreshes the estimate of a tier's used bytes (blocking); later writes are added to it."""
+        self._measure_at[tier] = time.monotonic() + _MEASURE_S
         used = self._tiers[tier].used_bytes()
         with self._lock:
             self._used[tier] = used
@@ -163,14 +141,14 @@ class Transfer:
     def close(self, timeout: float = 5.0) -> bool:
         """Finish queued work and end the threads; False if some tier call still hangs."""
         until = time.monotonic() + timeout
-        pools = (*self._readers, *self._writers, self._copiers, self._stored, self._loaded)
+        pools = (*self._readers, *self._writers, self._stored, self._loaded)
         ended = [workers.close(max(0.0, until - time.monotonic())) for workers in pools]
         return all(ended)
 
     def _finish(
         self, active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
     ) -> None:
-        self._tracker.finish(active, indices, status, nbytes, detail)
+        self.tracker.finish(active, indices, status, nbytes, detail)
         if indices and status in _ALARMS:
             self._metrics.failed(active.job.kind, status.name.lower(), len(indices))
             self._log.warning(f"{active.job.kind}-{status.name.lower()}", objects=len(indices), detail=detail)
@@ -219,9 +197,6 @@ class Transfer:
             call = self._probe if probe else self._delete
             self._submit(self._readers[tier], active, indices, partial(call, active, tier, indices))
 
-        if active.view is not None and active.view.layer_done is not None:
-            self._start_layerwise(active, ready, promotions, direct, followers)
-            return
         for i in promotions:
             op = active.copy(i)
             assert isinstance(op.dst, ArenaSlot)
@@ -270,7 +245,7 @@ class Transfer:
             op = active.copy(i)
             assert isinstance(op.dst, ArenaSlot)
             try:
-                self._tracker.claim(group, op.dst.index)
+                self.tracker.claim(group, op.dst.index)
                 outs.append(arena.view(op.dst.index))
             except MemoryError as error:
                 self._finish(active, [i], Status.FULL, detail=str(error))
@@ -289,50 +264,49 @@ class Transfer:
             return
 
         def stored() -> None:
-            self._tracker.tag(active, live, layout)
+            self.tracker.tag(active, live, layout)
             nbytes = layout.nbytes * len(live)
             self._metrics.moved("engine", "dram", nbytes)
             self._finish(active, live, Status.OK, nbytes)
 
         self._when_there(self._stored, active, live, [] if arrival is None else [arrival], stored)
 
-    def _scatter(self, active: ActiveJob, group: int, indices: Sequence[int], layers: slice | None = None) -> bool:
-        """Slots → engine. With `layers`, only those, and the ops stay open. False if nothing may be written any more."""
+    def _scatter(self, active: ActiveJob, group: int, indices: Sequence[int]) -> None:
+        """Arena slots → engine, all objects of a group in one scatter for each layout that they have."""
         view = _view_of(active)
-        batches: dict[ObjectLayout, list[int]] = {}
+        ops, arena = active.job.ops, self._arenas[group]
+        batches: dict[int, tuple[ObjectLayout, list[int]]] = {}
         stale: list[int] = []
-        for i, held in zip(indices, self._tracker.layouts(active, indices), strict=True):
+        for i, held in zip(indices, self.tracker.layouts(active, indices), strict=True):
             if held is None:
                 stale.append(i)
             else:
-                batches.setdefault(held, []).append(i)
+                batches.setdefault(id(held), (held, []))[1].append(i)
         self._finish(active, stale, Status.SKIPPED, detail="the slot does not hold this object")
-        if not self._tracker.begin_engine_write(active):
+        if not self.tracker.begin_engine_write(active):
             self._finish(active, [i for i in indices if i not in stale], Status.CANCELLED)
-            return False
+            return
         arrivals: list[Completion] = []
-        end = partial(self._tracker.end_engine_write, active)
+        end = partial(self.tracker.end_engine_write, active)
         try:
-            for layout, batch in batches.items():
-                copies = [active.copy(i) for i in batch]
-                srcs = [self._arenas[group].view(op.src.index) for op in copies if isinstance(op.src, ArenaSlot)]
+            for layout, batch in batches.values():
+                copies = [op for i in batch if isinstance(op := ops[i], Copy)]
+                srcs = arena.views([op.src.index for op in copies if isinstance(op.src, ArenaSlot)])
                 slots = _slots_at(view.slots[group], [op.start for op in copies], self._chunk_tokens)
-                arrival = self._engine_copier(view.kv).load(srcs, layout, view.kv, group, slots, layers, active.after)
+                arrival = self._engine_copier(view.kv).load(srcs, layout, view.kv, group, slots, active.after)
                 arrivals += [] if arrival is None else [arrival]
         except BaseException:
             _settle(arrivals, end)
             raise
-        if layers is not None:
-            _settle(arrivals, end)
-            return True
 
         def loaded() -> None:
-            for layout, batch in batches.items():
+            for layout, batch in batches.values():
                 self._metrics.moved("dram", "engine", layout.nbytes * len(batch))
                 self._finish(active, batch, Status.OK, layout.nbytes * len(batch))
 
-        self._when_there(self._loaded, active, [i for batch in batches.values() for i in batch], arrivals, loaded, end)
-        return True
+        self._when_there(
+            self._loaded, active, [i for _, batch in batches.values() for i in batch], arrivals, loaded, end
+        )
 
     def _when_there(
         self,
@@ -371,7 +345,7 @@ class Transfer:
             return False
         group = op.name.group
         try:
-            self._tracker.claim(group, op.dst.index)
+            self.tracker.claim(group, op.dst.index)
             out = self._arenas[group].view(op.dst.index)
         except MemoryError as error:
             self._finish(active, [index], Status.FULL, detail=str(error))
@@ -381,7 +355,7 @@ class Transfer:
         if loaded.layout is None:
             self._lost(active, index, tier, loaded.result)
             return False
-        self._tracker.tag(active, [index], loaded.layout)
+        self.tracker.tag(active, [index], loaded.layout)
         self._metrics.moved(tier.name, "dram", loaded.result.nbytes)
         self._finish(active, [index], Status.OK, loaded.result.nbytes)
         return True
@@ -401,7 +375,7 @@ class Transfer:
         if loaded.layout is None:
             self._lost(active, index, tier, loaded.result)
             return
-        if not self._tracker.begin_engine_write(active):
+        if not self.tracker.begin_engine_write(active):
             self._finish(active, [index], Status.CANCELLED)
             return
         arrivals: list[Completion] = []
@@ -410,7 +384,7 @@ class Transfer:
             arrival = self._engine_copier(view.kv).load([out], loaded.layout, view.kv, group, slots, after=active.after)
             arrivals += [] if arrival is None else [arrival]
         finally:
-            _settle(arrivals, partial(self._tracker.end_engine_write, active))
+            _settle(arrivals, partial(self.tracker.end_engine_write, active))
         self._metrics.moved(tier.name, "engine", loaded.result.nbytes)
         self._finish(active, [index], Status.OK, loaded.result.nbytes)
 
@@ -421,8 +395,8 @@ class Transfer:
             loaded = self._io.load(self._tiers[tier], self._object_id(name), out, want, deadline)
             if loaded.layout is not None:
                 count(loaded.result.nbytes)
-        if time.monotonic() >= self._look_at[tier]:
-            self.look(tier)
+        if time.monotonic() >= self._measure_at[tier]:
+            self.measure(tier)
         return loaded
 
     def _lost(self, active: ActiveJob, index: int, tier: Tier, result: Result) -> None:
@@ -452,7 +426,7 @@ class Transfer:
         assert isinstance(op.dst, TierPlace)
         tier = self._tiers[op.dst.index]
         try:
-            [held] = self._tracker.layouts(active, [index])
+            [held] = self.tracker.layouts(active, [index])
             if held is None:
                 self._finish(active, [index], Status.SKIPPED, detail="the slot does not hold this object")
                 return
@@ -472,8 +446,8 @@ class Transfer:
     def _wrote(self, tier: int, nbytes: int) -> None:
         with self._lock:
             self._used[tier] += nbytes
-        if time.monotonic() >= self._look_at[tier]:  # others write too, and somebody evicts
-            self.look(tier)
+        if time.monotonic() >= self._measure_at[tier]:  # others write too, and somebody evicts
+            self.measure(tier)
 
     def _probe(self, active: ActiveJob, tier: int, indices: Sequence[int]) -> None:
         ids = [self._object_id(active.job.ops[i].name) for i in indices]
@@ -487,73 +461,6 @@ class Transfer:
 
     def _object_id(self, name: Name) -> ObjectId:
         return ObjectId.of(name, self._spec.rects[name.group])
-
-    # ---------------------------------------------------------------- layer by layer
-
-    def _start_layerwise(
-        self,
-        active: ActiveJob,
-        ready: Mapping[int, list[int]],
-        promotions: Sequence[int],
-        direct: Sequence[int],
-        followers: Mapping[SlotKey, list[int]],
-    ) -> None:
-        """Fill slots first; when the last tier call has returned, write layer after layer across all objects."""
-        waiting = {group: list(indices) for group, indices in ready.items()}
-        left = len(promotions) + len(direct)
-
-        def arrived(more: Sequence[int] = ()) -> None:
-            nonlocal left
-            with self._lock:
-                for i in more:
-                    waiting.setdefault(active.job.ops[i].name.group, []).append(i)
-                left -= 1
-                last = left <= 0
-            if last:
-                every = [i for indices in waiting.values() for i in indices]
-                self._submit(self._copiers, active, every, partial(self._scatter_layers, active, waiting))
-
-        def fill(index: int, after: Sequence[int]) -> None:
-            try:
-                filled = self._promote(active, index)
-            finally:
-                if index in active.unfinished:  # it raised: the guard reports this op and its followers
-                    arrived()
-            if not filled:
-                self._finish(active, after, Status.SKIPPED)
-            arrived(after if filled else ())
-
-        def load(index: int) -> None:
-            try:
-                self._load_from_tier(active, index)
-            finally:
-                arrived()
-
-        for i in promotions:
-            op = active.copy(i)
-            assert isinstance(op.dst, ArenaSlot)
-            after = followers[op.name.group, op.dst.index]
-            if not self._submit(self._reader(op), active, [i, *after], partial(fill, i, after)):
-                arrived()
-        for i in direct:
-            if not self._submit(self._reader(active.copy(i)), active, [i], partial(load, i)):
-                arrived()
-        if not promotions and not direct:
-            arrived()
-
-    def _scatter_layers(self, active: ActiveJob, waiting: Mapping[int, list[int]]) -> None:
-        view = _view_of(active)
-        assert view.layer_done is not None
-        for group, indices in sorted(waiting.items()):
-            for layer in range(len(self._spec.local_layers(group))):
-                live = [i for i in indices if i in active.unfinished]
-                if not self._scatter(active, group, live, slice(layer, layer + 1)):
-                    break
-                view.layer_done(group, layer)
-            live = [i for i in indices if i in active.unfinished]
-            nbytes = self._arenas[group].slot_bytes * len(live)
-            self._metrics.moved("dram", "engine", nbytes)
-            self._finish(active, live, Status.OK, nbytes)
 
 
 def _settle(arrivals: Sequence[Completion], end: Callable[[], None]) -> None:

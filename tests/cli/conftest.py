@@ -1,4 +1,4 @@
-"""Fixtures for the tests of commands."""
+"""Fixtures for tests of commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def shelf(tmp_path: Path) -> Shelf:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run `lmcache …` in this process, with none of the caller's settings in the environment."""
+    """Runs `lmcache …` in this process, without the caller's settings in the environment."""
     for name in [name for name in os.environ if name.startswith("LMCACHE_")]:
         monkeypatch.delenv(name)
 

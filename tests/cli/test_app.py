@@ -1,4 +1,4 @@
-"""The command line as a whole: quick, complete, and errors are one line."""
+"""The command line as a whole: fast, complete, and with one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lmcache bench io`: what is measured is right, complete and reported; how fast it is, is not tested."""
+"""`lmcache bench io`: measurements are correct, complete and reported; their speed is not tested."""
 
 from __future__ import annotations
 

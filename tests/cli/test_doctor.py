@@ -1,4 +1,4 @@
-"""`lmcache doctor` finds what is wrong, and its JSON carries the settings with their origin."""
+"""`lmcache doctor` reports problems, and its JSON contains the settings with their sources."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_json_holds_findings_engines_and_settings_with_their_sources(
         "adapter": "lmcache_hf",
         "adapter_found": True,
     }
-    assert list(tmp_path.iterdir()) == []  # the speed test cleans up
+    assert list(tmp_path.iterdir()) == []  # the speed measurement cleans up
 
 
 def test_people_see_every_setting_and_why_memory_is_not_pinned(run: Run) -> None:
@@ -66,7 +66,7 @@ def test_another_package_of_the_same_name_is_bad(monkeypatch: pytest.MonkeyPatch
 def test_the_disk_is_measured_and_nothing_is_made(tmp_path: Path) -> None:
     found = doctor.disk(tmp_path / "a/b", 1 << 20, 1 << 20)
     assert found.status == "ok"
-    assert "will be made" in found.detail
+    assert "will be created" in found.detail
     assert "GB/s" in found.detail
     assert list(tmp_path.iterdir()) == []
     assert "GB/s" not in doctor.disk(tmp_path, 1 << 20, 0).detail

@@ -67,7 +67,7 @@ def _flip(file: Path, at: int) -> None:
 
 
 def test_verify_names_every_damaged_file_and_the_damage(run: Run, shelf: Shelf) -> None:
-    shelf.file(4).write_bytes(shelf.file(0).read_bytes())  # another object's healthy bytes under this name
+    shelf.file(4).write_bytes(shelf.file(0).read_bytes())  # another object's intact bytes under this name
     _flip(shelf.file(0), 4096 + 77)  # in the payload
     _flip(shelf.file(1), 200)  # in the header
     shelf.file(2).write_bytes(shelf.file(2).read_bytes()[:-4096])

@@ -1,4 +1,4 @@
-"""Settings: parsing, precedence, provenance, and errors that say what to do."""
+"""Settings: parsing, precedence, sources, and error messages with advice."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_formatted_size_is_never_longer_than_what_was_written(number: int, uni
         ({"load_timeout_s": float("inf")}, "load_timeout_s: inf is not"),
         ({"strict": "yes"}, "strict: 'yes' is neither true nor false"),
         ({"chunk_token": 1}, "unknown setting 'chunk_token'; did you mean 'chunk_tokens'"),
-        ({"zzz": 1}, "unknown setting 'zzz'; there are chunk_tokens, dram_bytes"),
+        ({"zzz": 1}, "unknown setting 'zzz'; known: chunk_tokens, dram_bytes"),
     ],
 )
 def test_an_impossible_value_is_refused_with_its_name_and_advice(given_values: dict[str, Any], says: str) -> None:

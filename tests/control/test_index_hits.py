@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache.control.hits import fixpoint, longest, needed
+from lmcache.control.lookup import fixpoint, longest, needed
 from lmcache.spec import ALL, HitRule, trailing
 
 CHUNK = 4

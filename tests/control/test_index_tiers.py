@@ -66,7 +66,7 @@ def test_an_object_in_a_tier_exists_only_if_every_rank_has_its_part(rule: HitRul
     lab.index.announce(0, 1, [name], True, 0.0)
     assert lab.look(chain("one", "a")) == ("hit", 4, "end")
     lab.index.announce(0, 0, [name], False, 0.0)
-    assert lab.look(chain("one", "a")) == ("miss", 0, "evicted" if rule is ALL else "group:some")
+    assert lab.look(chain("one", "a")) == ("miss", 0, "evicted" if rule is ALL else "group")
 
 
 def test_objects_of_another_chunk_size_or_group_are_not_announced() -> None:

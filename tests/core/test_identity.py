@@ -1,4 +1,4 @@
-"""Model identity follows the weights, not their name."""
+"""Model identity depends on the weights, not on their name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `import lmcache` promises: cheap, no engine, every public name resolves."""
+"""`import lmcache` is fast, imports no engine, and every public name resolves."""
 
 from __future__ import annotations
 

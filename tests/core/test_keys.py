@@ -1,4 +1,4 @@
-"""Names never change silently, and wrong input is refused. What must change a name is in the conformance suite."""
+"""Keys never change silently, and invalid input is refused. What must change a key is tested in the conformance suite."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_names_are_frozen(case: str) -> None:
-    """If this fails, every cache in the field is lost: bump NAMES_VERSION on purpose, never by accident."""
+    """A failure means that every existing cache becomes unusable: that must be deliberate, with a new NAMES_VERSION."""
     assert VECTORS["version"] == NAMES_VERSION
     chain = CASES[case]()
     assert [d.hex() for d in chain.digests] == VECTORS["chains"][case]

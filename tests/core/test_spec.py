@@ -1,4 +1,4 @@
-"""A spec says what KV is, and refuses to contradict itself."""
+"""A spec describes a KV cache and rejects inconsistencies."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_a_tier_that_loads_slower_than_its_kv_is_computed_is_written_no_more(tmp
     with engine(tmp_path, "all", prefill_tokens_per_s=1e12) as cache:
         serve(cache, list(range(20)), pool)
         assert cache.stats().get("index_refused", 0) == 0, "its speed is not known yet"
-        pace = cache._admission._pace
+        pace = cache._plane.admission._pace
         assert pace is not None
         rounds = 0
         while not pace._load.get(0) or len(pace._load[0]) < pace.FEW:  # a measurement is 8 MiB

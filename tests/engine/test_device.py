@@ -10,7 +10,7 @@ import torch
 from rowlab import copy_rows
 from simulated import Deferred
 
-import lmcache.engine
+import lmcache.transfer.rank
 import lmcache_kernels.dispatch as dispatch
 from lmcache.config import Config
 from lmcache.engine import CacheEngine, Slots
@@ -63,9 +63,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 class PatientEngine(CacheEngine):
     """The contract asks for what was stored a line before: wait until it has arrived, as `flush` would."""
 
-    def _store_chain(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
-        accepted = super()._store_chain(chain, kv, slots)
-        assert self._loop.settle(10.0, "store")
+    def _store(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
+        accepted = super()._store(chain, kv, slots)
+        assert self._driver.drain(10.0, "store")
         return accepted
 
 
@@ -77,7 +77,7 @@ class OnADevice:
     @pytest.fixture(autouse=True)
     def opened(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         opened = Opened(direct=self.direct)
-        monkeypatch.setattr(lmcache.engine, "open_copier", opened)
+        monkeypatch.setattr(lmcache.transfer.rank, "open_copier", opened)
         yield
         assert not dispatch.fallbacks()
 
@@ -101,7 +101,7 @@ def test_kernels_that_do_not_run_are_replaced_and_counted(monkeypatch: pytest.Mo
     def broken(copy: RowCopy, **_: object) -> None:
         raise RuntimeError("no binary for this GPU")
 
-    monkeypatch.setattr(lmcache.engine, "open_copier", Opened(broken))
+    monkeypatch.setattr(lmcache.transfer.rank, "open_copier", Opened(broken))
     tokens, source, target = (
         list(range(3 * CHUNK)),
         Pool(KINDS[0], 40, torch.bfloat16, seed=1),
@@ -119,7 +119,7 @@ def test_kernels_that_do_not_run_are_replaced_and_counted(monkeypatch: pytest.Mo
 
 def test_a_link_too_far_behind_skips_the_store_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Opened()
-    monkeypatch.setattr(lmcache.engine, "open_copier", opened)
+    monkeypatch.setattr(lmcache.transfer.rank, "open_copier", opened)
     source, slots = Pool(KINDS[0], 40, torch.bfloat16, seed=1), torch.arange(2 * CHUNK)
     with CacheEngine(tiny_config(), tiny_spec(torch.bfloat16)) as cache:
         monkeypatch.setattr(Pipeline, "store", lambda self, copies, shape, outs: None)

@@ -57,7 +57,7 @@ def test_a_name_made_while_the_weights_change_is_not_remembered_for_the_new_ones
             return named
 
         with monkeypatch.context() as patch:
-            patch.setattr("lmcache.engine.namespace_of", slow)
+            patch.setattr("lmcache.control.namespaces.namespace_of", slow)
             before = engine.namespace()
         changing[-1].join()
         assert engine.namespace() != before
@@ -88,7 +88,7 @@ def test_a_load_for_which_no_thread_could_be_started_never_writes(monkeypatch, d
     assert mine.sequence(torch.arange(4 * CHUNK)) == before
 
 
-def test_layers_that_no_thread_could_bring_are_a_miss_that_lets_go(monkeypatch) -> None:
+def test_a_load_that_no_thread_could_carry_out_holds_nothing(monkeypatch) -> None:
     tokens, pool, tier = tokens_of(4 * CHUNK), Pool("nhd", 40, seed=1), MemoryTier()
     monkeypatch.setattr(tier, "close", lambda: None)  # it is used again
     with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
@@ -100,12 +100,11 @@ def test_layers_that_no_thread_could_bring_are_a_miss_that_lets_go(monkeypatch) 
     with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
         with engine.lookup(tokens[: 2 * CHUNK]) as hit:
             assert engine.retrieve(hit, pool.kv, torch.arange(2 * CHUNK)) == 2 * CHUNK  # these are in memory now
-        engine._transfer._readers = [Workers("none", 2)]
+        engine._rank.transfer._readers = [Workers("none", 2)]
         with engine.lookup(tokens) as hit, monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", none_left)
-            load = engine.retrieve_layers(hit, pool.kv, torch.arange(4 * CHUNK))
-        assert load.finish() == 0
-        assert engine._loop.settle(10, "load")
+            assert engine.retrieve(hit, pool.kv, torch.arange(4 * CHUNK)) == 2 * CHUNK, "what is in DRAM, and no more"
+        assert engine._driver.drain(10, "load")
         assert engine.stats()["index_jobs"] == 0
 
 
@@ -132,7 +131,7 @@ def test_prefetch_brings_a_disk_hit_into_dram(tmp_path: Path) -> None:
     with CacheEngine(config, tiny_spec()) as engine:
         with engine.lookup(tokens) as hit:
             engine.prefetch(hit)
-            assert engine._loop.settle(30, "prefetch")
+            assert engine._driver.drain(30, "prefetch")
         with engine.lookup(tokens) as hit:
             assert hit.by_tier == {"dram": 4 * CHUNK}
 
@@ -149,8 +148,8 @@ def test_what_the_engine_has_already_is_neither_fetched_nor_loaded(tmp_path: Pat
     with CacheEngine(config, tiny_spec()) as engine:
         with engine.lookup(tokens) as hit:
             engine.prefetch(hit, skip=skip)
-            assert engine._loop.settle(30, "prefetch")
-            [arena] = engine._loop.tell(lambda index, now: index.arenas())
+            assert engine._driver.drain(30, "prefetch")
+            [arena] = engine._plane.arenas()
             assert arena["ready"] == rest
         with engine.lookup(tokens) as hit:
             slots = scattered(4 * CHUNK, pool)
@@ -274,3 +273,19 @@ def test_lookups_are_recorded_for_the_simulator(tmp_path: Path) -> None:
     trace = read_traces([path])
     assert trace.chunk_tokens == CHUNK
     assert [(request.tokens, list(request.blocks)) for request in trace] == [(2 * CHUNK + 1, [0, 1]), (CHUNK, [0])]
+
+
+def test_a_retrieve_asked_layer_by_layer_is_complete_or_false() -> None:
+    tokens, pool = tokens_of(2 * CHUNK), Pool("nhd", 40, seed=1)
+    with CacheEngine(tiny_config(), tiny_spec()) as engine:
+        engine.store(tokens, pool.kv, scattered(2 * CHUNK, pool))
+        with engine.lookup(tokens) as hit, pytest.warns(DeprecationWarning, match="call retrieve"):
+            load = engine.retrieve_layers(hit, pool.kv, torch.arange(2 * CHUNK))
+        assert load.wait(0)
+        assert load.finish() == 2 * CHUNK
+        hit = engine.lookup(tokens)
+        engine.clear()
+        with pytest.warns(DeprecationWarning, match="call retrieve"):
+            load = engine.retrieve_layers(hit, pool.kv, torch.arange(2 * CHUNK))
+        assert not load.wait(0)
+        assert load.finish() == 0

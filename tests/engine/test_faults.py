@@ -69,7 +69,7 @@ def test_ten_thousand_cycles_leave_everything_where_it_began(tmp_path: Path) -> 
         with CacheEngine(config, spec) as engine:
             cycles(engine, 0, 500)
             handles = len(os.listdir("/proc/self/fd"))
-            memory = engine._arenas[0].allocated_bytes
+            memory = engine._rank.arenas[0].allocated_bytes
             cycles(engine, 500, 10_000)
             time.sleep(0.3)
             stats = engine.stats()
@@ -77,8 +77,8 @@ def test_ten_thousand_cycles_leave_everything_where_it_began(tmp_path: Path) -> 
             assert stats["index_jobs"] == 0
             assert stats["index_slots_leaving"] == 0
             assert stats['lmcache_evictions_total{tier="dram"}'] > 1000
-            engine._index.check()
-            assert engine._arenas[0].allocated_bytes == memory
+            engine._plane.check()
+            assert engine._rank.arenas[0].allocated_bytes == memory
             assert len(os.listdir("/proc/self/fd")) <= handles
             assert len(set(threading.enumerate()) - others) <= 2 * config.io_threads + 2
             used = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))

@@ -57,4 +57,4 @@ def test_objects_without_parents_are_evicted_one_by_one() -> None:
         for n in range(50):
             assert objects.store([f"{n}"], pool.kv, slots) == 1
         assert [n for n in range(50) if objects.exists([f"{n}"])] == list(range(42, 50))
-        engine._index.check()
+        engine._plane.check()

@@ -1,4 +1,4 @@
-"""Object files: safetensors to everyone, and to us bytes that are believed only after they were checked."""
+"""Object files: valid safetensors files, whose bytes are used only after verification."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def native_form(sizes: list[int], **kwargs: object) -> Form:
     return Form(order="native", planes=planes, spans=spans, isa="x")
 
 
-# ---------------------------------------------------------------- what others see
+# ---------------------------------------------------------------- as safetensors
 
 
 def test_safetensors_shows_each_plane_of_a_canonical_object_with_its_values(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_payload_and_file_end_at_page_boundaries(nbytes: int) -> None:
     assert data[form.payload_offset :] == payload_of(ID, form) + bytes(-nbytes % ALIGN)
 
 
-# ---------------------------------------------------------------- what goes in comes out
+# ---------------------------------------------------------------- round trip
 
 
 @settings(max_examples=60, deadline=None)
@@ -280,7 +280,7 @@ def test_deeply_nested_json_is_refused() -> None:
         decode_header((4088).to_bytes(8, "little") + text.ljust(4088))
 
 
-# ---------------------------------------------------------------- what is well-formed and still not ours
+# ---------------------------------------------------------------- well-formed but not acceptable
 
 
 @pytest.mark.parametrize(

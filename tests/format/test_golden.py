@@ -1,4 +1,4 @@
-"""The file format is frozen: the page that describes it holds, and files written once are read for ever."""
+"""The file format is frozen: its documentation page is accurate, and files of the first release stay readable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES = {"canonical": (FORM, ID), "native": (NATIVE, ID._replace(tokens=24))}
 
 @pytest.fixture(scope="module")
 def page() -> dict[str, Callable[..., Any]]:
-    """What the page's reader defines. It must get by with the standard library."""
+    """The functions of the reader on the documentation page; it may use the standard library only."""
     [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     imports = re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)
     assert imports == ["json", "struct"]
@@ -104,7 +104,7 @@ def test_what_is_written_today_differs_from_the_first_release_in_nothing_but_the
 
 
 def golden(order: str) -> bytes:
-    """How the golden files were made."""
+    """Creates the content of a golden file."""
     form, id = CASES[order]
     payload = memoryview(payload_of(id, form))
     return b"".join(form.encode(id, payload, parent=pattern("parent", 32), first_token=1000, position0=5))

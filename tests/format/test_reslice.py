@@ -1,4 +1,4 @@
-"""KV written by one tensor-parallel split and read by another, where sharing is semantic."""
+"""KV written by one tensor-parallel split and read by another, with semantic sharing."""
 
 from __future__ import annotations
 

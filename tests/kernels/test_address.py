@@ -1,4 +1,4 @@
-"""Address arithmetic, and what is contiguous on both sides."""
+"""Address arithmetic, and runs that are contiguous on both sides."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_table_lists_the_offset_of_every_position(digits: Digits) -> None:
 
 @st.composite
 def same_extent(draw: st.DrawFn) -> tuple[Digits, Digits]:
-    """One axis in two arrangements, whose radixes need not divide each other."""
+    """Draws one axis in two arrangements, whose radixes need not divide each other."""
     extent = draw(st.sampled_from([1, 2, 6, 12, 24, 30, 48, 60]))
 
     def split() -> Digits:
@@ -58,7 +58,9 @@ def test_refinement_covers_every_position_once_on_both_sides(both: tuple[Digits,
     a, b = both
     pieces = refine(a, b)
     found = [pair for piece in pieces for pair in pairs(piece.dims, piece.a, piece.b)]
-    assert all(dim[1] > 0 and dim[2] > 0 for piece in pieces for dim in piece.dims)  # views cannot run backwards
+    assert all(
+        dim[1] > 0 and dim[2] > 0 for piece in pieces for dim in piece.dims
+    )  # views cannot have negative strides
     assert sorted(found) == sorted(zip(table(a).tolist(), table(b).tolist(), strict=True))
 
 

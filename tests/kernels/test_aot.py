@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not here: wide accesses, nothing spilled, and a narrow kernel is found out."""
+"""Ahead-of-time compilation without a GPU: wide accesses, no spills, and detection of narrow accesses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies that cannot be meant are refused before anything moves."""
+"""Invalid copies are refused before anything is copied."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows(a_units: list[list[int]], dims: tuple[Dim, ...], b_units: list[int] | N
 
 def test_a_page_named_twice_is_refused_with_its_place() -> None:
     copy = rows([[0, 64], [128, 64]], ((64, 1, 1),))
-    check_copy(copy, into_a=False)  # it may be read twice
+    check_copy(copy, into_a=False)  # reading a page twice is valid
     with pytest.raises(CopyError, match="unit 1 of object 0 and unit 1 of object 1 write the same bytes of the pages"):
         check_copy(copy, into_a=True)
 

@@ -1,4 +1,4 @@
-"""Which mover serves which device, and what happens when kernels cannot run."""
+"""Selection of the copy implementation per device, and the fallback when kernels cannot run."""
 
 from __future__ import annotations
 

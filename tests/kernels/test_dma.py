@@ -1,4 +1,4 @@
-"""Descriptors through a driver made of C functions (ctypes callbacks with the signatures of cuda.h), and one by one."""
+"""Copy descriptors through a fake driver (ctypes callbacks with the C signatures of cuda.h), and one by one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ GET = ctypes.CFUNCTYPE(ctypes.c_int, P(VOID))
 SET = ctypes.CFUNCTYPE(ctypes.c_int, VOID)
 OF_STREAM = ctypes.CFUNCTYPE(ctypes.c_int, VOID, P(VOID))
 STREAM = 0x7F00
-NEWER = ctypes.CFUNCTYPE(  # without failIdx, as headers of CUDA 13 have it
+NEWER = ctypes.CFUNCTYPE(  # without failIdx, as in the headers of CUDA 13
     ctypes.c_int, VOID, VOID, VOID, ctypes.c_size_t, VOID, VOID, ctypes.c_size_t, VOID
 )
 
 
 class FakeLibrary:
-    """libcuda of CUDA `version`, whose batched copy moves host memory. Error `fails` from call number `after` on."""
+    """A fake libcuda of CUDA `version` that copies host memory. Returns error `fails` from call number `after` on."""
 
     def __init__(self, version: int = 13000, fails: int = 0, after: int = 0) -> None:
         self.version, self.fails, self.after = version, fails, after
@@ -93,7 +93,7 @@ def noise(n: int) -> torch.Tensor:
 def descriptors(src: torch.Tensor, dst: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sizes = np.arange(count, dtype=np.int64) % 5 + 1
     at = np.cumsum(sizes) - sizes
-    return dst.data_ptr() + at[::-1], src.data_ptr() + at[::-1], sizes[::-1]  # negative strides, as a slice may have
+    return dst.data_ptr() + at[::-1], src.data_ptr() + at[::-1], sizes[::-1]  # negative strides, as slices can have
 
 
 def test_the_attributes_are_those_of_the_header() -> None:
@@ -116,7 +116,7 @@ def test_descriptors_reach_the_driver_whatever_its_version(version: int, count: 
     assert not dst[total:].any()
     assert (sum(library.calls), max(library.calls, default=0) <= dma_module.BATCH) == (count, True)
     assert not said
-    # A thread without a context gets the stream's for the call, and only for the call.
+    # A thread without a context gets the stream's context for the duration of the call only.
     assert set(library.contexts) <= {STREAM + 1}
     assert library.current is None
 
@@ -193,7 +193,7 @@ def test_addresses_are_found_in_the_tensor_that_holds_them(sizes: list[int], ask
         if offset + n <= tensor.shape[0] and offset < tensor.shape[0]:
             [i], [j] = memory.find(at, length)
             assert torch.equal(memory.tensors[i][j : j + n], tensor[offset : offset + n])
-        elif offset + n > tensor.shape[0] + 64:  # allocations lie at least so far apart
+        elif offset + n > tensor.shape[0] + 64:  # minimum distance between allocations
             with pytest.raises(ValueError, match="no tensor holds"):
                 memory.find(at, length)
 
@@ -224,7 +224,7 @@ def test_lists_of_different_lengths_never_reach_the_driver() -> None:
 
 def test_memory_that_lies_inside_other_memory_is_found() -> None:
     outer = noise(100)
-    inner = torch.from_numpy(outer.numpy()[20:40])  # a storage of its own over the same bytes
+    inner = torch.from_numpy(outer.numpy()[20:40])  # a separate storage over the same bytes
     memory = Memory([inner, outer])
     assert len(memory.tensors) == 1
     [i], [j] = memory.find(np.array([outer.data_ptr() + 70]), np.array([30]))
@@ -232,7 +232,7 @@ def test_memory_that_lies_inside_other_memory_is_found() -> None:
 
 
 def test_a_real_cuda_stream_has_a_handle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Device-independent streams have no `cuda_stream`, only a `native_handle`, which needs no device to be read."""
+    """Device-independent streams have no `cuda_stream`, only a `native_handle`, which can be read without a device."""
     stream = torch.Stream(stream_id=3, device_index=0, device_type=1)
     assert not hasattr(stream, "cuda_stream")
     assert hasattr(torch.Stream, "native_handle")

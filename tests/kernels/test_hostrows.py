@@ -1,4 +1,4 @@
-"""Rows moved by numpy: equal to naive arithmetic whatever is made a loop, and nothing else touched."""
+"""Rows copied by numpy equal naive index arithmetic, whatever becomes a loop, and no other byte changes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ INTO_A = pytest.mark.parametrize("into_a", [False, True], ids=["gather", "scatte
 
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """So many threads, for copies however small."""
+    """Sets the number of threads, and uses them for copies of any size."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(hostrows, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(hostrows, "_BYTES_PER_THREAD", 1)
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
@@ -35,7 +35,7 @@ def noise(nbytes: int, seed: int) -> torch.Tensor:
 
 
 def one_row(source: int, target: int, dims: tuple[Dim, ...]) -> RowCopy:
-    """Between two addresses."""
+    """A copy of one row between two addresses."""
     zero = np.zeros(1, dtype=np.int64)
     return RowCopy(zero + source, zero.reshape(1, 1), zero + target, zero, zero, dims)
 
@@ -57,7 +57,7 @@ def test_a_page_becomes_canonical_and_comes_back(name: str, block: int, width: i
 
 @INTO_A
 def test_planes_of_a_page_move_in_one_loop(into_a: bool) -> None:
-    """Four copies of rows of 8 bytes, of which one follows the other; the first two and the last two pages apart."""
+    """Four copies of 8-byte rows, each directly after the previous one; the first two and last two are pages apart."""
     lab = Lab(((2, 64, 16), (8, 1, 1)), 128, 64, layers=2, objects=2, units=2)
     wanted_a, wanted_b = lab.a.clone(), lab.b.clone()
     planes = []
@@ -117,7 +117,7 @@ def test_no_objects_no_layers_no_resident_row(into_a: bool) -> None:
 def test_nothing_is_copied_aside_where_objects_lie_between_layers(
     into_a: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """numpy compares bounds only: a view over layers on both sides of the objects would seem to overlap them."""
+    """numpy compares bounds only: for it, a view over layers on both sides of the objects overlaps the objects."""
     memory = noise(8192, 3)
     start = memory.data_ptr()
     copy = RowCopy(
@@ -148,7 +148,7 @@ def test_nothing_is_copied_aside_where_objects_lie_between_layers(
 
 
 def arranged(sizes: list[int], order_a: list[int], order_b: list[int], run: int, gap: int) -> tuple[Dim, ...]:
-    """Loops that are dense in two orders, but for a gap of `gap` runs behind the innermost loop but one on each side."""
+    """Loops that are dense in two orders, except for a gap of `gap` runs after the second innermost loop on each side."""
 
     def strides(order: list[int]) -> dict[int, int]:
         out, stride = {}, run
@@ -183,7 +183,7 @@ def test_any_two_arrangements_any_tile_any_threads(run: int, data: st.DataObject
             want[t] = source[s]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hostrows, "TILE", data.draw(st.sampled_from([1, 16, 1 << 20])))
-        patch.setattr(hostrows, "_WORTH_A_THREAD", 1)
+        patch.setattr(hostrows, "_BYTES_PER_THREAD", 1)
         patch.setattr(hostrows, "_LONGEST", data.draw(st.sampled_from([1, 1 << 20])))
         torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3])))
         try:

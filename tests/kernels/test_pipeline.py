@@ -1,4 +1,4 @@
-"""Stores and loads in every order that streams and events allow: the right bytes, and nothing left to chance."""
+"""Stores and loads give the right bytes in every order that streams and events allow, and no two accesses are unordered."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CPU = torch.device("cpu")
 
 
 class Lab:
-    """Pages of some layers in "device" memory, an engine that writes them, and objects of two pages on the host.
+    """Pages of several layers in simulated device memory, an engine that writes them, and objects of two pages on the host.
 
-    `planes` = 2 keeps K and V of a page apart in the object, as canonical objects do.
+    With `planes` = 2, K and V of a page are separate in the object, as in canonical order.
     """
 
     def __init__(self, streams: Simulated, planes: int, *, staging: int = 1, backlog: int = 1 << 30) -> None:
         self.streams = streams
         self.planes = planes
         self.pages = torch.zeros(LAYERS * PAGES * PAGE, dtype=torch.uint8)
-        self.truth = self.pages.clone()  # what the pages hold once everything enqueued so far is done
+        self.truth = self.pages.clone()  # content of the pages once everything enqueued so far is done
         region = LAYERS * UNITS * PAGE // planes
         self.shape = ObjectShape(
             LAYERS * UNITS * PAGE, LAYERS, tuple((i * region, region // LAYERS) for i in range(planes))
@@ -59,7 +59,7 @@ class Lab:
             ctypes.memmove(d, s, n)
 
     def copies(self, pages: Sequence[int]) -> list[RowCopy]:
-        """Objects made of pages, two each."""
+        """Copies between these pages and objects of two pages each."""
         objects, base = len(pages) // UNITS, self.pages.data_ptr()
         half = PAGE // self.planes
         whole = RowCopy(
@@ -77,7 +77,7 @@ class Lab:
         ]
 
     def rows(self, pages: Sequence[int]) -> torch.Tensor:
-        """Where these pages lie, in all layers: `(layers, pages)` offsets."""
+        """Offsets of these pages in all layers, `(layers, pages)`."""
         return torch.tensor([[(layer * PAGES + page) * PAGE for page in pages] for layer in range(LAYERS)])
 
     def compute(self, pages: Sequence[int], seed: int) -> None:
@@ -95,7 +95,7 @@ class Lab:
             self.truth[at : at + PAGE] = fresh
 
     def objects_of(self, pages: Sequence[int]) -> list[torch.Tensor]:
-        """What objects of these pages must be."""
+        """Expected content of objects made of these pages."""
         made = [torch.zeros(self.shape.nbytes, dtype=torch.uint8) for _ in range(len(pages) // UNITS)]
         for copy in self.copies(pages):
             for a, b in zip(*(side.tolist() for side in copy.rows()), strict=True):
@@ -106,8 +106,8 @@ class Lab:
     def store(self, pages: Sequence[int]) -> tuple[Completion, list[torch.Tensor], list[torch.Tensor]] | None:
         outs = [torch.zeros(self.shape.nbytes, dtype=torch.uint8) for _ in range(len(pages) // UNITS)]
         wanted = self.objects_of(pages)
-        arrival = self.pipeline.store(self.copies(pages), self.shape, outs)
-        return None if arrival is None else (arrival, outs, wanted)
+        completion = self.pipeline.store(self.copies(pages), self.shape, outs)
+        return None if completion is None else (completion, outs, wanted)
 
     def load(
         self,
@@ -119,17 +119,17 @@ class Lab:
         after: Event | None = None,
     ) -> Completion:
         srcs = [item.clone() for item in objects]
-        arrival = self.pipeline.load(
+        completion = self.pipeline.load(
             self.copies(pages), self.shape, srcs, pages=[self.pages], by_layer=by_layer, direct=direct, after=after
         )
         for copy in self.copies(pages):
             for a, b in zip(*(side.tolist() for side in copy.rows()), strict=True):
                 at, number, inside = a - self.pages.data_ptr(), b // self.shape.nbytes, b % self.shape.nbytes
                 self.truth[at : at + copy.run] = srcs[number][inside : inside + copy.run]
-        return arrival
+        return completion
 
     def read(self, objects: Sequence[torch.Tensor]) -> None:
-        """The host looks at objects."""
+        """The host reads objects."""
         self.streams.host(reads=[(item.data_ptr(), item.numel()) for item in objects])
 
     def finish(self) -> None:
@@ -162,28 +162,28 @@ def test_any_history_gives_the_right_bytes_and_leaves_nothing_to_chance(
             assert made is not None
             under_way.append(made)
         elif action == "load" and len(kept) >= len(pages) // UNITS:
-            arrival = lab.load(pages, kept, by_layer=data.draw(st.booleans()), direct=data.draw(st.booleans()))
+            completion = lab.load(pages, kept, by_layer=data.draw(st.booleans()), direct=data.draw(st.booleans()))
             for layer in range(LAYERS):
-                arrival.wait_layer(layer)
+                completion.wait_layer(layer)
         elif action == "go on":
             for _ in range(rng.randrange(8)):
                 lab.streams.step()
         elif under_way:
-            arrival, outs, wanted = under_way.pop(rng.randrange(len(under_way)))
-            arrival.wait()
-            assert arrival.done()
+            completion, outs, wanted = under_way.pop(rng.randrange(len(under_way)))
+            completion.wait()
+            assert completion.done()
             lab.read(outs)
             assert all(map(torch.equal, outs, wanted))
             kept = outs + kept
-    for arrival, outs, wanted in under_way:
-        arrival.wait()
+    for completion, outs, wanted in under_way:
+        completion.wait()
         lab.read(outs)
         assert all(map(torch.equal, outs, wanted))
     lab.finish()
 
 
 def story(streams: Simulated, planes: int = 2, *, wait: bool = True, layers: bool = True, direct: bool = False) -> None:
-    """Everything that needs an event: write, store, overwrite, store again through the same ring, load, read, load again."""
+    """Runs every step that needs an event: write, store, overwrite, store again through the same ring, load, read, reload."""
     lab = Lab(streams, planes)
     lab.compute(range(PAGES), 1)
     first = lab.store([0, 1, 2, 3])
@@ -191,22 +191,22 @@ def story(streams: Simulated, planes: int = 2, *, wait: bool = True, layers: boo
     second = lab.store([0, 1, 2, 3])
     assert first is not None
     assert second is not None
-    for arrival, outs, wanted in (first, second):
+    for completion, outs, wanted in (first, second):
         if wait:
-            arrival.wait()
+            completion.wait()
         lab.read(outs)
         assert all(map(torch.equal, outs, wanted))
     lab.compute([4, 5, 6, 7], 3)
     for pages in ([4, 5, 6, 7], [8, 9, 10, 11]):
-        arrival = lab.load(pages, first[1], by_layer=True, direct=direct)
+        completion = lab.load(pages, first[1], by_layer=True, direct=direct)
         for layer in range(LAYERS) if layers else ():
-            arrival.wait_layer(layer)
+            completion.wait_layer(layer)
         lab.compute([4, 5], 4)
     lab.finish()
 
 
 def both_roads(forget: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """The story through staging memory and straight; which stream waited for which."""
+    """Runs the story through staging memory and directly; returns the pairs (waiting stream, stream of the event)."""
     used: set[tuple[str, str]] = set()
     for direct in (False, True):
         streams = Simulated(forget=forget)
@@ -223,12 +223,12 @@ def test_the_story_itself_is_sound(planes: int, direct: bool) -> None:
 
 
 FORGOTTEN = {
-    "the copy out begins before the gather, so before what was computed": ("store", "compute"),
-    "a part of the ring is gathered into before it was copied out": ("compute", "store"),
-    "a load begins while the pages are still computed with": ("load", "compute"),
-    "a part of the ring is scattered before it has arrived": ("load", "bring"),
-    "a part of the ring is filled again before it was scattered": ("bring", "load"),
-    "the engine computes before a layer has arrived": ("compute", "load"),
+    "the copy to the host starts before the gather": ("store", "compute"),
+    "the gather overwrites a part of the ring before it is copied out": ("compute", "store"),
+    "a load starts while the engine still uses the pages": ("load", "compute"),
+    "a part of the ring is scattered before it is filled": ("load", "h2d"),
+    "a part of the ring is refilled before it is scattered": ("h2d", "load"),
+    "the engine computes before a layer is loaded": ("compute", "load"),
 }
 
 
@@ -240,15 +240,15 @@ def test_an_event_that_is_left_out_is_found(mistake: str) -> None:
 
 def test_long_pieces_that_go_straight_wait_for_the_pages() -> None:
     with pytest.raises(OrderError):
-        story(Simulated(forget={("bring", "compute")}), planes=1, direct=True)
+        story(Simulated(forget={("h2d", "compute")}), planes=1, direct=True)
 
 
 def test_every_wait_of_the_pipeline_is_one_of_those_that_were_left_out() -> None:
-    assert both_roads(set()) == {*FORGOTTEN.values(), ("bring", "compute")}
+    assert both_roads(set()) == {*FORGOTTEN.values(), ("h2d", "compute")}
 
 
 def test_a_gather_off_the_engines_stream_is_found() -> None:
-    """Store before the compute has written: the gather runs on a stream that knows nothing of it."""
+    """The gather of a store runs on a stream that is not ordered after the engine's writes."""
 
     class Elsewhere(Simulated):
         def compute(self) -> str:
@@ -264,7 +264,7 @@ def test_the_host_reading_too_early_is_found() -> None:
 
 
 def test_an_order_that_is_not_kept_shows_in_the_bytes_too() -> None:
-    """The checker is not the only witness: without it, some schedule gives wrong bytes."""
+    """The checker is not the only evidence: without it, some schedule gives wrong bytes."""
 
     class Unchecked(Simulated):
         def _check(self, stream, clock, touches) -> None:  # type: ignore[no-untyped-def]
@@ -287,14 +287,14 @@ def test_layers_arrive_one_after_another_and_computing_the_first_does_not_wait_f
     made = lab.store([0, 1])
     assert made is not None
     made[0].wait()
-    arrival = lab.load([4, 5], made[1], by_layer=True, direct=False)
-    arrival.wait_layer(0)
+    completion = lab.load([4, 5], made[1], by_layer=True, direct=False)
+    completion.wait_layer(0)
     done = []
     streams.launch("compute", lambda: done.append("layer 0"), lambda: Touches())
     scattered = streams.finished.get("load", 0)
     while not done:
         assert streams.step()
-    assert streams.finished["load"] - scattered < LAYERS * 2  # two regions a layer
+    assert streams.finished["load"] - scattered < LAYERS * 2  # two regions per layer
     lab.finish()
 
 

@@ -1,4 +1,4 @@
-"""The planner against byte pairs: whatever it divides a copy into is the same copy."""
+"""The planner's output equals the original copy, byte pair by byte pair."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rows(a_base: object, a_units: object, b_base: object, b_layers: object, b_un
 
 
 def thresholds(copy: RowCopy) -> st.SearchStrategy[int]:
-    """Thresholds at which this copy is divided differently."""
+    """Thresholds at which this copy is split differently."""
     return st.sampled_from(sorted({n + more for _, _, n in runs(pairs_of(copy)) for more in (0, 1)}) or [1])
 
 
@@ -50,7 +50,7 @@ def test_runs_are_maximal_and_none_that_is_long_enough_stays_with_the_kernel(
 
 
 def runs(pairs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Maximal runs, one byte after the other."""
+    """Maximal runs, found byte by byte."""
     there, out = set(pairs), []
     for a, b in pairs:
         if (a - 1, b - 1) in there:
@@ -99,7 +99,7 @@ def test_layers_of_which_only_some_continue_leave_the_others_to_a_kernel() -> No
 
 
 def test_layers_that_keep_different_rows_are_different_kernels() -> None:
-    row = 1 << 14  # layer 1 begins where unit 1 of layer 0 ends, and ends where unit 0 of layer 2 begins
+    row = 1 << 14  # layer 1 starts at the end of unit 1 of layer 0 and ends at the start of unit 0 of layer 2
     copy = rows(
         [0, 2 * row, 5 * row], [[0, row, 4 * row]], [1 << 30], [0, 2 * row, 5 * row], [0, row, 4 * row], (row, 1, 1)
     )
@@ -136,7 +136,7 @@ def test_nothing_resident_is_nothing_to_do() -> None:
 
 
 def test_thousands_of_rows_take_milliseconds() -> None:
-    """100 objects × 16 pages × 64 layers: 102 400 rows. Per-row Python would take a tenth of a second and more."""
+    """100 objects × 16 pages × 64 layers: 102 400 rows. A Python loop over rows would take a tenth of a second or more."""
     rng = np.random.default_rng(0)
     page = 4096
     units = rng.permutation(1 << 12)[:1600].reshape(100, 16).astype(np.int64) * page
@@ -153,7 +153,7 @@ def test_thousands_of_rows_take_milliseconds() -> None:
 
 
 def timed(copy: RowCopy) -> float:
-    # Of this thread's own time: what other processes take is no matter of this plan's.
+    # CPU time of this thread only, independent of other processes.
     start = thread_time()
     plan(copy)
     return thread_time() - start

@@ -1,4 +1,4 @@
-"""Conversion on the way: the kernel equals plain torch bit for bit, and torch does what is documented."""
+"""Quantisation while copying: the kernel equals plain torch bit for bit, and plain torch does what is documented."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ convert_rows = interpreted("triton_convert").convert_rows
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-N, L, U, S, H, D = 2, 2, 2, 4, 3, 24  # objects, layers, units, slots, heads, dim; a run is no multiple of 16
+N, L, U, S, H, D = 2, 2, 2, 4, 3, 24  # objects, layers, units, slots, heads, dim; a run is not a multiple of 16
 SPECIAL = [
     0.0,
     -0.0,
@@ -57,7 +57,7 @@ def paged(floats: torch.Tensor, codes: torch.Tensor, skip: bool = False) -> RowC
 
 
 def in_objects(floats: torch.Tensor) -> torch.Tensor:
-    """`(N, L, U, S, H, D)` of the pages that `paged` names."""
+    """The pages selected by `paged` as `(N, L, U, S, H, D)`."""
     return floats[:, [[3, 0], [4, 1]]].permute(1, 0, 2, 4, 3, 5)
 
 
@@ -83,7 +83,7 @@ def test_pages_become_codes_and_come_back_as_torch_has_it(dtype: torch.dtype, ki
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.37, 2.0**-90, 3e30])
 def test_every_half_and_many_floats(dtype: torch.dtype, kind: torch.dtype, scale: float) -> None:
-    """All 65,536 bit patterns of two bytes, and as many of four; then all codes."""
+    """All 65,536 bit patterns of two bytes, as many of four bytes, and then all codes."""
     if dtype == torch.float32:
         bits = torch.randint(-(1 << 31), 1 << 31, (65536,), generator=torch.Generator().manual_seed(2)).to(torch.int32)
         bits[: len(SPECIAL)] = torch.tensor(SPECIAL).view(torch.int32)

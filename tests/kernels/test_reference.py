@@ -1,4 +1,4 @@
-"""The reference movers against plain loops, for every width and alignment."""
+"""The reference copies against plain loops, for every width and alignment."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_width_is_the_widest_common_divisor_up_to_16() -> None:
 def test_take_and_put_move_the_rows_named_and_nothing_else(
     width: int, run: int, loops: int, count: int, start: int, tail: int, seed: int
 ) -> None:
-    """Rows of `loops` runs that lie apart in the pool, and together in the buffer."""
+    """Rows of `loops` runs that are separate in the pool and contiguous in the buffer."""
     n = run * width
     rows = Rows(start * width, (loops + 1) * 2 * n, ((loops, 2 * n), (n, 1)))
     back = Rows(width, 1, ((loops, n), (n, 1)))
@@ -83,7 +83,7 @@ def test_an_index_of_two_dimensions_keeps_its_shape(width: int) -> None:
 
 
 def test_overlapping_rows_let_a_row_begin_anywhere() -> None:
-    """Runs of 4 tokens that begin at any token: row number = token."""
+    """Runs of 4 tokens that start at any token: row number = token."""
     pool = noise(20 * 16)
     rows = Rows(0, 16, ((64, 1),))
     assert rows.count(pool.shape[0]) == 17
@@ -93,7 +93,7 @@ def test_overlapping_rows_let_a_row_begin_anywhere() -> None:
 
 
 def test_every_bit_pattern_survives_every_width() -> None:
-    """NaN payloads, signalling NaNs, −0, denormals: bits are moved, numbers are not."""
+    """NaN payloads, signalling NaNs, −0, denormals: bits are copied, not numbers."""
     patterns = torch.tensor(
         [0x7FA00001, 0xFFC12345, 0x80000000, 0x00000001, 0x7F800000, 0x7FF00000, 0xFFF80001, 0x807FFFFF]
     )

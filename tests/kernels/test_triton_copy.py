@@ -1,4 +1,4 @@
-"""Rows moved by the Triton kernel, interpreted on the CPU: equal to naive arithmetic, and nothing else touched."""
+"""Rows copied by the Triton kernel, interpreted on the CPU, equal naive index arithmetic, and no other byte changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(lab: Lab, into_a: bool) -> None:
 
 
 def one_row(a: torch.Tensor, b: torch.Tensor, dims: tuple[Dim, ...]) -> RowCopy:
-    """Between the beginnings of two tensors."""
+    """A copy of one row between the starts of two tensors."""
     zero = np.zeros(1, dtype=np.int64)
     return RowCopy(zero + a.data_ptr(), zero.reshape(1, 1), zero + b.data_ptr(), zero, zero, dims)
 
@@ -66,7 +66,7 @@ def test_a_page_and_its_canonical_order_are_the_same_elements(name: str, width: 
 @pytest.mark.parametrize("into_a", [False, True], ids=["gather", "scatter"])
 @pytest.mark.parametrize("name", ["HND", "K transposed"])
 def test_every_bit_pattern_of_two_bytes_survives(name: str, into_a: bool) -> None:
-    """Every bf16 and fp16 there is: NaN payloads, −0, denormals, infinities."""
+    """Every bit pattern of bf16 and fp16: NaN payloads, −0, denormals, infinities."""
     shape = (16, 32, 128)
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.bfloat16, torch.float16):
@@ -142,7 +142,7 @@ def test_a_source_may_be_read_twice() -> None:
         copy_rows(shared, into_a=True, device=CPU)
 
 
-# ---------------------------------------------------------------- far away
+# ---------------------------------------------------------------- large offsets
 
 
 @pytest.mark.parametrize(
@@ -150,14 +150,14 @@ def test_a_source_may_be_read_twice() -> None:
     [
         ((64, 1, 1),),
         ((2, 1 << 31, 64), (64, 1, 1)),
-        ((2, (1 << 31) + 1, 64), (64, 1, 1)),  # in elements of one byte, beyond what an int32 counts
-        ((3, 1 << 30, 2048), (2048, 1, 1)),  # a loop around tiles, the one before is inside one
+        ((2, (1 << 31) + 1, 64), (64, 1, 1)),  # in elements of one byte, beyond int32
+        ((3, 1 << 30, 2048), (2048, 1, 1)),  # a loop around tiles; the previous case is a loop within one
         ((8, 2, 16), (8, (1 << 28) + 16, 2), (2, 1, 1)),
     ],
 )
 @pytest.mark.parametrize("into_a", [False, True], ids=["gather", "scatter"])
 def test_offsets_beyond_two_gib(dims: tuple[Dim, ...], into_a: bool) -> None:
-    """Memory that is touched in a few places only."""
+    """Memory of which only a few pages are touched."""
     try:
         far = torch.empty(5 << 30, dtype=torch.uint8)
     except RuntimeError as error:
@@ -205,7 +205,7 @@ def test_copies_of_more_pieces_than_an_int32_counts_are_split(monkeypatch: pytes
 
 @st.composite
 def loops(draw: st.DrawFn) -> tuple[tuple[Dim, ...], int, int]:
-    """Loops that are nested in any order on each side, with gaps; and the bytes of a row on A and B."""
+    """Draws loops nested in any order on each side, with gaps, and the bytes of a row on A and B."""
     width = draw(st.sampled_from([1, 2, 4, 8, 16]))
     run = width * draw(st.integers(1, 9))
     sizes = draw(st.lists(st.integers(1, 9), max_size=3))
@@ -230,7 +230,7 @@ def test_any_copy_equals_naive_arithmetic(
     check(Lab(dims, a_row, b_row, objects=1, units=4, layers=1, skip=skip, seed=seed), into_a)
 
 
-# ---------------------------------------------------------------- what is chosen
+# ---------------------------------------------------------------- choice of kernel
 
 
 def test_elements_are_as_wide_as_every_address_allows() -> None:

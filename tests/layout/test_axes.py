@@ -1,4 +1,4 @@
-"""Axis strings: what parses, what is refused, and that the message names the axis."""
+"""Axis strings: valid strings parse, invalid ones are refused with a message that names the axis."""
 
 from __future__ import annotations
 

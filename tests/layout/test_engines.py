@@ -1,4 +1,4 @@
-"""Every engine's layout against naive index arithmetic: gather, scatter, translate, and not one byte more."""
+"""Gather, scatter and translate for every engine's layout equal naive index arithmetic, and no other byte changes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lmcache_kernels import RowCopy
 
 @pytest.fixture(params=["host", "pages", "device", "rows", "triton"])
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Host memory as it is; page by page wherever there are pages; as if it were a device's, moved by torch operations;
-    by what kernels are told; by kernels.
+    """The copy path: host memory; host memory, always by page; as on a device, by torch operations; as on a device, by
+    `RowCopy`s executed naively; as on a device, by Triton kernels.
     """
     if request.param == "pages":
         monkeypatch.setattr(lmcache.layout.move, "worth_it", lambda dims, into_a: True)
@@ -47,7 +47,7 @@ def bind(lab: Lab) -> BoundKV:
 
 
 def slot_patterns(kv: BoundKV, tokens: int) -> dict[str, torch.Tensor]:
-    """Slots of two objects: whole pages in any order, a run that begins inside a page, and pure chaos."""
+    """Slots of two objects: whole pages in any order, a run that starts within a page, and random slots."""
     total, block = kv.num_slots(0), kv.block_tokens(0)
     torch.manual_seed(0)
     patterns = {"run": torch.arange(3, 3 + 2 * tokens), "chaos": torch.randperm(total)[: 2 * tokens]}
@@ -62,7 +62,7 @@ def slot_patterns(kv: BoundKV, tokens: int) -> dict[str, torch.Tensor]:
 
 
 def object_layouts(lab: Lab, kv: BoundKV, tokens: int) -> dict[str, ObjectLayout]:
-    """Canonical, this engine's own, and the orders of other engines of the same spec."""
+    """Canonical, this engine's native order, and the native orders of other engines with the same spec."""
     found = {"canonical": ObjectLayout.canonical(lab.spec, 0, tokens), "native": kv.native(0, tokens)}
     for name, other in LABS.items():
         foreign = other()
@@ -116,7 +116,7 @@ def test_scatter_writes_the_named_slots_and_not_one_byte_more(name: str, holes: 
             srcs = [torch.empty(layout.nbytes, dtype=torch.uint8) for _ in range(2)]
             for src, want in zip(srcs, wanted, strict=True):
                 translate(want, canonical, src, layout)
-            # What the memory must be afterwards: other content, with the named slots put in one by one.
+            # Expected memory: new random content, with the listed slots written one by one.
             lab.randomize(2)
             values = {
                 (p.name, i): lab.read(p, i, slots)
@@ -189,16 +189,16 @@ def test_native_falls_back_to_canonical_where_tokens_are_no_whole_pages() -> Non
 
 @pytest.mark.parametrize(
     ("name", "strips", "loops", "run"),
-    [  # tokens per page × bytes per token and layer, in as few runs as the engine's memory allows
+    [  # tokens per page × bytes per token and layer, in the fewest runs that the engine's layout allows
         ("vllm packed LBHNC", 1, 1, 4 * 64),
         ("vllm packed LBNHC", 1, 1, 4 * 64),
         ("vllm packed BLHNC", 1, 1, 4 * 64),
-        ("vllm packed BHLNC", 1, 2, 4 * 32),  # heads of a page lie apart
+        ("vllm packed BHLNC", 1, 2, 4 * 32),  # heads of a page are not adjacent
         ("vllm cpu vec", 1, 1, 4 * 128),
         ("vllm cpu amx", 1, 1, 32 * 256),
         ("flashinfer nhd", 1, 1, 4 * 64),
         ("flashinfer hnd", 1, 1, 4 * 64),
-        ("flash attention", 2, 1, 4 * 32),  # K and V lie apart
+        ("flash attention", 2, 1, 4 * 32),  # K and V are separate
         ("vllm mla", 1, 1, 4 * 48),
         ("unequal", 1, 1, 4 * 80),
         ("factored pool", 2, 1, 4 * 16),

@@ -1,4 +1,4 @@
-"""Copies between host memories that take a special road: neighbours in any order, buffers between pools, threads."""
+"""Special cases of host copies: adjacent pages in any order, buffers between pools, threads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bind(lab: Lab) -> BoundKV:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Small copies take the roads that are for large ones; counts the gathers that went by neighbours."""
+    """Makes small copies take the code paths of large ones; records the gathers by `by_neighbours`."""
     taken: list[int] = []
 
     def counted(copy: object) -> object:
@@ -42,10 +42,10 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             taken.append(len(puts))
         return puts
 
-    monkeypatch.setattr(lmcache.layout.host, "_WORTH_IT", 0)
+    monkeypatch.setattr(lmcache.layout.host, "_MIN_GATHER_BYTES", 0)
     monkeypatch.setattr(lmcache.layout.host, "_BYTES_PER_PUT", 0)
     monkeypatch.setattr(lmcache.layout.move, "by_neighbours", counted)
-    monkeypatch.setattr(lmcache_kernels.reference, "_WORTH_A_THREAD", 0)
+    monkeypatch.setattr(lmcache_kernels.reference, "_MIN_PARALLEL_BYTES", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield taken
@@ -71,7 +71,7 @@ def test_neighbours_in_any_order_are_gathered_right(name: str, spread: int, eage
             gather(kv, 0, slots, outs, layout)
             again = [
                 torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in outs
-            ]  # each alone: no neighbours to speak of
+            ]  # isolated pages: too few adjacent ones
             for i, one in enumerate(again):
                 gather(kv, 0, slots[i * tokens : (i + 1) * tokens], [one], layout)
             assert all(torch.equal(a, b) for a, b in zip(outs, again, strict=True))
@@ -84,7 +84,7 @@ def test_neighbours_in_any_order_are_gathered_right(name: str, spread: int, eage
 @pytest.mark.parametrize("places", [[0, 1, 2], [0, 2, 3], [2, 1, 0], [1, 0, 2], [0, 2, 4]])
 @pytest.mark.parametrize("gap", [0, 1, 48])
 def test_buffers_may_lie_anywhere_in_an_arena(places: list[int], gap: int) -> None:
-    """In a row, with a hole, backwards, in disorder, every second one; with odd distances too."""
+    """In order, with a hole, reversed, shuffled, every second one; also at odd distances."""
     lab = LABS["vllm packed LBHNC"]()
     lab.randomize(0)
     kv = bind(lab)
@@ -117,14 +117,14 @@ def test_runs_are_read_whole_and_order_is_kept_as_it_is(eager: list[int]) -> Non
     assert runs([5, 4, 3, 2, 1]) == [1]
     assert runs([6, 1, 2, 0, 5]) == [2]
     assert runs([0, 2, 4, 6]) == [4]
-    assert runs([1, 2, 3, 4, 5]) == []  # in order: nothing to gain
+    assert runs([1, 2, 3, 4, 5]) == []  # in order: no gain
 
 
 @pytest.mark.parametrize("axes", ["block slot head (kv dim)", "kv block slot head dim", "block kv head slot dim"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_buffer_between_the_pools_of_the_layers_is_written_and_read_right(axes: str, data: st.DataObject) -> None:
-    """Pools and buffer cut from one memory, in any order: what lies between them is never touched."""
+    """Pools and buffer are cut from one memory, in any order; the bytes between them stay unchanged."""
     layers, blocks, tokens, objects = 3, 6, 4, 2
     spec = kv_spec(torch.bfloat16, layers=layers)
     shape = {"block slot head (kv dim)": (6, 4, 2, 16), "kv block slot head dim": (2, 6, 4, 2, 8)}.get(

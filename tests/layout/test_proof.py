@@ -1,4 +1,4 @@
-"""The layout proof accepts the true layout of every engine, and tells every false one from it."""
+"""The layout proof accepts the true layout of every engine and rejects every false one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Change = Callable[[str, int, torch.Tensor, torch.Tensor], tuple[str, int, torch.
 
 
 def writer(lab: Lab, change: Change | None = None) -> Callable[..., None]:
-    """The engine's write path: by the lab's own index arithmetic, or wrong in a given way."""
+    """The engine's write path, by the lab's own index arithmetic; `change` makes it wrong."""
 
     def write(group: int, layer: int, slots: torch.Tensor, values: Values) -> None:
         planes = {p.name: p for p in lab.spec.groups[group].planes}
@@ -51,7 +51,7 @@ def reader(lab: Lab) -> Callable[..., Values]:
 
 
 def scratch(lab: Lab) -> torch.Tensor:
-    """Two pages that are not neighbours, in no particular order of their slots."""
+    """The slots of two non-adjacent pages, shuffled."""
     block = lab.block_tokens or 4
     first, last = 1, lab.num_slots // block - 1
     pages = [torch.arange(block) + page * block for page in (first, last)]
@@ -81,7 +81,7 @@ def test_every_dtype_can_be_proven(dtype: str) -> None:
 
 
 def square(axes: str) -> Lab:
-    """As many heads as slots in a page, so that both orders have one shape."""
+    """As many heads as slots per page, so that both orders have the same shape."""
     return plain(axes, heads=4, bt=4)
 
 
@@ -123,7 +123,7 @@ def test_a_false_layout_of_the_same_shape_is_told_from_the_true_one(name: str) -
     assert not proof
     assert "plane" in proof.reason
     assert "gather reads" in proof.reason
-    # What is not proven is never written by us: only the engine wrote, and only into the scratch slots.
+    # `scatter` never runs on an unproven layout: only the engine wrote, and only into the scratch slots.
     kept = [s for s in range(lab.num_slots) if s not in set(scratch(lab).tolist())]
     changed = [storage.clone() for storage in lab.storages()]
     for storage, old in zip(lab.storages(), before, strict=True):
@@ -156,7 +156,7 @@ WRONG_ENGINES = {
         (name, dtype)
         for name in WRONG_ENGINES
         for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.bool)
-        if (name, dtype) != ("values rounded", torch.bool)  # a bool without its lowest bit is no bool
+        if (name, dtype) != ("values rounded", torch.bool)  # a bool without its lowest bit is not a bool
     ],
 )
 def test_an_engine_that_writes_elsewhere_or_otherwise_is_found_out(name: str, dtype: torch.dtype) -> None:
@@ -192,7 +192,7 @@ def test_an_engine_that_reads_otherwise_is_found_out() -> None:
 def test_a_scatter_that_misses_or_writes_too_much_is_found_out(
     slot: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing written; a scratch slot more than asked for; another sequence's slot."""
+    """Writes nothing; one scratch slot too many; another sequence's slot."""
     lab = plain("kv block slot head dim")
     lab.randomize(0)
     plane = lab.spec.groups[0].planes[0]
@@ -254,7 +254,7 @@ def test_only_the_layers_asked_for_are_written() -> None:
 
 
 def test_a_wide_model_needs_more_passes_than_a_small_dtype_has_values() -> None:
-    """fp8 has about a hundred safe values; elements 128 apart would look alike in a single pass."""
+    """fp8 has about a hundred safe values; elements 128 apart would be equal in a single pass."""
     lab = plain("kv block slot head dim", torch.float8_e4m3fn)
     spec = spec_of([("latent", torch.float8_e4m3fn, 4096)], layers=1, heads=1)
     tensor = torch.zeros(7, 4, 4096, dtype=torch.float8_e4m3fn)

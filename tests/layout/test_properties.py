@@ -1,4 +1,4 @@
-"""Any layout, any strides, any slots, any bits: Hypothesis against naive index arithmetic."""
+"""Any layout, strides, slots and bits, drawn by Hypothesis, against naive index arithmetic."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def axes_text(dims: Sequence[Atoms]) -> str:
 
 @st.composite
 def arrangements(draw: st.DrawFn, names: Sequence[str], sizes: dict[str, int], splits: Sequence[str]) -> list[Atoms]:
-    """Axes in any order, some split into quotient and remainder, some neighbours composed into one dimension."""
+    """Draws axes in any order, some split into quotient and remainder, some adjacent ones composed into one dimension."""
     atoms: Atoms = []
     for name in names:
         divisors = [d for d in range(2, sizes[name]) if sizes[name] % d == 0] if name in splits else []
@@ -67,7 +67,7 @@ def atom_size(atom: tuple[str, str, int], sizes: dict[str, int]) -> int:
 
 @st.composite
 def strided(draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of this shape somewhere inside a larger one, dimensions in any physical order."""
+    """Draws a tensor of this shape within a larger one, with its dimensions in any physical order."""
     order = draw(st.permutations(range(len(shape))))
     pads = [draw(st.integers(0, 2)) for _ in shape]
     storage = torch.zeros([shape[i] + pads[i] for i in order], dtype=dtype)
@@ -135,7 +135,7 @@ def labs(draw: st.DrawFn) -> Lab:
 
 @st.composite
 def object_layouts(draw: st.DrawFn, spec: KVSpec, kv: BoundKV, tokens: int) -> ObjectLayout:
-    """Canonical, native, or any other dense arrangement with the layer outermost."""
+    """Draws the canonical, the native, or any other dense arrangement with the layer outermost."""
     kind = draw(st.sampled_from(["canonical", "native", "any"]))
     if kind == "canonical":
         return ObjectLayout.canonical(spec, 0, tokens)
@@ -164,14 +164,14 @@ def bind(lab: Lab) -> BoundKV:
 
 
 def move(kv: BoundKV, layout: ObjectLayout, slots: torch.Tensor, objects: list[torch.Tensor], *, into_a: bool) -> None:
-    """What an accelerator's kernels would be told to do, done byte by byte."""
+    """Executes the `RowCopy`s of an accelerator's kernels byte by byte."""
     for copy in row_copies(kv.groups[0], layout, slots.numpy(), [item.data_ptr() for item in objects]):
         move_rows(copy, into_a=into_a)
 
 
 @st.composite
 def slot_lists(draw: st.DrawFn, lab: Lab, kv: BoundKV, count: int) -> torch.Tensor:
-    """`count` distinct slots: shuffled, in a row, or whole pages shuffled, in order inside or not."""
+    """Draws `count` distinct slots: shuffled, consecutive, or whole pages shuffled, in order within a page or not."""
     kind = draw(st.sampled_from(["shuffled", "row", "pages", "inside pages"]))
     if kind == "row":
         start = draw(st.integers(0, lab.num_slots - count))
@@ -254,7 +254,7 @@ def test_translation_between_any_two_layouts_is_the_detour_over_canonical(data: 
     assert torch.equal(back, src)
     if one.signature == two.signature:
         assert torch.equal(src, direct)
-    elif one.nbytes > 64:  # else random bytes may be alike by chance
+    elif one.nbytes > 64:  # fewer random bytes may be equal by chance
         assert not torch.equal(src, direct)
 
 
@@ -280,7 +280,7 @@ GOOD = ObjectLayout.canonical(kv_spec(torch.bfloat16), 0, 8).describe()
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_damaged_description_is_refused_or_still_a_dense_layout(data: st.DataObject) -> None:
-    """Headers of files come from anywhere: no exception but `LayoutError`, no absurd allocation."""
+    """File headers are untrusted: no exception but `LayoutError`, and no huge allocation."""
     junk = st.one_of(
         st.none(),
         st.integers(-(2**70), 2**70),

@@ -1,4 +1,4 @@
-"""Slots are checked before anything moves."""
+"""Slots are checked before anything is copied."""
 
 from __future__ import annotations
 

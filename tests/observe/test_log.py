@@ -1,4 +1,4 @@
-"""Log lines stay on one line, say what they are told, and do not flood."""
+"""Log lines stay on one line, contain all fields, and are rate-limited."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_no_value_breaks_the_line_or_escapes_its_quotes(fields: dict[str, str]) 
     assert line.isprintable()
     assert len(line.splitlines()) == 1
     rest = line.removeprefix("event")
-    for key in fields:  # what is quoted ends at the first unescaped quote, so a reader finds exactly these keys
+    for key in fields:  # a quoted value ends at the first unescaped quote, so a parser finds exactly these keys
         rest = rest.removeprefix(f" {key}=")
         if rest.startswith('"'):
             end = 1
@@ -73,7 +73,7 @@ def test_a_throttle_without_end_says_a_thing_once(caplog: pytest.LogCaptureFixtu
 def test_a_throttle_tells_repeats_in_the_line(caplog: pytest.LogCaptureFixture) -> None:
     throttle = log.Throttle(every=-1.0)
     throttle.warning("late")
-    throttle._said["late", None] = (0.0, 4)
+    throttle._logged["late", None] = (0.0, 4)
     throttle.warning("late", op="load")
     assert [r.message for r in caplog.records] == ["late", "late op=load repeated=4"]
 
@@ -83,4 +83,4 @@ def test_a_throttle_forgets_the_oldest_beyond_its_limit() -> None:
     assert [throttle.allow("e", key, now=1.0) for key in "abc"] == [0, 0, 0]
     assert throttle.allow("e", "c", now=2.0) is None
     assert throttle.allow("e", "a", now=2.0) == 0
-    assert len(throttle._said) == 2
+    assert len(throttle._logged) == 2

@@ -1,4 +1,4 @@
-"""Simulations against brute force, against the index with all its messages, and against bad input."""
+"""Simulations compared with brute force and with the full index protocol, and on bad input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROFILE = profile("smollm2-135m", "h100")
 
 
 def requests_of(seed: int, count: int = 300) -> list[list[int]]:
-    """Prompts that go on from earlier ones, as conversations do."""
+    """Prompts that continue earlier ones, as conversations do."""
     rng = random.Random(seed)
     said: list[list[int]] = [[0]]
     fresh = 1
@@ -80,7 +80,7 @@ def naive_optimum(prompts: list[list[int]], capacity: int) -> int:
 
         held = {b for b in held | set(prompt) if again(b) < 10**9}
         while len(held) > capacity:
-            held.remove(max(held, key=lambda b: (again(b), -b)))  # block numbers grow along a prompt
+            held.remove(max(held, key=lambda b: (again(b), -b)))  # block ids increase along a prompt
     return hits
 
 
@@ -101,7 +101,7 @@ def test_bounds_are_what_brute_force_finds(tmp_path, seed, capacity) -> None:
 
 
 def by_messages(index: Index, chain: Chain, owner: int, seq: list[int]) -> int:
-    """Serve a prompt through plans and reports; leading chunks found."""
+    """Serves a prompt through plans and reports; returns the leading chunks found."""
 
     def obey() -> None:
         plan = index.take_plan()
@@ -145,20 +145,20 @@ def test_what_is_on_disk_is_found_and_a_full_disk_forgets(tmp_path) -> None:
     prompts = requests_of(3)
     trace = read_traces([written(tmp_path / "t", prompts)])
     room = {"dram": 2 * max(map(len, prompts)), "disk": 10**6}
-    assert sum(simulate(trace, "lru", room, PROFILE).hits.values()) == sum(
+    assert sum(simulate(trace, "lru", room, PROFILE, admit="all").hits.values()) == sum(
         simulate(trace, "infinite", room, PROFILE).hits.values()
     )
-    plane = ControlPlane(trace, "lru", {"dram": 12, "disk": 20}, PROFILE)
+    plane = ControlPlane(trace, "lru", {"dram": 12, "disk": 20}, PROFILE, admit="all")
     for request in trace:
         plane.request(request)
         plane.index.check()
-        assert len(plane.index.state.known[0]) <= 20
+        assert len(plane.index.state.directories[0]) <= 20
 
 
 def test_a_second_sight_writes_less_and_finds_no_less_where_the_disk_is_small(tmp_path) -> None:
     rng = random.Random(1)
     popular = [[10_000 + 4 * i + k for k in range(4)] for i in range(12)]
-    # few prompts that come back, among many that do not
+    # a few recurring prompts among many that never recur
     prompts = [rng.choice(popular) if i % 4 == 0 else [20_000 + 4 * i + k for k in range(4)] for i in range(2000)]
     trace = read_traces([written(tmp_path / "t", prompts)])
     everything, second = (
@@ -335,7 +335,7 @@ def test_what_is_no_recording_stays_as_it_is(tmp_path, caplog, held) -> None:
     recorder.record(300, [b"a" * 32])
     recorder.close()
     assert path.read_bytes() == held
-    assert "name another file" in caplog.text
+    assert "choose another file" in caplog.text
 
 
 def test_two_recorders_do_not_share_a_file(tmp_path, caplog) -> None:
@@ -345,7 +345,7 @@ def test_two_recorders_do_not_share_a_file(tmp_path, caplog) -> None:
     one.record(300, [b"a" * 32])
     one.close()
     assert len(read_traces([path])) == 1
-    assert caplog.text.count("a file of its own") == 1
+    assert caplog.text.count("its own file") == 1
     Recorder(path, 256).close()
     assert caplog.text.count("trace-not-recorded") == 1
 
@@ -376,7 +376,7 @@ def test_the_published_figures_of_the_conversation_trace() -> None:
 
 
 class Balanced(HTMLParser):
-    """Fails where a tag is closed that is not open."""
+    """Fails if a tag is closed that is not open."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,9 @@
-"""Synthetic traces: what every one of them promises."""
+"""Synthetic traces: the properties that all of them have."""
 
 from __future__ import annotations
 
 import pytest
-
-from lmcache.simulate.traces import SUITE, Trace, chats, documents, join, mix, sample, shuffle, stretch
+from synthetic_traces import SUITE, Trace, chats, documents, join, mix, sample, shuffle, stretch
 
 
 def check(trace: Trace) -> None:

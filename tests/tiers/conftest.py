@@ -1,4 +1,4 @@
-"""Folders in memory: these tests are about what a tier does, not about how fast a disk is."""
+"""Fixtures: folders in memory, since these tests check what a tier does and not how fast a disk is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk tier's folder looks as it should. That it keeps the contract of tiers is tested in conformance/tests."""
+"""The contents of the disk tier's folder. The contract of the tier interface is tested in conformance/tests."""
 
 from __future__ import annotations
 
@@ -223,10 +223,10 @@ def test_a_thousand_cycles_leave_no_handle_and_no_thread(shm: Path) -> None:
     def handles() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    def settles_at_most(bound: int) -> bool:  # the janitor opens a folder now and then, and closes it
+    def settles_at_most(bound: int) -> bool:  # the janitor briefly opens a folder now and then
         return any(handles() <= bound or time.sleep(0.01) for _ in range(500))
 
-    gc.collect()  # what earlier tests left to the collector
+    gc.collect()  # files that earlier tests left open
     threads, before = set(threading.enumerate()), handles()
     for _ in range(20):
         tier = DiskTier(shm, 20 * FORM.stored_bytes, timing=QUICK)
@@ -234,7 +234,7 @@ def test_a_thousand_cycles_leave_no_handle_and_no_thread(shm: Path) -> None:
             put(tier, object_id(number))
             assert load(tier, object_id(number)) in (payload_of(object_id(number)), None)
             load(tier, object_id(number + 1000))
-        assert settles_at_most(before + 2)  # the tier's folder and the janitor's lock
+        assert settles_at_most(before + 2)  # the usage file and the janitor's lock
         tier.close()
     assert settles_at_most(before)
     assert not set(threading.enumerate()) - threads

@@ -1,4 +1,4 @@
-"""Whatever happens to the folder: a miss or a failure result, never an exception, and all is well when the cause is gone."""
+"""Faults in the folder: each is a miss or a failure result, never an exception, and the tier recovers once the cause is gone."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def tier(shm: Path) -> Iterator[DiskTier]:
 
 @pytest.fixture
 def path(tier: DiskTier) -> Path:
-    """Where the object `ID` lies, written and intact."""
+    """The path of the object `ID`, written and intact."""
     assert put(tier, ID).status is Status.OK
     return tier.root / "objects" / relative_path(ID)
 
 
-# ---------------------------------------------------------------- files gone bad
+# ---------------------------------------------------------------- damaged files
 
 _HEAD, _END = FORM.payload_offset, FORM.payload_offset + FORM.nbytes
 _LENGTHS = [1, 7, 8, 9, 100, _HEAD - 1, _HEAD, _HEAD + 1, _HEAD + FORM.nbytes // 2, _END - 1]
@@ -198,7 +198,7 @@ def test_a_folder_that_vanishes_is_made_anew(
     assert oct(os.stat(tier.root).st_mode & 0o777) == "0o700"
 
 
-# ---------------------------------------------------------------- a filesystem that says no
+# ---------------------------------------------------------------- filesystem errors
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_a_full_device_is_reported_backed_off_from_and_recovered(tiny: Path, cap
 
     pause = tier._pause
     assert pause > 0
-    tier._resume_at = 0.0  # as if the pause were over: still full, so it gets longer
+    tier._resume_at = 0.0  # skip the pause: the device is still full, so the next one is longer
     assert put(tier, object_id(50), big).status is Status.FULL
     assert tier._pause == 2 * pause
 
@@ -262,7 +262,7 @@ def test_a_full_device_can_still_be_opened_and_read(tiny: Path) -> None:
 def test_a_read_only_filesystem_is_read_and_nothing_more(tiny: Path) -> None:
     tier = DiskTier(tiny, 500_000, timing=QUICK)
     put(tier, ID)
-    tier._janitor.close()  # open files would keep the filesystem from becoming read-only
+    tier._janitor.close()  # open files would prevent remounting read-only
     tier._usage.close()
     subprocess.run(["mount", "-o", "remount,ro", str(tiny)], check=True)
     assert load(tier, ID) == payload_of(ID)
@@ -294,7 +294,7 @@ def _failing(code: int) -> Callable[..., int]:
 def test_a_write_that_fails_anywhere_leaves_nothing_and_the_next_one_works(
     shm: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:
-    tier = DiskTier(shm)  # slow timing: only our own calls are hit
+    tier = DiskTier(shm)  # slow timing: only our own calls fail
     tier._janitor.close()
     handles = len(os.listdir("/proc/self/fd"))
     real = getattr(os, call)
@@ -385,7 +385,7 @@ def test_a_durable_flush_syncs_each_new_file_and_its_folders_once(
 def test_too_many_unsynced_files_are_synced_all_at_once(
     tier: DiskTier, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache.tiers.disk._MANY", 1)
+    monkeypatch.setattr("lmcache.tiers.disk._MAX_UNSYNCED", 1)
     put(tier, object_id(2))
     calls: list[int] = []
     monkeypatch.setattr(os, "sync", lambda: calls.append(1))

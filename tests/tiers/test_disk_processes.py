@@ -1,4 +1,4 @@
-"""Several processes on one folder, and processes that die: everything there is whole, nothing flushed is lost."""
+"""Several processes on one folder, and killed processes: every object is complete, and nothing flushed is lost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def put_big(tier: DiskTier, number: int) -> Status:
 
 
 def in_child(work: Callable[[], None]) -> ForkProcess:
-    """Run `work` in a forked process; its exit code is 0 if nothing was raised."""
+    """Runs `work` in a forked process; its exit code is 0 if nothing was raised."""
     process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
     process.start()
     return process
@@ -92,7 +92,7 @@ def test_killed_fifty_times_while_writing_it_serves_whole_objects_and_all_that_w
 
         child = in_child(write_until_killed)
         os.close(write_end)
-        told = os.read(read_end, 4)  # it is at work
+        told = os.read(read_end, 4)  # it is running
         time.sleep(rng.uniform(0, 0.01))
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Names of files, and giving a file its name without replacing another one."""
+"""File names, and publishing a file without replacing another one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The janitor: who is evicted, what is removed, what the shared count says."""
+"""The janitor: what it evicts, what it removes, and the shared byte count."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STILL = Timing()
 
 
 def still(shm: Path, capacity: int | None = None, timing: Timing = STILL) -> DiskTier:
-    """A tier whose janitor holds the lock, if it is free, and does nothing unless the test or a writer calls for it."""
+    """A tier whose janitor takes the lock if it is free, and runs only when the test or a writer calls it."""
     tier = DiskTier(shm, capacity, timing=timing, log=Throttle())
     janitor = tier._janitor
     janitor.close()
@@ -144,7 +144,7 @@ def test_all_namespaces_share_the_capacity(shm: Path) -> None:
     tier.close()
 
 
-# ---------------------------------------------------------------- what killed processes leave
+# ---------------------------------------------------------------- leftovers of killed processes
 
 
 def _dead_pid() -> int:
@@ -167,7 +167,7 @@ def test_temporaries_that_nobody_will_finish_are_removed(shm: Path) -> None:
         f".tmp-{tag}-{alive}-{random[::-1]}": (day, False),
         f".tmp-{other}-{dead}-{random}": (0.0, True),  # another host's process, perhaps alive there
         f".tmp-{other}-{dead}-{random[::-1]}": (day, False),
-        f".tmp-{tag}-9999999999-{random}": (0.0, True),  # no such pid can be
+        f".tmp-{tag}-9999999999-{random}": (0.0, True),  # pids are never this large
         ".tmp-not-ours": (day, True),
     }
     for name, (old, _) in cases.items():

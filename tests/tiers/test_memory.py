@@ -1,4 +1,4 @@
-"""The memory tier's own ways. That it keeps the contract of tiers is tested in conformance/tests."""
+"""What is specific to the memory tier. The contract of the tier interface is tested in conformance/tests."""
 
 from __future__ import annotations
 

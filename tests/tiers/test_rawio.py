@@ -1,4 +1,4 @@
-"""Short reads and writes, which real filesystems produce only now and then."""
+"""Short reads and writes, which real filesystems produce only rarely."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lmcache_conformance.labs.tier_objects import pattern
 
 @pytest.fixture
 def short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """System calls that move a random part of what they are asked to."""
+    """Replaces the system calls with ones that transfer a random part of the request."""
     rng = random.Random(1)
 
     def shorten(call: Callable[..., int]) -> Callable[..., int]:

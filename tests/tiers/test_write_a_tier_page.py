@@ -1,4 +1,4 @@
-"""The page for authors of tiers: its example passes the suite the page recommends."""
+"""docs/write-a-tier.md: the example tier passes the suite that the page recommends."""
 
 from __future__ import annotations
 

@@ -147,16 +147,28 @@ def transfer(tier: MemoryTier) -> tuple[Transfer, Arena]:
     spec = tiny_spec()
     arena = Arena(4, spec.object_bytes(0, CHUNK))
     io = ObjectCodec(spec, CHUNK)
-    return Transfer(spec, CHUNK, [arena], [tier], io=io, metrics=Metrics(), log=Throttle()), arena
+    machine = Transfer(
+        spec,
+        CHUNK,
+        [arena],
+        [tier],
+        io=io,
+        metrics=Metrics(),
+        log=Throttle(),
+        read_threads=2,
+        write_threads=1,
+        queue_bytes=1 << 30,
+    )
+    return machine, arena
 
 
 def wait_for(machine: Transfer, job: int) -> tuple[int, ...]:
     for _ in range(1000):
-        seen = machine.news
-        for report in machine.poll().jobs:
+        seen = machine.tracker.news
+        for report in machine.tracker.report().jobs:
             if report.job == job and report.final:
                 return report.statuses
-        machine.wait(seen, 0.05)
+        machine.tracker.wait(seen, 0.05)
     raise AssertionError(f"job {job} never ended")
 
 
@@ -236,6 +248,8 @@ def test_the_write_behind_queue_is_bounded_in_bytes() -> None:
         io=ObjectCodec(spec, CHUNK),
         metrics=Metrics(),
         log=Throttle(),
+        read_threads=2,
+        write_threads=1,
         queue_bytes=2 * size,
     )
     pool = Pool("packed", 40)

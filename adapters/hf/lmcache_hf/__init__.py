@@ -1,9 +1,9 @@
-"""KV cache for Hugging Face `generate`: wrap a model in `CachedModel` and call it as before.
+"""KV cache for Hugging Face `generate`: wrap a model in `CachedModel` and call it as usual.
 
     from lmcache_hf import CachedModel
     model = CachedModel(AutoModelForCausalLM.from_pretrained(...), Config(disk_path="~/.cache/lmcache"))
 
-`smollm2()` gives the directory of a small real model that needs no hub.
+`smollm2()` returns the directory of a small real model that needs no hub.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HOMES = {"CachedModel": "model", "UncachedError": "model", "smollm2": "models"}
 __all__ = ["CachedModel", "UncachedError", "smollm2"]
 
 
-def __getattr__(name: str) -> Any:  # loaded on first use: who only asks what the adapter claims waits for nothing
+def __getattr__(name: str) -> Any:  # lazy: reading the adapter's capabilities must not import transformers
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'lmcache_hf' has no attribute {name!r}")

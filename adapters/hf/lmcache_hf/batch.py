@@ -1,9 +1,9 @@
-"""Which token lies in which column of a padded batch.
+"""Maps tokens to columns of a padded batch.
 
 A row's tokens are its columns where the attention mask is 1, in order; padding before them shifts columns, not positions.
-Padding columns are masked out: whatever they hold, nothing sees it. But what lies behind a *gap*, padding that follows a
-token, is not what the bare sequence would give: transformers numbers generated tokens on from the last column, padding or
-not, and sliding windows count columns. So a row counts up to its first gap: right-padded prompts, not their answers.
+Padding columns are masked out, so their KV is never attended to. But KV after a *gap* (padding that follows a token) differs
+from that of the unpadded sequence: transformers numbers generated tokens on from the last column, padding or not, and
+sliding windows count columns. Hence a row is cached up to its first gap: right-padded prompts are, their answers are not.
 """
 
 from __future__ import annotations
@@ -20,55 +20,55 @@ class Prompt:
 
     Attributes:
         ids: token ids, (rows, columns) int64.
-        mask: which columns hold tokens, (rows, columns) bool.
+        mask: True where a column holds a token, (rows, columns) bool.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Batch size."""
         return self.ids.shape[0]
 
-    @property
+    @cached_property
     def columns(self) -> int:
-        """Columns of the prompt, padding included."""
+        """Number of columns of the prompt, including padding."""
         return self.ids.shape[1]
 
     @cached_property
     def before(self) -> torch.Tensor:
-        """Tokens in the first c columns of each row, (rows, columns + 1) int64."""
+        """`before[row, c]`: number of tokens in the row's first c columns, (rows, columns + 1) int64."""
         counts = torch.zeros(self.rows, self.columns + 1, dtype=torch.int64)
         torch.cumsum(self.mask, 1, out=counts[:, 1:])
         return counts
 
     def tokens(self, row: int) -> torch.Tensor:
-        """The row's token sequence."""
+        """Token ids of one row, without padding, 1-D."""
         return self.ids[row][self.mask[row]]
 
     def gaps(self) -> torch.Tensor:
-        """The first column of each row that is padding *after* a token, or the number of columns; (rows,) int64."""
+        """First column of each row that is padding *after* a token, or the number of columns; (rows,) int64."""
         gap = ~self.mask & (self.before[:, :-1] > 0)
         return torch.where(gap.any(1), gap.int().argmax(1), self.columns)
 
     def shared_columns(self, hits: list[int], stop: int) -> int:
-        """The most leading columns, at most `stop`, that need no more than `hits[row]` tokens of each row.
+        """Returns the largest number of leading columns, at most `stop`, with no more than `hits[row]` tokens in any row.
 
-        0 if they would hold no token at all.
+        0 if those columns hold no token at all.
         """
         fits = (self.before[:, : stop + 1] <= torch.tensor(hits)[:, None]).all(0)
-        columns = int(fits.sum()) - 1  # counts never fall, so what fits is a prefix
+        columns = int(fits.sum()) - 1  # counts are non-decreasing, so `fits` is a prefix
         return columns if columns > 0 and int(self.before[:, columns].max()) > 0 else 0
 
     def extended(self, sequences: torch.Tensor, computed: int) -> Prompt:
-        """Prompt and generated tokens: the first `computed` columns of `sequences` (rows, more columns), on the CPU."""
+        """Returns prompt plus generated tokens: the first `computed` columns of `sequences` (rows, more columns), on the CPU."""
         ids = sequences[:, :computed].to("cpu", torch.int64)
         grown = torch.ones(self.rows, computed - self.columns, dtype=torch.bool)
         return Prompt(ids, torch.cat([self.mask, grown], 1))
 
     def until_end(self, prompt_columns: int, ends: tuple[int, ...]) -> Prompt:
-        """Without the padding that rows get while others are still being generated: nothing after a row's first end."""
+        """Masks every column after a row's first end token: padding that rows get once they have finished before others."""
         if not ends or self.rows == 1:
             return self
         ended = torch.isin(self.ids, torch.tensor(ends))
@@ -77,10 +77,10 @@ class Prompt:
         return Prompt(self.ids, self.mask & ~past)
 
     def slots(self, row: int, *, first: int, last: int, count: int) -> torch.Tensor:
-        """Where the row's first `count` tokens lie in a tensor that holds columns [first, last) of every row.
+        """Slot mapping of the row's first `count` tokens into a tensor that holds columns [first, last) of every row.
 
         Returns:
-            (count,) int64, `row · (last − first) + column − first`; −1 for tokens of other columns.
+            (count,) int64, `row · (last − first) + column − first`; −1 for tokens in other columns.
         """
         columns = self.mask[row].nonzero().squeeze(1)[:count]
         inside = (columns >= first) & (columns < last)

@@ -1,5 +1,5 @@
-"""Which calls of `generate` can be cached: everything is named here that makes KV depend on more than tokens, or the
-output on more than the cache's contents.
+"""Decides which calls of `generate` can be cached: refuses every option that makes KV depend on more than the tokens, or the
+output on more than the contents of the cache.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from lmcache.adapter import UnsupportedError
 from lmcache_hf import compat
-from lmcache_hf.geometry import UnsupportedError
 
 
 def refuse_by_call(model: Any, call: compat.Call) -> None:
-    """Raise `UnsupportedError` with the reason, if there is one."""
+    """Raises `UnsupportedError` if this call cannot be cached."""
     _refuse_mode(model, call)
     _refuse_settings(call)
     _refuse_inputs(call)
@@ -22,36 +22,40 @@ def refuse_by_call(model: Any, call: compat.Call) -> None:
 def _refuse_mode(model: Any, call: compat.Call) -> None:
     if model.training:
         raise UnsupportedError(
-            "training", "the model is in training mode, where dropout makes KV random; call model.eval()"
+            "the model is in training mode, where dropout makes KV random; call model.eval()", reason="training"
         )
     if torch.is_autocast_enabled(model.device.type):
-        raise UnsupportedError("autocast", "autocast computes KV in another dtype than the model's own")
+        raise UnsupportedError("autocast computes KV in another dtype than the model's own", reason="autocast")
     if call.arguments.get("custom_generate") is not None:
-        raise UnsupportedError("custom_generate", "the call replaces the decoding loop")
+        raise UnsupportedError("the call replaces the decoding loop", reason="custom_generate")
     if call.arguments.get("assistant_model") is not None or getattr(call.settings, "prompt_lookup_num_tokens", None):
-        raise UnsupportedError("assisted", "assisted decoding puts tokens into the cache that it takes back later")
+        raise UnsupportedError(
+            "assisted decoding adds tokens to the cache and may remove them again", reason="assisted"
+        )
     if (call.settings.num_beams or 1) > 1:
-        raise UnsupportedError("beams", f"{call.settings.num_beams} beams reorder the rows of the cache")
+        raise UnsupportedError(f"{call.settings.num_beams} beams reorder the rows of the cache", reason="beams")
     if (call.settings.num_return_sequences or 1) > 1:
-        raise UnsupportedError("return_sequences", "several sequences a prompt repeat the rows of the cache")
+        raise UnsupportedError("several sequences per prompt repeat the rows of the cache", reason="return_sequences")
     if (mode := compat.decoding_mode(call)) != "":
-        raise UnsupportedError("mode", f"decoding mode {mode!r} is neither greedy search nor sampling")
+        raise UnsupportedError(f"decoding mode {mode!r} is neither greedy search nor sampling", reason="mode")
 
 
 def _refuse_settings(call: compat.Call) -> None:
     settings = call.settings
     if settings.use_cache is False:
-        raise UnsupportedError("use_cache", "the call says use_cache=False")
+        raise UnsupportedError("the call sets use_cache=False", reason="use_cache")
     if settings.cache_implementation is not None:
-        raise UnsupportedError("cache_implementation", f"the call asks for {settings.cache_implementation!r}")
+        raise UnsupportedError(
+            f"the call requests cache_implementation={settings.cache_implementation!r}", reason="cache_implementation"
+        )
     if getattr(settings, "token_healing", False):
-        raise UnsupportedError("token_healing", "token healing changes the prompt inside generate")
+        raise UnsupportedError("token healing changes the prompt inside generate", reason="token_healing")
     if getattr(settings, "prefill_chunk_size", None) is not None:
         raise UnsupportedError(
-            "prefill_chunk_size", "chunked prefill starts at the first token whatever the cache holds"
+            "chunked prefill starts at the first token even if the cache already holds it", reason="prefill_chunk_size"
         )
     if settings.output_attentions or settings.output_hidden_states:
-        raise UnsupportedError("hidden_states", "the call wants hidden states or attentions of all tokens")
+        raise UnsupportedError("the call requests hidden states or attentions of all tokens", reason="hidden_states")
 
 
 def _refuse_inputs(call: compat.Call) -> None:
@@ -59,13 +63,13 @@ def _refuse_inputs(call: compat.Call) -> None:
         if name in compat.NEUTRAL_INPUTS or name == "input_ids":
             continue
         if name == "inputs_embeds":
-            raise UnsupportedError("inputs_embeds", "embeddings instead of tokens have no name")
+            raise UnsupportedError("prompts given as embeddings have no token ids to look up", reason="inputs_embeds")
         if name == "position_ids":
-            raise UnsupportedError("position_ids", "the call places tokens at positions of its own")
+            raise UnsupportedError("the call sets its own position_ids", reason="position_ids")
         if name in compat.ZERO_IS_NEUTRAL and isinstance(value, torch.Tensor) and not bool(value.any()):
             continue
         kind = "multimodal" if _MULTIMODAL.intersection(name.split("_")) else "model_inputs"
-        raise UnsupportedError(kind, f"input {name!r} may decide KV, and is not part of its name")
+        raise UnsupportedError(f"model input {name!r} may affect KV but is not part of the cache key", reason=kind)
 
 
 _MULTIMODAL = frozenset({"pixel", "image", "images", "video", "videos", "audio", "features"})

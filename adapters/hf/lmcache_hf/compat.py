@@ -1,11 +1,11 @@
-"""Everything here that depends on how one version of transformers builds caches and reads `generate`'s arguments.
+"""Everything that depends on how a version of transformers builds caches and reads `generate`'s arguments.
 
-Written against transformers 5.19, checked by reading `cache_utils.py` and `generation/utils.py`. What the rest relies on:
+Written against transformers 5.19, by reading `cache_utils.py` and `generation/utils.py`. The rest of the adapter relies on:
 
 - A full-attention layer holds `keys` and `values` of all columns, (batch, kv heads, columns, dim).
-- A sliding layer holds the last `sliding_window − 1` columns and counts all of them in `cumulative_length`; its `update`
-  returns what it held followed by what it was given. Setting both fields is therefore its whole state.
-- `generate` given a filled cache and the *full* `input_ids` computes only the columns that the cache lacks.
+- A sliding layer holds the last `sliding_window − 1` columns and counts all columns in `cumulative_length`; its `update`
+  returns the held columns followed by the new ones. These fields are its entire state.
+- `generate` with a filled cache and the *full* `input_ids` computes only the columns missing from the cache.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 NEUTRAL_INPUTS = frozenset({"attention_mask", "past_key_values", "use_cache", "logits_to_keep", "return_dict"})
-"""Model inputs that do not change what a token's keys and values are."""
+"""Model inputs that do not affect a token's keys and values."""
 
 ZERO_IS_NEUTRAL = frozenset({"token_type_ids", "mm_token_type_ids"})
-"""Model inputs that mean "plain text" where they are all zero."""
+"""Model inputs that mean "plain text" if they are all zero."""
 
 
 # ------------------------------------------------------------------ generate's arguments
@@ -32,7 +32,13 @@ ZERO_IS_NEUTRAL = frozenset({"token_type_ids", "mm_token_type_ids"})
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `generate`, its arguments gathered by name, and the settings that will be in force."""
+    """One call of `generate`.
+
+    Attributes:
+        arguments: as passed, by name.
+        settings: the effective generation config.
+        inputs: the arguments that `generate` passes to the model's forward pass.
+    """
 
     arguments: Mapping[str, Any]
     settings: GenerationConfig
@@ -40,19 +46,19 @@ class Call:
 
 
 def has_own_generate(model: Any) -> bool:
-    """Whether the model replaces transformers' `generate` with one of its own (PEFT's only passes on)."""
+    """Whether the model overrides transformers' `generate` (PEFT's override, which only forwards the call, does not count)."""
     own = getattr(type(unwrapped(model)), "generate", None)
     return own is not GenerationMixin.generate and not type(model).__module__.startswith("peft.")
 
 
 def unwrapped(model: Any) -> Any:
-    """The module under `torch.compile`'s wrapper."""
+    """Returns the module inside `torch.compile`'s wrapper, or the model itself."""
     return getattr(model, "_orig_mod", model)
 
 
 def read_call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """Name the positional arguments, and resolve settings as `generate` does: keywords, then `generation_config`, then
-    the model's own.
+    """Names positional arguments and resolves settings as `generate` does: keywords, then `generation_config`, then the
+    model's own config.
     """
     bound = inspect.signature(GenerationMixin.generate).bind(model, *args, **kwargs)
     arguments = dict(bound.arguments)
@@ -65,13 +71,13 @@ def read_call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cal
 
 
 def decoding_mode(call: Call) -> str:
-    """`""` for greedy search and sampling; else the mode's name."""
+    """Returns `""` for greedy search and sampling, else the mode's name."""
     mode = call.settings.get_generation_mode(call.arguments.get("assistant_model"))
     return "" if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) else str(mode.value)
 
 
 def prompt_of(model: Any, call: Call) -> torch.Tensor | None:
-    """The prompt's token ids, (batch, columns), or None if the call does not give any."""
+    """Returns the prompt's token ids, (batch, columns) int32 or int64, or None if the call has none."""
     ids = call.inputs.get("input_ids")
     if ids is None and getattr(model, "main_input_name", "input_ids") == "input_ids":
         ids = call.arguments.get("inputs")
@@ -81,9 +87,9 @@ def prompt_of(model: Any, call: Call) -> torch.Tensor | None:
 
 
 def mask_of(call: Call, ids: torch.Tensor) -> torch.Tensor | None:
-    """Which columns hold tokens, (batch, columns) bool; None if the mask is not of that kind.
+    """Returns the attention mask, (batch, columns) bool; None if it has another shape or values other than 0 and 1.
 
-    Without a mask, `generate` takes padding for padding only where the padding token cannot be an end-of-sequence token.
+    Without a mask, `generate` masks padding tokens only if the padding token is not an end-of-sequence token.
     """
     mask = call.inputs.get("attention_mask")
     if mask is None:
@@ -98,7 +104,7 @@ def mask_of(call: Call, ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def end_tokens(call: Call) -> tuple[int, ...]:
-    """Token ids that end a row."""
+    """Returns the token ids that end a row."""
     ends = call.settings.eos_token_id
     if ends is None:
         return ()
@@ -109,9 +115,9 @@ def end_tokens(call: Call) -> tuple[int, ...]:
 
 
 class RecordingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__
-    """A sliding layer that also keeps what leaves its window, by reference. What it computes is unchanged.
+    """A sliding layer that also keeps references to columns that leave its window. Its results are unchanged.
 
-    `recorded` holds the (key, value) states of each `update`; memory grows as for full attention during one `generate`.
+    `recorded` holds the (key, value) states of each `update`, so during one `generate` memory grows as with full attention.
     """
 
     def __init__(self, sliding_window: int) -> None:
@@ -121,30 +127,30 @@ class RecordingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyp
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the base class does, after noting the new states."""
+        """See the base class; records the new states first."""
         self.recorded.append((key_states, value_states))
         full: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
         return full
 
     def all_recorded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every column seen by `update`, (batch, kv heads, columns, dim)."""
+        """Returns keys and values of all columns passed to `update`, (batch, kv heads, columns, dim) each."""
         keys, values = zip(*self.recorded, strict=True)
         return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
     def stock(self) -> DynamicSlidingWindowLayer:
-        """The same state in a layer of the base class, for callers who keep the cache."""
+        """Returns a base-class layer with the same state, for callers that keep the cache."""
         layer = DynamicSlidingWindowLayer(sliding_window=self.sliding_window)
         layer.__dict__.update({k: v for k, v in self.__dict__.items() if k != "recorded"})
         return layer
 
 
 def fresh_cache(model: Any) -> DynamicCache:
-    """The empty cache that `generate` would make for this model."""
+    """Returns the empty cache that `generate` would create for this model."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def unsupported_layer(cache: DynamicCache) -> str | None:
-    """What the first layer is whose state is more than the keys and values of whole columns, or None."""
+    """Describes the first layer whose state is more than keys and values per column; None if there is no such layer."""
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return type(layer).__name__
@@ -154,19 +160,23 @@ def unsupported_layer(cache: DynamicCache) -> str | None:
 
 
 def window_of(layer: Any) -> int:
-    """How many previous columns a sliding layer keeps (`sliding_window − 1`), 0 for a full-attention layer."""
+    """Returns how many previous columns a sliding layer keeps (`sliding_window − 1`), 0 for a full-attention layer."""
     return int(layer.sliding_window) - 1 if isinstance(layer, DynamicSlidingWindowLayer) else 0
 
 
 def is_plain_empty(cache: Any) -> bool:
-    """Whether this is a stock `DynamicCache` that holds nothing yet and is not offloaded."""
+    """Whether this is a stock `DynamicCache` that is empty and not offloaded."""
     return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
 
 
 def arm(cache: DynamicCache, template: DynamicCache) -> bool:
-    """Give an empty cache recording layers where `template` slides. False: its layers differ from the template's.
+    """Replaces an empty cache's layers: recording layers where `template` slides, full-attention layers elsewhere.
 
-    A `DynamicCache()` made without a config has no layers yet and will keep everything; it suits models that do not slide.
+    A `DynamicCache()` created without a config has no layers yet and keeps all columns, so it only fits models without
+    sliding windows.
+
+    Returns:
+        False, with the cache unchanged, if its layers do not match the template's.
     """
     wanted = [window_of(layer) for layer in template.layers]
     if cache.layers and [window_of(layer) for layer in cache.layers] != wanted:
@@ -184,21 +194,31 @@ def _full_layer() -> DynamicLayer:
 
 
 def disarm(cache: DynamicCache) -> None:
-    """Turn recording layers back into stock ones, state kept."""
+    """Replaces recording layers by stock layers with the same state."""
     cache.layers = [x.stock() if isinstance(x, RecordingSlidingLayer) else x for x in cache.layers]
 
 
 def columns_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of every column that this layer still has whole, oldest first: all, or since recording began."""
+    """Returns keys and values of all columns that this layer has (since recording began, for a recording layer), oldest first."""
     if isinstance(layer, RecordingSlidingLayer):
         return layer.all_recorded()
     return layer.keys, layer.values
 
 
-def fill(layer: Any, keys: torch.Tensor, values: torch.Tensor, columns: int) -> None:
-    """Put a layer into the state it would have after processing `columns` columns.
+def fill_all(layers: Sequence[Any], contents: Sequence[tuple[torch.Tensor, torch.Tensor]], columns: int) -> None:
+    """Fills empty layers with keys and values of the first `columns` columns, of which sliding layers keep the last."""
+    for layer, (keys, values) in zip(layers, contents, strict=True):
+        kept = min(columns, window_of(layer) or columns)
+        fill(layer, keys[:, :, :kept], values[:, :, :kept], columns)
 
-    `keys` and `values` hold all of them, or for a sliding layer the last `min(columns, sliding_window − 1)`.
+
+def fill(layer: Any, keys: torch.Tensor, values: torch.Tensor, columns: int) -> None:
+    """Puts a layer into the state it would have after processing `columns` columns.
+
+    Args:
+        layer: an empty layer.
+        keys, values: all columns, or for a sliding layer the last `min(columns, sliding_window − 1)`.
+        columns: number of columns processed.
     """
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values

@@ -1,7 +1,7 @@
-"""The body of `lmcache demo`: a growing chat over a long document, plain beside cached, and once more after a restart.
+"""Implements `lmcache demo`: a growing chat about a long document, plain versus cached, and again after a restart.
 
 Every cached answer is compared, tokens and logits bit for bit, with `Recomputation`: the plain model computing the same
-prompt in the same split. The last round runs in a new process that has nothing but the folder on disk.
+prompt in the same split. The last round runs in a new process, with only the folder on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lmcache.errors import ConfigError, LMCacheError
 from lmcache_hf.model import CachedModel
 from lmcache_hf.reference import Answer, Recomputation, answer
 
-CHUNK_TOKENS = 64  # small, so that little is left to compute behind the last whole chunk
+CHUNK_TOKENS = 64  # small, so that few tokens remain after the last whole chunk
 QUESTIONS = (
     "In one sentence, what is this text about?",
     "Which rule does it state first? Answer briefly.",
@@ -36,7 +36,7 @@ TOPICS = ("execmodel", "class", "with", "try", "import", "exceptions", "naming",
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says. `model` None: SmolLM2. `dtype` `"auto"`: bfloat16 where the processor computes in it."""
+    """Command-line options. `model=None`: SmolLM2. `dtype="auto"`: bfloat16 if the hardware supports it natively."""
 
     model: str | None = None
     dtype: str = "auto"
@@ -48,7 +48,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Round:
-    """One line of the table. TTFT = time to first token, in seconds."""
+    """One row of the table. TTFT = time to first token, in seconds."""
 
     round: int
     ttft_recompute_s: float
@@ -59,7 +59,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All rounds, and the one after the restart."""
+    """All rounds, and the round after the restart."""
 
     rounds: tuple[Round, ...]
     restart: Round
@@ -75,14 +75,15 @@ class Outcome:
 
 
 def run(options: Options, show: Callable[[str, Round | None], None]) -> Outcome:
-    """Run the whole demo.
+    """Runs the whole demo.
 
     Args:
-        options: see there.
-        show: called with a line on what happens now, or with `""` and a finished round.
+        options: see `Options`.
+        show: called with a progress message and None, or with `""` and a finished round.
 
     Raises:
-        ConfigError: the model cannot be had. UncachedError: it cannot be cached.
+        ConfigError: the model cannot be loaded.
+        UncachedError: the model cannot be cached.
     """
     with _folder(options.cache_dir) as folder:
         show("loading the model" + ("" if options.model else " (SmolLM2 is converted on the first run)"), None)
@@ -99,17 +100,17 @@ def run(options: Options, show: Callable[[str, Round | None], None]) -> Outcome:
                 expected = reference.answer(ids, hit, options.max_new_tokens)
                 show(f"round {number}: plain generate, {len(ids)} tokens", None)
                 plain = answer(model, ids, options.max_new_tokens)
-                show(f"round {number}: cached generate, {hit} of {len(ids)} tokens held", None)
+                show(f"round {number}: cached generate, {hit} of {len(ids)} tokens cached", None)
                 before = cached.stats()["hit_tokens"]
                 got = answer(cached, ids, options.max_new_tokens)
                 used = cached.stats()["hit_tokens"] - before
                 rounds.append(Round(number, plain.ttft_s, got.ttft_s, used, got.identical(expected) and used == hit))
                 show("", rounds[-1])
                 chat.reply(got.sequence[len(ids) :])
-            show("writing out", None)
+            show("flushing to disk", None)
             cached.flush()
         ids = chat.ask(QUESTIONS[options.rounds % len(QUESTIONS)])
-        show("restart: a new process, from disk alone", None)
+        show("restart: a new process, with only the disk cache", None)
         restart = _restart(options, path, folder, ids, reference)
         show("", restart)
     return Outcome(tuple(rounds), restart)
@@ -136,14 +137,14 @@ def _restart(options: Options, path: str, folder: Path, ids: torch.Tensor, refer
         command = [sys.executable, "-c", "from lmcache.cli import main; main()", "demo", "--restart-task", str(task)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
         if done.returncode or not result.is_file():
-            raise LMCacheError(f"the new process ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
+            raise LMCacheError(f"the new process exited with status {done.returncode}: {done.stderr.strip()[-2000:]}")
         got, plain_ttft, hit = _read_result(result)
     expected = reference.answer(ids, hit, options.max_new_tokens)
     return Round(options.rounds + 1, plain_ttft, got.ttft_s, hit, got.identical(expected))
 
 
 def continue_after_restart(task_file: Path) -> None:
-    """What the new process does: one round, plain and cached, its results left in a file for its parent."""
+    """Entry point of the new process: runs one round, plain and cached, and writes the results to a file for its parent."""
     from safetensors.torch import save_file
 
     task = json.loads(task_file.read_text())
@@ -151,7 +152,7 @@ def continue_after_restart(task_file: Path) -> None:
     ids = torch.tensor(task["ids"])
     new = int(task["max_new_tokens"])
     with CachedModel(model, cache_config(Path(task["folder"]))) as cached:
-        answer(model, ids, 1)  # warm up: the first run of a process is slower, and that would flatter the cache
+        answer(model, ids, 1)  # warm-up: a process's first run is slower, which would favour the cache
         plain = answer(model, ids, new)
         got = answer(cached, ids, new)
         hit = cached.stats()["hit_tokens"]
@@ -172,7 +173,7 @@ def _read_result(file: Path) -> tuple[Answer, float, int]:
 
 
 def cache_config(folder: Path) -> Config:
-    """The demo's cache: nothing of the user's own configuration, so that every run shows the same."""
+    """Returns the demo's settings; ignores the user's configuration, so that every run is comparable."""
     return Config(chunk_tokens=CHUNK_TOKENS, disk_path=folder, disk_bytes="8GiB", strict=True)
 
 
@@ -186,7 +187,7 @@ def _folder(chosen: Path | None) -> Iterator[Path]:
 
 
 def model_path(model: str | None) -> str:
-    """The directory or hub id to load; SmolLM2's directory by default."""
+    """Returns the directory or hub id to load; SmolLM2's directory by default."""
     from lmcache_hf.models import smollm2
 
     local = smollm2() if model is None else Path(model).expanduser()
@@ -194,10 +195,10 @@ def model_path(model: str | None) -> str:
 
 
 def load(path: str, dtype: str) -> tuple[Any, Any]:
-    """Model (on the GPU if there is one) and tokenizer.
+    """Loads model (onto the GPU if there is one) and tokenizer.
 
     Raises:
-        ConfigError: neither a directory with a model nor one that the hub has, or an unknown dtype.
+        ConfigError: `path` is neither a model directory nor a hub id, or `dtype` is unknown.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -217,7 +218,7 @@ def load(path: str, dtype: str) -> tuple[Any, Any]:
 
 
 def _best_dtype() -> torch.dtype:
-    """bfloat16 where the processor has instructions for it; elsewhere it is emulated and slow."""
+    """Returns bfloat16 if the hardware has instructions for it, else float32: emulated bfloat16 is slow."""
     if torch.cuda.is_available():
         return torch.bfloat16
     cpu = torch.cpu
@@ -226,7 +227,7 @@ def _best_dtype() -> torch.dtype:
 
 
 def document(tokenizer: Any, tokens: int) -> str:
-    """The first `tokens` tokens of the Python language reference, which comes with Python (`help("execmodel")`)."""
+    """Returns the first `tokens` tokens of the Python language reference that ships with Python (`help("execmodel")`)."""
     from pydoc_data.topics import topics
 
     ordered = [*(t for t in TOPICS if t in topics), *(t for t in sorted(topics) if t not in TOPICS)]
@@ -240,7 +241,7 @@ def document(tokenizer: Any, tokens: int) -> str:
 
 
 class Chat:
-    """A conversation about a document, rendered anew for each question as a chat application does."""
+    """A conversation about a document, rendered in full for each question, as chat applications do."""
 
     def __init__(self, tokenizer: Any, text: str) -> None:
         self._tokenizer = tokenizer
@@ -248,7 +249,7 @@ class Chat:
         self._messages: list[dict[str, str]] = []
 
     def ask(self, question: str) -> torch.Tensor:
-        """Token ids of the whole chat up to the point where the model answers, 1-D."""
+        """Adds a question; returns the token ids of the whole chat up to where the model answers, 1-D."""
         content = question if self._messages else f"{self._document}\n\n{question}"
         self._messages.append({"role": "user", "content": content})
         if getattr(self._tokenizer, "chat_template", None):
@@ -258,6 +259,6 @@ class Chat:
         return torch.tensor(self._tokenizer(text)["input_ids"])
 
     def reply(self, ids: torch.Tensor) -> None:
-        """Note the model's answer."""
+        """Adds the model's answer."""
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         self._messages.append({"role": "assistant", "content": text.strip()})

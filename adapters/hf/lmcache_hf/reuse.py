@@ -1,4 +1,4 @@
-"""Between an engine and a `DynamicCache`: fill its first columns with what the engine holds, store what it holds after."""
+"""Moves KV between a cache engine and a `DynamicCache`: loads its leading columns, and stores its contents afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lmcache_hf.batch import Prompt
 from lmcache_hf.geometry import Geometry
 
 LAYOUT = Layout.parse({"k": "batch head slot dim", "v": "batch head slot dim"})
-_ROUNDS = 8  # of agreeing on a boundary; rows padded by unequal parts of a chunk may never agree
+_ROUNDS = 8  # attempts to find a boundary shared by all rows; there may be none if paddings differ by parts of a chunk
 
 LayerKV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, (rows, kv heads, columns, elems)."""
@@ -25,7 +25,12 @@ LayerKV = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Reuse:
-    """One model's cache in one engine, for one tenant and state of the weights."""
+    """The KV of one model in one engine, for one tenant.
+
+    Attributes:
+        salt: the tenant.
+        lora: digest of the weights, if they differ from those that the engine was opened with.
+    """
 
     engine: CacheEngine
     geometry: Geometry
@@ -33,35 +38,41 @@ class Reuse:
     lora: str = ""
 
     def load(self, prompt: Prompt, cache: DynamicCache) -> int:
-        """Fill an armed, empty cache with the longest prefix that every row has; returns its columns, padding included.
+        """Fills an armed, empty cache with the longest prefix that hits in every row.
 
-        At least the last column is left to the model. The cache is touched only when all has arrived.
+        At least the last column is left to the model. The cache is modified only after everything is loaded.
+
+        Returns:
+            Number of columns filled, including padding.
         """
         stop = min(prompt.columns - 1, int(prompt.gaps().min()))
         if stop < 1:
             return 0
         with ExitStack() as leases:
-            hits, columns = self._agree(prompt, stop, leases)
+            hits, columns = self._common_prefix(prompt, stop, leases)
             if columns == 0:
                 return 0
             layers = self._allocate(prompt, columns, len(cache.layers))
             columns = self._retrieve(prompt, hits, columns, layers)
         if columns:
-            for layer, (keys, values) in zip(cache.layers, layers, strict=True):
-                kept = min(columns, compat.window_of(layer) or columns)
-                compat.fill(layer, keys[:, :, :kept], values[:, :, :kept], columns)
+            compat.fill_all(cache.layers, layers, columns)
         return columns
 
     def hit_tokens(self, tokens: torch.Tensor) -> int:
-        """Tokens that `load` would find of one sequence."""
+        """Returns how many tokens of one sequence `load` would find."""
         with self._lookup(tokens, len(tokens) - 1) as hit:
             return hit.tokens
 
     def store(self, prompt: Prompt, cache: DynamicCache, first: int) -> int:
-        """Store every row of a cache that holds `prompt` in its columns, of which it computed those from `first` on.
+        """Stores every row of a cache that holds `prompt`.
+
+        Args:
+            prompt: prompt and generated tokens.
+            cache: holds KV of all columns of `prompt`.
+            first: columns from here on were computed in this call, not loaded.
 
         Returns:
-            Tokens that the engine took in.
+            Number of tokens that the engine accepted.
         """
         layers = [self._held(layer, prompt.columns, first) for layer in cache.layers]
         paged = self._paged(layers)
@@ -83,11 +94,11 @@ class Reuse:
     def _lookup(self, tokens: torch.Tensor, limit: int) -> Hit:
         return self.engine.lookup(tokens, salt=self.salt, lora=self.lora, max_tokens=max(0, limit))
 
-    def _agree(self, prompt: Prompt, stop: int, leases: ExitStack) -> tuple[list[Hit], int]:
-        """Hits of all rows and the columns that they cover together.
+    def _common_prefix(self, prompt: Prompt, stop: int, leases: ExitStack) -> tuple[list[Hit], int]:
+        """Looks up all rows; returns their hits and the number of leading columns that all of them cover.
 
-        A full-attention row can use a part of its hit. A sliding row cannot: the window before any other boundary may not
-        be held, so there all rows must end exactly on their hits.
+        With full attention, a row can use part of its hit. With a sliding window it cannot: the window before another boundary
+        may not be cached, so all rows must end exactly where their hits end.
         """
         for _ in range(_ROUNDS):
             limits = [int(n) for n in prompt.before[:, stop]]
@@ -103,7 +114,7 @@ class Reuse:
         return [], 0
 
     def _allocate(self, prompt: Prompt, columns: int, layers: int) -> list[LayerKV]:
-        """Uninitialised keys and values for every layer; zeros where padding will show through."""
+        """Allocates keys and values of every layer: uninitialised, or zeros if there are padding columns, which no load fills."""
         make = torch.empty if bool(prompt.mask[:, :columns].all()) else torch.zeros
         found: list[LayerKV | None] = [None] * layers
         for group in self.geometry.groups:
@@ -117,12 +128,12 @@ class Reuse:
         return [kv for kv in found if kv is not None]
 
     def _retrieve(self, prompt: Prompt, hits: Sequence[Hit], columns: int, layers: Sequence[LayerKV]) -> int:
-        """Load every row; returns the columns that really arrived, which for sliding layers is all or none."""
+        """Loads every row; returns how many columns were loaded, with sliding layers all or none."""
         paged = self._paged(layers)
         arrived = []
         for row, hit in enumerate(hits):
             if int(prompt.before[row, columns]) == 0:
-                arrived.append(0)  # padding only so far
+                arrived.append(0)  # only padding up to here
                 continue
             slots = {}
             for index, group in enumerate(self.geometry.groups):
@@ -133,9 +144,9 @@ class Reuse:
         return whole if whole == columns or not self.geometry.slides else 0
 
     def _held(self, layer: Any, columns: int, first: int) -> LayerKV:
-        """What a layer holds of columns [0, columns), or of those from `first` on if it slides."""
+        """Returns a layer's keys and values of columns [0, columns), or [first, columns) if it is sliding."""
         width = columns - first if compat.window_of(layer) else columns
-        keys, values = (x[:, :, :width] for x in compat.columns_of(layer))  # a step may have been taken back at the end
+        keys, values = (x[:, :, :width] for x in compat.columns_of(layer))  # the last step may have been undone
         if keys.shape[2] != width or values.shape[2] != width:
             raise ValueError(f"a layer holds {keys.shape[2]} columns, not {width}")
         return keys, values

@@ -1,8 +1,8 @@
-"""Which weights are in memory: what names a model's KV here, rather than the folder they once came from.
+"""Identifies the weights in memory: cache keys contain a digest of them, not the path they were loaded from.
 
-A model may be quantised, merged with a LoRA, or trained further after loading, all under one path. So the name is a
-digest of the parameters and buffers as they are: block checksums over every byte (8 ms for 270 MB), with shapes, dtypes
-and the configuration. A cheap `glance` before each call notices when they have changed.
+A model may be quantised, merged with a LoRA, or trained further after loading, all under one path. So its identity is a
+digest of the current parameters and buffers: block checksums over every byte (8 ms for 270 MB), with shapes, dtypes and the
+configuration. A cheap `glance` before each call detects changes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lmcache_hf.compat import unwrapped
 _BLOCKS = 256
 _GLANCE_ELEMENTS = 4
 _NOT_VALUES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_attn_implementation")
-"""Configuration that does not decide values, or is part of the numerics."""
+"""Configuration fields that do not affect values, or that are part of the numerics."""
 
 
 class Glance(NamedTuple):
-    """What is looked at before each call. Equal glances: same tensors, in-place versions, samples, adapters and hooks."""
+    """A cheap fingerprint, taken before each call: tensors, in-place versions, sampled values, adapters and hooks."""
 
     stamps: tuple[tuple[int, int, int], ...]
     samples: bytes
@@ -32,14 +32,14 @@ class Glance(NamedTuple):
 
 
 def glance(model: Any) -> Glance:
-    """About 2 ms for 300 parameters. `.data` writes bump no version counter, hence the samples of every tensor."""
+    """Takes a `Glance`, about 2 ms for 300 parameters. Samples every tensor, for `.data` writes do not bump version counters."""
     tensors = [tensor for _, tensor in _tensors(model)]
     stamps = tuple((id(t), t._version if not t.is_inference() else 0, t.data_ptr()) for t in tensors)
     return Glance(stamps, _samples(tensors), _switches(model))
 
 
 def weights_digest(model: Any) -> str:
-    """Hex digest over every parameter and buffer, the configuration, active adapters and inner hooks."""
+    """Returns a hex digest of every parameter and buffer, the configuration, active adapters and inner hooks."""
     digest = blake3(b"lmcache hf weights 1")
     inner = unwrapped(model)
     config = {k: v for k, v in inner.config.to_dict().items() if k not in _NOT_VALUES}
@@ -68,7 +68,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def _block_sums(tensor: torch.Tensor) -> bytes:
-    """Sums of the raw bytes as 64-bit integers, one per block, and the bytes left over: covers every bit at memory speed."""
+    """Returns one sum of raw bytes, as 64-bit integers, per block, and the remaining bytes: covers every bit, at memory speed."""
     if tensor.numel() == 0:
         return b""
     raw = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -85,7 +85,7 @@ def _block_sums(tensor: torch.Tensor) -> bytes:
 
 @torch.no_grad()
 def _samples(tensors: Iterable[torch.Tensor], count: int = _GLANCE_ELEMENTS) -> bytes:
-    """`count` elements spread over each tensor, gathered with one copy per dtype and device."""
+    """Returns about `count` elements spread over each tensor, copied to the CPU once per dtype and device."""
     parts: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
@@ -96,10 +96,10 @@ def _samples(tensors: Iterable[torch.Tensor], count: int = _GLANCE_ELEMENTS) -> 
 
 
 def _switches(model: Any) -> str:
-    """Adapter settings and hooks that change keys and values without changing a tensor.
+    """Lists adapter settings and hooks, which change keys and values without changing a tensor.
 
-    Hooks on inner modules cannot be named by what they do: KV computed under them is this process's alone, for as long as
-    the same hooks stay. Hooks on the whole model or its output head see no key or value and do not count.
+    What a hook on an inner module does is unknown, so KV computed with it is only reused in this process, while the same hooks
+    are installed. Hooks on the whole model or its output head do not affect keys or values and are ignored.
     """
     inner = unwrapped(model)
     outer = {id(inner), id(inner.get_output_embeddings())}

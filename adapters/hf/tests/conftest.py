@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: durability is not the point here."""
+    """A folder in memory if possible: these tests are not about durability."""
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
     made = Path(tempfile.mkdtemp(prefix="lmcache-hf-", dir=base))
     yield made

@@ -1,4 +1,4 @@
-"""The suite's tiny models in the shapes that tests want, and recomputation built on stock transformers caches alone."""
+"""Tiny models in the shapes that tests need, and recomputation based on stock transformers caches only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def llama(seed: int = 1, kv_heads: int = 2, layers: int = 4) -> Any:
 
 
 def gemma(window: int = WINDOW, **more: Any) -> Any:
-    """Sliding and full layers in turn."""
+    """Alternating sliding and full-attention layers."""
     return build("gemma3", sliding_window=window, **more)
 
 
@@ -72,19 +72,19 @@ def assert_same(got: Any, expected: Any) -> None:
 
 
 def continued(out: Any, more: int, seed: int) -> torch.Tensor:
-    """The next round's prompt: everything so far and `more` new tokens."""
+    """The next round's prompt: all previous tokens and `more` new ones."""
     return torch.cat([out.sequences, prompt(more, seed, rows=out.sequences.shape[0])], 1)
 
 
 def recorded_cache(model: Any) -> DynamicCache:
-    """A stock cache that transformers' own `crop` can cut, sliding layers included."""
+    """A stock cache that transformers' own `crop` can cut, including sliding layers."""
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     return cache
 
 
 def cut(cache: DynamicCache, columns: int) -> DynamicCache:
-    """The same cache as it was after `columns` columns, by transformers' own means."""
+    """Cuts the cache to its first `columns` columns with transformers' own `crop`."""
     if cache.get_seq_length():
         cache.crop(columns - cache.get_seq_length())
     return cache

@@ -1,4 +1,4 @@
-"""Padded batches: which token lies in which column, and that batched hits equal recomputation in the same split."""
+"""Padded batches: mapping of tokens to columns, and batched hits that equal recomputation in the same split."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows_of(lengths: list[int], seed: int = 5) -> list[torch.Tensor]:
 
 
 def expected_columns(mask: torch.Tensor, hits: list[int], stop: int) -> int:
-    """The definition, spelled out."""
+    """The definition, by brute force."""
     best = 0
     for columns in range(1, stop + 1):
         needs = mask[:, :columns].sum(1).tolist()
@@ -101,11 +101,11 @@ def test_what_a_padded_batch_stored_serves_its_rows_alone(side: str, name: str) 
             whole = torch.cat([row, generated[r], lab.prompt(9, seed=r)[0]])
             known = len(row) + 23
             if side == "right" and r != 2:
-                known = len(row)  # transformers numbers what it generates behind padding otherwise than the bare row
+                known = len(row)  # generated tokens after padding have other positions than without padding
             assert cached.hit_tokens(whole) == known // lab.CHUNK * lab.CHUNK
             got, plain = lab.greedy(cached, whole[None]), lab.greedy(model, whole[None])
             assert got.sequences.tolist() == plain.sequences.tolist()
-            # Padding reaches KV through rounding only: a slip of one column or position would be a thousand times this.
+            # Padding affects KV only through rounding: an error of one column or position would be a thousand times larger.
             torch.testing.assert_close(got.logits[0], plain.logits[0], rtol=1e-3, atol=1e-3)
 
 

@@ -61,7 +61,9 @@ def test_in_float32_tokens_equal_a_one_shot_run(model: Any) -> None:
 def test_generated_tokens_are_stored_too() -> None:
     with CachedModel(lab.llama(), lab.config()) as cached:
         out = lab.greedy(cached, lab.prompt(20), new=40)
-        assert cached.hit_tokens(lab.continued(out, 4, seed=0)[0]) == 48  # of 59 computed; the last one has no KV
+        assert (
+            cached.hit_tokens(lab.continued(out, 4, seed=0)[0]) == 48
+        )  # of 59 computed tokens; the last generated one has no KV
         assert cached.stats()["stored_tokens"] == 48
 
 
@@ -99,13 +101,13 @@ def test_a_prompt_that_differs_early_does_not_hit() -> None:
 
 
 def test_what_a_hit_gives_is_what_was_stored_and_not_recomputed() -> None:
-    """Poisoned KV must show in the output; else the tests here compare recomputation with itself."""
+    """Poisoned KV must change the output; otherwise these tests would compare recomputation with itself."""
     model = lab.llama()
     with CachedModel(model, lab.config()) as cached:
         ids = lab.prompt(70)
         out = lab.greedy(cached, ids)
         assert cached.engine is not None
-        for arena in cached.engine._arenas:
+        for arena in cached.engine._rank.arenas:
             for slab in arena._slabs.values():
                 slab.zero_()
         got = lab.greedy(cached, lab.continued(out, 9, seed=0))
@@ -225,7 +227,7 @@ def test_a_callers_empty_cache_comes_back_full(with_config: bool) -> None:
         for got, want in zip(mine.layers, plain.layers, strict=True):
             torch.testing.assert_close(got.keys, want.keys, rtol=1e-4, atol=1e-4)
         more = lab.continued(out, 3, seed=1)
-        got = lab.greedy(model, more, past_key_values=mine)  # and goes on to serve the plain model
+        got = lab.greedy(model, more, past_key_values=mine)  # and is still valid for the plain model
         assert got.sequences.tolist() == lab.greedy(model, more).sequences.tolist()
         assert cached.stats()["hit_tokens"] == 64
 
@@ -311,7 +313,7 @@ def test_a_hook_that_steers_inside_the_model_gets_a_name_of_its_own() -> None:
         lab.assert_same(lab.greedy(cached, ids), lab.greedy(model, ids))
         handle.remove()
         assert cached.hit_tokens(ids[0]) == 64
-        model.register_forward_hook(lambda module, args, out: None)  # sees no key or value
+        model.register_forward_hook(lambda module, args, out: None)  # does not affect keys or values
         assert cached.hit_tokens(ids[0]) == 64
 
 

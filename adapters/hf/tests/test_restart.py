@@ -1,4 +1,4 @@
-"""A new process with nothing but the folder; and a folder whose files were tampered with."""
+"""A new process with only the folder on disk; and a folder with corrupted files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_one_poisoned_file_in_the_middle_ends_the_hit_before_it(folder: Path) ->
         lab.greedy(cached, ids)
         cached.flush()
         files = set(folder.rglob("*.safetensors"))
-        lab.greedy(cached, ids[:, :20])  # nothing new
+        lab.greedy(cached, ids[:, :20])  # nothing new to store
         cached.flush()
         assert set(folder.rglob("*.safetensors")) == files
     for file in sorted(files)[:1]:
@@ -102,7 +102,7 @@ def test_one_poisoned_file_in_the_middle_ends_the_hit_before_it(folder: Path) ->
         got = lab.greedy(cached, ids)
         assert got.sequences.tolist() == lab.greedy(model, ids).sequences.tolist()
         assert cached.stats()["hit_tokens"] <= hit
-        again = lab.greedy(cached, ids)  # and was stored anew
+        again = lab.greedy(cached, ids)  # and was stored again
         assert again.sequences.tolist() == got.sequences.tolist()
         assert cached.stats()["hit_tokens"] >= 64
 

@@ -1,4 +1,4 @@
-"""Sliding-window layers: restored to exactly what they would be, stored while the window still held it."""
+"""Sliding-window layers: restored to the exact state that processing leaves; columns that left the window are stored too."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_filled_layer_is_in_the_state_that_processing_leaves(columns: int) -> 
 
 
 def test_chunks_that_left_the_window_are_stored_too() -> None:
-    """Else a prompt that branches off early could never hit."""
+    """Otherwise a prompt that diverges early could never hit."""
     model = lab.gemma()
     with CachedModel(model, lab.config()) as cached:
         ids = lab.prompt(100)

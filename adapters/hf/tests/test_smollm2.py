@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct, its conversion, a chat over real text, and the demo on the command line."""
+"""A real model: SmolLM2-135M-Instruct, its conversion, a chat about real text, and `lmcache demo`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_two_processes_may_convert_at_once(folder: Path) -> None:
     printed = {process.communicate(timeout=200)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert printed == {str(folder / models.DIRECTORY)}
-    assert [f.name for f in folder.iterdir()] == [models.DIRECTORY]  # nothing half-made is left
+    assert [f.name for f in folder.iterdir()] == [models.DIRECTORY]  # no partial result remains
     before = (folder / models.DIRECTORY / "model.safetensors").stat().st_mtime_ns
     assert models.smollm2(folder) == folder / models.DIRECTORY
     assert (folder / models.DIRECTORY / "model.safetensors").stat().st_mtime_ns == before
@@ -55,7 +55,7 @@ def test_a_chat_over_real_text_equals_recomputation_in_the_same_split(dtype: str
     chat = Chat(tokenizer, document(tokenizer, 300))
     reference = lab.recorded_cache(model)
     answers: list[Any] = []
-    for part in range(2):  # the second one has only the folder
+    for part in range(2):  # the second one starts with only the folder
         with CachedModel(model, lab.config(chunk_tokens=64, dram_bytes="256MiB", disk_path=folder)) as cached:
             for _ in range(2 - part):
                 ids = chat.ask("What is this text about?")[None]
@@ -136,7 +136,7 @@ def test_the_demo_says_what_is_wrong_with_a_model_or_dtype(tmp_path: Path) -> No
 
 
 class Words:
-    """A tokenizer of words."""
+    """A tokenizer whose token ids are the lengths of words."""
 
     chat_template = None
 

@@ -1,4 +1,4 @@
-"""What cannot be cached runs as if the wrapper was not there: the same output, the reason counted and logged once."""
+"""What cannot be cached runs as if unwrapped: same output, with the reason counted and logged once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_call_runs_uncached_with_its_reason(name: str, llama: Any, caplog: p
     reason, arguments = CALLS[name]
     arguments = {"input_ids": lab.prompt(70), **arguments}
     with CachedModel(llama, lab.config()) as cached, caplog.at_level(logging.WARNING, "lmcache"):
-        lab.greedy(cached, lab.prompt(70))  # there would be something to hit
+        lab.greedy(cached, lab.prompt(70))  # so that a hit would be possible
         for _ in range(2):
             assert tokens_of(run(cached, arguments)) == tokens_of(run(llama, arguments))
         stats = cached.stats()
@@ -131,7 +131,7 @@ def test_image_inputs_run_uncached_and_reach_the_model(llama: Any) -> None:
             ("input_features", "multimodal"),
             ("task", "model_inputs"),
         ):
-            with pytest.raises(ValueError, match="not used by the model"):  # the model's own words
+            with pytest.raises(ValueError, match="not used by the model"):  # the model's own message
                 run(cached, {"input_ids": lab.prompt(70), name: torch.ones(1)})
             assert cached.stats()["uncached"][reason] >= 1
 
@@ -233,7 +233,7 @@ def test_strict_raises_instead_of_running_uncached(llama: Any) -> None:
 
 
 class Boom(StoppingCriteria):
-    """Fails once: whoever tries again behind the caller's back gets an answer."""
+    """Fails once, so that a hidden retry would succeed and be detected."""
 
     def __init__(self) -> None:
         self.calls = 0

@@ -1,9 +1,9 @@
-"""The SGLang adapter: KV that leaves SGLang's memory is kept and comes back verified, by a HiCache storage or a linker.
+"""The SGLang adapter: keeps KV beyond SGLang's own memory, as a HiCache storage backend or as an external cache linker.
 
     python -m lmcache_sglang --disk-path /var/cache/lmcache -- --model-path MODEL …
     Engine(model_path=…, **lmcache_sglang.server_args(disk_path="/var/cache/lmcache"))
 
-Importing this package imports nothing of SGLang; `LMCacheStorage` and `LMCacheLinker` do.
+Importing this package does not import SGLang; accessing `LMCacheStorage` or `LMCacheLinker` does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["LMCacheLinker", "LMCacheStorage", "server_args"]
 
 
 def __getattr__(name: str) -> Any:
-    """SGLang looks both up here: `module_path` is this package."""
+    """Loads classes on first use. SGLang finds both here, as `module_path` is this package."""
     if name == "LMCacheLinker":
         from lmcache_sglang.linker import LMCacheLinker
 

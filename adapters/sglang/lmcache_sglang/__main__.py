@@ -1,4 +1,4 @@
-"""`python -m lmcache_sglang [--disk-path FOLDER …] -- [SGLang's arguments]`: SGLang's server with this backend."""
+"""`python -m lmcache_sglang [--disk-path FOLDER …] -- [SGLang's arguments]`: runs SGLang's server with this backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmcache_sglang.launch import flags, split_command
 
 
 def main() -> None:
-    """Start SGLang's server in this process; a wrong setting ends it before anything is loaded."""
+    """Runs SGLang's server in this process; exits with a message if a setting is wrong, before SGLang is loaded."""
     try:
         settings, theirs = split_command(sys.argv[1:])
         sys.argv = ["sglang.launch_server", *theirs, *flags(**settings)]

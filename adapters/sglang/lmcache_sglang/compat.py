@@ -1,8 +1,7 @@
-"""Everything that differs between SGLang releases, in one place. The rest of the adapter asks here."""
+"""Everything that differs between SGLang releases, in one place."""
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,44 +11,33 @@ import numpy.typing as npt
 import torch
 from blake3 import blake3
 
+from lmcache import adapter
+from lmcache.adapter import UnsupportedError
 from lmcache.config import Config
 from lmcache.identity import model_identity
-from lmcache.observe.log import LOGGER
 from lmcache.spec import Numerics, dtype_name, host_isa
 
 TESTED = ("0.5.23",)
-"""Releases that this adapter's tests run with."""
+"""Releases that this adapter is tested with."""
 
 OLDEST = (0, 5, 23)
-"""Before it, host pools and the storage interface were other ones."""
+"""Older releases have different host pools and another storage interface."""
 
 PICTURE = 1_000_000
-"""Token ids from here on are SGLang's stand-ins for pictures and sounds (its `MM_PAD_SHIFT_VALUE`), made from their digests."""
+"""Token ids from here on are SGLang's placeholders for images and audio, made from their digests (its `MM_PAD_SHIFT_VALUE`)."""
 
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _LINK = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 
-class UnsupportedError(Exception):
-    """This SGLang, or this way of running it, cannot be cached; the message says why."""
-
-
 def check_version() -> str:
-    """A sentence to warn with if this release was never tested, or empty.
+    """Returns a warning if this release is untested, else an empty string.
 
     Raises:
-        UnsupportedError: it is known not to work.
+        UnsupportedError: this release is known not to work.
     """
-    version = _version()
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
-    if numbers and numbers < OLDEST:
-        raise UnsupportedError(f"SGLang {version} is too old; the backend needs {'.'.join(map(str, OLDEST))} or newer")
-    if version.split("+")[0] in TESTED:
-        return ""
-    return (
-        f"SGLang {version} was never tested with this backend, only {', '.join(TESTED)}; the layout proof still holds"
-    )
+    return adapter.check_version("SGLang", _version(), tested=TESTED, oldest=OLDEST, component="backend")
 
 
 def _version() -> str:
@@ -58,23 +46,14 @@ def _version() -> str:
     return str(sglang.__version__)
 
 
-def join_log() -> None:
-    """Say things where SGLang says its own, unless the application has decided where our lines go.
-
-    SGLang configures the root logger in its scheduler processes, which is where ours go by themselves; only the level is set.
-    """
-    if LOGGER.level == logging.NOTSET and logging.getLogger().isEnabledFor(logging.INFO):
-        LOGGER.setLevel(logging.INFO)
-
-
 def check_config(config: Any) -> None:
-    """Refuse ways of running whose pages would not be whole, or not be named right.
+    """Rejects options under which a rank's pages would be incomplete, or their keys ambiguous.
 
     Args:
         config: SGLang's `HiCacheStorageConfig`.
 
     Raises:
-        UnsupportedError: naming the option.
+        UnsupportedError: with the name of the option.
     """
     if config.attn_cp_size > 1:
         raise UnsupportedError("context parallelism (attn_cp_size) gives each rank a part of every page: not supported")
@@ -88,16 +67,18 @@ def check_config(config: Any) -> None:
 
 
 def identity_of(config: Config) -> str:
-    """What the weights are, with everything that SGLang may have changed about the model's configuration.
+    """Returns the identity of the weights for cache keys, including overrides of the model's configuration.
 
     Raises:
-        UnsupportedError: nobody can tell; set `model_identity`.
+        UnsupportedError: the identity is unknown; `model_identity` has to be set.
     """
     if config.model_identity:
         return config.model_identity
     arguments = _arguments()
     if arguments is None:
-        raise UnsupportedError("SGLang does not say which model it serves here; set model_identity")
+        raise UnsupportedError(
+            "SGLang's server arguments are not available here, so the model is unknown; set model_identity"
+        )
     if str(arguments.load_format) == "dummy":
         raise UnsupportedError(
             "load_format=dummy: random weights have no identity; set model_identity to give them one"
@@ -111,7 +92,7 @@ def identity_of(config: Config) -> str:
 
 
 def numerics_of(tp: int, pp: int) -> Numerics:
-    """Everything beside weights and tokens that decides the bits of KV in this rank."""
+    """Returns everything besides weights and tokens that determines the bits of KV on this rank."""
     arguments = _arguments()
     device = str(getattr(arguments, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.startswith("cuda"):
@@ -147,7 +128,7 @@ def _arguments() -> Any:
         from sglang.srt.runtime_context import get_server_args
 
         return get_server_args()
-    except Exception:  # a host pool without a server around it, or another release
+    except Exception:  # a host pool without a server, or another release
         return None
 
 
@@ -168,13 +149,13 @@ def _dtype(arguments: Any) -> str:
 
 
 _watchers: list[weakref.WeakMethod[Callable[[], None]]] = []
-"""Of this process. SGLang hooks a function once, and storages come and go (`attach_hicache_storage`)."""
+"""Per process: hooks are installed once, while storages may be attached and detached (`attach_hicache_storage`)."""
 
 
 def watch_weights(changed: Callable[[], None]) -> None:
-    """Have the method `changed` called whenever this process's weights were replaced under their name, or may have been.
+    """Calls the method `changed` after every update of this process's weights, even if the update failed.
 
-    By SGLang's own hooks for plugins: HiCache flushes its radix tree and its queues then, but tells no storage.
+    Uses SGLang's plugin hooks, because HiCache then flushes its radix tree and queues but does not notify storages.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -187,8 +168,8 @@ def watch_weights(changed: Callable[[], None]) -> None:
             return update(*arguments, **named)
         finally:
             for watcher in _watchers:
-                if (told := watcher()) is not None:
-                    told()
+                if (method := watcher()) is not None:
+                    method()
 
     for name in ("disk", "distributed", "tensor", "ipc"):
         HookRegistry.register(f"{_UPDATER}.update_weights_from_{name}", around, HookType.AROUND)
@@ -196,12 +177,12 @@ def watch_weights(changed: Callable[[], None]) -> None:
 
 
 class Text(NamedTuple):
-    """What a request or a node of SGLang's tree is about.
+    """The token prefix of a request or of a node in SGLang's radix tree.
 
     Attributes:
-        tokens: from the first one on, uint32, up to the first that is no token but stands for a picture.
+        tokens: from the start of the prompt up to the first placeholder of an image, uint32.
         salt: the request's `cache_salt`.
-        extra: its `extra_key`, which is also where SGLang puts the LoRA adapter.
+        extra: the request's `extra_key`, which also identifies its LoRA adapter.
     """
 
     tokens: npt.NDArray[np.uint32]
@@ -211,21 +192,21 @@ class Text(NamedTuple):
 
 @runtime_checkable
 class Listener(Protocol):
-    """A linker that is told what SGLang's own interface does not say: it passes page hashes, and no tokens."""
+    """A linker that receives tokens through hooks, because SGLang's interface only passes page hashes."""
 
     def asking(self, text: Text, device_tokens: int, tree: Any) -> None:
-        """The next `lookup` is about this text, of which the device has the first `device_tokens`."""
+        """Precedes a `lookup` of this text; its first `device_tokens` tokens are resident on the device."""
 
     def offering(self, text: Text, slots: torch.Tensor) -> None:
-        """The next `offload` is about the end of this text, which lies in `slots`, one per token from the first one on."""
+        """Precedes an `offload` of the end of this text; `slots` holds one device slot per token, from the first token on."""
 
 
 _watching = False
-"""Of this process. Hooks stay."""
+"""Per process: hooks cannot be removed."""
 
 
 def watch_tokens() -> None:
-    """Have every linker of this process that is a `Listener` told what it is asked and offered. By SGLang's hooks."""
+    """Installs hooks that pass the tokens of each lookup and offload to the linker of this process, if it is a `Listener`."""
     global _watching
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -260,7 +241,7 @@ def watch_tokens() -> None:
 
 
 def _text(key: Any, length: int | None = None) -> Text:
-    """The text of a `RadixKey`, or its first `length` tokens."""
+    """Returns the text of a `RadixKey`, or of its first `length` tokens."""
     tokens = np.asarray(key.raw_token_ids()[:length], dtype=np.int64)
     pictures = np.flatnonzero(tokens >= PICTURE)
     if len(pictures):
@@ -269,28 +250,30 @@ def _text(key: Any, length: int | None = None) -> Text:
 
 
 def check_linking(params: Any, components: Any) -> None:
-    """Refuse ways of running in which attention's KV is not all there is to restore, or not whole on each rank.
+    """Rejects configurations in which a prefix needs more than full attention's KV, or a rank does not hold it completely.
 
     Args:
         params: SGLang's `CacheInitParams`.
-        components: what its tree keeps per node.
+        components: what SGLang's tree keeps per node.
 
     Raises:
-        UnsupportedError: naming what it is.
+        UnsupportedError: with the component or option.
     """
     others = sorted(str(getattr(part, "name", part)) for part in components if getattr(part, "name", "") != "FULL")
     if others:
-        raise UnsupportedError(f"the model keeps {', '.join(others)} beside full attention's KV; use HiCache for it")
+        raise UnsupportedError(f"the model keeps {', '.join(others)} besides full attention's KV; use HiCache for it")
     if params.attn_cp_size > 1:
         raise UnsupportedError("context parallelism (attn_cp_size) gives each rank a part of every page: not supported")
     if params.pp_size > 1:
-        raise UnsupportedError("pipeline stages do not agree about what a linker has loaded; use HiCache for them")
+        raise UnsupportedError("pipeline stages do not synchronise what a linker has loaded; use HiCache for them")
     if params.is_eagle or params.mtp_draft_device_pools or params.sidecar_draft_device_pools:
-        raise UnsupportedError("speculative decoding keeps a draft's KV beside the model's; use HiCache for it")
+        raise UnsupportedError(
+            "speculative decoding keeps a draft model's KV besides the model's own; use HiCache for it"
+        )
 
 
 def rank_of(params: Any) -> tuple[int, int]:
-    """This process's place among those that hold a request's heads, and their number."""
+    """Returns this process's rank in the attention's tensor-parallel group, and the group's size."""
     group = params.attn_tp_cache_group or params.tp_cache_group
     if group is None or not torch.distributed.is_initialized():
         return 0, 1
@@ -298,7 +281,7 @@ def rank_of(params: Any) -> tuple[int, int]:
 
 
 def agreed(tree: Any, fine: bool) -> bool:
-    """Whether it is fine on every rank; all of them ask at the same point."""
+    """Returns whether `fine` is true on every rank (collective: all ranks must call it)."""
     verdict = torch.tensor([int(fine)], dtype=torch.int32)
     tree._all_reduce_attn_groups(verdict, torch.distributed.ReduceOp.MIN)
     return bool(verdict.item())

@@ -1,7 +1,7 @@
-"""SGLang's KV pool on the device in our words: what it holds (`KVSpec`), where its values lie, and a proof of that.
+"""Describes SGLang's device KV pool as a `KVSpec` and a layout, and proves the layout.
 
-Two kinds of pool are known, one tensor per layer: keys and values `(slots, heads, dim)`, or MLA's latents `(slots, 1, dim)`.
-Any other kind is refused. The group and its planes are those of the other engines, so that the same KV has the same name.
+Two kinds of pool are supported, with one tensor per layer: keys and values `(slots, heads, dim)`, or MLA latents
+`(slots, 1, dim)`. The layer group and its planes are named as for the other engines, so that equal KV has equal keys.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from typing import Any
 
 import torch
 
+from lmcache.adapter import UnsupportedError
 from lmcache.errors import LMCacheError
 from lmcache.layout import Layout, PagedKV
 from lmcache.layout.proof import Proof, Values, prove
 from lmcache.spec import KVSpec, LayerGroup, Numerics, Plane, Rect, dtype_name
-from lmcache_sglang.compat import UnsupportedError
 from lmcache_sglang.pools import SCRATCH_PAGES, Rank
 
 MHA, MLA = "MHATokenToKVPool", "MLATokenToKVPool"
 _LEAST_SLOTS = 4
-"""Slots that a layout proof needs where pages are shorter."""
+"""Minimum number of slots for the layout proof."""
 
 
 class DevicePool:
-    """The pool of one rank.
+    """The device pool of one rank.
 
     Args:
-        pool: SGLang's.
-        page_tokens: slots of a page.
+        pool: SGLang's pool.
+        page_tokens: slots per page.
         model, numerics: as in `KVSpec`.
-        rank: whose pool it is.
+        rank: the rank that owns the pool.
 
     Raises:
-        UnsupportedError: a pool of another kind, or one that does not do what its kind says.
+        UnsupportedError: the pool is of another kind, or its layout differs from what its kind implies.
     """
 
     def __init__(self, pool: Any, page_tokens: int, model: str, numerics: Numerics, rank: Rank) -> None:
@@ -51,7 +51,7 @@ class DevicePool:
             planes = (Plane("latent", dtype_name(tensors[0].dtype), tensors[0].shape[-1]),)
             heads, axes = 1, "slot one latent"
         else:
-            raise UnsupportedError(f"a KV pool of kind {kind} is not known; {MHA} and {MLA} are")
+            raise UnsupportedError(f"KV pools of type {kind} are not supported; {MHA} and {MLA} are")
         group = LayerGroup("kv", tuple(layers), planes, heads if latent else heads * rank.tp_size)
         held = (0, 1) if latent else (rank.tp_rank * heads, (rank.tp_rank + 1) * heads)
         self.spec = KVSpec(model, (group,), (Rect((layers.start, layers.stop), held),), numerics)
@@ -63,11 +63,11 @@ class DevicePool:
             raise UnsupportedError(f"the KV pool's layers are not {axes!r}: {error}") from None
         proof = self._prove(pool, max(SCRATCH_PAGES * page_tokens, _LEAST_SLOTS))
         if not proof:
-            raise UnsupportedError(f"the KV pool's own writes contradict {axes!r}: {proof.reason}")
+            raise UnsupportedError(f"the KV pool's own writes contradict the layout {axes!r}: {proof.reason}")
 
     def _prove(self, pool: Any, scratch: int) -> Proof:
-        """SGLang's own write path writes patterns into the first slots, and its views for attention read them. Run before
-        anybody uses the pool; what was there is put back."""
+        """Proves the layout: SGLang's `set_kv_buffer` writes patterns into the first `scratch` slots, its attention views read
+        them. Runs before the pool is in use; previous contents are restored."""
         first = int(pool.start_layer)
         slots = torch.arange(scratch)
         names = [plane.name for plane in self.spec.groups[0].planes]

@@ -1,4 +1,4 @@
-"""What both adapters do first and last: read their settings, switch themselves off with one line, never raise into SGLang."""
+"""What storage and linker share: they disable themselves with one log line, and never raise into SGLang."""
 
 from __future__ import annotations
 
@@ -7,59 +7,57 @@ from typing import TypeVar
 
 import torch
 
+from lmcache.adapter import guarded, reason_of, record_failure
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
-from lmcache.errors import LMCacheError
 from lmcache.observe.log import Throttle
-from lmcache_sglang.compat import UnsupportedError
 
 T = TypeVar("T")
 
 
 class Guarded:
-    """A part of SGLang's cache that may fail without SGLang noticing more than misses."""
+    """Base of both entry points. SGLang sees failures as misses only."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._log = Throttle()
-        self._off = ""  # why nothing is cached
+        self._off = ""  # why caching is disabled
 
     def _engines(self) -> Sequence[CacheEngine]:
         raise NotImplementedError
 
     def _switch_off(self, error: Exception) -> None:
-        foreseen = isinstance(error, (LMCacheError, UnsupportedError))
-        self._off = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        self._off = reason_of(error)
         self._log.warning("cache-disabled", reason=self._off)
         if self._config.strict:
             raise error
 
     def _safely(self, op: str, default: T, call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except Exception as error:
-            for engine in self._engines()[:1]:
-                engine.metrics.failed("connector", "internal")
-            self._log.warning("storage-failed", key=op, op=op, reason=f"{type(error).__name__}: {error}")
-            return default
+        """Returns `call()`, or `default` if it raises: counted, logged, and only this request runs uncached."""
+
+        def failed(error: Exception) -> None:
+            metrics = next((engine.metrics for engine in self._engines()), None)
+            record_failure(error, "storage-failed", self._log, metrics, key=op, op=op)
+
+        return guarded(call, default, failed)
 
     def _weights_changed(self) -> None:
-        """Nothing stored before is found from here on, and nothing stored from here on is found by others."""
+        """Starts a new epoch: earlier KV no longer hits, and other processes do not see what is stored from now on."""
         epoch = torch.randint(0, 2**62, (2,)).tolist()
         for engine in self._engines():
             engine.set_weights_version(f"{epoch[0]:x}{epoch[1]:x}")
 
     def close(self) -> None:
-        """Write out what waits. Idempotent."""
+        """Completes pending writes and closes the engines. Idempotent."""
         for engine in self._engines():
             self._safely("close", None, engine.close)
 
     def flush(self) -> bool:
-        """All that was stored is on disk, safe from kill −9."""
+        """Blocks until everything stored is on disk, where it survives kill −9; returns whether it is."""
         return min((engine.flush() for engine in self._engines()), default=True)
 
     def clear(self, salt: str | None = None) -> bool:
-        """Empty the folder, whoever wrote what is in it; with `salt`, of what this process knows of that tenant."""
+        """Removes everything in the folder, whoever stored it; with `salt`, that tenant's KV known to this process."""
 
         def empty() -> bool:
             for engine in self._engines():
@@ -69,13 +67,13 @@ class Guarded:
         return self._safely("clear", False, empty)
 
     def stats(self) -> dict[str, float]:
-        """The cache's metrics, of all its engines together."""
+        """Returns the metrics, summed over all engines."""
         found: dict[str, float] = {}
         for engine in self._engines():
             for name, value in engine.stats().items():
                 found[name] = found.get(name, 0.0) + value
         return found
 
-    def _said(self) -> dict[str, str]:
-        """Settings that somebody made, for the log."""
+    def _changed_settings(self) -> dict[str, str]:
+        """Returns the settings that were set anywhere (source other than `default`), for the log."""
         return {n: e["value"] for n, e in self._config.describe().items() if e["source"] != "default"}

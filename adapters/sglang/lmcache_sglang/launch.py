@@ -1,4 +1,4 @@
-"""The arguments that switch the backend on, so that nobody has to type SGLang's JSON."""
+"""Builds the arguments that enable the backend, including SGLang's JSON options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BACKEND = {
     "class_name": "LMCacheStorage",
     "interface_v1": 1,
 }
-"""What makes SGLang load `LMCacheStorage` and hand over host memory instead of copies."""
+"""Makes SGLang load `LMCacheStorage` and pass host memory instead of copies."""
 
 OWN = (
     "prefetch_threshold",
@@ -22,19 +22,19 @@ OWN = (
     "prefetch_timeout_per_ki_token",
     "hicache_storage_pass_prefix_keys",
 )
-"""Keys of the same JSON that are SGLang's own; it takes them out itself."""
+"""Keys in the same JSON that SGLang consumes itself."""
 
 
 LINKER = {"linker": "LMCacheLinker", "linker_module_path": "lmcache_sglang"}
-"""What makes SGLang load `LMCacheLinker`."""
+"""Makes SGLang load `LMCacheLinker`."""
 
 Interface = Literal["hicache", "linker"]
-"""`hicache`: a storage beneath SGLang's own host memory. `linker`: device memory to our tiers directly; KV has the names that
-other engines give it, so that `share="semantic"` works across engines."""
+"""`hicache`: a storage backend below SGLang's own host memory. `linker`: copies directly between device memory and our tiers; its
+keys are those of other engines, so `share="semantic"` works across engines."""
 
 
 def extra_config(**settings: Any) -> str:
-    """The JSON for `--hicache-storage-backend-extra-config`: settings of `lmcache.Config`, and SGLang's own keys.
+    """Returns the JSON for `--hicache-storage-backend-extra-config`: settings of `lmcache.Config`, and SGLang's own keys.
 
     Raises:
         ConfigError: an unknown or impossible setting.
@@ -47,15 +47,15 @@ def extra_config(**settings: Any) -> str:
 def server_args(
     *, interface: Interface = "hicache", prefetch_threshold: int | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """Keyword arguments for `sglang.Engine`: HiCache with this backend beneath it, or the linker.
+    """Returns keyword arguments for `sglang.Engine` that enable HiCache with this backend, or the linker.
 
-    `Engine(model_path=…, **server_args(disk_path="/var/cache/lmcache"))`. Put SGLang's own HiCache options beside it
-    (`hicache_ratio`, `hicache_write_policy`, …); whatever is given there again has to be left out here.
+    `Engine(model_path=…, **server_args(disk_path="/var/cache/lmcache"))`. SGLang's own HiCache options (`hicache_ratio`,
+    `hicache_write_policy`, …) can be passed to `Engine` as well, if they are not among the returned arguments.
 
     Args:
         interface: which of SGLang's two interfaces to use, see `Interface`.
-        prefetch_threshold: for HiCache: hits of fewer tokens are computed instead; SGLang's default is 256.
-        **settings: of `lmcache.Config`; HiCache keeps nothing without `disk_path`.
+        prefetch_threshold: HiCache only: shorter hits, in tokens, are computed instead; SGLang's default is 256.
+        **settings: of `lmcache.Config`; HiCache caches nothing without `disk_path`.
 
     Raises:
         ConfigError: an unknown or impossible setting.
@@ -84,10 +84,10 @@ def server_args(
 
 
 def split_command(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """`[--disk-path X …] -- SGLang's arguments` → settings, and SGLang's arguments.
+    """Splits `[--disk-path X …] -- [SGLang's arguments]` into settings and SGLang's arguments.
 
     Raises:
-        ConfigError: an option that is no setting, one without a value, or no `--`.
+        ConfigError: an argument is not an option, an option has no value, or there is no `--`.
     """
     if "--" not in arguments:
         raise ConfigError("command line: put SGLang's own arguments after a `--`")
@@ -111,12 +111,12 @@ def split_command(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         elif name in known:
             settings[name] = known[name].from_text(text)
         else:
-            settings[name] = text  # `Config` names the nearest one that exists
+            settings[name] = text  # `Config` raises, suggesting a similar setting
     return settings, arguments[at + 1 :]
 
 
 def flags(**settings: Any) -> list[str]:
-    """The same as command line flags of `sglang serve` and `python -m sglang.launch_server`."""
+    """Returns `server_args` as command-line flags of `sglang serve` and `python -m sglang.launch_server`."""
     found: list[str] = []
     for name, value in server_args(**settings).items():
         found.append("--" + name.replace("_", "-"))

@@ -1,11 +1,11 @@
-"""`LMCacheLinker`: SGLang's device pools straight to the tiers, without SGLang's host pool between. Tested with SGLang 0.5.23.
+"""`LMCacheLinker`: copies between SGLang's device pools and the tiers, without SGLang's host pool. Tested with SGLang 0.5.23.
 
-SGLang asks what of a prompt's tail can be had (`lookup`, whenever it looks at a waiting request), has it loaded when it
-admits the request (`load`), and offers what requests have computed (`offload`). Its interface passes page hashes; tokens are
-listened for (`compat.watch_tokens`), so that KV has the names that every other engine gives it.
+SGLang calls `lookup` for the tail of a prompt (each time it considers a waiting request), `load` when it admits the request,
+and `offload` with what requests have computed. Its interface passes page hashes; hooks provide the tokens
+(`compat.watch_tokens`), so that keys are the same as in every other engine.
 
-A load ends before `load` returns, on every rank, or is a miss: SGLang aborts requests whose load fails later. So that this
-takes little time, what lies on lower tiers is fetched into DRAM while a request waits. Storing happens on a thread of its own.
+A load completes on every rank before `load` returns, or it is a miss: SGLang aborts requests whose load fails later. To keep
+that short, hits on lower tiers are prefetched into DRAM while the request waits. Storing runs on its own thread.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
+from lmcache.adapter import join_log
 from lmcache.config import Config
 from lmcache.engine import CacheEngine, Hit
 from lmcache.errors import ConfigError
@@ -35,7 +36,7 @@ from lmcache_sglang.pools import Rank
 
 
 class Landed:
-    """SGLang's counter of layers that have arrived, for loads that end before the forward pass begins."""
+    """SGLang's counter of loaded layers; a no-op, because loads complete before the forward pass begins."""
 
     consumer_index = -1
 
@@ -48,7 +49,7 @@ class Landed:
 
 @dataclass
 class _Waiting:
-    """A request that SGLang has asked about: what was found, until when that is kept, whether it is being fetched."""
+    """A waiting request that was looked up: its hit, until when the hit is leased, and whether it is being prefetched."""
 
     text: Text
     device_tokens: int
@@ -56,8 +57,8 @@ class _Waiting:
     until: float
     fetching: bool = False
 
-    def answers(self, text: Text, device_tokens: int) -> bool:
-        """Whether it was about the same: users name requests as they like, and one that lost its place has more tokens."""
+    def is_about(self, text: Text, device_tokens: int) -> bool:
+        """Whether this lookup was for the same text: request ids may be reused, and a preempted request has more tokens."""
         return (
             self.device_tokens == device_tokens
             and self.text[1:] == text[1:]
@@ -66,12 +67,12 @@ class _Waiting:
 
 
 class LMCacheLinker(Guarded, UnifiedCacheLinker):
-    """By `--enable-unified-cache-external-linker --unified-cache-external-linker-backend dynamic`.
+    """External cache linker, enabled by `--enable-unified-cache-external-linker --unified-cache-external-linker-backend dynamic`.
 
     Args:
         server_args, forward_stream: SGLang's.
         params: SGLang's `CacheInitParams`.
-        components: what its tree keeps for each node.
+        components: what SGLang's tree keeps for each node.
         extra_config: settings of `lmcache.Config`.
     """
 
@@ -93,10 +94,10 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         self._asked: tuple[Text, int] | None = None
         self._offered: tuple[Text, torch.Tensor] | None = None
         self._tree: Any = None
-        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()  # as they expire
+        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()  # in order of expiry
         self._storing = ThreadPoolExecutor(1, "lmcache-offload")
         self._offers: deque[Future[bool]] = deque()
-        compat.join_log()
+        join_log()
         try:
             self._config = linker_settings(extra_config, self._page)
             self._open(params, components)
@@ -119,17 +120,17 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         compat.watch_weights(self._weights_changed)
         compat.watch_tokens()
         self._engine = CacheEngine(self._config, self._pool.spec)
-        said = {**self._said(), "chunk_tokens": self._config.chunk_tokens}
-        info("cache-ready", interface="linker", page_tokens=self._page, rank=f"{rank}/{ranks}", **said)
+        settings = {**self._changed_settings(), "chunk_tokens": self._config.chunk_tokens}
+        info("cache-ready", interface="linker", page_tokens=self._page, rank=f"{rank}/{ranks}", **settings)
 
     def _engines(self) -> list[CacheEngine]:
         return [] if self._engine is None else [self._engine]
 
     def _weights_changed(self) -> None:
-        self._release()  # what was found is of the weights before
+        self._release()  # hits found so far are of the old weights
         super()._weights_changed()
 
-    # ---------------------------------------------------------------- what SGLang does not pass along
+    # ---------------------------------------------------------------- tokens, from hooks
 
     def asking(self, text: Text, device_tokens: int, tree: Any) -> None:
         """See `compat.Listener`."""
@@ -142,8 +143,8 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
     # ---------------------------------------------------------------- loading
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Every number of further pages that can be restored. SGLang asks again each time it looks at a waiting request: the
-        second time, what lies on lower tiers is on its way into DRAM."""
+        """Returns every number of further pages that can be loaded. SGLang repeats the lookup each time it considers a waiting
+        request; the second lookup starts to prefetch hits on lower tiers into DRAM."""
         asked, self._asked = self._asked, None
         if asked is None:
             return []
@@ -156,7 +157,7 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
             return []
         self._forget_before(now)
         known = self._waiting.get(rid)
-        if known is None or not known.answers(text, device_tokens):
+        if known is None or not known.is_about(text, device_tokens):
             if known is not None:
                 self._waiting.pop(rid).hit.release()
             hit = engine.lookup(text.tokens, salt=text.salt, lora=text.extra)
@@ -167,7 +168,7 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         return list(range(1, max(0, known.hit.tokens - device_tokens) // self._page + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        """Fill the device slots; True if all of them are, on every rank. Otherwise SGLang computes them."""
+        """Fills the device slots; returns whether all are filled on every rank. If not, SGLang computes them."""
         waiting = self._waiting.pop(rid, None)
         filled = waiting is not None and self._safely("load", False, lambda: self._load(waiting, transfers))
         return filled if self._tree is None else compat.agreed(self._tree, filled)
@@ -184,24 +185,24 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
             return self._engine.retrieve(hit, self._pool.kv, slots, skip=first) >= last
 
     def start_layer_wise_loading(self) -> int:
-        """All loads have ended by now."""
+        """Returns 0: all loads have completed."""
         return 0
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        """They were checked when they ended."""
+        """Returns True: `load` has already checked them."""
         return True
 
     def cancel_queued_load(self, rid: str) -> bool:
-        """Nothing writes to its slots any more."""
+        """Returns True: no load is in progress."""
         return True
 
     def _forget_before(self, now: float) -> None:
-        """Let go of what was found for requests that SGLang never asked about again."""
+        """Releases hits whose lease ended at `now`: SGLang did not look these requests up again."""
         while self._waiting and next(iter(self._waiting.values())).until <= now:
             self._waiting.popitem(last=False)[1].hit.release()
 
     def _forward_pass(self) -> AbstractContextManager[Any]:
-        """Copies go in line with the forward passes: freed slots may still be in use by the one under way."""
+        """Returns the forward stream as a context: copies wait for the running forward pass, which may still use freed slots."""
         if self.forward_stream is None or self._pool.device.type == "cpu":
             return nullcontext()
         found: AbstractContextManager[Any] = torch.get_device_module(self._pool.device).stream(self.forward_stream)
@@ -210,8 +211,11 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
     # ---------------------------------------------------------------- storing
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        """Take in what a node of SGLang's tree holds; SGLang keeps it in place until we are done with it. Always True: every
-        rank has to say the same, and what could not be stored is reported as such when its turn comes."""
+        """Queues a node of SGLang's tree to be stored; SGLang keeps its slots until the store has completed.
+
+        Returns:
+            True always, because all ranks must return the same; failures are reported by `pop_completed_offload`.
+        """
         offered, self._offered = self._offered, None
         ready = self.record_offload_ready() if offered is not None and offered[1].device.type != "cpu" else []
         self._offers.append(self._storing.submit(self._safely, "store", False, lambda: self._store(offered, ready)))
@@ -231,17 +235,17 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
         return True
 
     def num_completed_offloads(self) -> int:
-        """Offers that have ended and that SGLang has not heard of yet."""
+        """Returns the number of leading stores that have completed and are not popped yet."""
         return next((n for n, offer in enumerate(self._offers) if not offer.done()), len(self._offers))
 
     def pop_completed_offload(self) -> bool:
-        """How the oldest of them ended."""
+        """Returns whether the oldest store succeeded, and removes it."""
         return self._offers.popleft().result()
 
     # ---------------------------------------------------------------- the end
 
     def reset(self) -> None:
-        """SGLang empties its tree: nothing of it is read or written any more."""
+        """Waits for pending stores and releases all hits; SGLang calls it to empty its tree."""
         wait(self._offers)
         self._offers.clear()
         self._release()
@@ -251,17 +255,17 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
             self._waiting.popitem()[1].hit.release()
 
     def close(self) -> None:
-        """Write out what waits. Idempotent."""
+        """Completes pending stores and writes, and closes the engine. Idempotent."""
         self.reset()
         self._storing.shutdown()
         super().close()
 
 
 def linker_settings(extra: Mapping[str, Any] | None, page_tokens: int) -> Config:
-    """Our settings among what SGLang was given, and from the other sources that `Config.load` knows; a chunk is made of pages.
+    """Returns the settings in `extra` and from the other sources of `Config.load`; `chunk_tokens` is rounded up to whole pages.
 
     Raises:
-        ConfigError: an unknown or impossible setting, or nowhere to keep anything.
+        ConfigError: a setting is unknown or impossible, or there is neither DRAM nor disk to cache in.
     """
     config = Config.load(json=dict(extra or {}))
     if config.disk_path is None and not config.dram_bytes:

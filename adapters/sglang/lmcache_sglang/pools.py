@@ -1,14 +1,14 @@
-"""SGLang's host pools in our words: what a page holds (`KVSpec`), where its values lie (axes), and a proof of that.
+"""Describes pages of SGLang's host pools as a `KVSpec` and axes, and proves the axes.
 
-A host pool is one tensor for all layers; which index means what depends on `--hicache-mem-layout`:
+A host pool is one tensor for all layers; its axes depend on `--hicache-mem-layout`:
 
     layer_first         kv layer slot head dim          MLA: layer slot one latent
     page_first          kv slot layer head dim               slot layer one latent
     page_first_direct   kv block layer slot head dim         block layer slot one latent
-    page_head           kv block head slot layer dim         (MLA has no heads to put first)
+    page_head           kv block head slot layer dim         (not for MLA, which has no head axis)
 
-An object on disk has none of it, so that a page written under one layout is read under another. Pools of any other kind go as
-opaque pages, by SGLang's own accessors: right on the same layout, and nothing else finds them.
+Objects on disk do not depend on the layout, so a page written under one layout can be read under another. Pools of any other
+kind are stored as opaque pages, through SGLang's own accessors; these only hit under the same layout.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from lmcache.adapter import UnsupportedError
 from lmcache.errors import LMCacheError
 from lmcache.layout import Layout, PagedKV
 from lmcache.layout.proof import Proof, Values, prove
 from lmcache.spec import KVSpec, LayerGroup, Numerics, Plane, Rect, dtype_name
-from lmcache_sglang.compat import UnsupportedError
 
 MHA = {
     "layer_first": "kv layer slot head dim",
@@ -42,7 +42,7 @@ SCRATCH_PAGES = 2
 
 @dataclass(frozen=True)
 class Rank:
-    """This rank's place: heads are split over `tp_size` ranks, layers over pipeline stages."""
+    """Position of a rank: heads are split over `tp_size` ranks, layers over `pp_size` pipeline stages."""
 
     tp_rank: int = 0
     tp_size: int = 1
@@ -51,13 +51,13 @@ class Rank:
 
 
 class Pages(Protocol):
-    """A host pool of which pages can be stored and loaded.
+    """Access to the pages of a host pool.
 
     Attributes:
-        spec: what a page holds.
-        page_tokens: the pool's slots in a page.
-        object_tokens: tokens of an object in the words of `spec`.
-        label: the pool's layout, for people.
+        spec: describes the contents of a page.
+        page_tokens: slots per page in the pool.
+        object_tokens: tokens per object, as counted by `spec`.
+        label: name of the pool's layout, for logs.
     """
 
     spec: KVSpec
@@ -66,28 +66,28 @@ class Pages(Protocol):
     label: str
 
     def prepared(self, slots: torch.Tensor, *, reading: bool) -> tuple[PagedKV, torch.Tensor]:
-        """Memory to move whole pages out of (`reading`) or into, and the slots in it that are the pool's `slots`."""
+        """Returns memory to copy whole pages from (`reading`) or to, and the slots in it that stand for the pool's `slots`."""
         ...
 
     def landed(self, kv: PagedKV, slots: torch.Tensor, pages: int) -> None:
-        """The first `pages` pages are in `kv` now: see that they are in the pool."""
+        """Completes a load: copies the first `pages` pages from `kv` into the pool, unless `kv` is the pool's own memory."""
         ...
 
     def flat(self, page: torch.Tensor) -> tuple[PagedKV, torch.Tensor]:
-        """One page that lies outside of the pool, flat as `get_data_page` gives it, and its slots."""
+        """Returns a view of one page outside the pool, flat as returned by `get_data_page`, and its slots."""
         ...
 
 
 class DirectPages:
-    """Pages moved straight into and out of the pool's own memory.
+    """Pages copied directly from and to the pool's memory.
 
     Args:
         pool: SGLang's host pool, MHA or MLA.
         model, numerics: as in `KVSpec`.
-        rank: whose pool it is.
+        rank: the rank that owns the pool.
 
     Raises:
-        UnsupportedError: no axes are known for this pool, or they are not what its accessors do.
+        UnsupportedError: no axes are known for this pool, or its accessors contradict them.
     """
 
     def __init__(self, pool: Any, model: str, numerics: Numerics, rank: Rank) -> None:
@@ -124,16 +124,16 @@ class DirectPages:
 
 
 class OpaquePages:
-    """Pages of a pool that is not described by axes, as bytes, by `get_data_page` and `set_from_flat_data_page`.
+    """Pages of a pool without known axes, as raw bytes, through `get_data_page` and `set_from_flat_data_page`.
 
     Args:
         pool: any host pool with these accessors.
-        name: the pool's, part of every object's name.
+        name: name of the pool, part of every object's key.
         model, numerics: as in `KVSpec`.
-        rank: whose pool it is; every rank's pages are its own.
+        rank: the rank that owns the pool; pages are not shared between ranks.
 
     Raises:
-        UnsupportedError: it has no accessors, or what they put is not what they get.
+        UnsupportedError: the pool has no accessors, or a page does not survive a round trip through them.
     """
 
     def __init__(self, pool: Any, name: str, model: str, numerics: Numerics, rank: Rank) -> None:
@@ -147,15 +147,15 @@ class OpaquePages:
             _prove_round_trip(pool, page, self.page_tokens)
         except UnsupportedError:
             raise
-        except Exception as error:  # pools have accessors that only raise
+        except Exception as error:  # some pools have accessors that only raise
             raise UnsupportedError(f"pool {name!r} cannot be read page by page: {error}") from None
         if not self.nbytes:
-            raise UnsupportedError(f"pool {name!r} holds nothing")
+            raise UnsupportedError(f"pages of pool {name!r} are empty")
         kind = f"{name} {type(pool).__name__} {getattr(pool, 'layout', '')} {getattr(pool, 'dtype', '')} {self.page_tokens}"
         self.spec = opaque_spec(kind, self.nbytes, model, numerics, rank)
 
     def prepared(self, slots: torch.Tensor, *, reading: bool) -> tuple[PagedKV, torch.Tensor]:
-        """See `Pages`: pages side by side in memory of our own, filled from the pool if it is to be read."""
+        """See `Pages`: a temporary buffer of contiguous pages, filled from the pool if `reading`."""
         starts = slots[:: self.page_tokens].tolist()
         rows = torch.empty(len(starts), 1, self.nbytes, dtype=torch.uint8)
         if reading:
@@ -176,7 +176,7 @@ class OpaquePages:
 
 
 def opaque_spec(kind: str, nbytes: int, model: str, numerics: Numerics, rank: Rank) -> KVSpec:
-    """Pages of `nbytes` bytes as objects of one 'token': `kind` says all that decides how they are to be read."""
+    """Describes pages of `nbytes` bytes as objects of one 'token'; `kind` identifies everything that affects their layout."""
     layers = (rank.pp_rank, rank.pp_rank + 1)
     group = LayerGroup("page", (rank.pp_rank,), (Plane("page", "uint8", nbytes),), rank.tp_size)
     heads = (rank.tp_rank, rank.tp_rank + 1)
@@ -184,15 +184,15 @@ def opaque_spec(kind: str, nbytes: int, model: str, numerics: Numerics, rank: Ra
 
 
 def opaque_kv(rows: torch.Tensor) -> PagedKV:
-    """Memory `(pages, 1, bytes)`, one page a slot."""
+    """Describes memory of shape `(pages, 1, bytes)`: one page per slot."""
     return PagedKV([rows], Layout.parse("slot head dim", block_tokens=1))
 
 
 def pages_of(pool: Any, name: str, model: str, numerics: Numerics, rank: Rank) -> Pages:
-    """The best way to move a pool's pages that is proven to be right.
+    """Returns `DirectPages` if the layout of a KV pool can be proven, else `OpaquePages`.
 
     Raises:
-        UnsupportedError: there is none; with the reason of each.
+        UnsupportedError: neither is possible; with both reasons.
     """
     try:
         if name == "kv":
@@ -209,14 +209,14 @@ def pages_of(pool: Any, name: str, model: str, numerics: Numerics, rank: Rank) -
 
 
 def _described(pool: Any) -> tuple[str, tuple[Plane, ...], int]:
-    """Axes, planes and heads of a host pool.
+    """Returns axes, planes and number of heads of a host pool.
 
     Raises:
-        UnsupportedError: its arrangement is none of those above.
+        UnsupportedError: its layout is not one of those above.
     """
     buffer, layout = getattr(pool, "kv_buffer", None), str(getattr(pool, "layout", ""))
     if not isinstance(buffer, torch.Tensor):
-        raise UnsupportedError(f"the host pool keeps {type(buffer).__name__} instead of one tensor")
+        raise UnsupportedError(f"the host pool's buffer is a {type(buffer).__name__}, not one tensor")
     if getattr(pool, "_layer_shard_enabled", False):
         raise UnsupportedError("the host pool's layers are sharded over ranks")
     dtype = dtype_name(buffer.dtype)
@@ -228,16 +228,16 @@ def _described(pool: Any) -> tuple[str, tuple[Plane, ...], int]:
         raise UnsupportedError(f"no axes are known for a {type(pool).__name__} in the layout {layout!r}")
     k, v = int(pool.head_dim), int(getattr(pool, "v_head_dim", pool.head_dim))
     if k != v:
-        raise UnsupportedError(f"keys of {k} and values of {v} elements do not fit into one tensor")
+        raise UnsupportedError(f"keys of {k} and values of {v} elements cannot share one tensor")
     return MHA[layout], (Plane("k", dtype, k), Plane("v", dtype, v)), int(pool.head_num)
 
 
 def prove_by_accessors(pool: Any, kv: PagedKV, spec: KVSpec) -> Proof:
-    """SGLang's own paths write patterns into two pages; our addresses must read exactly these, and the reverse.
+    """Proves the layout: SGLang's own paths write patterns into two pages that our addresses must read, and vice versa.
 
-    Two of them, for neither says everything: the per-layer views that its transfer kernels are given (`k_data_refs`, where the
-    layout has any that are layers) write, and the page accessors of its storage backends read. Run before anybody uses
-    the pool; the pages' content is put back.
+    Two paths are used, as neither covers everything: the per-layer views for SGLang's transfer kernels (`k_data_refs`, in layouts
+    where they are indexed by layer) write, and the page accessors for its storage backends read. Runs before the pool is in
+    use; the pages' contents are restored.
     """
     page, layout = int(pool.page_size), str(pool.layout)
     slots = torch.arange(SCRATCH_PAGES * page)
@@ -272,14 +272,14 @@ def prove_by_accessors(pool: Any, kv: PagedKV, spec: KVSpec) -> Proof:
 
 
 def _layer_views(pool: Any, layout: str, latent: bool) -> list[Sequence[torch.Tensor]] | None:
-    """Per plane, SGLang's views of each layer; None where its first dimension is no layer."""
+    """Returns SGLang's per-layer views for each plane, or None if their first dimension is not the layer."""
     if latent:
         return [pool.data_refs] if layout in ("layer_first", "page_first") else None
     return [pool.k_data_refs, pool.v_data_refs] if layout != "page_head" else None
 
 
 def _page_view(page: torch.Tensor, layout: str, latent: bool) -> Sequence[torch.Tensor]:
-    """A page as SGLang slices it, per plane as `(layer, slot, head, dim)`; a view, so writing to it writes to the pool."""
+    """Returns views of a page's planes, each `(layer, slot, head, dim)`; writing to them writes to the pool."""
     parts = [page] if latent else [page[0], page[1]]
     if layout == "page_first":
         return [part.transpose(0, 1) for part in parts]
@@ -295,19 +295,19 @@ def _bytes(page: torch.Tensor) -> torch.Tensor:
 
 
 def _prove_round_trip(pool: Any, page: torch.Tensor, page_tokens: int) -> None:
-    """What is put into one page is what comes out of it, and of no other."""
+    """Proves that each page reads back exactly what was written to it, independently of the other page."""
     nbytes = page.numel() * page.element_size()
     starts = [0, page_tokens]
     saved = [pool.get_data_page(start, flat=True).clone() for start in starts]
     if any(old.numel() * old.element_size() != nbytes for old in saved):
-        raise UnsupportedError("its pages have other sizes than it says")
+        raise UnsupportedError("its pages differ in size from its dummy page")
     try:
         patterns = [torch.randint(0, 256, (nbytes,), dtype=torch.uint8) for _ in starts]
         for start, pattern in zip(starts, patterns, strict=True):
             pool.set_from_flat_data_page(start, pattern.clone().view(page.dtype))
         for start, pattern in zip(starts, patterns, strict=True):
             if not torch.equal(_bytes(pool.get_data_page(start, flat=True)), pattern):
-                raise UnsupportedError("what is put into a page is not what comes out")
+                raise UnsupportedError("a page does not read back what was written to it")
     finally:
         for start, old in zip(starts, saved, strict=True):
             pool.set_from_flat_data_page(start, old)

@@ -1,10 +1,10 @@
-"""`LMCacheStorage`: what HiCache calls to keep host pages, find them again and fetch them.
+"""`LMCacheStorage`: the storage backend that HiCache calls to store, look up and load host pages.
 
-SGLang names pages by hashes that cover the tokens before them and the request's `extra_key` and `cache_salt`, but neither
-model, dtype, page size nor rank: these are the namespace's. A key names its page by itself, wherever in a request a call begins.
+SGLang's page keys are hashes of all tokens up to the page's end and the request's `extra_key` and `cache_salt`, but not of model,
+dtype, page size or rank: those are in the namespace. A key identifies its page alone, so a call may begin anywhere in a request.
 
-SGLang calls from threads of its own (one that looks up and fetches, one that backs up), never from its scheduler. Nothing here
-raises into it: what goes wrong is a miss, a counter and one log line.
+SGLang calls from its own threads (one looks up and loads, one backs up), never from its scheduler. Nothing here raises into
+SGLang: a failure is a miss, a counter and one log line.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
+from lmcache.adapter import join_log
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
 from lmcache.errors import ConfigError
@@ -36,22 +37,23 @@ from lmcache_sglang.pools import Pages, Rank, pages_of
 
 KV = "kv"
 _STATE = "mamba"
-"""The one pool whose ranks hold different things even where their KV is the same."""
+"""The one pool whose contents differ between ranks even if their KV is replicated."""
 
 _BATCH = 128
-"""Pages moved in one call of the core, as SGLang does it itself."""
+"""Pages per call of the core; SGLang uses the same batch size."""
 
 
 class Store:
-    """One host pool's pages, with tiers of their own beneath.
+    """Stores and loads the pages of one host pool, with an engine of its own.
 
     Args:
-        pages: how to reach them.
-        config: settings; `chunk_tokens` is replaced by the tokens of a page.
+        pages: access to the pool's pages.
+        config: settings; `chunk_tokens` is replaced by the size of a page.
+        scope: separates the keys of different pools.
     """
 
     objects_of = KeyedCache
-    """What deliberately broken backends replace."""
+    """Deliberately broken backends replace this."""
 
     def __init__(self, pages: Pages, config: Config, scope: str) -> None:
         self.pages = pages
@@ -59,15 +61,15 @@ class Store:
         self._objects = self.objects_of(self.engine, scope=scope)
 
     def has(self, key: str) -> bool:
-        """This page alone is there."""
+        """Returns whether this page is cached."""
         return self._objects.exists([key]) == 1
 
     def leading(self, keys: Sequence[str]) -> int:
-        """How many leading pages are there."""
+        """Returns how many leading pages are cached."""
         return self._objects.exists(keys)
 
     def set(self, keys: Sequence[str], slots: torch.Tensor) -> list[bool]:
-        """Take pages in; True for each that is kept, or was already."""
+        """Stores pages; returns True for each page that is cached afterwards."""
         done: list[bool] = []
         for part, where in self._parts(keys, slots):
             kv, rows = self.pages.prepared(where, reading=True)
@@ -77,7 +79,7 @@ class Store:
         return done
 
     def get(self, keys: Sequence[str], slots: torch.Tensor) -> list[bool]:
-        """Fill pages; True for each leading one that arrived. The slots of the others are undefined."""
+        """Loads pages; returns True for each leading page that was loaded. The other slots' contents are undefined."""
         done: list[bool] = []
         for part, where in self._parts(keys, slots):
             kv, rows = self.pages.prepared(where, reading=False)
@@ -89,12 +91,12 @@ class Store:
         return done + [False] * (len(keys) - len(done))
 
     def set_flat(self, key: str, page: torch.Tensor) -> bool:
-        """Take in one page that lies flat somewhere else."""
+        """Stores one page from a flat buffer outside the pool."""
         kv, slots = self.pages.flat(page)
         return self._objects.store([key], kv, slots) == 1 or self.has(key)
 
     def get_flat(self, key: str, page: torch.Tensor) -> bool:
-        """Fill one page that lies flat somewhere else."""
+        """Loads one page into a flat buffer outside the pool."""
         kv, slots = self.pages.flat(page)
         return self._objects.load([key], kv, slots) == 1
 
@@ -107,15 +109,15 @@ class Store:
 
 
 class LMCacheStorage(Guarded, HiCacheStorage):
-    """HiCache's storage, by `--hicache-storage-backend dynamic`.
+    """Storage backend of HiCache, loaded by `--hicache-storage-backend dynamic`.
 
     Args:
-        storage_config: SGLang's; `extra_config` holds our settings beside the keys that loaded this class.
-        kwargs: SGLang's, unused.
+        storage_config: from SGLang; `extra_config` holds our settings and the keys that made SGLang load this class.
+        kwargs: from SGLang; unused.
     """
 
     store_of = Store
-    """What deliberately broken backends replace."""
+    """Deliberately broken backends replace this."""
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: Mapping[str, Any] | None = None) -> None:
         Guarded.__init__(self, Config(dram_bytes=0))
@@ -126,7 +128,7 @@ class LMCacheStorage(Guarded, HiCacheStorage):
             storage_config.tp_rank, storage_config.tp_size, storage_config.pp_rank, storage_config.pp_size
         )
         self._model, self._numerics = "", Numerics()
-        compat.join_log()
+        join_log()
         try:
             self._config = settings_of(storage_config.extra_config)
             if warning := compat.check_version():
@@ -140,7 +142,7 @@ class LMCacheStorage(Guarded, HiCacheStorage):
     # ---------------------------------------------------------------- start and end
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        """SGLang's host pool for KV. Its layout is proven before anything is moved."""
+        """Opens SGLang's host pool for KV, after proving its layout."""
         super().register_mem_pool_host(mem_pool_host)
         if self._off or KV in self._stores:
             return
@@ -156,13 +158,13 @@ class LMCacheStorage(Guarded, HiCacheStorage):
                 page_tokens=store.pages.page_tokens,
                 page_bytes=spec.object_bytes(0, store.pages.object_tokens),
                 rank=f"{self._rank.tp_rank}/{self._rank.tp_size}",
-                **self._said(),
+                **self._changed_settings(),
             )
         except Exception as error:
             self._switch_off(error)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
-        """A sidecar pool. One that cannot be read page by page is refused: its pages are misses, and so are hits that need it."""
+        """Opens a sidecar pool. A pool without page access is refused: prefixes that need it are misses."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         name = _name(host_pool_name)
         if self._off or name == KV or name in self._stores:
@@ -176,13 +178,13 @@ class LMCacheStorage(Guarded, HiCacheStorage):
 
     def _open(self, name: str, pool: Any) -> None:
         rank = self._rank
-        if self._shared.is_mla_model and name != _STATE:  # all ranks hold the same, and one of them writes
+        if self._shared.is_mla_model and name != _STATE:  # replicated on all ranks; one of them writes
             rank = Rank(0, 1, rank.pp_rank, rank.pp_size)
         pages = pages_of(pool, name, self._model, self._numerics, rank)
         self._stores[name] = self.store_of(pages, self._config, f"sglang {name}")
 
     def get_stats(self) -> None:
-        """Nothing in SGLang's own terms; see `stats`."""
+        """Returns None: there are no metrics in SGLang's own format; see `stats`."""
 
     def _engines(self) -> list[CacheEngine]:
         return [store.engine for store in self._stores.values()]
@@ -190,20 +192,20 @@ class LMCacheStorage(Guarded, HiCacheStorage):
     # ---------------------------------------------------------------- KV pages, without a copy
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        """How many leading pages are there."""
+        """Returns how many leading pages are cached."""
         store = self._stores.get(KV)
         return 0 if store is None or not keys else self._safely("exists", 0, lambda: store.leading(keys))
 
     def batch_get_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
-        """Fill host pages; False for each that is not there, not whole, or comes after one of these."""
+        """Loads host pages; returns False for each page that is missing or damaged, and for all pages after it."""
         return self._get(KV, keys, host_indices)
 
     def batch_set_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
-        """Take host pages in; SGLang may overwrite them on return. Switched off, all are 'done': there is nothing to repeat."""
+        """Stores host pages, which SGLang may overwrite on return. All True if caching is disabled: SGLang must not retry."""
         return self._set(KV, keys, host_indices)
 
     def _get(self, name: str, keys: list[str], host_indices: torch.Tensor | None) -> list[bool]:
@@ -219,7 +221,7 @@ class LMCacheStorage(Guarded, HiCacheStorage):
         if host_indices is None or not keys:
             return [False] * len(keys)
         if name == KV and not self._shared.is_storage_writer:
-            return [True] * len(keys)  # another rank writes the same
+            return [True] * len(keys)  # another rank writes the same page
         return self._safely("store", [False] * len(keys), lambda: store.set(keys, host_indices))
 
     # ---------------------------------------------------------------- several pools
@@ -230,7 +232,7 @@ class LMCacheStorage(Guarded, HiCacheStorage):
         pool_transfers: list[PoolTransfer] | None = None,
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
-        """The longest prefix that every pool can restore, by each pool's own rule; and all prefixes that are possible."""
+        """Returns the longest prefix that all pools can restore, by each pool's hit policy, and all restorable prefixes."""
         return self._safely(
             "exists", PoolTransferResult.empty(), lambda: self._exists_v2(keys, list(pool_transfers or ()))
         )
@@ -245,7 +247,7 @@ class LMCacheStorage(Guarded, HiCacheStorage):
             if not left:
                 break
             if transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS:
-                continue  # its own verdict, which never decides; without one SGLang computes these
+                continue  # optional: SGLang computes these without a hit
             if store is None:
                 mine: set[int] = set()
             elif transfer.hit_policy == PoolHitPolicy.ALL_PAGES:
@@ -260,26 +262,26 @@ class LMCacheStorage(Guarded, HiCacheStorage):
         return PoolTransferResult(max(left, default=0), hits, sorted(left))
 
     def _trailing(self, store: Store, keys: Sequence[str], count: int) -> set[int]:
-        """Prefixes whose last `count` pages are there."""
-        there = [store.has(key) for key in keys]
-        return {end for end in range(1, len(keys) + 1) if all(there[max(0, end - count) : end])}
+        """Returns the lengths of prefixes whose last `count` pages are cached."""
+        cached = [store.has(key) for key in keys]
+        return {end for end in range(1, len(keys) + 1) if all(cached[max(0, end - count) : end])}
 
     def batch_get_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> dict[str, list[bool]]:
-        """Fill pages of several pools."""
+        """Loads pages of several pools."""
         return {t.name: self._get(_name(t.name), t.keys or [], t.host_indices) for t in transfers}
 
     def batch_set_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> dict[str, list[bool]]:
-        """Take in pages of several pools."""
+        """Stores pages of several pools."""
         return {t.name: self._set(_name(t.name), t.keys or [], t.host_indices) for t in transfers}
 
     # ---------------------------------------------------------------- the generic calls: flat pages
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> torch.Tensor | None:
-        """A page in `target_location`, flat as the pool's `get_data_page` has it; None if it is not there."""
+        """Loads a page into `target_location`, in the format of the pool's `get_data_page`; returns None on a miss."""
         store = self._stores.get(KV)
         if store is None or not isinstance(target_location, torch.Tensor):
             return None
@@ -289,12 +291,12 @@ class LMCacheStorage(Guarded, HiCacheStorage):
     def batch_get(
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[torch.Tensor | None]:
-        """Flat pages."""
+        """Loads flat pages; see `get`."""
         targets = [None] * len(keys) if target_locations is None else target_locations
         return [self.get(key, target) for key, target in zip(keys, targets, strict=False)]
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
-        """Keep a flat page."""
+        """Stores a flat page."""
         store = self._stores.get(KV)
         if store is None or not isinstance(value, torch.Tensor):
             return bool(self._off)
@@ -303,22 +305,22 @@ class LMCacheStorage(Guarded, HiCacheStorage):
     def batch_set(
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
-        """Flat pages; True if all were kept."""
+        """Stores flat pages; returns whether all are cached."""
         return all(self.set(key, value) for key, value in zip(keys, values or [], strict=False))
 
     def exists(self, key: str) -> bool:
-        """The page is there."""
+        """Returns whether the page is cached."""
         return self.batch_exists([key]) == 1
 
 
 def settings_of(extra: Mapping[str, Any] | None) -> Config:
-    """Our settings among what SGLang was given, and from the other sources that `Config.load` knows.
+    """Returns the settings in SGLang's extra config and from the other sources of `Config.load`.
 
-    Host memory is SGLang's own pool, so `dram_bytes` is 0 unless somebody says otherwise; memory of ours is never copied to
-    a device, so it is not pinned.
+    Host memory is SGLang's own pool, so `dram_bytes` defaults to 0; our memory is never copied to a device, so it is not pinned
+    by default.
 
     Raises:
-        ConfigError: an unknown or impossible setting, or nowhere to keep anything.
+        ConfigError: a setting is unknown or impossible, or there is neither DRAM nor disk to cache in.
     """
     given = {name: value for name, value in (extra or {}).items() if name not in BACKEND and name not in OWN}
     config = Config.load(json=given)
@@ -330,7 +332,7 @@ def settings_of(extra: Mapping[str, Any] | None) -> Config:
 
 
 def check_chunk(config: Config, page_tokens: int) -> None:
-    """KeyedCache are SGLang's pages; a chunk that was asked for must at least be made of them.
+    """Checks that an explicit `chunk_tokens` is a multiple of SGLang's page, as objects are SGLang's pages.
 
     Raises:
         ConfigError: it is not.

@@ -1,4 +1,4 @@
-"""SGLang storages and linkers, each broken in one way that has happened to somebody. `inside_mutants.py` tests them."""
+"""SGLang storages and linkers, each with one realistic bug. `inside_mutants.py` tests them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcache_sglang.testing.observed import ObservedLinker, ObservedStorage
 
 
 class IgnoresFailedLoads(ObservedStorage):
-    """What was not there, or was damaged, is reported as loaded."""
+    """Reports missing or damaged pages as loaded."""
 
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
         super().batch_get_v1(keys, host_indices, extra_info)
@@ -23,7 +23,7 @@ class IgnoresFailedLoads(ObservedStorage):
 
 
 class FindsEverything(ObservedStorage):
-    """Looks up nothing, and has what it has."""
+    """Reports every page as cached without a lookup."""
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         return 0 if self.bypassed else len(keys)
@@ -34,14 +34,14 @@ class FindsEverything(ObservedStorage):
 
 
 class LoadsNothing(ObservedStorage):
-    """Says that it has loaded, and has not."""
+    """Reports pages as loaded without loading them."""
 
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
         return [True] * len(keys)
 
 
 class KnowsNoWeights(ObservedStorage):
-    """All models are one."""
+    """Uses the same identity for all models."""
 
     def __init__(self, *args: Any) -> None:
         compat.identity_of = lambda config: "a model"
@@ -55,7 +55,7 @@ class _Backwards(Store):
 
 
 class StoresFromTheWrongEnd(ObservedStorage):
-    """The last page under the first one's name."""
+    """Stores the last page under the first one's key."""
 
     store_of = _Backwards
 
@@ -68,7 +68,7 @@ class _BackwardsWindows(Store):
 
 
 class StoresWindowsFromTheWrongEnd(ObservedStorage):
-    """Full attention's pages are right, those of the sliding layers' pool change places."""
+    """Swaps pages of the sliding layers' pool; full attention's pages are right."""
 
     store_of = _BackwardsWindows
 
@@ -80,7 +80,7 @@ class _Shifted(Store):
 
 
 class LoadsTokensShifted(ObservedStorage):
-    """Each token of a page in its neighbour's place."""
+    """Loads each token of a page into the next token's slot."""
 
     store_of = _Shifted
 
@@ -95,7 +95,7 @@ class _Swapped(Store):
 
 
 class SwapsKeysAndValues(ObservedStorage):
-    """As under a layout that was guessed from a shape."""
+    """Swaps K and V, as with a layout guessed from a shape."""
 
     store_of = _Swapped
 
@@ -112,13 +112,13 @@ class _ShortKeys(Store):
 
 
 class CutsKeysShort(ObservedStorage):
-    """Sixteen names for all pages there are."""
+    """Truncates keys, so that all pages share sixteen of them."""
 
     store_of = _ShortKeys
 
 
 class SkipsVerification(ObservedStorage):
-    """Whatever a file holds is served, if its header can be read."""
+    """Serves the contents of any file with a readable header."""
 
     def __init__(self, *args: Any) -> None:
         codec.verify = lambda *_: None  # type: ignore[assignment]
@@ -129,7 +129,7 @@ class SkipsVerification(ObservedStorage):
 
 
 class OneRankFails(ObservedLinker):
-    """Not broken, but unlucky: what others have loaded is computed on all ranks."""
+    """Not a bug: one rank's load fails, so all ranks must compute."""
 
     def _load(self, *arguments: Any) -> bool:
         super()._load(*arguments)
@@ -137,7 +137,7 @@ class OneRankFails(ObservedLinker):
 
 
 class LinkerIgnoresFailedLoads(ObservedLinker):
-    """What was not there, or was damaged, is reported as loaded."""
+    """Reports missing or damaged pages as loaded."""
 
     def load(self, rid: str, transfers: list[Any]) -> bool:
         super().load(rid, transfers)
@@ -145,14 +145,14 @@ class LinkerIgnoresFailedLoads(ObservedLinker):
 
 
 class LinkerStoresFromTheWrongEnd(ObservedLinker):
-    """The last page under the first one's name."""
+    """Stores the last page under the first one's key."""
 
     def offering(self, text: compat.Text, slots: torch.Tensor) -> None:
         super().offering(text, slots.view(-1, self._page).flip(0).flatten())
 
 
 class LinkerPutsANodeBeforeItsParents(ObservedLinker):
-    """What a node of SGLang's tree holds is taken for the beginning of the prompt."""
+    """Treats the contents of a node of SGLang's tree as the beginning of the prompt."""
 
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         if self._offered is not None:
@@ -163,7 +163,7 @@ class LinkerPutsANodeBeforeItsParents(ObservedLinker):
 
 
 class LinkerForgetsWhoAsked(ObservedLinker):
-    """Tenants are one."""
+    """Ignores salts: all tenants share one cache."""
 
     def asking(self, text: compat.Text, device_tokens: int, tree: Any) -> None:
         super().asking(text._replace(salt="", extra=""), device_tokens, tree)

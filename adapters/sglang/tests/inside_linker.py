@@ -1,4 +1,4 @@
-"""Run by `test_sglang_pools.py` in a process of its own: device memory to tiers and back, over SGLang's real device pools."""
+"""Run by `test_sglang_pools.py` in a separate process: round trips through the tiers with SGLang's real device pools."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.runtime_context import get_parallel
 
+from lmcache.adapter import UnsupportedError
 from lmcache_conformance.labs.damage import DAMAGES, object_files
 from lmcache_sglang import LMCacheLinker, compat
-from lmcache_sglang.compat import Text, UnsupportedError
+from lmcache_sglang.compat import Text
 from lmcache_sglang.devicepool import DevicePool
 from lmcache_sglang.pools import Rank
 
@@ -33,7 +34,7 @@ WHOLE = 40
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One rank; no hooks: they are tried with a real engine, and here would outlive the test."""
+    """One rank, no hooks: those would outlive the test, and are tested with a real engine."""
     monkeypatch.setattr(compat, "watch_weights", lambda changed: None)
     monkeypatch.setattr(compat, "watch_tokens", lambda: None)
     with get_parallel().override(dcp_enabled=False):
@@ -61,7 +62,7 @@ def buffers(pool: Any) -> list[torch.Tensor]:
 
 
 def fill(pool: Any, seed: int) -> None:
-    """Random bits, NaNs and denormals among them."""
+    """Fills the pool with random bits, including NaNs and denormals."""
     for number, tensor in enumerate(buffers(pool)):
         raw = tensor.view(torch.uint8)
         generator = torch.Generator().manual_seed(1000 * seed + number)
@@ -73,7 +74,7 @@ def bits(pool: Any, slots: Any) -> list[torch.Tensor]:
 
 
 def parameters(pool: Any, page: int = PAGE, **changes: Any) -> Any:
-    """What the linker reads of SGLang's `CacheInitParams`."""
+    """The fields of SGLang's `CacheInitParams` that the linker reads."""
     plain: dict[str, Any] = {
         "page_size": page,
         "token_to_kv_pool_allocator": SimpleNamespace(get_kvcache=lambda: pool),
@@ -90,7 +91,7 @@ def parameters(pool: Any, page: int = PAGE, **changes: Any) -> Any:
 
 
 class Maker:
-    """Opens linkers over one folder and closes them."""
+    """Opens linkers on one folder and closes them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,7 +117,7 @@ def make(tmp_path: Path) -> Iterator[Maker]:
 
 
 def offload(linker: Any, text: Text, slots: torch.Tensor) -> bool:
-    """As SGLang offers a node: its pages' hashes mean nothing here."""
+    """Offloads a node as SGLang does; the page hashes are not used."""
     linker.offering(text, slots)
     assert linker.offload([PoolTransfer(name=PoolName.KV, device_indices=slots)])
     until = time.monotonic() + 30
@@ -127,7 +128,7 @@ def offload(linker: Any, text: Text, slots: torch.Tensor) -> bool:
 
 
 def lookup(linker: Any, text: Text, device_tokens: int = 0, rid: str = "r") -> int:
-    """The longest prefix beyond the device's, in pages."""
+    """Returns the longest prefix found beyond the device's, in pages."""
     linker.asking(text, device_tokens, None)
     found: list[int] = linker.lookup(rid, [])
     assert found == list(range(1, len(found) + 1))
@@ -139,7 +140,7 @@ def load(linker: Any, slots: torch.Tensor, rid: str = "r") -> bool:
 
 
 def scattered(count: int, seed: int, page: int = PAGE) -> torch.Tensor:
-    """Pages anywhere but in the first, which SGLang keeps for padding."""
+    """Returns random pages, except the first, which SGLang reserves for padding."""
     pages = random.Random(seed).sample(range(1, SLOTS // page), -(-count // page))
     return torch.cat([torch.arange(p * page, (p + 1) * page) for p in pages])[:count]
 
@@ -155,14 +156,14 @@ def test_pages_come_back_bit_by_bit_and_nothing_else_changes(make: Maker, kind: 
     before = bits(source, slice(None))
     linker = make(source)
     assert not linker._off
-    assert all(map(torch.equal, bits(source, slice(None)), before)), "the proof left traces"
+    assert all(map(torch.equal, bits(source, slice(None)), before)), "the proof changed the pool"
     slots = scattered(len(TOKENS), 1)
     assert offload(linker, TEXT, slots)
     assert linker.flush()
 
     target = device_pool(kind, dtype, start=5)
     fill(target, 2)
-    reader = make(target)  # a new process, as far as tiers know
+    reader = make(target)  # equivalent to a new process
     assert lookup(reader, TEXT) == WHOLE // PAGE
     rest = torch.ones(SLOTS + PAGE, dtype=torch.bool)
     into = scattered(WHOLE, 2)
@@ -170,12 +171,12 @@ def test_pages_come_back_bit_by_bit_and_nothing_else_changes(make: Maker, kind: 
     others = bits(target, rest)
     assert load(reader, into)
     assert all(map(torch.equal, bits(target, into), bits(source, slots[:WHOLE])))
-    assert all(map(torch.equal, bits(target, rest), others)), "something else was written"
+    assert all(map(torch.equal, bits(target, rest), others)), "other slots were written"
 
 
 @pytest.mark.parametrize("device_tokens", [4, 8, 20, 36])
 def test_only_what_the_device_lacks_is_loaded(make: Maker, device_tokens: int) -> None:
-    """From the middle of a chunk on, too."""
+    """Also from the middle of a chunk."""
     pool = device_pool("mha")
     fill(pool, 1)
     linker = make(pool)
@@ -189,7 +190,7 @@ def test_only_what_the_device_lacks_is_loaded(make: Maker, device_tokens: int) -
     assert all(torch.equal(a, b[device_tokens:]) for a, b in zip(bits(pool, into), was, strict=True))
     moved = linker.stats()['lmcache_moved_bytes_total{src="dram",dst="engine"}']
     chunks = WHOLE // CHUNK - device_tokens // CHUNK
-    assert moved == chunks * linker._pool.spec.object_bytes(0, CHUNK), "what the device had was read all the same"
+    assert moved == chunks * linker._pool.spec.object_bytes(0, CHUNK), "chunks that the device holds were read"
 
 
 def test_fewer_pages_than_were_found_are_loaded_where_another_rank_has_fewer(make: Maker) -> None:
@@ -215,9 +216,9 @@ def test_damage_is_a_load_refused(make: Maker, damage: str) -> None:
     assert linker.flush()
     reader = make(pool)
     DAMAGES[damage](object_files(make.folder), random.Random(1))
-    assert lookup(reader, TEXT) == WHOLE // PAGE, "files are only looked at when they are read"
+    assert lookup(reader, TEXT) == WHOLE // PAGE, "files are only verified when read"
     assert not load(reader, scattered(WHOLE, 2))
-    assert lookup(reader, TEXT) == 0, "a damaged file is offered again"
+    assert lookup(reader, TEXT) == 0, "a damaged file hits again"
 
 
 def test_a_request_nobody_asked_about_or_that_waited_too_long_is_computed(make: Maker) -> None:
@@ -232,7 +233,7 @@ def test_a_request_nobody_asked_about_or_that_waited_too_long_is_computed(make: 
     for number in range(50):
         assert lookup(linker, TEXT, rid=f"r{number}") == 10
         time.sleep(0.01)
-    assert len(linker._waiting) < 20, "requests that never came back are remembered for ever"
+    assert len(linker._waiting) < 20, "requests that were never looked up again are not released"
     linker.reset()
     assert not linker._waiting
 
@@ -303,7 +304,7 @@ def test_pools_of_another_kind_or_with_other_ways_are_refused() -> None:
 
     plain = device_pool("mha")
     numerics, rank = compat.numerics_of(1, 1), Rank()
-    for kind, name, reason in ((Unknown, "Unknown", "not known"), (Turned, "MHATokenToKVPool", "contradict")):
+    for kind, name, reason in ((Unknown, "Unknown", "not supported"), (Turned, "MHATokenToKVPool", "contradict")):
         kind.__name__ = name
         plain.__class__ = kind
         with pytest.raises(UnsupportedError, match=reason):
@@ -313,7 +314,7 @@ def test_pools_of_another_kind_or_with_other_ways_are_refused() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown setting": ({"disk_pth": "/x"}, "did you mean 'disk_path'"),
     "nowhere": ({"disk_path": None, "dram_bytes": 0}, "nowhere to keep KV"),
-    "sliding windows": ({"components": (ComponentType.FULL, ComponentType.SWA)}, "SWA beside full attention"),
+    "sliding windows": ({"components": (ComponentType.FULL, ComponentType.SWA)}, "SWA besides full attention"),
     "context parallelism": ({"params": {"attn_cp_size": 2}}, "context parallelism"),
     "pipelines": ({"params": {"pp_size": 2}}, "pipeline"),
     "drafts": ({"params": {"is_eagle": True}}, "draft"),
@@ -326,7 +327,7 @@ def test_what_cannot_be_cached_is_said_and_everything_is_a_miss(make: Maker, wha
     pool = device_pool("mha")
     linker = make(pool, **changes)
     assert reason in linker._off
-    assert not offload(linker, TEXT, scattered(WHOLE, 1)), "SGLang has to hear of it on every rank"
+    assert not offload(linker, TEXT, scattered(WHOLE, 1)), "the failure must be reported on every rank"
     assert lookup(linker, TEXT) == 0
     assert not load(linker, scattered(WHOLE, 1))
     linker.reset()

@@ -1,4 +1,4 @@
-"""Run by `test_sglang_mutants.py`: the engine suite on each broken storage. Every class must have a test that fails."""
+"""Run by `test_sglang_mutants.py`: the engine suite on each broken storage. Every class must have a failing test."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ linker_forgets_who_asked = Broken("LinkerForgetsWhoAsked")
 
 
 class Values(EngineBase):
-    """One test that shows wrong values at once."""
+    """One test that detects wrong values quickly."""
 
     test_again = ValueTests.test_asking_again_and_again_changes_nothing
 
@@ -83,7 +83,7 @@ class MutantSwapsKeysAndValues(Values):
 
 
 class MutantLoadsNothing(EngineBase):
-    """In a new process: in the old one, host pages still hold what they held before the flush."""
+    """Needs a new process: in the old one, host pages still have their contents from before the flush."""
 
     adapter = "inside_mutants:loads_nothing"
     test_restart = ValueTests.test_a_new_process_goes_on_from_disk_alone
@@ -125,7 +125,7 @@ class MutantLinkerStoresFromTheWrongEnd(Values):
 
 
 class MutantLinkerPutsANodeBeforeItsParents(EngineBase):
-    """Where a prompt goes on from a node that is stored already."""
+    """Detected when a prompt continues from a node that is already stored."""
 
     adapter = "inside_mutants:linker_puts_a_node_before_its_parents"
     test_dialogue = ValueTests.test_logits_after_a_hit_are_those_of_recomputation_in_the_same_split

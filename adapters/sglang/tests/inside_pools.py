@@ -1,4 +1,4 @@
-"""Run by `test_sglang_pools.py` in a process of its own: pages into tiers and back, against naive reads of SGLang's pools."""
+"""Run by `test_sglang_pools.py` in a separate process: round trips of pages, compared with naive reads of SGLang's pools."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from poollab import CASES, DTYPES, LAYERS, PAGE, PAGES, fill, host_pool, storage_config, tokens_of
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
+from lmcache.adapter import UnsupportedError
 from lmcache_conformance.labs.damage import object_files, poison
 from lmcache_sglang import LMCacheStorage, compat, launch, pools
 
@@ -21,12 +22,12 @@ KEYS = [f"{n:064x}" for n in range(PAGES)]
 
 @pytest.fixture(autouse=True)
 def _no_weight_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are tried with a real engine; here they would outlive the test."""
+    """Hooks would outlive the test; they are tested with a real engine."""
     monkeypatch.setattr(compat, "watch_weights", lambda changed: None)
 
 
 class Maker:
-    """Opens storages over one folder and closes them."""
+    """Opens storages on one folder and closes them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +65,7 @@ def test_pages_come_back_bit_by_bit_and_nothing_else_changes(
     fill(source, 1)
     before = source.kv_buffer.clone()
     writer = make(source)
-    assert torch.equal(source.kv_buffer.view(torch.uint8), before.view(torch.uint8)), "the proof left traces"
+    assert torch.equal(source.kv_buffer.view(torch.uint8), before.view(torch.uint8)), "the proof changed the pool"
     pages, target_pages = [4, 1, 5], [0, 3, 2]
     assert writer.batch_set_v1(KEYS[:3], slots_of(pages)) == [True] * 3
     assert writer.flush()
@@ -72,7 +73,7 @@ def test_pages_come_back_bit_by_bit_and_nothing_else_changes(
     target = host_pool(kind, layout, dtype)
     fill(target, 2)
     untouched = tokens_of(target, kind, slots_of([1, 4, 5]).tolist())
-    reader = make(target)  # another engine on the same folder: from disk
+    reader = make(target)  # another engine on the same folder reads from disk
     assert reader.batch_get_v1(KEYS[:3], slots_of(target_pages)) == [True] * 3
     wanted = tokens_of(source, kind, slots_of(pages).tolist())
     assert torch.equal(tokens_of(target, kind, slots_of(target_pages).tolist()), wanted)
@@ -97,7 +98,7 @@ def test_every_layout_reads_what_every_other_has_written(make: Maker, kind: str)
 
 
 def test_a_key_names_its_page_wherever_a_call_begins(make: Maker) -> None:
-    """SGLang fetches the rest of a request whose beginning it has itself."""
+    """SGLang only loads the part of a prefix that it does not hold itself."""
     pool = host_pool("mha", "page_first")
     fill(pool, 3)
     storage = make(pool)
@@ -244,7 +245,9 @@ def test_new_weights_under_the_old_name_find_nothing(make: Maker) -> None:
     storage.batch_set_v1(KEYS[:1], slots_of([0]))
     assert storage.batch_exists(KEYS[:1]) == 1
     storage.flush()
-    assert make(host_pool("mha", "page_first")).batch_exists(KEYS[:1]) == 1, "what was stored before is still others'"
+    assert make(host_pool("mha", "page_first")).batch_exists(KEYS[:1]) == 1, (
+        "KV stored before is still valid for others"
+    )
 
 
 def test_clear_empties_the_folder(make: Maker) -> None:
@@ -257,15 +260,15 @@ def test_clear_empties_the_folder(make: Maker) -> None:
     assert storage.batch_exists(KEYS) == 0
 
 
-# ---------------------------------------------------------------- layouts that are not what they say
+# ---------------------------------------------------------------- wrong layouts
 
 
 def test_a_layout_that_is_not_true_is_found_out(make: Maker, caplog: pytest.LogCaptureFixture) -> None:
-    """Two heads, two planes, four slots: shapes alone fit more than one layout."""
+    """Two heads, two planes, four slots: the shape fits several layouts."""
     pool = host_pool("mha", "page_first_direct", page=LAYERS)
     pool.layout = "page_first_direct"
     views = pool.k_data_refs
-    pool.k_data_refs, pool.v_data_refs = pool.v_data_refs, views  # K where V is said to be
+    pool.k_data_refs, pool.v_data_refs = pool.v_data_refs, views  # swapped K and V
     with caplog.at_level(logging.WARNING, "lmcache"):
         storage = make(pool)
     assert "contradict" in storage._off or storage._stores["kv"].pages.label.startswith("opaque")
@@ -278,7 +281,7 @@ def test_transposed_accessors_are_found_out() -> None:
         plain(index, False).transpose(2, 3).flatten() if flat else plain(index, False).transpose(2, 3)
     )
     spec_pages = pools.DirectPages
-    with pytest.raises(compat.UnsupportedError, match="contradict"):
+    with pytest.raises(UnsupportedError, match="contradict"):
         spec_pages(pool, "m", compat.numerics_of(1, 1), pools.Rank())
 
 
@@ -301,7 +304,7 @@ def test_an_unknown_layout_goes_as_opaque_pages(make: Maker) -> None:
 
 
 class StatePool:
-    """Stands for Mamba's: one slot a page, bytes of several tensors behind each other."""
+    """Simulates Mamba's state pool: one slot per page, with the concatenated bytes of several tensors."""
 
     page_size = 1
     layout = "page_first"
@@ -343,7 +346,7 @@ def test_a_state_pool_restores_prefixes_that_end_where_it_has_a_state(make: Make
 
 
 def test_a_window_pool_and_an_indexer(make: Maker) -> None:
-    """Sliding window: the last pages of a prefix. Indexer: all of them."""
+    """A sliding window needs the last pages of a prefix, an indexer all of them."""
     storage = make(host_pool("mha", "page_first"))
     swa, indexer = host_pool("mha", "page_first_direct", heads=1), host_pool("mla", "page_first")
     fill(swa, 1), fill(indexer, 2)
@@ -428,7 +431,7 @@ def test_wrong_calls_are_misses(make: Maker, caplog: pytest.LogCaptureFixture) -
     assert "storage-failed" in caplog.text
 
 
-# ---------------------------------------------------------------- broken backends are found out
+# ---------------------------------------------------------------- broken backends are detected
 
 
 class NoModel(LMCacheStorage):
@@ -444,7 +447,7 @@ def test_a_backend_that_forgets_the_model_would_be_found_out(make: Maker) -> Non
 
 
 def test_poison_with_true_checksums_does_reach_the_pool(make: Maker) -> None:
-    """So that tests which poison files see whether bytes are used."""
+    """Shows that tests with poisoned files detect whether the bytes are used."""
     pool = host_pool("mha", "page_first")
     fill(pool, 1)
     writer = make(pool)

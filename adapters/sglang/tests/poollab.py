@@ -1,4 +1,4 @@
-"""SGLang's real host pools without an engine around them, and where each layout keeps an element, written out by hand."""
+"""SGLang's real host pools without an engine, and each layout's element addresses, written by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 def host_pool(
     kind: str, layout: str, dtype: torch.dtype = torch.bfloat16, page: int = PAGE, heads: int = HEADS, start: int = 0
 ) -> Any:
-    """A host pool of `PAGES` pages, as HiCache makes it beside a device pool of half the size."""
+    """A host pool of `PAGES` pages, as HiCache creates it for a device pool of half the size."""
     slots = PAGES * page // 2
     common: dict[str, Any] = {
         "host_to_device_ratio": 2.0 - 1.0 / slots,  # SGLang adds a page
@@ -65,13 +65,13 @@ def host_pool(
 
 
 def fill(pool: Any, seed: int) -> None:
-    """Random bits, NaNs and denormals among them."""
+    """Fills the pool with random bits, including NaNs and denormals."""
     raw = pool.kv_buffer.view(torch.uint8)
     raw.copy_(torch.randint(0, 256, raw.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
 
 
 def element(pool: Any, kind: str, plane: int, layer: int, slot: int) -> torch.Tensor:
-    """All heads' values of one token `(head, dim)`: indices as SGLang's kernels use them, by hand for each layout."""
+    """Values of one token, `(head, dim)`, with the indexing of SGLang's kernels, by hand for each layout."""
     b, page, offset = pool.kv_buffer, slot // pool.page_size, slot % pool.page_size
     part = b if kind == "mla" else b[plane]
     if pool.layout == "layer_first":
@@ -97,7 +97,7 @@ def tokens_of(pool: Any, kind: str, slots: list[int]) -> torch.Tensor:
 
 
 def storage_config(**changes: Any) -> HiCacheStorageConfig:
-    """As SGLang makes it for one rank."""
+    """A config as SGLang creates it for one rank."""
     given: dict[str, Any] = {
         "tp_rank": 0,
         "tp_size": 1,

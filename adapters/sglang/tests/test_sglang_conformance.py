@@ -1,4 +1,4 @@
-"""The SGLang adapter passes the engine suite: all of it with a Llama, what differs with latent attention and with windows."""
+"""The SGLang adapter passes the engine suite: all of it with a Llama model, parts with MLA and with sliding windows."""
 
 import msgspec
 import pytest
@@ -23,7 +23,7 @@ class TestSGLang(EngineTests):
 
 @pytest.mark.slow
 class TestSGLangLatent(EngineBase):
-    """DeepSeek-V2: one plane, one head, one writer. The rest is `lmcache conformance --adapter sglang`."""
+    """DeepSeek-V2: one plane, one head, one writer. `lmcache conformance --adapter sglang` runs the whole suite."""
 
     adapter = "lmcache_sglang.testing.conformance:adapter"
     capabilities = msgspec.structs.replace(CLAIMS, models=("deepseek",), dtypes=("float32",))
@@ -34,7 +34,7 @@ class TestSGLangLatent(EngineBase):
 
     @level(Level.LOGITS)
     def test_a_prompt_that_ends_with_a_page_is_played_back_with_the_page_it_computed(self, bench: Bench) -> None:
-        """That page is computed twice, by different splits; SGLang would decode from whichever its tree has."""
+        """That page is computed twice, in different splits; SGLang decodes from whichever is in its tree."""
         engine = bench.shared()
         for chunks in range(2, 10):
             prompt = bench.chunks(chunks, more=0)
@@ -46,8 +46,8 @@ class TestSGLangLatent(EngineBase):
 
 @pytest.mark.slow
 class TestSGLangSliding(EngineBase):
-    """Mellum: the sliding layers' KV is a pool of its own, of which a prompt's last pages are kept, and so are needed. What
-    two prompts share short of where one of them ended is a miss with SGLang, so the suite as a whole is not claimed.
+    """Mellum: sliding layers have their own pool, of which only a prompt's last pages are stored, and needed for a hit. So a
+    prefix shared by two prompts only hits if one of them ended there, and the adapter does not claim the whole suite.
     """
 
     adapter = "lmcache_sglang.testing.conformance:adapter"

@@ -1,4 +1,4 @@
-"""The linker passes the engine suite, what it has stored is what vLLM and Hugging Face read, and back; and what is its own."""
+"""The linker passes the engine suite and shares KV with vLLM and Hugging Face in both directions; plus tests of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ needs_sglang = pytest.mark.skipif(linker.why_not() is not None, reason=linker.wh
 
 @pytest.mark.slow
 class TestSGLangLinker(EngineTests):
-    """Less what takes long and is the core's alone, tried with other engines: `lmcache conformance --adapter sglang-linker`."""
+    """Without slow tests that only concern the core; `lmcache conformance --adapter sglang-linker` runs them, too."""
 
     adapter = "lmcache_sglang.testing.conformance:linker"
     capabilities = LLAMA
@@ -47,7 +47,7 @@ class TestSGLangLinker(EngineTests):
 
 @pytest.mark.slow
 class TestSGLangLinkerLatent(EngineBase):
-    """DeepSeek-V2: one plane, one head. The rest is `lmcache conformance --adapter sglang-linker`."""
+    """DeepSeek-V2: one plane, one head. `lmcache conformance --adapter sglang-linker` runs the whole suite."""
 
     adapter = "lmcache_sglang.testing.conformance:linker"
     capabilities = msgspec.structs.replace(linker.capabilities, models=("deepseek",), dtypes=("float32",))
@@ -56,7 +56,7 @@ class TestSGLangLinkerLatent(EngineBase):
     _goes_on = ValueTests._goes_on
 
 
-# Of DeepSeek, transformers keep keys and values, SGLang the latents that they are made from: other KV under other names.
+# No cross tests with DeepSeek: transformers caches keys and values, SGLang the latents they are computed from.
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def ask(engine: ForkedSession, *prompts: tuple[int, ...], salt: str = "") -> lis
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Response:
-    """The answer of an engine that has cached nothing."""
+    """The answer of an engine with an empty cache."""
     with session(tmp_path_factory.mktemp("disk")) as engine:
         return ask(engine)[0]
 
@@ -114,7 +114,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Response:
 @pytest.mark.slow
 class TestItsOwn:
     def test_a_hit_begins_in_the_middle_of_a_chunk(self, tmp_path: Path, truth: Response) -> None:
-        """The device has a page that others share; our chunk is two pages, and another process wrote it."""
+        """The device holds one page of a shared prefix; a chunk is two pages, and another process wrote it."""
         with session(tmp_path, chunk_tokens=32) as engine:
             ask(engine)
             engine.flush()
@@ -136,7 +136,7 @@ class TestItsOwn:
             assert [a.tokens for a in answers] == [p.tokens for p in plain]
 
     def test_what_the_device_has_evicted_comes_back(self, tmp_path: Path, truth: Response) -> None:
-        """Memory for a few prompts: no flush, only others' pages in the way."""
+        """With memory for a few prompts, other prompts evict pages; there is no flush."""
         rng = random.Random(2)
         with session(tmp_path, options={"device_tokens": 256}) as engine:
             ask(engine)
@@ -147,7 +147,7 @@ class TestItsOwn:
             assert got.tokens == truth.tokens
 
     def test_extra_keys_set_apart(self, tmp_path: Path) -> None:
-        """The suite's tenants have a `cache_salt` here; this is SGLang's other way."""
+        """The suite uses `cache_salt` for tenants; `extra_key` is SGLang's other field."""
         with session(tmp_path, options={"salt": "extra_key"}) as engine:
             for _ in range(2):
                 for salt in ("a", "b"):
@@ -191,7 +191,7 @@ class TestItsOwn:
             assert message in said[0]
 
     def test_from_python_as_a_user_switches_it_on(self, tmp_path: Path) -> None:
-        """`server_args`, and no conformance session in between."""
+        """With `server_args`, and without a conformance session."""
         script = tmp_path / "serve.py"
         script.write_text(SERVE, encoding="utf-8")
         command = [sys.executable, str(script), str(model_folder("llama")), str(tmp_path / "disk"), *sys.path]

@@ -18,7 +18,7 @@ if why := adapter.why_not():
 
 HERE = Path(__file__).parent
 ACCIDENTS = ("EngineRaised: adapter", "EngineDied: adapter", "storage-failed", "cache-disabled reason=")
-"""A mutant that shows itself like this is broken in another way than it means to be."""
+"""Texts that show that a mutant failed in another way than intended."""
 
 
 @pytest.mark.slow

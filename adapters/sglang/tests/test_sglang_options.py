@@ -1,4 +1,4 @@
-"""SGLang's own options around the storage: layouts, policies, injected failures, evictions, new weights, wrong settings."""
+"""SGLang's options that affect the storage: layouts, policies, injected failures, evictions, new weights, wrong settings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def session(
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Response:
-    """The answer of an engine that has cached nothing."""
+    """The answer of an engine with an empty cache."""
     with session(tmp_path_factory.mktemp("disk")) as engine:
         return ask(engine)
 
@@ -75,14 +75,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_hits_under_the_options_of_hicache(tmp_path: Path, truth: Response, what: str) -> None:
     engine_options, cache = OPTIONS[what]
     with session(tmp_path, engine_options, **cache) as engine:
-        for _ in range(3):  # selective: what is used again is worth writing
+        for _ in range(3):  # `write_through_selective` writes pages when they are reused
             assert ask(engine).tokens == truth.tokens
         engine.drop_device_cache()
         got = ask(engine)
         assert got.hit == WHOLE, dict(got.cached)
         assert got.tokens == truth.tokens
         engine.flush()
-    with session(tmp_path) as engine:  # whatever the layout was
+    with session(tmp_path) as engine:  # under another layout
         got = ask(engine)
         assert got.hit == WHOLE, dict(got.cached)
         assert got.tokens == truth.tokens
@@ -108,12 +108,12 @@ def test_failures_that_sglang_injects_cost_hits_and_nothing_else(tmp_path: Path,
             hits.add(got.hit)
             assert got.tokens == truth.tokens
             engine.drop_device_cache()
-        assert hits >= {0, WHOLE}, f"of twelve requests all had hits of {hits}"
+        assert hits >= {0, WHOLE}, f"hits of twelve requests were {hits}"
 
 
 @pytest.mark.parametrize("policy", ["write_through", "write_back"])
 def test_what_device_and_host_have_evicted_comes_back(tmp_path: Path, truth: Response, policy: str) -> None:
-    """Memory for a few prompts: no flush, only others' pages in the way. `write_back` writes what leaves the device."""
+    """With memory for a few prompts, other prompts evict pages; there is no flush. `write_back` writes evicted pages."""
     rng = random.Random(2)
     options = {"hicache_ratio": 1.2, "hicache_write_policy": policy}
     with session(tmp_path, options, options={"device_tokens": 256}) as engine:

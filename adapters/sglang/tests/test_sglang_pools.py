@@ -1,4 +1,4 @@
-"""Every host layout and device pool of SGLang, into tiers and back. In own processes: importing SGLang patches transformers."""
+"""Round trips through the tiers for every host layout and device pool. In separate processes: SGLang patches transformers."""
 
 from __future__ import annotations
 

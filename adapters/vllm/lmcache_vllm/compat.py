@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import vllm
 
-from lmcache.observe.log import LOGGER
+from lmcache import adapter
+from lmcache.adapter import UnsupportedError as UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,36 +23,18 @@ OLDEST = (0, 28)
 """Before it, the connector interface has no layouts and no handshake of the kind used here."""
 
 
-class UnsupportedError(Exception):
-    """This vLLM, or this way of running it, cannot be cached; the message says why."""
-
-
 def check_version() -> str:
-    """A sentence to warn with if this release was never tested, or empty.
+    """Returns a warning if this release is untested, else an empty string.
 
     Raises:
-        UnsupportedError: it is known not to work.
+        UnsupportedError: this release is known not to work.
     """
-    version = str(vllm.__version__)
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-    if numbers and numbers < OLDEST:
-        raise UnsupportedError(f"vLLM {version} is too old; the connector needs {'.'.join(map(str, OLDEST))} or newer")
-    if ".".join(map(str, numbers)) in TESTED:
-        return ""
-    return (
-        f"vLLM {version} was never tested with this connector, only {', '.join(TESTED)}; the layout proof still holds"
-    )
+    return adapter.check_version("vLLM", str(vllm.__version__), tested=TESTED, oldest=OLDEST, component="connector")
 
 
 def join_log() -> None:
-    """Say things where vLLM says its own, at its level; unless the application has decided where our lines go."""
-    theirs = logging.getLogger("vllm")
-    if LOGGER.handlers or LOGGER.level or logging.getLogger().handlers or not theirs.isEnabledFor(logging.INFO):
-        return
-    LOGGER.setLevel(theirs.level)
-    LOGGER.propagate = theirs.propagate
-    for handler in theirs.handlers:
-        LOGGER.addHandler(handler)
+    """Sends the cache's log lines where vLLM's go."""
+    adapter.join_log("vllm")
 
 
 try:

@@ -17,8 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from lmcache.adapter import reason_of, record_failure
 from lmcache.config import Config
-from lmcache.errors import LMCacheError
 from lmcache.observe.log import Throttle, info
 from lmcache.plan import Plan
 from lmcache_vllm import compat
@@ -83,8 +83,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception as error:
             if strict:
                 raise
-            foreseen = isinstance(error, (LMCacheError, compat.UnsupportedError))  # or vLLM's internals have changed
-            self._disabled = str(error) if foreseen else f"{type(error).__name__}: {error}"
+            self._disabled = reason_of(error)
             if role == KVConnectorRole.SCHEDULER:  # which also says what workers report
                 self._throttle.warning("cache-disabled", reason=self._disabled)
 
@@ -100,20 +99,22 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             return call(half)
         except Exception as error:
-            self._throttle.warning("cache-off", reason=f"{type(error).__name__}: {error}")
-            half.metrics.failed("connector", "internal")
-            if self._scheduler is half:
-                self._scheduler = None
-            elif self._worker is half and isinstance(half, ConnectorWorker):
-                self._worker = half.switch_off(self._unanswered)
+            self._half_failed(half, error)
             return default
+
+    def _half_failed(self, half: ConnectorScheduler | Worker, error: Exception) -> None:
+        record_failure(error, "cache-off", self._throttle, half.metrics)
+        if self._scheduler is half:
+            self._scheduler = None
+        elif self._worker is half and isinstance(half, ConnectorWorker):
+            self._worker = half.switch_off(self._unanswered)
 
     # ---------------------------------------------------------------- worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """See the base class."""
         if self._worker is not None:
-            self._worker.register(kv_caches)
+            self._worker.register_kv_caches(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake | None:
         """What this worker holds, for the scheduler half; or why it holds nothing."""
@@ -135,11 +136,11 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(connector_metadata, StepMeta)
         self._quiet = connector_metadata.quiet
         self._unanswered = connector_metadata
-        self._ask(self._worker, lambda half: half.bind(connector_metadata), None)
+        self._ask(self._worker, lambda half: half.bind_connector_metadata(connector_metadata), None)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Loads, and traffic between tiers."""
-        self._ask(self._worker, lambda half: half.start_loads(), None)
+        self._ask(self._worker, lambda half: half.start_load_kv(), None)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request is scheduled when its load has ended."""
@@ -151,14 +152,14 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """Stores."""
-        self._ask(self._worker, lambda half: half.start_stores(), None)
+        self._ask(self._worker, lambda half: half.wait_for_save(), None)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Loads that ended."""
         nothing: LoadResults | None = None
-        landed = self._ask(self._worker, lambda half: half.landed(), nothing)
+        landed = self._ask(self._worker, lambda half: half.get_transfer_results(), nothing)
         if landed is None:  # there is no half, or its stand-in has to answer
-            landed = self._ask(self._worker, lambda half: half.landed(), LoadResults())
+            landed = self._ask(self._worker, lambda half: half.get_transfer_results(), LoadResults())
         self._unanswered = None
         several = len(self._kv_cache_config.kv_cache_groups) > 1
         self._lost_blocks = set() if several else landed.blocks
@@ -176,7 +177,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> RankMeta | None:
         """Reports for the scheduler half."""
-        return self._ask(self._worker, lambda half: half.report(), None)
+        return self._ask(self._worker, lambda half: half.build_connector_worker_meta(), None)
 
     # ---------------------------------------------------------------- scheduler
 
@@ -189,18 +190,20 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """What the workers hold."""
         offers = [found.read() for found in metadata.values() if isinstance(found, Handshake)]
         if offers:
-            self._ask(self._scheduler, lambda half: half.meet(offers), None)
+            self._ask(self._scheduler, lambda half: half.open(offers), None)
 
     def on_new_request(self, request: Request) -> None:
         """Fetch from lower tiers while the request queues."""
-        self._ask(self._scheduler, lambda half: half.arrived(request), None)
+        self._ask(self._scheduler, lambda half: half.on_new_request(request), None)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """What can be loaded beyond vLLM's own prefix cache; always asynchronously."""
         nothing: int | None = 0
         if request.request_id in self._refused:
             return nothing, False
-        found = self._ask(self._scheduler, lambda half: half.matched(request, num_computed_tokens), nothing)
+        found = self._ask(
+            self._scheduler, lambda half: half.get_num_new_matched_tokens(request, num_computed_tokens), nothing
+        )
         if found:
             self._offered[request.request_id] = num_computed_tokens
         return found, bool(found)
@@ -211,7 +214,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         local = self._offered.pop(request.request_id, 0)
         if num_external_tokens:
             self._unsent.append(BlockView(request.request_id, ids, local, local + num_external_tokens))
-        self._ask(self._scheduler, lambda half: half.allocated(request, ids, num_external_tokens), None)
+        self._ask(self._scheduler, lambda half: half.update_state_after_alloc(request, ids, num_external_tokens), None)
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         """For vLLM's own metrics."""
@@ -226,7 +229,9 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMeta:
         """What the workers do in this step. A load that vLLM counts on and the half says nothing of is refused."""
         unsent, self._unsent = self._unsent, []
-        meta = self._ask(self._scheduler, lambda half: half.step(scheduler_output), StepMeta(Plan(0, (), ())))
+        meta = self._ask(
+            self._scheduler, lambda half: half.build_connector_meta(scheduler_output), StepMeta(Plan(0, (), ()))
+        )
         if unsent:
             said = {view.request for view in (*meta.views.values(), *meta.refused)}
             meta.refused.extend(view for view in unsent if view.request not in said)
@@ -238,7 +243,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """What the workers say."""
         meta: KVConnectorWorkerMetadata | None = connector_output.kv_connector_worker_meta
         if isinstance(meta, RankMeta):
-            self._ask(self._scheduler, lambda half: half.reported(meta), None)
+            self._ask(self._scheduler, lambda half: half.update_connector_output(meta), None)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks are never held back: what was worth storing has been stored."""
@@ -250,16 +255,16 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """See `request_finished`."""
         self._offered.pop(request.request_id, None)
         self._refused.discard(request.request_id)
-        self._ask(self._scheduler, lambda half: half.finished(request), None)
+        self._ask(self._scheduler, lambda half: half.request_finished(request), None)
         return False, None
 
     def has_pending_push_work(self) -> bool:
         """Write-behind goes on only while the engine steps."""
-        return self._ask(self._scheduler, lambda half: half.busy, False)
+        return self._ask(self._scheduler, lambda half: half.has_pending_push_work, False)
 
     def reset_cache(self) -> bool | None:
         """Empty every tier."""
-        return self._ask(self._scheduler, lambda half: half.reset(), None)
+        return self._ask(self._scheduler, lambda half: half.reset_cache(), None)
 
     def take_events(self) -> Iterable[Any]:
         """What became usable in DRAM and on disk, and what ceased to be, where vLLM is asked for KV events."""
@@ -270,7 +275,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Finish write-behind, release the tiers."""
-        self._ask(self._worker, lambda half: half.close(), None)
+        self._ask(self._worker, lambda half: half.shutdown(), None)
 
     def get_kv_connector_stats(self) -> CacheStats | None:
         """What was counted since the last call."""

@@ -1,4 +1,4 @@
-"""What scheduler and workers tell each other, carried by vLLM's own messages. Plain data; vLLM encodes it.
+"""The messages between scheduler and workers, carried by vLLM's own messages. Plain data; vLLM encodes it.
 
 `StepMeta` rides on a step's `SchedulerOutput`, `RankMeta` on what a worker returns, `Handshake` is sent once at start-up.
 """
@@ -15,18 +15,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from lmcache.control.outcomes import TierInfo
 from lmcache.plan import Plan, Report, TierFacts
 from lmcache.spec import KVSpec
 
 
 class BlockView(msgspec.Struct, frozen=True, array_like=True):
-    """Where a request's tokens lie, as vLLM says it.
+    """Where a request's tokens lie in vLLM's KV cache.
 
     Attributes:
         request: vLLM's request id.
         blocks: per group, block ids from the request's first token on; 0 is vLLM's null block: not resident.
-        skip: so many leading tokens are somebody else's business and must not be written.
-        tokens: up to here.
+        skip: number of leading tokens already resident in the engine; their slots are not written.
+        tokens: length of the view, from the first token on.
     """
 
     request: str
@@ -36,7 +37,7 @@ class BlockView(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ClearRequest(msgspec.Struct, frozen=True, array_like=True):
-    """Empty the tiers: of these namespaces, or of everything. Wishes are numbered and repeated until all ranks are done."""
+    """Clear the tiers of these namespaces, or of everything. Numbered, and repeated until all ranks have done it."""
 
     number: int
     namespaces: tuple[bytes, ...] | None
@@ -49,8 +50,8 @@ class StepMeta(KVConnectorMetadata):
     Attributes:
         plan: for `Transfer`; loads and tier traffic run beside the forward pass, stores after it.
         views: job id → engine memory of that job.
-        refused: loads that vLLM waits for and that the index could not plan any more.
-        clear_requests: tiers to empty, oldest first.
+        refused: loads that vLLM waits for and that could not be planned any more.
+        clear_requests: oldest first.
         idle: the step has no forward pass.
         quiet: nor is any request left; it may be the last step for long.
     """
@@ -68,8 +69,8 @@ class RankMeta(KVConnectorWorkerMetadata):
     """What one rank, or after aggregation several, report.
 
     Attributes:
-        cleared: rank → the newest request that is done.
-        facts: rank → what it knows of each tier, where somebody wants to know.
+        cleared: rank → number of the newest clear request that is done.
+        facts: rank → what it measured of each tier, if admission needs it.
     """
 
     reports: list[Report]
@@ -83,22 +84,20 @@ class RankMeta(KVConnectorWorkerMetadata):
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """What a worker brings.
+    """What a worker has opened.
 
     Attributes:
         spec: what its KV is; ranks must agree on all but the rects.
         slots: arena slots per group.
-        tiers: name, and whether other processes may add to it, nearest first.
-        capacities: bytes that each tier holds at most; None: no limit.
-        facts: what the rank knows of each tier now, where somebody wants to know.
+        tiers: nearest first.
+        facts: what the rank measured of each tier, if admission needs it.
         disabled: why this worker caches nothing, or empty.
     """
 
     rank: int
     spec: KVSpec | None
     slots: tuple[int, ...] = ()
-    tiers: tuple[tuple[str, bool], ...] = ()
-    capacities: tuple[int | None, ...] = ()
+    tiers: tuple[TierInfo, ...] = ()
     facts: tuple[TierFacts, ...] = ()
     disabled: str = ""
 
@@ -128,7 +127,11 @@ def agreed(offers: Sequence[Offer]) -> str:
     assert first.spec is not None
     for offer in offers[1:]:
         assert offer.spec is not None
-        mine = (first.spec.model, first.spec.groups, first.spec.numerics, first.tiers)
-        if (offer.spec.model, offer.spec.groups, offer.spec.numerics, offer.tiers) != mine:
+        mine = (first.spec.model, first.spec.groups, first.spec.numerics, _names(first))
+        if (offer.spec.model, offer.spec.groups, offer.spec.numerics, _names(offer)) != mine:
             return f"ranks {first.rank} and {offer.rank} see different models, numerics or tiers"
     return ""
+
+
+def _names(offer: Offer) -> list[tuple[str, bool]]:
+    return [(tier.name, tier.shared) for tier in offer.tiers]

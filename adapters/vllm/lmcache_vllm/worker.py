@@ -1,7 +1,7 @@
-"""The worker half: owns one rank's arenas and tiers, and carries out plans on the KV tensors that vLLM registered.
+"""The worker's side: owns one rank's data plane and executes plans on the KV tensors that vLLM registered.
 
-It decides nothing. Loads and tier traffic of a step are started beside the forward pass, stores when it has been submitted;
-what has come of them goes back with the step's output.
+It decides nothing. Loads and tier traffic of a step run beside the forward pass, stores follow it; the reports go back with the
+step's output.
 """
 
 from __future__ import annotations
@@ -15,21 +15,16 @@ import msgspec
 import torch
 
 from lmcache.config import Config
-from lmcache.control.admission import admits
+from lmcache.control.outcomes import TierInfo
 from lmcache.errors import LMCacheError
-from lmcache.format.codec import ObjectCodec
 from lmcache.layout.bound import BoundKV
-from lmcache.memory import anonymous, host_provider, pinned
 from lmcache.observe.log import Throttle, info
 from lmcache.observe.metrics import Metrics
 from lmcache.plan import Job, JobReport, Plan, Report, Status, TierFacts
 from lmcache.spec import KVSpec
-from lmcache.tiers.base import Tier, usable_bytes
-from lmcache.tiers.configured import open_tiers
-from lmcache.transfer import Transfer
-from lmcache.transfer.arena import Arena, share_out
-from lmcache.transfer.engine_copy import open_copier
-from lmcache.transfer.jobs import EngineView
+from lmcache.tiers.base import usable_bytes
+from lmcache.transfer.jobs import EngineView, JobTracker
+from lmcache.transfer.rank import CLOSE_S, Rank, open_rank
 from lmcache_vllm import compat
 from lmcache_vllm.compat import UnsupportedError
 from lmcache_vllm.geometry import identity_of, rounded_chunk, spec_of
@@ -40,12 +35,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-_CLOSE_S = 5.0
-_AHEAD_BYTES = 256 << 20
-"""Host memory made present before it is needed."""
-
 _IDLE_WAIT_S = 0.002
-"""How long a step without a forward pass may wait for news, rather than spin."""
+"""Seconds that a step without a forward pass waits for news, rather than spin."""
 
 
 class LoadResults:
@@ -72,7 +63,7 @@ class Worker(Protocol):
 
     metrics: Metrics
 
-    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+    def register_kv_caches(self, caches: Mapping[str, torch.Tensor]) -> None:
         """Take up vLLM's KV tensors."""
         ...
 
@@ -80,27 +71,27 @@ class Worker(Protocol):
         """For the scheduler half."""
         ...
 
-    def bind(self, step: StepMeta) -> None:
+    def bind_connector_metadata(self, step: StepMeta) -> None:
         """What this step is to do."""
         ...
 
-    def start_loads(self) -> None:
+    def start_load_kv(self) -> None:
         """Everything but stores."""
         ...
 
-    def start_stores(self) -> None:
+    def wait_for_save(self) -> None:
         """What the forward pass has computed."""
         ...
 
-    def landed(self) -> LoadResults:
+    def get_transfer_results(self) -> LoadResults:
         """Loads that ended since the last call."""
         ...
 
-    def report(self) -> RankMeta | None:
+    def build_connector_worker_meta(self) -> RankMeta | None:
         """For the scheduler half; None where there is nothing to say."""
         ...
 
-    def close(self) -> None:
+    def shutdown(self) -> None:
         """Release everything."""
         ...
 
@@ -125,9 +116,7 @@ class ConnectorWorker:
         self.disabled = "vLLM has registered no KV cache"
         self._spec: KVSpec | None = None
         self._kv: BoundKV | None = None
-        self._transfer: Transfer | None = None
-        self._tiers: list[Tier] = []
-        self._slots: tuple[int, ...] = ()
+        self._rank: Rank | None = None
         self._step: StepMeta | None = None
         self._point: object = None
         self._loads: dict[int, BlockView] = {}
@@ -138,7 +127,7 @@ class ConnectorWorker:
 
     # ---------------------------------------------------------------- start-up
 
-    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+    def register_kv_caches(self, caches: Mapping[str, torch.Tensor]) -> None:
         """Take up vLLM's KV tensors: describe, prove, allocate. Whatever is in the way disables this worker."""
         try:
             self._open(caches)
@@ -159,83 +148,64 @@ class ConnectorWorker:
         identity = identity_of(self._vllm_config, self._config.model_identity, self._config.fingerprint)
         spec = spec_of(self._vllm_config, self._kv_config, layers, rank=self.rank, ranks=self.ranks, identity=identity)
         kv, layout = prove_layout(spec, self._kv_config, caches, layers)
-        self._tiers = open_tiers(self._config, self.metrics, self._log)
-        sizes = [spec.object_bytes(group, self._chunk) for group in range(len(spec.groups))]
-        budget = (self._config.dram_bytes or (self._config.queue_bytes if self._tiers else 0)) // self.ranks
-        self._slots = tuple(share_out(budget, sizes))
-        provider, memory = host_provider(self._config.pin_memory)
-        ahead = _AHEAD_BYTES // len(sizes) if provider is anonymous else 0  # pinned memory is taken now
         self._spec, self._kv = spec, kv.bind(spec)
-        arenas = [
-            Arena(n, size, provider, ahead_bytes=ahead, reserve=provider is pinned)
-            for n, size in zip(self._slots, sizes, strict=True)
-        ]
-        self._transfer = Transfer(
+        self._rank = opened = open_rank(
+            self._config,
             spec,
-            self._chunk,
-            arenas,
-            self._tiers,
-            io=ObjectCodec(spec, self._chunk, order=self._config.disk_order, reslice=self._config.share == "semantic"),
-            metrics=self.metrics,
-            log=self._log,
+            self.metrics,
+            self._log,
             rank=self.rank,
-            read_threads=self._config.io_threads,
-            write_threads=self._config.io_threads,
-            queue_bytes=self._config.queue_bytes // self.ranks,
-            open_copier=partial(
-                open_copier,
-                staging_bytes=self._config.staging_bytes,
-                copy_engine_bytes=self._config.copy_engine_bytes,
-            ),
+            ranks=self.ranks,
+            chunk_tokens=self._chunk,
         )
-        if admits(self._config):
-            for position, tier in enumerate(self._tiers):
-                if usable_bytes(tier) is not None:
-                    self._transfer.look(position)
+        if self._config.selective:
+            opened.measure()
         info(
             "cache-open",
             rank=f"{self.rank}/{self.ranks}",
             layout=layout,
             chunk_tokens=self._chunk,
-            slots=self._slots,
-            memory=memory,
-            tiers=[tier.name for tier in self._tiers],
+            slots=opened.slots,
+            memory=opened.memory,
+            tiers=[tier.name for tier in opened.tiers],
         )
 
     def offer(self) -> Offer:
-        """For the scheduler half."""
-        tiers = tuple((tier.name, tier.shared) for tier in self._tiers)
-        capacities = tuple(usable_bytes(tier) for tier in self._tiers)
-        return Offer(self.rank, self._spec, self._slots, tiers, capacities, tuple(self._facts()), self.disabled)
+        """What this rank has opened, for the scheduler."""
+        opened = self._rank
+        if opened is None:
+            return Offer(self.rank, self._spec, disabled=self.disabled)
+        tiers = tuple(TierInfo(tier.name, tier.shared, usable_bytes(tier)) for tier in opened.tiers)
+        return Offer(self.rank, self._spec, opened.slots, tiers, tuple(self._facts()), self.disabled)
 
     def _facts(self) -> list[TierFacts]:
-        return self._transfer.facts() if self._transfer is not None and admits(self._config) else []
+        return self._rank.facts() if self._rank is not None and self._config.selective else []
 
     # ---------------------------------------------------------------- a step
 
-    def bind(self, step: StepMeta) -> None:
+    def bind_connector_metadata(self, step: StepMeta) -> None:
         """What this step is to do."""
         self._step = step
         self._reported = None
         # Before this step's forward pass, which computes other requests' blocks: a load need not wait for it.
         self._point = None
-        if self._transfer is not None and self._kv is not None and step.plan.jobs:
-            self._point = self._transfer.point(self._kv)
+        if self._rank is not None and self._kv is not None and step.plan.jobs:
+            self._point = self._rank.transfer.point(self._kv)
 
-    def start_loads(self) -> None:
+    def start_load_kv(self) -> None:
         """Everything but stores."""
         if self._step is not None:
             self._execute(self._step, stores=False)
             self._clear(self._step.clear_requests)
 
-    def start_stores(self) -> None:
+    def wait_for_save(self) -> None:
         """What the forward pass has computed. On return vLLM may overwrite it."""
         if self._step is not None:
             self._execute(self._step, stores=True)
 
     def _execute(self, step: StepMeta, *, stores: bool) -> None:
         jobs = tuple(job for job in step.plan.jobs if (job.kind == "store") == stores)
-        if self._transfer is None or (not jobs and stores):
+        if self._rank is None or (not jobs and stores):
             return
         views = {}
         for job in jobs:
@@ -245,7 +215,7 @@ class ConnectorWorker:
                     self._loads[job.id] = block_view
                 views[job.id] = self._view(job, block_view)
         after = None if stores else self._point
-        self._transfer.execute(Plan(step.plan.epoch, jobs, step.plan.acked), views, after)
+        self._rank.transfer.execute(Plan(step.plan.epoch, jobs, step.plan.acked), views, after)
 
     def _view(self, job: Job, view: BlockView) -> EngineView:
         assert self._kv is not None
@@ -258,23 +228,23 @@ class ConnectorWorker:
 
     # ---------------------------------------------------------------- what has come of it
 
-    def landed(self) -> LoadResults:
+    def get_transfer_results(self) -> LoadResults:
         """Loads that ended since the last call. After it no call of theirs writes into vLLM's memory."""
         found = LoadResults()
         step = self._step
         for view in step.refused if step is not None else ():
             self._lost(found, view)
-        transfer = self._transfer
-        if transfer is None:
+        if self._rank is None:
             return found
-        if step is not None and step.idle and transfer.running():
-            transfer.wait(self._seen, _IDLE_WAIT_S)
-        self._seen = transfer.news
-        self._reported = transfer.poll()
+        tracker = self._rank.transfer.tracker
+        if step is not None and step.idle and tracker.running():
+            tracker.wait(self._seen, _IDLE_WAIT_S)
+        self._seen = tracker.news
+        self._reported = tracker.report()
         ended = [report for report in self._reported.jobs if report.job in self._loads]
         for report in ended:
             if not report.final:
-                transfer.fence([report.job])
+                tracker.fence([report.job], None)
             self._ended(found, self._loads[report.job], report)
         for report in ended:  # not before all have been answered: until then they are owed
             del self._loads[report.job]
@@ -290,7 +260,7 @@ class ConnectorWorker:
     def _lost(self, found: LoadResults, view: BlockView) -> None:
         found.lost(view, self._sizes)
 
-    def report(self) -> RankMeta | None:
+    def build_connector_worker_meta(self) -> RankMeta | None:
         """For the scheduler half; None where there is nothing to say."""
         reports = [self._reported] if self._reported is not None and self._reported.jobs else []
         cleared = {self.rank: self._cleared} if self._cleared else {}
@@ -309,107 +279,97 @@ class ConnectorWorker:
 
     def _clear_tiers(self, clear_requests: Sequence[ClearRequest]) -> None:
         for request in clear_requests:
-            for position, tier in enumerate(self._tiers):
-                self._clear_tier(position, tier, request)
+            try:
+                if self._rank is not None:
+                    self._rank.clear(request.namespaces)
+            except Exception as error:
+                self.metrics.failed("clear", "tiers")
+                self._log.warning("clear-failed", error=f"{type(error).__name__}: {error}")
             self._cleared = request.number
 
-    def _clear_tier(self, position: int, tier: Tier, request: ClearRequest) -> None:
-        try:
-            for namespace in (None,) if request.namespaces is None else request.namespaces:
-                tier.clear(namespace)
-            if self._transfer is not None and admits(self._config) and usable_bytes(tier) is not None:
-                self._transfer.look(position)
-        except Exception as error:
-            self.metrics.failed("clear", tier.name)
-            self._log.warning("clear-failed", tier=tier.name, error=f"{type(error).__name__}: {error}")
-
     def flush(self) -> None:
-        """What has been written is visible to others."""
-        for tier in self._tiers:
-            tier.flush(durable=False)
+        """Returns when what was written is visible to others."""
+        if self._rank is not None:
+            self._rank.flush()
 
-    def close(self) -> None:
-        """Finish write-behind, end all threads, release the tiers."""
-        if self._transfer is None:
-            return
-        transfer, self._transfer = self._transfer, None
-        if transfer.close(_CLOSE_S):
-            for tier in self._tiers:
-                tier.close()
-        else:
-            self._log.warning("close-incomplete", reason="a tier call still hangs; its threads are left behind")
+    def shutdown(self) -> None:
+        """Finishes write-back, ends all threads, releases the tiers."""
+        opened, self._rank = self._rank, None
+        if opened is not None:
+            opened.close()
 
     def switch_off(self, step: StepMeta | None) -> FailedWorker:
-        """What answers in place of this half, which has raised; with `step`, from within that step on."""
-        if self._transfer is not None:
-            self._transfer.fence(tuple(self._loads), _CLOSE_S)  # no load of ours may write what vLLM computes anew
-        return FailedWorker(self, self._loads, self._sizes, self._transfer, step)
+        """What replaces this worker once it has raised; with `step`, from within that step on."""
+        tracker = self._rank.transfer.tracker if self._rank is not None else None
+        if tracker is not None:
+            tracker.fence(tuple(self._loads), CLOSE_S)  # no load of ours may write what vLLM computes anew
+        return FailedWorker(self, self._loads, self._sizes, tracker, step)
 
 
 class FailedWorker:
-    """Stands in for a worker half that raised: all that is asked of it fails at once, so that nobody waits.
+    """Replaces a worker that raised: everything asked of it fails at once, so that nothing in vLLM waits.
 
-    To vLLM, loads that the half owed an answer and loads of later steps have failed; to the index, all jobs that the
-    transfer does not report. What is loaded, fetched or stored then ceases to exist there, and soon nothing is offered.
+    For vLLM, all loads that the worker has not answered, and those of later steps, have failed; for the scheduler, all jobs that
+    the tracker does not report. What they were to load, prefetch or store leaves the index, and soon nothing is offered.
 
     Args:
-        half: the half that raised.
-        owed: its loads that vLLM still waits for.
-        sizes: tokens a block, of each group.
-        transfer: the half's, whose write-behind goes on.
+        failed: the worker that raised.
+        unanswered: its loads that vLLM still waits for.
+        sizes: tokens per block of each group.
+        tracker: the worker's; its write-back goes on.
         step: the step under way, if its loads were not answered yet.
     """
 
     def __init__(
         self,
-        half: ConnectorWorker,
-        owed: Mapping[int, BlockView],
+        failed: ConnectorWorker,
+        unanswered: Mapping[int, BlockView],
         sizes: Sequence[int],
-        transfer: Transfer | None,
+        tracker: JobTracker | None,
         step: StepMeta | None,
     ) -> None:
-        self.metrics = half.metrics
-        self._half = half
-        self._owed = dict(owed)
+        self.metrics = failed.metrics
+        self._failed = failed
+        self._unanswered = dict(unanswered)
         self._sizes = sizes
-        self._transfer = transfer
+        self._tracker = tracker
         self._step: StepMeta | None = None
         if step is not None:
-            self.bind(step)
+            self.bind_connector_metadata(step)
 
-    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+    def register_kv_caches(self, caches: Mapping[str, torch.Tensor]) -> None:
         """Nothing."""
 
     def offer(self) -> Offer:
         """Nothing, and why."""
-        return Offer(self._half.rank, None, disabled="the worker half is switched off; its log says why")
+        return Offer(self._failed.rank, None, disabled="the worker half is switched off; its log says why")
 
-    def bind(self, step: StepMeta) -> None:
+    def bind_connector_metadata(self, step: StepMeta) -> None:
         """A step; its loads are owed from here on."""
         self._step = step
         loads = [job.id for job in step.plan.jobs if job.kind == "load"]
-        self._owed.update({job: step.views[job] for job in loads if job in step.views})
+        self._unanswered.update({job: step.views[job] for job in loads if job in step.views})
 
-    def start_loads(self) -> None:
+    def start_load_kv(self) -> None:
         """Nothing."""
 
-    def start_stores(self) -> None:
+    def wait_for_save(self) -> None:
         """Nothing."""
 
-    def landed(self) -> LoadResults:
+    def get_transfer_results(self) -> LoadResults:
         """All that is owed, as failed."""
         found = LoadResults()
         refused = self._step.refused if self._step is not None else ()
-        for view in (*refused, *self._owed.values()):
+        for view in (*refused, *self._unanswered.values()):
             found.lost(view, self._sizes)
-        self._owed = {}
+        self._unanswered = {}
         return found
 
-    def report(self) -> RankMeta | None:
+    def build_connector_worker_meta(self) -> RankMeta | None:
         """What the transfer says, and of all other jobs of the step that they failed."""
-        if self._transfer is None or self._step is None:
+        if self._tracker is None or self._step is None:
             return None
-        report = self._transfer.poll()
+        report = self._tracker.report()
         known = {job.job for job in report.jobs}
         failed = [
             JobReport(job.id, (int(Status.FAILED),) * len(job.ops), True, 0, "the worker half is switched off")
@@ -419,9 +379,9 @@ class FailedWorker:
         jobs = (*report.jobs, *failed)
         return RankMeta([msgspec.structs.replace(report, jobs=jobs)]) if jobs else None
 
-    def close(self) -> None:
+    def shutdown(self) -> None:
         """As the half."""
-        self._half.close()
+        self._failed.shutdown()
 
 
 def slots_of(blocks: list[int], block_tokens: int, tokens: int, skip: int) -> torch.Tensor:

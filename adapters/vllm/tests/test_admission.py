@@ -13,8 +13,10 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
 
 from lmcache.config import Config
+from lmcache.control.outcomes import TierInfo
 from lmcache.plan import Copy, JobReport, Report, Status, Tier, TierFacts
 from lmcache.spec import KVSpec
+from lmcache.tiers.janitor import LOW
 from lmcache_vllm.messages import Handshake, Offer, RankMeta
 from lmcache_vllm.scheduler import ConnectorScheduler
 
@@ -47,13 +49,12 @@ class Workers:
                 rank,
                 WHOLE.shard(tp_rank=rank, tp_size=RANKS),
                 (2 * CHUNKS,),
-                (("disk", True),),
-                (CAPACITY,),
+                (TierInfo("disk", True, int(LOW * CAPACITY)),),
                 (self.facts(),),
             )
             for rank in range(RANKS)
         ]
-        self.half.meet(Handshake.of(offer).read() for offer in offers)
+        self.half.open(Handshake.of(offer).read() for offer in offers)
         assert self.half.disabled == ""
 
     def facts(self) -> TierFacts:
@@ -74,18 +75,18 @@ class Workers:
             num_computed_tokens=0,
             all_token_ids=tokens,
         )
-        while self.half.matched(request, 0) is None:
+        while self.half.get_num_new_matched_tokens(request, 0) is None:
             self.step({})
         blocks = ([1 + i for i in range(CHUNKS * CHUNK // BLOCK)],)
-        self.half.allocated(request, blocks, 0)
+        self.half.update_state_after_alloc(request, blocks, 0)
         self.step({request.request_id: len(tokens)}, [Plain(req_id=request.request_id, block_ids=blocks)])
-        self.half.finished(request)
+        self.half.request_finished(request)
         self.step({})
         self.step({})
 
     def step(self, scheduled: dict[str, int], new: Any = ()) -> None:
         nothing = Plain(req_ids=[], new_block_ids=[], resumed_req_ids=set())
-        meta = self.half.step(
+        meta = self.half.build_connector_meta(
             Plain(
                 total_num_scheduled_tokens=sum(scheduled.values()),
                 num_scheduled_tokens=scheduled,
@@ -108,7 +109,7 @@ class Workers:
             told = meta_of if told is None else told.aggregate(meta_of)
         assert told is not None
         assert set(told.facts) == set(range(RANKS))
-        self.half.reported(told)
+        self.half.update_connector_output(told)
 
 
 def test_everything_is_written_while_the_disk_has_room_and_then_what_is_stored_again() -> None:
@@ -157,6 +158,6 @@ def test_what_never_comes_again_soon_stays_off_a_full_disk() -> None:
 def test_workers_that_say_nothing_about_their_tiers_are_believed_to_have_room() -> None:
     workers = Workers("second", used=CAPACITY)
     spec = KVSpec.uniform("m", layers=3, kv_heads=2, head_dim=32, dtype="float32")
-    workers.half.meet([Offer(0, spec, (8,), (("disk", True),))])
-    assert workers.half._admission is not None
-    assert workers.half._admission.has_room(0)
+    workers.half.open([Offer(0, spec, (8,), (TierInfo("disk", True),))])
+    assert workers.half._plane is not None
+    assert workers.half._plane.admission.has_room(0)

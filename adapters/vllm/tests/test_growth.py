@@ -57,9 +57,9 @@ def found():
         "rss": psutil.Process().memory_info().rss,
         "free": pool.get_num_free_blocks(),
         "requests": len(half._requests), "views": len(half._views),
-        **{name: value for name, value in half._index.stats().items() if name in ("jobs", "leases", "failed_owners")},
-        "references": sum(held.run.refs for p in half._index.state.pools for held in p.residents()),
-        "questions": len(half._index._questions),
+        **{name: value for name, value in half._plane.stats().items() if name in ("jobs", "leases", "failed_owners")},
+        "references": sum(held.extent.refs for p in half._plane.state.pools for held in p.residents()),
+        "questions": len(half._plane._questions),
         "observed": len(core.model_executor.driver_worker.worker.model_runner.requests),
         "hits": half.stats()["lmcache_loaded_tokens_total"],
     }

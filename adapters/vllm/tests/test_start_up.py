@@ -17,6 +17,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
 
 from lmcache.config import Config
+from lmcache.control.outcomes import TierInfo
 from lmcache.errors import LMCacheError
 from lmcache.keys import Extra
 from lmcache.observe.log import LOGGER
@@ -269,8 +270,7 @@ def test_a_half_that_raises_is_switched_off_and_says_so_once(said: Callable[[], 
     scheduler = LMCacheConnector(engine_config(), KVConnectorRole.SCHEDULER, kv_config(["model.layers.0.self_attn"]))
     assert scheduler._scheduler is not None
     metrics = scheduler._scheduler.metrics
-    scheduler._scheduler._index = Plain()  # type: ignore[assignment]  # everything asked of it raises
-    scheduler._scheduler._spec = KVSpec.uniform("m", layers=1, kv_heads=1, head_dim=8, dtype="float32")
+    scheduler._scheduler._plane = Plain()  # type: ignore[assignment]  # everything asked of it raises
     for _ in range(3):
         assert scheduler.get_num_new_matched_tokens(request(tokens=[1, 2, 3]), 0) == (0, False)
     [line] = said()
@@ -292,7 +292,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, one_rank: None) -> Callable[..., tup
         monkeypatch.setattr(compat, "attention_layers", lambda config: layers)
         settings = {"dram_bytes": "4MiB", "model_identity": "m", "chunk_tokens": CHUNK, **cache}
         half = ConnectorWorker(engine_config(), kv_config(list(caches)), Config(**settings))
-        half.register(caches)
+        half.register_kv_caches(caches)
         return half, Handshake.of(half.offer()).read()
 
     return opened
@@ -300,7 +300,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, one_rank: None) -> Callable[..., tup
 
 def met(*offers: Offer) -> ConnectorScheduler:
     half = ConnectorScheduler(kv_config(["model.layers.0.self_attn"]), Config(chunk_tokens=CHUNK))
-    half.meet(offers)
+    half.open(offers)
     return half
 
 
@@ -309,11 +309,11 @@ def test_a_worker_with_everything_right_offers_what_it_holds(
 ) -> None:
     half, offer = worker(disk_path=str(tmp_path / "kv"))
     assert offer.disabled == ""
-    assert offer.tiers == (("disk", True),)
+    assert [tier[:2] for tier in offer.tiers] == [("disk", True)]
     assert offer.slots == (4 * 2**20 // (3 * 2 * 2 * 32 * 4 * CHUNK),)
     assert met(offer).disabled == ""
     assert said() == []
-    half.close()
+    half.shutdown()
 
 
 def lying(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
@@ -351,12 +351,14 @@ def test_a_backend_that_is_not_understood_disables_the_cache_with_one_line(
     [line] = said()
     assert line.startswith("cache-disabled")
     assert message in line
-    assert scheduler.matched(request(tokens=list(range(512))), 0) == 0
-    assert not scheduler.busy
-    half.bind(StepMeta(scheduler.step(Plain(num_scheduled_tokens={}, total_num_scheduled_tokens=0)).plan))
-    half.start_loads()
-    half.start_stores()
-    assert not half.landed().requests
+    assert scheduler.get_num_new_matched_tokens(request(tokens=list(range(512))), 0) == 0
+    assert not scheduler.has_pending_push_work
+    half.bind_connector_metadata(
+        StepMeta(scheduler.build_connector_meta(Plain(num_scheduled_tokens={}, total_num_scheduled_tokens=0)).plan)
+    )
+    half.start_load_kv()
+    half.wait_for_save()
+    assert not half.get_transfer_results().requests
     with pytest.raises(RuntimeError, match="LMCache cannot cache here, and strict is set"):
         worker(write, impl, strict=True)
 
@@ -373,7 +375,7 @@ def test_a_folder_that_cannot_be_opened_leaves_a_cache_in_memory(
     assert offer.disabled == ""
     assert offer.tiers == ()
     assert offer.slots[0] > 0
-    half.close()
+    half.shutdown()
     with pytest.raises(RuntimeError, match="strict is set"):
         worker(disk_path=folder, strict=True)
 
@@ -527,12 +529,14 @@ def test_a_layers_number_is_read_from_its_name_or_refused() -> None:
 
 def test_ranks_work_together_only_if_they_hold_the_same_model_in_the_same_way() -> None:
     spec = KVSpec.uniform("m", layers=2, kv_heads=2, head_dim=8, dtype="float32")
-    first, second = (Offer(rank, spec.shard(tp_rank=rank, tp_size=2), (4,), (("disk", True),)) for rank in (0, 1))
+    first, second = (
+        Offer(rank, spec.shard(tp_rank=rank, tp_size=2), (4,), (TierInfo("disk", True),)) for rank in (0, 1)
+    )
     assert agreed([first, second]) == ""
     assert agreed([first, Offer(1, None, disabled="no room")]) == "rank 1: no room"
     other = KVSpec.uniform("n", layers=2, kv_heads=2, head_dim=8, dtype="float32")
     different = "ranks 0 and 1 see different models, numerics or tiers"
-    assert agreed([first, Offer(1, other, (4,), (("disk", True),))]) == different
+    assert agreed([first, Offer(1, other, (4,), (TierInfo("disk", True),))]) == different
     assert agreed([first, Offer(1, second.spec, (4,), ())]) == different
 
 

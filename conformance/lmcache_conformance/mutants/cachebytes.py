@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from lmcache import CacheEngine, PagedKV
-from lmcache.engine import Slots
-from lmcache.hit import Hit
+from lmcache.engine import Hit, Slots
 from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant, skip_row
 from lmcache_conformance.mutants.brokencache import BrokenCacheTests

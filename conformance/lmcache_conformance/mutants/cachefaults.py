@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmcache import CacheEngine, PagedKV
-from lmcache.engine import Slots
-from lmcache.hit import Hit
+from lmcache.engine import Hit, Slots
 from lmcache.plan import Status
 from lmcache.transfer.jobs import ActiveJob
 from lmcache_conformance.labs.kv_pool import CHUNK
@@ -49,14 +48,14 @@ class _BlindOptimist(CacheEngine):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        finish = self._transfer._finish
+        finish = self._rank.transfer._finish
 
         def pretend(
             active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
         ) -> None:
             finish(active, indices, Status.OK if active.job.kind == "store" else status, nbytes, detail)
 
-        self._transfer._finish = pretend  # type: ignore[method-assign]
+        self._rank.transfer._finish = pretend  # type: ignore[method-assign]
 
 
 @mutant(row="a store that failed stays visible", project="LMCache #4991")
@@ -69,7 +68,7 @@ class MutantFailedStoreIsOffered(BrokenCacheFaultTests):
 class _WritesLate(CacheEngine):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        tracker = self._transfer._tracker
+        tracker = self._rank.transfer.tracker
         begin = tracker.begin_engine_write
 
         def always(active: ActiveJob) -> bool:
@@ -98,7 +97,7 @@ class MutantWaitsForEver(BrokenCacheFaultTests):
 class _LosesFull(CacheEngine):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        finish = self._transfer._finish
+        finish = self._rank.transfer._finish
 
         def forget(
             active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
@@ -106,7 +105,7 @@ class _LosesFull(CacheEngine):
             if not (active.job.kind == "write_back" and status is Status.FULL):
                 finish(active, indices, status, nbytes, detail)
 
-        self._transfer._finish = forget  # type: ignore[method-assign]
+        self._rank.transfer._finish = forget  # type: ignore[method-assign]
 
 
 @mutant(row="ENOSPC leaves tasks stuck, phantom usage, and no store ever succeeds again", project="lmcache 0.5.6")

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmcache import CacheEngine, PagedKV
-from lmcache.engine import Slots
-from lmcache.hit import Hit
+from lmcache.engine import Hit, Slots
 from lmcache.keys import Extra, Name, ObjectId
 from lmcache.spec import Rect
 from lmcache_conformance.mutants import mutant
@@ -125,7 +124,7 @@ class _RankBlind(CacheEngine):
         def object_id(name: Name) -> ObjectId:
             return ObjectId.of(name, Rect((0, 1), (0, 1)))
 
-        self._transfer._object_id = object_id  # type: ignore[method-assign]
+        self._rank.transfer._object_id = object_id  # type: ignore[method-assign]
 
 
 @mutant(row=_KEY, project="SGLang #10969")

@@ -48,11 +48,11 @@ class MutantDiskGrows(BrokenCacheFaultTests):
 
 class _ClearsDram(CacheEngine):
     def clear(self, salt: str | None = None) -> int:
-        tiers, self._tiers = self._tiers, []
+        tiers, self._rank.tiers = self._rank.tiers, []
         try:
             return super().clear(salt)
         finally:
-            self._tiers = tiers
+            self._rank.tiers = tiers
 
 
 @mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
@@ -66,7 +66,7 @@ class _ClearsDisk(CacheEngine):
     def clear(self, salt: str | None = None) -> int:
         names = [None] if salt is None else [self.namespace(salt=salt)]
         self.flush()
-        return sum(tier.clear(name) for tier in self._tiers for name in names)
+        return sum(tier.clear(name) for tier in self._rank.tiers for name in names)
 
 
 @mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from lmcache_conformance.runner.records import TestResult
 from lmcache_conformance.runner.report import Cell, Report, clean
@@ -35,7 +35,7 @@ def as_html(report: Report) -> str:
         if failures
         else f'<span class="passed">nothing failed</span> in {tests} tests'
     )
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     seed = "" if report.seed is None else f" · seed {report.seed}"
     return f"""<!doctype html>
 <html lang="en">

@@ -1,4 +1,4 @@
-"""A cache returns the bits that were stored: into any layout, layer by layer, with all side state, after a restart."""
+"""A cache returns the bits that were stored: into any layout, with all side state, after a restart."""
 
 from __future__ import annotations
 
@@ -133,27 +133,6 @@ class CacheBytesTests(CacheFactory):
                 assert hit.tokens == CHUNK
             with cache.lookup(tokens[CHUNK : 3 * CHUNK]) as hit:
                 assert hit.tokens == 0, "a suffix of a stored prompt must not hit"
-
-    @level(Level.BYTES)
-    def test_layerwise_loads_announce_only_complete_layers(self, place: Path) -> None:
-        tokens = tokens_of(4 * CHUNK)
-        source, target = Pool("packed", 40, seed=1), Pool("packed", 40, seed=2)
-        src, dst = scattered(4 * CHUNK, source, seed=3), scattered(4 * CHUNK, target, seed=4)
-        expected = source.sequence(src)
-        config = tiny_config(disk_path=place)
-        with self.open_cache(config, tiny_spec()) as cache:
-            cache.store(tokens, source.kv, src)
-            cache.flush()
-        with self.open_cache(config, tiny_spec()) as cache:
-            for tier in ("disk", "dram"):
-                for tensor in target.tensors:
-                    tensor.view(torch.uint8).fill_(0)
-                with cache.lookup(tokens) as hit:
-                    load = cache.retrieve_layers(hit, target.kv, dst)
-                    for layer in range(LAYERS):
-                        assert load.wait(layer), f"layer {layer} was never loaded from {tier}"
-                        assert target.sequence(dst)[layer] == expected[layer], f"layer {layer} was announced too early"
-                    assert load.finish() == 4 * CHUNK
 
     @level(Level.BYTES)
     def test_a_hit_restores_the_side_state_of_every_group(self) -> None:

@@ -203,7 +203,7 @@ class CacheFaultTests(FaultyTierFactory):
             assert not within(self.patience, lambda: cache.flush(timeout=0.1)), (
                 "flush reported success although nothing was written"
             )
-            with mock.patch("lmcache.engine._CLOSE_S", 0.5):
+            with mock.patch("lmcache.engine.CLOSE_S", 0.5):
                 within(self.patience, cache.close)
         finally:
             tier.answers.set()

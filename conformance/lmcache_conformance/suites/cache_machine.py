@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lmcache import CacheEngine, Config
-from lmcache.hit import Hit
+from lmcache.engine import Hit
 from lmcache.spec import KVSpec
 from lmcache_conformance.contract import Level
 from lmcache_conformance.labs.kv_pool import (
@@ -118,9 +118,8 @@ class CacheMachine(RuleBasedStateMachine):
         prompt=PROMPTS,
         tail=TAILS,
         kind=st.sampled_from(KINDS),
-        layered=st.booleans(),
     )
-    def retrieve(self, session: int, salt: str, prompt: list[str], tail: int, kind: str, layered: bool) -> None:
+    def retrieve(self, session: int, salt: str, prompt: list[str], tail: int, kind: str) -> None:
         at = session % len(self.caches)
         cache = self.caches[at]
         target = Pool(kind, 24, seed=77)
@@ -129,9 +128,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert hit.tokens == sum(hit.by_tier.values())
             names = chunks_of(salt, prompt)
             held = [name in self.own[at] or name in self.shared for name in names]
-            load = cache.retrieve_layers if layered else cache.retrieve
-            got = load(hit, target.kv, slots)
-            loaded = got if isinstance(got, int) else got.finish()
+            loaded = cache.retrieve(hit, target.kv, slots)
         assert loaded <= hit.tokens
         # Only loaded chunks are judged: a lookup may still count a file that another cache has cleared; its load then misses.
         served = loaded // CHUNK
@@ -202,7 +199,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_inconsistent(self) -> None:
         for cache in self.caches:
-            check = getattr(getattr(cache, "_index", None), "check", None)
+            check = getattr(getattr(cache, "_plane", None), "check", None)
             if check is not None:
                 check()
 

@@ -66,7 +66,7 @@ class Admission:
 
     @property
     def active(self) -> bool:
-        """See `admits`."""
+        """See `Config.selective`."""
         return self._rule is not None
 
     def __call__(self, tier: int, name: Name) -> bool:
@@ -96,8 +96,3 @@ class Admission:
                 if self._pace is not None:
                     self._pace.loaded(tier, new.loaded - old.loaded, new.busy - old.busy)
                 self._facts[rank, tier] = new
-
-
-def admits(config: Config) -> bool:
-    """Whether anything may be refused under these settings; otherwise nobody has to ask, or to tell."""
-    return config.admission != "all" or config.prefill_tokens_per_s is not None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache.config import Config
-from lmcache.control.admission import Admission, admits
+from lmcache.control.admission import Admission
 from lmcache.control.admission.ghost import BloomFilter, GhostCache, Verdict, sampled
 from lmcache.control.admission.rules import Adaptive, BreakEven, SecondHit
 from lmcache.errors import ConfigError
@@ -297,7 +297,7 @@ def test_a_tiers_speed_counts_in_portions_that_mean_something() -> None:
     spec = KVSpec.uniform("m", layers=4, kv_heads=4, head_dim=64, dtype="bfloat16")
     chunk = spec.object_bytes(0, 256)
     config = Config(admission="all", prefill_tokens_per_s=256_000.0)
-    assert admits(config)
+    assert config.selective
     admission = Admission(config, [spec], 256, [None])
     loaded, busy = 0, 0.0
     for i in range(400):  # ten times as long as computing takes
@@ -311,7 +311,7 @@ def test_a_tiers_speed_counts_in_portions_that_mean_something() -> None:
 
 def test_where_everything_is_written_nobody_asks() -> None:
     assert not Admission(Config(admission="all"), [hybrid()], 256, [1 << 30]).active
-    assert not admits(Config(admission="all"))
+    assert not Config(admission="all").selective
 
 
 def test_settings_name_the_nearest() -> None:

@@ -8,6 +8,7 @@ from hashlib import blake2b
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_traces import SUITE, Request, Trace, chats, documents, join, shuffle
 
 from lmcache.control.eviction import Density, Lru, Policy, Tracked
 from lmcache.control.eviction import price as price_module
@@ -15,7 +16,6 @@ from lmcache.control.eviction import stake as stake_module
 from lmcache.control.eviction.forecast import Forecast
 from lmcache.control.eviction.shelves import BUCKETS, Ages, Run, Shelves
 from lmcache.control.eviction.stake import Stake
-from lmcache.simulate.traces import SUITE, Request, Trace, chats, documents, join, shuffle
 
 
 class Object(Tracked):

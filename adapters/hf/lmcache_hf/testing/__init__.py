@@ -1,1 +1,1 @@
-"""What tests need of this adapter: the adapter for the conformance suite, sessions, broken engines, mutants."""
+"""Test support of this adapter: the adapter for the conformance suite, sessions, deliberately broken engines, mutants."""

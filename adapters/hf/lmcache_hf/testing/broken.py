@@ -269,11 +269,11 @@ class ClearsMemoryOnly(HFSession):
     def clear(self, salt: str | None = None) -> None:
         engine = self._cached.engine
         assert engine is not None
-        tiers, engine._tiers = engine._tiers, []
+        tiers, engine._rank.tiers = engine._rank.tiers, []
         try:
             super().clear(salt)
         finally:
-            engine._tiers = tiers
+            engine._rank.tiers = tiers
 
 
 class DeafToFullMemory(HFSession):

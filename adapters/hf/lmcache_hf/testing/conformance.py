@@ -1,4 +1,4 @@
-"""What this adapter claims, for the conformance suite. Light: nothing of transformers is imported before a session opens."""
+"""Declares this adapter to the conformance suite. Imports transformers only when a session opens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class HFAdapter:
-    """The `EngineAdapter` of Hugging Face transformers. Whatever `CachedModel` promises is claimed here."""
+    """The `EngineAdapter` of Hugging Face transformers; claims everything that `CachedModel` supports."""
 
     name = "hf"
     preload = "lmcache_hf.testing.preload"
-    """May be imported before forking: sessions of a test run then start in a fraction of the time."""
+    """Module that a test run may import once before forking, so that sessions start much faster."""
 
     capabilities = Capabilities(
         models=("llama", "gemma3", "deepseek", "smollm2"),
@@ -32,11 +32,11 @@ class HFAdapter:
     )
 
     def why_not(self) -> str | None:
-        """None where transformers is installed."""
+        """Returns why this adapter cannot run here, or None."""
         return None if importlib.util.find_spec("transformers") else "transformers is not installed"
 
     def open(self, config: SessionConfig) -> HFSession:
-        """Load the model."""
+        """Loads the model."""
         from lmcache_hf.testing.session import HFSession
 
         return HFSession(config)

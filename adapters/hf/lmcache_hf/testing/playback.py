@@ -1,4 +1,4 @@
-"""Plays recorded passes back on stock transformers caches, cut by `crop`: see `lmcache_conformance.labs.splits`."""
+"""Replays recorded passes on stock transformers caches, cut by `crop`: see `lmcache_conformance.labs.splits`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from lmcache_conformance.labs.splits import Pass, Start
 from lmcache_hf import compat
 
-_KEPT = 4  # played-back caches; a conversation's next round starts from the last one
+_KEPT = 4  # replayed caches; a conversation's next round starts from the last one
 
 
 class Playback:
-    """Computes passes again with a plain model."""
+    """Recomputes passes with a plain model."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._kept: OrderedDict[int, tuple[Pass, Any]] = OrderedDict()
 
     def cache_at(self, start: Start, prompt: Sequence[int]) -> Any:
-        """A stock cache that holds the first `start.columns` columns of `prompt`, computed as they were."""
+        """Returns a stock cache of the first `start.columns` columns of `prompt`, computed in the same split as originally."""
         if start.columns == 0:
             return self._fresh()
         if start.source is None:
@@ -37,7 +37,7 @@ class Playback:
         return cache
 
     def _played(self, done: Pass, columns: int) -> Any:
-        """At least the first `columns` columns of a pass: its prefill as a whole, and of its decoding what is needed."""
+        """Returns a cache of at least the first `columns` columns of a pass: its whole prefill, and decoding as far as needed."""
         kept = self._kept.get(id(done))
         if kept is None or kept[1].get_seq_length() < columns:
             cache = self.cache_at(done.start, done.tokens)
@@ -50,11 +50,11 @@ class Playback:
 
     def _fresh(self) -> Any:
         cache: Any = compat.fresh_cache(self._model)
-        cache.activate_past_recording()  # or a sliding layer could not be cut
+        cache.activate_past_recording()  # otherwise a sliding layer cannot be cropped
         return cache
 
     def _run(self, tokens: Sequence[int], prompt: int, cache: Any) -> None:
-        """Prefill `prompt` columns and decode the others, whatever the model would have said."""
+        """Prefills `prompt` columns and decodes the others, forcing the given tokens."""
         ids = torch.tensor([list(tokens[:prompt])], device=self._model.device)
         self._model.generate(
             ids,
@@ -68,7 +68,7 @@ class Playback:
 
 
 class _Forced(LogitsProcessor):
-    """Lets only the given sequence be generated."""
+    """Forces the given sequence to be generated."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = tokens

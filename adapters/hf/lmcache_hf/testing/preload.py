@@ -1,4 +1,4 @@
-"""Everything that a session imports sooner or later, to be imported once before many sessions fork. See `conformance`."""
+"""Imports everything that a session needs, once, before many sessions fork. See `conformance`."""
 
 import transformers.generation.utils
 import transformers.models.deepseek_v2.modeling_deepseek_v2

@@ -1,4 +1,4 @@
-"""A model as the conformance suite drives it: a `CachedModel` that is watched, and recomputation in the same split."""
+"""The conformance suite's session with a model: an instrumented `CachedModel`, and recomputation in the same split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lmcache_hf.testing.playback import Playback
 
 @dataclass
 class Observed:
-    """What one call of `generate` took from the cache."""
+    """What one call of `generate` loaded from the cache."""
 
     prompt: int = 0
     columns: int = 0
@@ -34,7 +34,7 @@ class Observed:
     start: Start = field(default_factory=Start)
 
     def cached(self) -> dict[str, int]:
-        """Columns taken, by tier. A load that ended early is charged to the first tiers."""
+        """Returns loaded columns by tier. If a load ended early, the missing columns are subtracted from the last tiers."""
         left, found = self.columns, {}
         for tier, tokens in self.by_tier.items():
             if left > 0:
@@ -45,30 +45,30 @@ class Observed:
 
 @dataclass(frozen=True)
 class ObservedReuse(Reuse):
-    """Notes what is loaded and who wrote what; changes nothing."""
+    """Records what is loaded, and which pass stored what; otherwise identical to `Reuse`."""
 
     splits: Splits = field(default_factory=lambda: Splits(1))
     seen: Observed = field(default_factory=Observed)
 
     @property
     def owner(self) -> Owner:
-        """Whose KV this is."""
+        """Salt and weights digest that this KV belongs to."""
         return self.salt, self.lora
 
     def load(self, prompt: Prompt, cache: DynamicCache) -> int:
-        """As `Reuse.load`, noted."""
+        """See `Reuse.load`; recorded."""
         columns = super().load(prompt, cache)
         self.seen.prompt, self.seen.columns = prompt.columns, columns
         self.seen.start = self.splits.began(self.owner, prompt.ids[0].tolist(), columns)
         return columns
 
-    def _agree(self, prompt: Prompt, stop: int, leases: ExitStack) -> tuple[list[Hit], int]:
-        hits, columns = super()._agree(prompt, stop, leases)
+    def _common_prefix(self, prompt: Prompt, stop: int, leases: ExitStack) -> tuple[list[Hit], int]:
+        hits, columns = super()._common_prefix(prompt, stop, leases)
         self.seen.by_tier = hits[0].by_tier if hits else {}
         return hits, columns
 
     def store(self, prompt: Prompt, cache: DynamicCache, first: int) -> int:
-        """As `Reuse.store`, noting which chunks were not there before: what is there is not replaced."""
+        """See `Reuse.store`; records which chunks were not cached before, as cached ones are not replaced."""
         ids = prompt.tokens(0)
         with self.splits.lock:
             before = self._there(ids)
@@ -83,7 +83,7 @@ class ObservedReuse(Reuse):
 
 
 class ObservedModel(CachedModel):
-    """A `CachedModel` that notes, per call, what it took from the cache."""
+    """A `CachedModel` that records, per call, what it loaded from the cache."""
 
     def __init__(self, model: Any, config: Config, *, reuse: type[ObservedReuse], identity: str | None = None) -> None:
         self._reuse_type = reuse
@@ -97,7 +97,7 @@ class ObservedModel(CachedModel):
 
 
 class HFSession:
-    """A model in this process. `reuse` and `wrapper` are what deliberately broken adapters replace."""
+    """A model in this process. Deliberately broken adapters replace `reuse` and `wrapper`."""
 
     reuse: type[ObservedReuse] = ObservedReuse
     wrapper: type[ObservedModel] = ObservedModel
@@ -107,7 +107,7 @@ class HFSession:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         logging: Any = _logging  # untyped
         logging.disable_progress_bar()
-        torch.set_num_threads(1)  # the same sums in every thread
+        torch.set_num_threads(1)  # same summation order in every thread
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
             dtype=getattr(torch, config.dtype),
@@ -120,11 +120,11 @@ class HFSession:
 
     @property
     def cached_model(self) -> CachedModel:
-        """What is under test."""
+        """The model under test."""
         return self._cached
 
     def generate(self, requests: Sequence[Request], *, reuse: bool = True) -> list[Response]:
-        """Several requests run in as many threads; recomputation runs one after another."""
+        """Runs each request in its own thread; recomputation is sequential."""
         if not reuse:
             return [self._answered(request, self._recompute) for request in requests]
         if len(requests) == 1:
@@ -135,12 +135,12 @@ class HFSession:
     def _answered(self, request: Request, how: Any) -> Response:
         try:
             if request.lora:
-                raise ValueError("this adapter names weights by their bytes; it takes no LoRA by name")
+                raise ValueError("this adapter identifies weights by their bytes; it does not support LoRA by name")
             answer: Response = how(request)
             return answer
         except _Cancelled as cancelled:
             return Response(tokens=tuple(cancelled.tokens), error="cancelled")
-        except Exception as error:  # the suite judges it
+        except Exception as error:  # reported to the suite
             return Response(error=f"{type(error).__name__}: {error}")
 
     def _serve(self, request: Request) -> Response:
@@ -172,23 +172,23 @@ class HFSession:
         )
 
     def forget_splits(self) -> None:
-        """Recompute in one shot from here on."""
+        """Makes later recomputation one-shot."""
         self._one_shot = True
 
     def drop_device_cache(self) -> None:
-        """There is none: every call of `generate` starts from our cache or from nothing."""
+        """Does nothing: there is no device cache; `generate` starts from the cache under test or from scratch."""
 
     def flush(self) -> None:
-        """All that was stored is on disk."""
+        """Blocks until everything stored is on disk."""
         self._cached.flush()
 
     def clear(self, salt: str | None = None) -> None:
-        """Empty every tier (of one tenant)."""
+        """Empties every tier (of one tenant)."""
         self._cached.clear(salt)
         self._cached.splits.forget(salt)
 
     def stats(self) -> Mapping[str, float]:
-        """The engine's metrics, and this adapter's counts as `hf_…`."""
+        """Returns the engine's metrics, and this adapter's counts as `hf_…`."""
         stats = self._cached.stats()
         engine, uncached = stats.pop("engine"), stats.pop("uncached")
         found: dict[str, float] = dict(engine)
@@ -196,7 +196,7 @@ class HFSession:
         return found | {f"hf_uncached_{reason}": float(n) for reason, n in uncached.items()}
 
     def close(self) -> None:
-        """Write out what waits, and let go of the model."""
+        """Completes pending writes and closes the engine."""
         self._cached.close()
 
 
@@ -219,7 +219,7 @@ class _Cancelled(Exception):  # noqa: N818  # not an error
 
 
 class _Canceller:
-    """A streamer whose client goes away: it raises out of `generate`, the only way out that there is."""
+    """A streamer that simulates a client disconnecting: it raises out of `generate`, which has no other way to cancel."""
 
     def __init__(self, after: int) -> None:
         self._after = after
@@ -227,7 +227,7 @@ class _Canceller:
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt, then with each token."""
+        """Receives the prompt, then each token."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -236,4 +236,4 @@ class _Canceller:
             raise _Cancelled(self._tokens)
 
     def end(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""

@@ -1,1 +1,1 @@
-"""What tests need of this adapter: the adapters for the conformance suite, sessions, observed interfaces."""
+"""Test support of this adapter: adapters for the conformance suite, sessions, instrumented backends, preloading."""

@@ -1,4 +1,4 @@
-"""What this adapter claims, for the conformance suite. Light: nothing of SGLang is imported before a session opens."""
+"""Declares this adapter to the conformance suite. Imports SGLang only when a session opens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class SGLangAdapter:
 
     name = "sglang"
     preload = "lmcache_sglang.testing.preload"
-    """May be imported before forking: sessions of a test run then start in a fraction of the time."""
+    """Module that a test run may import once before forking, so that sessions start much faster."""
 
     forks_ranks = True
 
     may_write = ("torch_extensions/*/.*.lock", "torch_extensions/*/*/*", "tmp/tmp*")
-    """SGLang builds its page hash in C++ once, and leaves the names of its sockets."""
+    """Files that SGLang leaves behind: its page hash, compiled from C++ once, and its sockets."""
 
     capabilities = Capabilities(
         models=("llama", "deepseek"),
@@ -43,27 +43,27 @@ class SGLangAdapter:
     )
 
     def why_not(self) -> str | None:
-        """None where SGLang is installed and can run."""
+        """Returns why SGLang cannot run here, or None."""
         if importlib.util.find_spec("sglang") is None:
             return "sglang is not installed"
         from lmcache_sglang.testing.environment import on_cpu, shims
 
         if on_cpu() and shims() is None:
-            return "SGLang's cache hierarchy needs a GPU; without one, the stand-ins of a checkout's adapters/sglang/tests/shims"
+            return "SGLang's cache hierarchy needs a GPU, or the shims in a checkout's adapters/sglang/tests/shims"
         return None
 
     def open(self, config: SessionConfig) -> SGLangSession:
-        """Start the engine."""
+        """Starts the engine."""
         from lmcache_sglang.testing.environment import enter
 
-        enter()  # before anything of SGLang; once more where its module was imported before this process forked
+        enter()  # before SGLang is imported; again, as its module may have been imported before this process forked
         from lmcache_sglang.testing.session import SGLangSession
 
         return SGLangSession(config)
 
 
 class LinkerAdapter(SGLangAdapter):
-    """The `EngineAdapter` of SGLang with the linker: KV has every engine's names."""
+    """The `EngineAdapter` of SGLang with the linker, which shares keys with other engines."""
 
     name = "sglang-linker"
     capabilities = msgspec.structs.replace(
@@ -74,7 +74,7 @@ class LinkerAdapter(SGLangAdapter):
     )
 
     def open(self, config: SessionConfig) -> SGLangSession:
-        """Start the engine."""
+        """Starts the engine."""
         from lmcache_sglang.testing.environment import enter
 
         enter()

@@ -1,7 +1,7 @@
-"""SGLang's environment for tests, on import and before SGLang's: quiet threads, a checkout's stand-ins where there is no GPU.
+"""Prepares the environment of SGLang in tests when imported, which must happen before SGLang is: threads, and shims for a GPU.
 
-The package ships nothing that stands in for a GPU. The shims lie in the adapter's tests; they are used where there is no GPU
-and this is a checkout, or `TEST_LMCACHE_SHIMS` names their folder.
+The package does not contain the shims: they are in the folder of the adapter's tests, and used if there is no GPU and this is a
+checkout, or if `TEST_LMCACHE_SHIMS` names their folder.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ VARIABLE = "TEST_LMCACHE_SHIMS"
 
 
 def shims() -> Path | None:
-    """The folder of the shims, or None where there is none."""
-    folder = Path(os.environ.get(VARIABLE) or Path(__file__).parents[1] / "tests" / "shims")
+    """Returns the folder of the shims, or None if it does not exist."""
+    folder = Path(os.environ.get(VARIABLE) or Path(__file__).parents[2] / "tests" / "shims")
     return folder if (folder / "sglang_cpu_shims.py").is_file() else None
 
 
 def on_cpu() -> bool:
-    """There is no GPU that SGLang could use."""
+    """Returns whether SGLang has no GPU to use."""
     return not torch.cuda.is_available()
 
 
 def enter() -> None:
-    """Make this process, and those that it starts, fit for SGLang."""
+    """Sets up this process and its children for SGLang."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models, and threads that spin harm whoever shares the machine
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and spinning threads slow down other processes
     folder = shims()
     if not on_cpu() or folder is None:
         return

@@ -1,6 +1,6 @@
-"""What conformance sessions run: `LMCacheStorage` and `LMCacheLinker`, with a line to them from the session's process.
+"""Instrumented `LMCacheStorage` and `LMCacheLinker` for conformance sessions, controlled from the session's process.
 
-SGLang's scheduler lives in a process of its own and tells nobody what its cache does, so each listens at a socket.
+SGLang's scheduler runs in its own process and does not report what its cache does, so each of them listens on a socket.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from lmcache_sglang.linker import LMCacheLinker
 from lmcache_sglang.storage import LMCacheStorage
 
 ADDRESS = "TEST_LMCACHE_CONTROL"
-"""Environment variable: where to listen, a name that is no file; `-` and the rank follow."""
+"""Environment variable: prefix of the abstract socket address; `-` and the rank are appended."""
 
-_REST_S = 0.002
+_IDLE_SLEEP_S = 0.002
 _EVERYTHING = 1 << 30
-"""Tokens, more than any pool has."""
+"""Number of tokens, more than any pool has."""
 
 
 class Observed(Guarded):
-    """Changes nothing, except while `bypassed`: then the cache is neither read nor written."""
+    """Behaves like its base, except while `bypassed`: then the cache is neither read nor written."""
 
     bypassed = False
 
     def _observe(self, rank: int) -> None:
         self._tree_seen = _Tree()
-        _rest_when_idle()
+        _sleep_when_idle()
         address = os.environ.get(ADDRESS)
         if address:
             listener = Listener(f"\0{address}-{rank}", "AF_UNIX")
@@ -51,11 +51,11 @@ class Observed(Guarded):
             except EOFError:
                 return
             try:
-                connection.send((True, self._obey(command, value)))
+                connection.send((True, self._run_command(command, value)))
             except Exception as error:
                 connection.send((False, f"{type(error).__name__}: {error}"))
 
-    def _obey(self, command: str, value: Any) -> Any:
+    def _run_command(self, command: str, value: Any) -> Any:
         if command == "settled":
             return self._tree_seen.settled()
         if command == "bypass":
@@ -77,54 +77,54 @@ class Observed(Guarded):
 
 
 class ObservedStorage(Observed, LMCacheStorage):
-    """The HiCache backend, observed."""
+    """The instrumented HiCache backend."""
 
     def __init__(self, storage_config: Any, kwargs: Any = None) -> None:
         LMCacheStorage.__init__(self, storage_config, kwargs)
         self._observe(int(storage_config.tp_rank))
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
-        """As the backend does."""
+        """See the base class."""
         return 0 if self.bypassed else super().batch_exists(keys, extra_info)
 
     def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
-        """As the backend does."""
+        """See the base class."""
         return [True] * len(keys) if self.bypassed else super().batch_set_v1(keys, host_indices, extra_info)
 
 
 class ObservedLinker(Observed, LMCacheLinker):
-    """The linker, observed."""
+    """The instrumented linker."""
 
     def __init__(self, server_args: Any, params: Any, **named: Any) -> None:
         LMCacheLinker.__init__(self, server_args, params, **named)
         self._observe(compat.rank_of(params)[0])
 
     def asking(self, text: compat.Text, device_tokens: int, tree: Any) -> None:
-        """As the linker does."""
+        """See the base class."""
         if not self.bypassed:
             super().asking(text, device_tokens, tree)
 
     def offering(self, text: compat.Text, slots: torch.Tensor) -> None:
-        """As the linker does."""
+        """See the base class."""
         if not self.bypassed:
             super().offering(text, slots)
 
 
-def _rest_when_idle() -> None:
-    """SGLang's scheduler spins, and a test run has several that wait for each other on few cores."""
+def _sleep_when_idle() -> None:
+    """Makes idle schedulers sleep: SGLang's busy-wait, and test runs have several of them on few cores."""
     plain = Scheduler.on_idle
 
     def on_idle(scheduler: Any) -> None:
         plain(scheduler)
-        time.sleep(_REST_S)
+        time.sleep(_IDLE_SLEEP_S)
 
     Scheduler.on_idle = on_idle
 
 
 class _Tree:
-    """A look at SGLang's own cache. With a `cap`, the next request finds at most so many tokens of its prompt, and what
-    SGLang holds beyond them leaves the device: else a request that computes these pages again is given the old ones to
-    decode from, as soon as it inserts its own.
+    """Instruments SGLang's own radix cache. With a `cap`, the next request finds at most that many tokens of its prompt, and
+    everything beyond is evicted from the device. Otherwise a request that recomputes these pages would decode from the old
+    ones as soon as it inserts its own.
     """
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ class _Tree:
 
     @property
     def cap(self) -> int | None:
-        """See the class."""
+        """Maximum number of tokens found, or None; see the class."""
         return self._cap
 
     @cap.setter
@@ -157,7 +157,7 @@ class _Tree:
         self._cap, self._fresh = tokens, tokens is not None
 
     def settled(self) -> bool:
-        """Nothing is on its way from the device to the host, nor to or from the storage."""
+        """Returns whether no copy between device, host and storage is pending."""
         cache = self._cache
         if cache is None:
             return True

@@ -1,10 +1,10 @@
-"""Imports everything that a session imports sooner or later, once, before many sessions fork. See `conformance`."""
+"""Imports everything that a session needs, once, before many sessions fork. See `conformance`."""
 
 import gc
 from importlib import import_module
 
 for _name in (
-    "lmcache_sglang.testing.environment",  # before anything of SGLang
+    "lmcache_sglang.testing.environment",  # before SGLang
     "sglang.srt.entrypoints.engine",
     "sglang.srt.managers.scheduler",
     "sglang.srt.models.registry",  # which imports every model
@@ -14,4 +14,4 @@ for _name in (
 ):
     import_module(_name)
 
-gc.freeze()  # SGLang collects garbage whenever its cache is flushed, and a million objects of imports take it 0.4 s
+gc.freeze()  # SGLang collects garbage on each cache flush, which takes 0.4 s with a million imported objects

@@ -1,7 +1,7 @@
-"""SGLang as the conformance suite drives it: a real `Engine` with its processes, a storage that is watched, and recomputation.
+"""The conformance suite's sessions with SGLang: a real `Engine` with its processes, an instrumented storage, and recomputation.
 
-Recomputation runs on the same engine with the storage bypassed: SGLang's own radix tree, emptied before, plays back the
-passes in which a prompt's KV was computed, each beginning where it began.
+Recomputation runs on the same engine with the storage bypassed: SGLang's radix tree is emptied, then the passes that computed
+a prompt's KV are replayed, each in its original split.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ HICACHE_ON_CPU: Mapping[str, Any] = {"hicache_io_backend": "direct", "hicache_me
 
 
 class SGLangSession:
-    """One engine with HiCache. `storage` is what deliberately broken adapters replace."""
+    """One engine with HiCache. Deliberately broken adapters replace `storage`."""
 
     storage = "lmcache_sglang.testing.observed:ObservedStorage"
     salt = "extra_key"
-    """Which of SGLang's two ways to set tenants apart is used."""
+    """Which of SGLang's two request fields separates tenants."""
 
     def __init__(self, config: SessionConfig) -> None:
         options = config.options
         page = int(options.get("page_tokens", PAGE))
         ranks = int(options.get("tensor_parallel", 1))
         step = int(options.get("prefill_tokens", 0))
-        steps = {"chunked_prefill_size": -(-step // page) * page} if step else {}  # SGLang's least is a page
+        steps = {"chunked_prefill_size": -(-step // page) * page} if step else {}  # at least one page
         module, _, name = str(options.get("storage", self.storage)).partition(":")
-        sys.path[:0] = [path for path in [options.get("path")] if path]  # where to find it
+        sys.path[:0] = [path for path in [options.get("path")] if path]  # where `storage` is found
         if ranks > 1 and on_cpu():
             os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
         os.environ[ADDRESS] = f"lmcache-sglang-{os.getpid()}"
@@ -105,7 +105,7 @@ class SGLangSession:
         }
 
     def _sources(self, details: Mapping[str, Any]) -> dict[str, int]:
-        """SGLang's words for where tokens came from, in ours."""
+        """Maps SGLang's sources of cached tokens to tiers."""
         return {
             "device": int(details.get("device", 0)) + int(details.get("host", 0)),
             "disk": int(details.get("storage", 0)),
@@ -114,57 +114,57 @@ class SGLangSession:
     # ---------------------------------------------------------------- the suite's calls
 
     def generate(self, requests: Sequence[Request], *, reuse: bool = True) -> list[Response]:
-        """All at once; recomputation runs one after another."""
+        """Runs all requests concurrently; recomputation is sequential."""
         if not reuse:
             return [self._recompute(request) for request in requests]
         answers = self._run(requests)
         for request, answer in zip(requests, answers, strict=True):
-            self._learn(request, answer)
+            self._record(request, answer)
         return answers
 
     def forget_splits(self) -> None:
-        """Recompute in one shot from here on."""
+        """Makes later recomputation one-shot."""
         self._one_shot = True
 
     def drop_device_cache(self) -> None:
-        """Empty SGLang's own caches, on the device and on the host."""
+        """Empties SGLang's own caches, on the device and on the host."""
         self._settle()
         until = time.monotonic() + _DRAIN_S
-        while not self._engine.flush_cache().success:  # refused until the last request is off its books
+        while not self._engine.flush_cache().success:  # refused until the last request is cleaned up
             assert time.monotonic() < until, "SGLang refuses to flush its cache"
             time.sleep(0.01)
 
     def flush(self) -> None:
-        """What was computed is on disk."""
+        """Blocks until everything computed is on disk."""
         self._settle()
-        assert all(self._ask("flush"))
+        assert all(self._command("flush"))
 
     def clear(self, salt: str | None = None) -> None:
-        """Empty our cache. HiCache's page keys do not say whose they are, so there it is all tenants'."""
+        """Empties the cache under test; of all tenants with HiCache, whose page keys do not identify the tenant."""
         self._settle()
-        assert all(self._ask("clear", salt if self._salt == "cache_salt" else None))
+        assert all(self._command("clear", salt if self._salt == "cache_salt" else None))
         self._splits.forget(None)
 
     def stats(self) -> Mapping[str, float]:
-        """The storages' metrics, of all ranks together."""
+        """Returns the storages' metrics, summed over ranks."""
         found: dict[str, float] = {}
-        for numbers in self._ask("stats"):
+        for numbers in self._command("stats"):
             for name, value in numbers.items():
                 found[name] = found.get(name, 0.0) + value
         return found
 
     def close(self) -> None:
-        """Write out what waits, end the engine."""
+        """Completes pending writes and stops the engine."""
         self._settle()
-        self._ask("close")
+        self._command("close")
         for control in self._control:
             control.close()
         self._engine.shutdown()
 
     # ---------------------------------------------------------------- running
 
-    def _ask(self, command: str, value: Any = None) -> list[Any]:
-        """Every rank's answer."""
+    def _command(self, command: str, value: Any = None) -> list[Any]:
+        """Sends a command to every rank; returns their answers."""
         answers = []
         for control in self._control:
             control.send((command, value))
@@ -177,9 +177,9 @@ class SGLangSession:
     def _settle(self) -> None:
         until = time.monotonic() + _DRAIN_S
         quiet = 0
-        while quiet < 2:  # twice: work moves from queue to queue
-            quiet = quiet + 1 if all(self._ask("settled")) else 0
-            assert time.monotonic() < until, "SGLang's cache does not come to rest"
+        while quiet < 2:  # twice, as work moves from queue to queue
+            quiet = quiet + 1 if all(self._command("settled")) else 0
+            assert time.monotonic() < until, "SGLang's cache does not become idle"
             time.sleep(0.01)
 
     def _run(self, requests: Sequence[Request]) -> list[Response]:
@@ -225,58 +225,58 @@ class SGLangSession:
 
     # ---------------------------------------------------------------- the same split again
 
-    def _learn(self, request: Request, answer: Response) -> None:
+    def _record(self, request: Request, answer: Response) -> None:
         owner, columns = (request.salt, ""), sum(answer.cached.values())
         start = self._splits.began(owner, request.tokens, columns)
-        tokens = request.tokens + answer.tokens[:-1]  # of the last one there is no KV yet
+        tokens = request.tokens + answer.tokens[:-1]  # the last token has no KV yet
         done = Pass(tokens, len(request.tokens), start)
         first, last = columns, len(tokens) // self._page * self._page
         with self._splits.lock:
             held = self._splits.start_of(owner, (*request.tokens, 0))
-            if held.columns == len(request.tokens):  # its last page was there, and is kept as it was
+            if held.columns == len(request.tokens):  # its last page was cached and is not replaced
                 self._splits.wrote(owner, done, first, held.columns - self._page)
                 first = held.columns
             self._splits.wrote(owner, done, first, last)
 
     def _recompute(self, request: Request) -> Response:
         self.drop_device_cache()
-        self._ask("bypass", True)
+        self._command("bypass", True)
         try:
             start = Start() if self._one_shot else self._splits.start_of((request.salt, ""), request.tokens)
-            self._play(start, request.tokens, request.salt)
+            self._replay(start, request.tokens, request.salt)
             return self._pass(request, start.columns)
         finally:
-            self._ask("cap", None)
+            self._command("cap", None)
             self.drop_device_cache()
-            self._ask("bypass", False)
+            self._command("bypass", False)
 
-    def _play(self, start: Start, prompt: Sequence[int], salt: str) -> None:
-        """Have SGLang's own cache hold the first `start.columns` tokens of `prompt`, computed as they were."""
+    def _replay(self, start: Start, prompt: Sequence[int], salt: str) -> None:
+        """Fills SGLang's own cache with the first `start.columns` tokens of `prompt`, computed in their original split."""
         if start.columns == 0:
             return
         source = start.source
-        if source is None:  # an earlier process computed them, nobody knows how
+        if source is None:  # computed by an earlier process, in an unknown split
             self._pass(Request(tokens=tuple(prompt[: start.columns]), max_new_tokens=1, salt=salt), 0)
             return
-        self._play(source.start, source.tokens, salt)
+        self._replay(source.start, source.tokens, salt)
         new = max(start.columns - source.prompt, 0) + 1
         request = Request(tokens=source.tokens[: source.prompt], max_new_tokens=new, salt=salt)
         self._pass(request, source.start.columns)
 
     def _pass(self, request: Request, columns: int) -> Response:
-        self._settle()  # what is being backed up cannot leave the device
-        self._ask("cap", columns)
+        self._settle()  # pages that are being backed up cannot be evicted
+        self._command("cap", columns)
         [answer] = self._run([request])
         if answer.error:
             return answer
         own = sum(answer.cached.values())
         if own != columns:
-            return Response(error=f"played back from token {own}, the pass began at {columns}")
+            return Response(error=f"replayed from token {own}, but the pass began at {columns}")
         return Response(tokens=answer.tokens, logprobs=answer.logprobs, logprob=answer.logprob)
 
 
 class LinkerSession(SGLangSession):
-    """One engine with the linker: what it restores is `host` in SGLang's words."""
+    """One engine with the linker, whose hits SGLang reports as `host`."""
 
     storage = "lmcache_sglang.testing.observed:ObservedLinker"
     salt = "cache_salt"
@@ -297,18 +297,18 @@ class LinkerSession(SGLangSession):
 
 
 def _fork_instead_of_spawning() -> None:
-    """SGLang's processes inherit what is imported already, which saves them half a minute of imports."""
+    """Makes SGLang fork its processes, which then inherit imported modules and start half a minute faster."""
     plain = multiprocessing.set_start_method
     plain("fork", force=True)
 
     def keep(method: str | None, force: bool = False) -> None:
-        """SGLang asks for `spawn`, for the sake of GPUs."""
+        """Ignores SGLang's request for `spawn`, which it needs for GPUs."""
 
     multiprocessing.set_start_method = keep
 
 
 def _overrides(model: str) -> dict[str, str]:
-    """What SGLang wants to find in a DeepSeek model's configuration and newer transformers no longer write."""
+    """Returns configuration fields of DeepSeek models that SGLang needs and newer transformers no longer write."""
     found = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     if found.get("model_type") != "deepseek_v2" or "moe_layer_freq" in found:
         return {}
@@ -316,5 +316,5 @@ def _overrides(model: str) -> dict[str, str]:
 
 
 def _bits(row: Sequence[Any]) -> bytes:
-    """Token ids and log-probs, in SGLang's order."""
+    """Encodes token ids and log-probs, in SGLang's order."""
     return b"".join(struct.pack("<Id", int(token), float(logprob)) for logprob, token, *_ in row)

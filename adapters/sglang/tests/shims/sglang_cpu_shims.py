@@ -1,8 +1,8 @@
-"""SGLang's caches without a GPU: what its host pools get from CUDA, in torch, and attention that reads what it has written.
-A plugin of SGLang's own kind; test-only.
+"""An SGLang plugin that makes its caches work without a GPU: torch versions of the CUDA copies that host pools use, and fixes
+for attention backends on CPUs. Test-only.
 
 SGLang calls `install` at start-up in each of its processes (entry point group `sglang.srt.plugins`, found through the
-`.dist-info` folder beside this file when this folder is on PYTHONPATH). Indices are token slots, whole pages in order.
+`.dist-info` folder next to this file when this folder is on PYTHONPATH). Indices are token slots, whole pages in order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 def transfer_kv_direct(
     src_layers: Any, dst_layers: Any, src_indices: torch.Tensor, dst_indices: torch.Tensor, page_size: int
 ) -> None:
-    """Copy token rows between lists of per-layer tensors `(slots, …)`."""
+    """Copies token rows between lists of per-layer tensors `(slots, …)`."""
     for source, target in zip(src_layers, dst_layers, strict=True):
         target[dst_indices] = source[src_indices].view(target.shape[1:] and (-1, *target.shape[1:]))
 
@@ -25,7 +25,7 @@ def transfer_kv_direct(
 def transfer_kv_per_layer_direct_pf_lf(
     src_ptrs: Any, dst_ptrs: Any, src_indices: torch.Tensor, dst_indices: torch.Tensor, layer_id: int, page_size: int
 ) -> None:
-    """One layer from host pages `(pages, layers, slot, …)` to device rows `(slots, …)`."""
+    """Copies one layer from host pages `(pages, layers, slot, …)` to device rows `(slots, …)`."""
     pages = src_indices.view(-1, page_size)[:, 0] // page_size
     for source, target in zip(src_ptrs, dst_ptrs, strict=True):
         target[dst_indices] = source[pages, layer_id].reshape(len(dst_indices), *target.shape[1:])
@@ -34,7 +34,7 @@ def transfer_kv_per_layer_direct_pf_lf(
 def transfer_kv_all_layer_direct_lf_pf(
     src_ptrs: Any, dst_ptrs: Any, src_indices: torch.Tensor, dst_indices: torch.Tensor, page_size: int
 ) -> None:
-    """All layers from device rows to host pages; `src_ptrs` has the layers of each of `dst_ptrs` in turn."""
+    """Copies all layers from device rows to host pages; `src_ptrs` lists the layers of each of `dst_ptrs` in turn."""
     pages = dst_indices.view(-1, page_size)[:, 0] // page_size
     layers = len(src_ptrs) // len(dst_ptrs)
     for number, target in enumerate(dst_ptrs):
@@ -43,12 +43,12 @@ def transfer_kv_all_layer_direct_lf_pf(
 
 
 def plain_allocation(dims: Any, dtype: torch.dtype, device: str, **_: Any) -> torch.Tensor:
-    """Host memory that is not pinned."""
+    """Allocates host memory that is not pinned."""
     return torch.zeros(dims, dtype=dtype, device=device)
 
 
 def set_mla_kv_buffer(pool: torch.Tensor, slots: torch.Tensor, nope: torch.Tensor, rope: torch.Tensor) -> None:
-    """Write latents and rotary keys, side by side, into rows of an MLA pool."""
+    """Writes latents and rotary keys, side by side, into rows of an MLA pool."""
     width = nope.shape[-1]
     rows = pool.view(pool.shape[0], -1)
     rows[slots, :width] = nope.reshape(len(slots), -1).to(pool.dtype)
@@ -56,7 +56,7 @@ def set_mla_kv_buffer(pool: torch.Tensor, slots: torch.Tensor, nope: torch.Tenso
 
 
 def install() -> None:
-    """Replace, in the modules that have imported them by name, what needs CUDA."""
+    """Replaces functions that need CUDA in the modules that import them by name."""
     from sglang.srt.mem_cache.pool_host import common, mha, mla
 
     for module in (mha, mla):
@@ -75,11 +75,11 @@ def install() -> None:
 
 
 def _serve_latent_attention() -> None:
-    """MLA in torch: DeepSeek's layers ask by name how a backend wants to be called, and write latents by a Triton kernel."""
+    """Enables MLA with `torch_native`: registers its attention method for DeepSeek, and replaces a Triton kernel."""
     from sglang.srt.models import deepseek_v2
     from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
 
-    rope = deepseek_v2.get_rope_wrapper  # on a CPU it knows scaled positions only
+    rope = deepseek_v2.get_rope_wrapper  # on CPUs it only supports scaled positions
 
     def any_rope(*arguments: Any, rope_scaling: Any = None, device: Any = None, **named: Any) -> Any:
         return rope(*arguments, rope_scaling=rope_scaling, device=device if rope_scaling else None, **named)
@@ -93,8 +93,8 @@ def _serve_latent_attention() -> None:
 
 
 def _serve_sliding_windows() -> None:
-    """Where sliding layers have a pool of their own, `torch_native` writes to it at its own slots and reads at those of full
-    attention's pool: right only while both pools hand out the same numbers, so never after anything was evicted."""
+    """Fixes `torch_native` for sliding layers with their own pool: it writes at that pool's slots but reads at those of full
+    attention's pool, which only works while both pools allocate the same slots, so not after an eviction."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     for name in ("forward_extend", "forward_decode"):

@@ -14,8 +14,9 @@ import torch
 
 from lmcache.config import Config
 from lmcache.control import Index
+from lmcache.control.plane import Plane
 from lmcache.format.codec import Loaded, ObjectCodec
-from lmcache.keys import Chain, ObjectId, as_tokens, chain_of
+from lmcache.keys import Chain, ObjectId, as_tokens
 from lmcache.layout import ObjectLayout
 from lmcache.plan import ArenaSlot, Copy, Job, JobReport
 from lmcache.tiers.base import Tier
@@ -53,14 +54,14 @@ class LosesSlots(ConnectorWorker):
     lost: ClassVar[int] = 0
     times = 1 << 30
 
-    def start_loads(self) -> None:
+    def start_load_kv(self) -> None:
         """See the class."""
         for job in loads_of(self)[: self.times]:
             self.times -= 1
             op = job.ops[self.lost % len(job.ops)]
-            if isinstance(op, Copy) and isinstance(op.src, ArenaSlot) and self._transfer is not None:
-                self._transfer._tracker.claim(op.name.group, op.src.index)
-        super().start_loads()
+            if isinstance(op, Copy) and isinstance(op.src, ArenaSlot) and self._rank is not None:
+                self._rank.transfer.tracker.claim(op.name.group, op.src.index)
+        super().start_load_kv()
 
 
 def loads_of(half: ConnectorWorker) -> list[Job]:
@@ -123,9 +124,9 @@ class OffersAgain(Broken):
 
     class _Scheduler(ConnectorScheduler):
         def _offer(self, tracked: Tracked, local: int, *, counted: bool = True) -> int | None:
-            if self._index is not None and tracked.request.request_id in self._index.state.failed:
-                self._index.state.failed.discard(tracked.request.request_id)
-                tracked.fetched = False
+            if self._plane is not None and tracked.request.request_id in self._plane.state.failed:
+                self._plane.state.failed.discard(tracked.request.request_id)
+                tracked.prefetched = False
             return super()._offer(tracked, local, counted=counted)
 
     scheduler, worker = _Scheduler, LosesSlots
@@ -134,13 +135,31 @@ class OffersAgain(Broken):
 # ---------------------------------------------------------------- names
 
 
+class _Renames(ConnectorScheduler):
+    """Names KV by another salt than the request's."""
+
+    def renamed(self, salt: str) -> str:
+        """The salt that is used instead."""
+        raise NotImplementedError
+
+    def open(self, offers: Any) -> None:
+        super().open(offers)
+        assert self._plane is not None
+        names = self._plane.names
+        of = names.of
+        names.of = lambda salt="", lora="", scope="": of(self.renamed(salt), lora, scope)  # type: ignore[method-assign]
+
+
 class NamesByLength(Broken):
     """KV is found by how long a prompt is, not by what it says: another request's is served."""
 
     class _Scheduler(ConnectorScheduler):
         def _named(self, tracked: Tracked) -> Chain:
-            if len(tracked.chain.digests) < tracked.request.num_tokens // self._chunk:
-                tracked.chain = chain_of(tracked.namespace, as_tokens([7] * tracked.request.num_tokens), self._chunk)
+            assert self._plane is not None
+            if tracked.chain is None or len(tracked.chain.digests) < tracked.request.num_tokens // self._chunk:
+                tracked.chain = self._plane.names.chain(
+                    as_tokens([7] * tracked.request.num_tokens), tracked.salt, tracked.lora
+                )
             return tracked.chain
 
     scheduler = _Scheduler
@@ -149,9 +168,9 @@ class NamesByLength(Broken):
 class NamesByProcess(Broken):
     """A new process finds nothing of what others have written."""
 
-    class _Scheduler(ConnectorScheduler):
-        def _namespace(self, salt: str, lora: str) -> bytes:
-            return super()._namespace(f"{salt}{SEPARATOR}{os.getpid()}", lora)
+    class _Scheduler(_Renames):
+        def renamed(self, salt: str) -> str:
+            return f"{salt}{SEPARATOR}{os.getpid()}"
 
     scheduler = _Scheduler
 
@@ -159,9 +178,9 @@ class NamesByProcess(Broken):
 class NamesByHashSeed(Broken):
     """Names depend on PYTHONHASHSEED, which forks share and processes do not."""
 
-    class _Scheduler(ConnectorScheduler):
-        def _namespace(self, salt: str, lora: str) -> bytes:
-            return super()._namespace(f"{salt}{SEPARATOR}{hash('none')}", lora)
+    class _Scheduler(_Renames):
+        def renamed(self, salt: str) -> str:
+            return f"{salt}{SEPARATOR}{hash('none')}"
 
     scheduler = _Scheduler
 
@@ -169,9 +188,9 @@ class NamesByHashSeed(Broken):
 class KnowsNoTenants(Broken):
     """The salt is left out of the name."""
 
-    class _Scheduler(ConnectorScheduler):
-        def _namespace(self, salt: str, lora: str) -> bytes:
-            return super()._namespace("", lora)
+    class _Scheduler(_Renames):
+        def renamed(self, salt: str) -> str:
+            return ""
 
     scheduler = _Scheduler
 
@@ -245,9 +264,9 @@ class StoresTheNullBlock(Broken):
     """What a sliding window has left behind is stored all the same, out of the block that stands for nothing."""
 
     class _Scheduler(ConnectorScheduler):
-        def meet(self, offers: Any) -> None:
-            super().meet(offers)
-            index = self._index
+        def open(self, offers: Any) -> None:
+            super().open(offers)
+            index = self._plane
             assert index is not None
             index.begin_store = _Anything(index).begin_store  # type: ignore[method-assign]
 
@@ -276,8 +295,8 @@ class StoresOneTooMany(Broken):
     """A chunk is stored as soon as its first token is computed."""
 
     class _Scheduler(ConnectorScheduler):
-        def _store(self, index: Index, tracked: Tracked, scheduled: int, output: Any, now: float) -> None:
-            super()._store(index, tracked, scheduled + self._chunk - 1, output, now)
+        def _store(self, plane: Plane, tracked: Tracked, scheduled: int, now: float) -> None:
+            super()._store(plane, tracked, scheduled + self._chunk - 1, now)
 
     scheduler = _Scheduler
 
@@ -290,12 +309,12 @@ class _TouchesPages(ConnectorWorker):
 
     caches: Mapping[str, torch.Tensor] = {}
 
-    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
-        super().register(caches)
+    def register_kv_caches(self, caches: Mapping[str, torch.Tensor]) -> None:
+        super().register_kv_caches(caches)
         self.caches = caches
 
-    def start_loads(self) -> None:
-        super().start_loads()
+    def start_load_kv(self) -> None:
+        super().start_load_kv()
         size = self._sizes[0]
         for view in [self._loads[job.id] for job in loads_of(self) if job.id in self._loads]:
             blocks = view.blocks[0][view.skip // size : view.tokens // size]
@@ -354,9 +373,9 @@ class MisreadsTheDisk(Broken):
     class _Worker(ConnectorWorker):
         def _open(self, caches: Mapping[str, torch.Tensor]) -> None:
             super()._open(caches)
-            assert self._transfer is not None
+            assert self._rank is not None
             assert self._spec is not None
-            self._transfer._io = _TakesItForNative(self, self._spec, self._chunk)
+            self._rank.transfer._io = _TakesItForNative(self, self._spec, self._chunk)
 
     worker = _Worker
 
@@ -408,10 +427,10 @@ class DeafToFullMemory(Broken):
     """A store that finds no room is an error for whoever asked; the guard then switches the cache off for good."""
 
     class _Scheduler(ConnectorScheduler):
-        def _store(self, index: Index, tracked: Tracked, scheduled: int, output: Any, now: float) -> None:
-            evicted = index.evictions
-            super()._store(index, tracked, scheduled, output, now)
-            if index.evictions > evicted:
+        def _store(self, plane: Plane, tracked: Tracked, scheduled: int, now: float) -> None:
+            evicted = plane.evictions
+            super()._store(plane, tracked, scheduled, now)
+            if plane.evictions > evicted:
                 raise MemoryError("the RAM tier is full")
 
     scheduler = _Scheduler
@@ -424,10 +443,10 @@ class ForgetsLeases(Broken):
     """What was offered is gone when vLLM has made room for it."""
 
     class _Scheduler(ConnectorScheduler):
-        def allocated(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
-            if tokens and self._index is not None:
-                self._index.release(request.request_id)
-            super().allocated(request, blocks, tokens)
+        def update_state_after_alloc(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
+            if tokens and self._plane is not None:
+                self._plane.release(request.request_id)
+            super().update_state_after_alloc(request, blocks, tokens)
 
     scheduler = _Scheduler
 
@@ -435,33 +454,33 @@ class ForgetsLeases(Broken):
 class SchedulerRaises(Broken):
     """The scheduler half fails in `method`, from its first hit on."""
 
-    method: ClassVar[str] = "matched"
+    method: ClassVar[str] = "get_num_new_matched_tokens"
 
     class _Scheduler(ConnectorScheduler):
-        method = "matched"
+        method = "get_num_new_matched_tokens"
         hit = False
 
         def _raise(self, method: str) -> None:
             if method == self.method and self.hit:
                 raise RuntimeError(f"broken on purpose, in {method}")
 
-        def matched(self, request: Any, local: int) -> int | None:
-            found = super().matched(request, local)
+        def get_num_new_matched_tokens(self, request: Any, local: int) -> int | None:
+            found = super().get_num_new_matched_tokens(request, local)
             self.hit = self.hit or bool(found)
-            self._raise("matched")
+            self._raise("get_num_new_matched_tokens")
             return found
 
-        def allocated(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
-            self._raise("allocated")
-            super().allocated(request, blocks, tokens)
+        def update_state_after_alloc(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
+            self._raise("update_state_after_alloc")
+            super().update_state_after_alloc(request, blocks, tokens)
 
-        def step(self, output: Any) -> Any:
-            self._raise("step")
-            return super().step(output)
+        def build_connector_meta(self, output: Any) -> Any:
+            self._raise("build_connector_meta")
+            return super().build_connector_meta(output)
 
-        def reported(self, meta: Any) -> None:
-            self._raise("reported")
-            super().reported(meta)
+        def update_connector_output(self, meta: Any) -> None:
+            self._raise("update_connector_output")
+            super().update_connector_output(meta)
 
     scheduler = _Scheduler
 
@@ -470,7 +489,7 @@ class RaisesInAllocated(SchedulerRaises):
     """See `SchedulerRaises`."""
 
     class _Scheduler(SchedulerRaises._Scheduler):
-        method = "allocated"
+        method = "update_state_after_alloc"
 
     scheduler = _Scheduler
 
@@ -479,7 +498,7 @@ class RaisesInStep(SchedulerRaises):
     """See `SchedulerRaises`."""
 
     class _Scheduler(SchedulerRaises._Scheduler):
-        method = "step"
+        method = "build_connector_meta"
 
     scheduler = _Scheduler
 
@@ -488,7 +507,7 @@ class RaisesInReported(SchedulerRaises):
     """See `SchedulerRaises`."""
 
     class _Scheduler(SchedulerRaises._Scheduler):
-        method = "reported"
+        method = "update_connector_output"
 
     scheduler = _Scheduler
 
@@ -497,37 +516,37 @@ class WorkerRaises(Broken):
     """The worker half fails in `method`, in every step that has a load."""
 
     class _Worker(ConnectorWorker):
-        method = "start_loads"
+        method = "start_load_kv"
 
         def _raise(self, method: str) -> None:
             if method == self.method and (self._loads or loads_of(self)):
                 raise RuntimeError(f"broken on purpose, in {method}")
 
-        def bind(self, step: Any) -> None:
-            if self.method == "bind" and any(job.kind == "load" for job in step.plan.jobs):
-                raise RuntimeError("broken on purpose, in bind")
-            super().bind(step)
+        def bind_connector_metadata(self, step: Any) -> None:
+            if self.method == "bind_connector_metadata" and any(job.kind == "load" for job in step.plan.jobs):
+                raise RuntimeError("broken on purpose, in bind_connector_metadata")
+            super().bind_connector_metadata(step)
 
-        def start_loads(self) -> None:
-            self._raise("start_loads")
-            super().start_loads()
+        def start_load_kv(self) -> None:
+            self._raise("start_load_kv")
+            super().start_load_kv()
 
         def _view(self, job: Job, view: BlockView) -> EngineView:
             self._raise("_view")
             return super()._view(job, view)
 
-        def start_stores(self) -> None:
-            super().start_stores()
-            self._raise("start_stores")
+        def wait_for_save(self) -> None:
+            super().wait_for_save()
+            self._raise("wait_for_save")
 
         def _ended(self, found: LoadResults, load: BlockView, report: JobReport) -> None:
             super()._ended(found, load, report)
-            if self.method == "landed":
-                raise RuntimeError("broken on purpose, in landed")
+            if self.method == "get_transfer_results":
+                raise RuntimeError("broken on purpose, in get_transfer_results")
 
-        def report(self) -> Any:
-            self._raise("report")
-            return super().report()
+        def build_connector_worker_meta(self) -> Any:
+            self._raise("build_connector_worker_meta")
+            return super().build_connector_worker_meta()
 
     worker = _Worker
 
@@ -536,7 +555,7 @@ class WorkerRaisesInBind(Broken):
     """See `WorkerRaises`."""
 
     class _Worker(WorkerRaises._Worker):
-        method = "bind"
+        method = "bind_connector_metadata"
 
     worker = _Worker
 
@@ -554,6 +573,6 @@ class WorkerRaisesInLanded(Broken):
     """See `WorkerRaises`: the load has ended, and nobody was told."""
 
     class _Worker(WorkerRaises._Worker):
-        method = "landed"
+        method = "get_transfer_results"
 
     worker = _Worker

@@ -1,7 +1,7 @@
-"""Stands in for SGLang's CUDA kernels where there is no GPU: the one function a CPU engine calls, in torch. Test-only.
+"""Replaces SGLang's CUDA kernels without a GPU: implements the one function that a CPU engine calls, in torch. Test-only.
 
-Everything else can be imported, for SGLang does so at module level, and raises when called. There is no
-`convert_weight_packed`, so SGLang believes that AMX is not there and takes its torch-native paths.
+All other names can be imported, as SGLang does at module level, but raise when called. There is no `convert_weight_packed`, so
+SGLang finds no AMX and takes its torch-native paths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def assign_req_to_token_pool_cpu(
     slots: torch.Tensor,
     _width: int,
 ) -> None:
-    """Write each request's new slots, one run after another in `slots`, into its row of `table` at [start, end)."""
+    """Writes each request's new slots, concatenated in `slots`, into its row of `table` at [start, end)."""
     at = 0
     for request, start, end in zip(requests.tolist(), starts.tolist(), ends.tolist(), strict=True):
         table[request, start:end] = slots[at : at + end - start].to(table.dtype)

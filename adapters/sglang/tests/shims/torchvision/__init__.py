@@ -16,7 +16,7 @@ class _Anything(type):
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):
             raise AttributeError(name)
-        return f"{cls.__name__}.{name}"  # as good as a member of an enumeration
+        return f"{cls.__name__}.{name}"  # in place of a member of an enumeration
 
 
 def _placeholder(name: str) -> Any:

@@ -1,11 +1,11 @@
-"""Synthetic request traces: patterns that a cache policy meets, each from a seed alone.
+"""Synthetic request traces: typical access patterns for cache policies, generated from a seed.
 
-A trace is a list of requests in order of time. Blocks are named by integers; a request names its prompt's blocks from the
-first on, and two prompts share a name exactly where they share everything up to the end of that block. So the blocks form
-a forest, as chunk digests do.
+A trace is a list of requests ordered by time. Blocks are identified by integers; a request lists the blocks of its prompt in
+order, and two prompts share a block id exactly if they are equal up to the end of that block. So the blocks form a forest, as
+chunk digests do.
 
-Every generator takes the number of requests and a seed, and gives the same trace for the same arguments on every machine
-(`random.Random`, no NumPy). `SUITE` names one trace of each pattern; the robustness table is made from it.
+Every generator takes the number of requests and a seed, and returns the same trace for the same arguments on every machine
+(`random.Random`, no NumPy). `SUITE` has a trace of each pattern; the robustness table is computed from it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 BLOCK_TOKENS = 512
-"""Tokens of a block, as in the published Mooncake traces."""
+"""Tokens per block, as in the published Mooncake traces."""
 
 
 class Request(NamedTuple):
-    """One prompt. `blocks` are names of its full blocks and of the last, partly filled one."""
+    """One prompt. `blocks`: ids of its full blocks and of the last, partial one."""
 
     time: float
     input_tokens: int
@@ -61,8 +61,8 @@ def documents(
     skew: float = 1.0,
     rate: float = 3.0,
 ) -> Trace:
-    """Questions about documents: a document of about `blocks` blocks (half to twice), drawn by Zipf's law with exponent
-    `skew`, then `question` blocks that never come again. `rate` requests a second, Poisson.
+    """Questions on documents: a document of about `blocks` blocks (half to double), drawn from a Zipf distribution with
+    exponent `skew`, followed by `question` unique blocks. Poisson arrivals, `rate` per second.
     """
     random, fresh = Random(seed), count()
     bodies = [_take(fresh, max(1, int(blocks * 2 ** random.uniform(-1, 1)))) for _ in range(documents)]
@@ -77,9 +77,9 @@ def documents(
 def agents(
     requests: int, seed: int, *, agents: int = 20, system: int = 10, step: int = 2, steps: int = 25, pause: float = 5.0
 ) -> Trace:
-    """Agent loops: `agents` at a time share a system prompt of `system` blocks; each call of a loop repeats its whole
-    context and adds up to twice `step` blocks. A loop ends after about `steps` calls and another task begins. The pause
-    between calls is exponential with mean `pause` seconds.
+    """Agent loops: `agents` concurrent agents share a system prompt of `system` blocks; each call repeats the whole context
+    and adds up to twice `step` blocks. A loop ends after about `steps` calls and a new task begins. Pauses between calls are
+    exponential with mean `pause` seconds.
     """
     random, fresh = Random(seed), count()
     shared = _take(fresh, system)
@@ -108,9 +108,9 @@ def chats(
     gap: Callable[[Random], float] = lambda random: random.lognormvariate(4.8, 0.8),
     system: int = 1,
 ) -> Trace:
-    """Conversations that begin at `rate` a second, over a system prompt of `system` blocks. After each answer the user
-    comes back with probability `stay`, after `gap(random)` seconds. The first prompt has about `first` blocks
-    (exponential), each turn adds about `turn`.
+    """Conversations, of which `rate` per second begin, with a system prompt of `system` blocks. After each answer the user
+    continues with probability `stay`, after `gap(random)` seconds. The first prompt has about `first` blocks (exponential),
+    each turn adds about `turn`.
     """
     random, fresh = Random(seed), count()
     shared = _take(fresh, system)
@@ -131,7 +131,7 @@ def chats(
 
 
 def loop(requests: int, seed: int, *, items: int = 50, blocks: int = 10, rate: float = 3.0) -> Trace:
-    """The same `items` prompts of `blocks` blocks, round and round: all or nothing for LRU. `seed` shuffles the round."""
+    """A cyclic scan of `items` prompts of `blocks` blocks: LRU hits always or never. `seed` shuffles the order."""
     random, fresh = Random(seed), count()
     prompts = [_take(fresh, blocks) for _ in range(items)]
     random.shuffle(prompts)
@@ -139,14 +139,14 @@ def loop(requests: int, seed: int, *, items: int = 50, blocks: int = 10, rate: f
 
 
 def uniform(requests: int, seed: int, *, items: int = 400, blocks: int = 10, rate: float = 3.0) -> Trace:
-    """Each request is one of `items` prompts of `blocks` blocks, all equally likely: no policy is better than another."""
+    """Each request is one of `items` prompts of `blocks` blocks, uniformly random: all policies perform equally."""
     random, fresh = Random(seed), count()
     prompts = [_take(fresh, blocks) for _ in range(items)]
     return [_request(i / rate, random.choice(prompts)) for i in range(requests)]
 
 
 def unique(requests: int, seed: int, *, blocks: int = 10, rate: float = 3.0) -> Trace:
-    """Nothing ever comes again."""
+    """Prompts that never recur."""
     random, fresh = Random(seed), count()
     return [_request(i / rate, _take(fresh, random.randint(1, 2 * blocks - 1))) for i in range(requests)]
 
@@ -154,8 +154,8 @@ def unique(requests: int, seed: int, *, blocks: int = 10, rate: float = 3.0) -> 
 def stack(
     requests: int, seed: int, *, depth: float = 20.0, blocks: int = 6, novel: float = 0.1, rate: float = 3.0
 ) -> Trace:
-    """LRU's own pattern: with probability `novel` a new prompt, otherwise the k-th most recently used one, k geometric
-    with mean `depth`.
+    """The LRU stack model, the best case for LRU: with probability `novel` a new prompt, otherwise the k-th most recently
+    used one, with k geometric of mean `depth`.
     """
     random, fresh = Random(seed), count()
     recent: list[list[int]] = []
@@ -169,8 +169,8 @@ def stack(
 
 
 def scans(requests: int, seed: int, *, every: int = 500, length: int = 250, blocks: int = 12, **chat: float) -> Trace:
-    """`chats` with bursts: after `every` requests come `length` prompts of `blocks` blocks that are read once, within a
-    few seconds (an evaluation run, a batch job).
+    """`chats` with scans: after every `every` requests, a burst of `length` prompts of `blocks` blocks that are used only once
+    (an evaluation run, a batch job).
     """
     base = chats(requests, seed, **chat)  # type: ignore[arg-type]
     fresh = count(1 + max(block for request in base for block in request.blocks))
@@ -183,8 +183,8 @@ def scans(requests: int, seed: int, *, every: int = 500, length: int = 250, bloc
 
 
 def reruns(requests: int, seed: int, *, batch: int = 150, times: int = 3, blocks: int = 12, rate: float = 3.0) -> Trace:
-    """Batches of about `batch` prompts (half to twice) of up to twice `blocks` blocks after a common one, each batch run
-    once to `times` times in the same order: whether it is worth keeping shows when it is run again.
+    """Batches of about `batch` prompts (half to double) of up to twice `blocks` blocks after a shared one. Each batch runs once
+    to `times` times in the same order: only a rerun shows whether it was worth keeping.
     """
     random, fresh = Random(seed), count()
     shared = _take(fresh, 1)
@@ -198,8 +198,8 @@ def reruns(requests: int, seed: int, *, batch: int = 150, times: int = 3, blocks
 
 
 def echo(trace: Trace, calm: float) -> Trace:
-    """The first `calm` of a trace, then the prompts of that again, the last one first: what a policy that learnt from the
-    first part gave up with good reason is wanted all at once. As bad as it gets for anything but LRU.
+    """The first `calm` share of a trace, then its prompts again in reverse order: objects that a policy evicted based on the
+    first part are all requested at once. The worst case for any policy but LRU.
     """
     first = trace[: int(len(trace) * calm)]
     back = reversed(first[max(0, 2 * len(first) - len(trace)) :])
@@ -207,22 +207,28 @@ def echo(trace: Trace, calm: float) -> Trace:
 
 
 def alternate(parts: Sequence[Trace], length: int) -> Trace:
-    """In turn the next `length` requests of each trace, until one ends: the load changes back and forth."""
+    """Alternates between the traces, `length` requests at a time, until one ends. The traces share no blocks."""
     turns = min(map(len, parts)) // length
-    moved, base = [], 0
-    for part in parts:
-        moved.append([r._replace(blocks=[base + b for b in r.blocks]) for r in part])
-        base += 1 + max(block for request in part for block in request.blocks)
+    moved = _disjoint(parts)
     return join([part[i * length : (i + 1) * length] for i in range(turns) for part in moved], apart=False)
 
 
+def _disjoint(parts: Sequence[Trace]) -> list[Trace]:
+    """Renumbers blocks so that no two traces share any."""
+    moved, base = list[Trace](), 0
+    for part in parts:
+        moved.append([r._replace(blocks=[base + b for b in r.blocks]) for r in part])
+        base += 1 + max(block for request in part for block in request.blocks)
+    return moved
+
+
 def phases(parts: Sequence[Trace]) -> Trace:
-    """One trace after the other, each with its own blocks: the load changes its nature all at once."""
+    """Concatenates traces without shared blocks: the workload changes abruptly."""
     return join(parts, apart=True)
 
 
 def join(parts: Sequence[Trace], *, apart: bool) -> Trace:
-    """The traces one after the other in time. `apart`: the blocks of one are no blocks of another."""
+    """Concatenates traces in time. `apart`: renumber the blocks so that the traces share none."""
     trace: Trace = []
     time, base = 0.0, 0
     for part in parts:
@@ -234,32 +240,29 @@ def join(parts: Sequence[Trace], *, apart: bool) -> Trace:
 
 
 def mix(parts: Sequence[Trace]) -> Trace:
-    """Tenants: the traces at the same time, each with its own blocks. Their rates are their own."""
-    moved, base = [], 0
-    for part in parts:
-        moved.append([r._replace(blocks=[base + b for b in r.blocks]) for r in part])
-        base += 1 + max(block for request in part for block in request.blocks)
+    """Merges traces by time, as of several tenants without shared blocks; ends with the shortest."""
+    moved = _disjoint(parts)
     end = min(part[-1].time for part in moved)
     return [request for request in heapq.merge(*moved, key=lambda r: r.time) if request.time <= end]
 
 
 def sample(trace: Trace, fraction: float, seed: int) -> Trace:
-    """About `fraction` of the *conversations*: requests are kept or left out by the second block of their prompt (the
-    first is often one system prompt of all), so that what comes back still does.
+    """Samples about `fraction` of the conversations: requests are selected by the second block of their prompt (the first is
+    often a shared system prompt), so that reuse is preserved.
     """
     salt = Random(seed).getrandbits(32)
     return [r for r in trace if Random(salt ^ r.blocks[min(1, len(r.blocks) - 1)]).random() < fraction]
 
 
 def shuffle(trace: Trace, window: int, seed: int) -> Trace:
-    """The prompts in another order (each moves by about `window` requests), the times as they were."""
+    """Shuffles the prompts (each moves by up to about `window` requests) and keeps the times."""
     random = Random(seed)
     moved = sorted(range(len(trace)), key=lambda i: i + random.uniform(-window, window))
     return [trace[i]._replace(time=at.time) for i, at in zip(moved, trace, strict=True)]
 
 
 def stretch(trace: Trace, factor: float) -> Trace:
-    """The same requests, `factor` times slower."""
+    """Slows a trace down by `factor`."""
     return [request._replace(time=request.time * factor) for request in trace]
 
 

@@ -1,0 +1,144 @@
+"""One engine's control plane: an `Index` with names, admission, recording and counting around it.
+
+Whoever serves an engine opens the data plane of each rank (`lmcache.transfer.rank`), hands what the ranks reported about
+themselves to a `Plane`, and passes plans and reports between the two: `lmcache.driver` in one process, vLLM's connector across
+processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from lmcache.config import Config
+from lmcache.control.admission import Admission
+from lmcache.control.index import Index
+from lmcache.control.namespaces import Namespaces
+from lmcache.control.outcomes import Finished, Owner, StopReason, Store, TierInfo
+from lmcache.observe.metrics import Metrics
+from lmcache.observe.recorder import Recorder
+from lmcache.plan import Chain, Report, TierFacts
+from lmcache.spec import KVSpec
+
+
+class Plane(Index):
+    """Decides for one engine, on all of its ranks. Single-threaded, as `Index`; `names` may be used from any thread.
+
+    Args:
+        config: settings.
+        specs: what the KV of each rank is.
+        slots: arena slots of each group, the same on every rank.
+        tiers: the tiers below DRAM, nearest first.
+        metrics: where requests, stores and evictions are counted.
+        chunk_tokens: tokens per chunk, where the engine's blocks require another number than `config.chunk_tokens`.
+        patience: see `Index`.
+
+    Attributes:
+        names: the namespaces of this model.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        specs: Sequence[KVSpec],
+        slots: Sequence[int],
+        tiers: Sequence[TierInfo],
+        metrics: Metrics,
+        *,
+        chunk_tokens: int | None = None,
+        patience: float = 0.0,
+    ) -> None:
+        spec = specs[0]
+        chunk = chunk_tokens or config.chunk_tokens
+        self.metrics = metrics
+        self.names = Namespaces(spec, chunk, config.share)
+        self.admission = Admission(config, specs, chunk, [tier.usable_bytes for tier in tiers])
+        self._recorder = Recorder(config.record_trace, chunk) if config.record_trace else None
+        self._counted_evictions = self._counted_refusals = 0
+        super().__init__(
+            [(group.name, group.rule) for group in spec.groups],
+            chunk,
+            slots,
+            ranks=len(specs),
+            tiers=tiers,
+            policy=config.policy,
+            lease_ttl=config.lease_s,
+            load_deadline=config.load_timeout_s,
+            probe_deadline=config.probe_timeout_s,
+            patience=patience,
+            admit=self.admission if self.admission.active else None,
+        )
+
+    # ---------------------------------------------------------------- decisions, counted
+
+    def begin_store(
+        self,
+        owner: Owner,
+        chain: Chain,
+        *,
+        first: int,
+        last: int,
+        now: float,
+        resident: Sequence[Sequence[bool]] | None = None,
+    ) -> Store:
+        """See `Index.begin_store`. Counts what was accepted, and what was skipped and why."""
+        store = super().begin_store(owner, chain, first=first, last=last, now=now, resident=resident)
+        for reason, objects in store.skipped.items():
+            self.metrics.skipped_store(reason, objects)
+        if store.accepted:
+            self.metrics.stored(store.accepted)
+        return store
+
+    def tick(self, now: float) -> list[Finished]:
+        """See `Index.tick`. Counts evictions and refused write-backs since the last call."""
+        finished = super().tick(now)
+        evicted = refused = 0
+        for pool in self.state.pools:
+            evicted += pool.evictions
+        refused = self.state.counts["refused"]
+        if evicted != self._counted_evictions:
+            self.metrics.evicted("dram", evicted - self._counted_evictions)
+            self._counted_evictions = evicted
+        if refused != self._counted_refusals:
+            self.metrics.skipped_store("admission", refused - self._counted_refusals)
+            self._counted_refusals = refused
+        return finished
+
+    def apply(self, reports: Iterable[Report], facts: Mapping[int, Sequence[TierFacts]], now: float) -> list[Finished]:
+        """Applies reports of ranks and what the ranks measured of their tiers; returns the jobs that ended."""
+        for rank, measured in facts.items():
+            self.admission.measured(rank, measured)
+        return [finished for report in reports for finished in self.report(report, now)]
+
+    # ---------------------------------------------------------------- seeing
+
+    def record(self, tokens: int, chain: Chain) -> None:
+        """Appends a request of so many prompt tokens to the recorded trace, if there is one."""
+        if self._recorder is not None:
+            self._recorder.record(tokens, chain.digests)
+
+    def count_request(
+        self, total: int, tokens: int, by_tier: Mapping[str, int], stop: StopReason, *, local: int = 0
+    ) -> None:
+        """Counts what a request asked for and what it got.
+
+        Args:
+            total: tokens of the prompt.
+            tokens: length of the hit, the engine's own tokens included.
+            by_tier: tokens of the hit beyond `local`, by source.
+            stop: why the hit ends.
+            local: leading tokens that the engine has itself; they count neither as asked for nor as found.
+        """
+        metrics, chunk = self.metrics, self.state.chunk_tokens
+        metrics.requested(total - local)
+        for tier, found in by_tier.items():
+            metrics.hit(tier, found)
+        whole, tokens = total - total % chunk, max(tokens, local)
+        if tokens < whole:
+            metrics.missed(stop.metric, whole - tokens)
+        if (tail := total - max(whole, tokens)) > 0:
+            metrics.missed("tail", tail)
+
+    def close(self) -> None:
+        """Ends the recording."""
+        if self._recorder is not None:
+            self._recorder.close()

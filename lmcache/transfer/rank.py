@@ -1,0 +1,150 @@
+"""The data plane of one rank, opened from the settings: its tiers, its arenas, and the transfer between them and the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from lmcache.config import Config
+from lmcache.errors import TierError
+from lmcache.format.codec import ObjectCodec
+from lmcache.memory import anonymous, host_provider, pinned
+from lmcache.observe.log import Throttle
+from lmcache.observe.metrics import Metrics
+from lmcache.plan import TierFacts
+from lmcache.spec import KVSpec
+from lmcache.tiers import open_tiers
+from lmcache.tiers.base import Tier, usable_bytes
+from lmcache.transfer.arena import Arena, share_out
+from lmcache.transfer.engine_copy import open_copier
+from lmcache.transfer.transfer import Transfer
+
+CLOSE_S = 5.0
+"""Seconds that closing waits for threads before it leaves a hung tier call behind."""
+
+_AHEAD_BYTES = 256 << 20
+"""Pageable host memory that is made present before it is needed, all groups together."""
+
+
+class Rank:
+    """One rank's tiers, arenas and transfer.
+
+    Attributes:
+        transfer: executes plans.
+        tiers: nearest first.
+        arenas: one per group.
+        memory: which host memory the arenas use and why, for the log.
+    """
+
+    def __init__(
+        self, transfer: Transfer, tiers: Sequence[Tier], arenas: Sequence[Arena], memory: str, log: Throttle
+    ) -> None:
+        self.transfer = transfer
+        self.tiers = list(tiers)
+        self.arenas = list(arenas)
+        self.memory = memory
+        self._log = log
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Arena slots per group."""
+        return tuple(arena.slots for arena in self.arenas)
+
+    def measure(self) -> None:
+        """Asks every tier that evicts how full it is; `facts` counts from there. Takes as long as the tiers take."""
+        for position, tier in enumerate(self.tiers):
+            if usable_bytes(tier) is not None:
+                self.transfer.measure(position)
+
+    def facts(self) -> list[TierFacts]:
+        """What is known of each tier's room and speed, without asking it."""
+        return self.transfer.facts()
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Returns when all that was written to the tiers is visible and safe from kill −9 (`durable`: and power loss)."""
+        for tier in self.tiers:
+            tier.flush(durable=durable)
+
+    def clear(self, namespaces: Sequence[bytes] | None) -> int:
+        """Removes every object (of these namespaces) from the tiers; returns how many.
+
+        Raises:
+            TierError: some could not be removed and may still be served.
+        """
+        wanted: Sequence[bytes | None] = [None] if namespaces is None else namespaces
+        removed = 0
+        for position, tier in enumerate(self.tiers):
+            removed += sum(tier.clear(namespace) for namespace in wanted)
+            kept = sum(1 for found in tier.scan() if namespaces is None or found.id.namespace in namespaces)
+            if kept:
+                raise TierError(
+                    f"{kept} objects are still on tier {tier.name!r} and may be served: "
+                    "stop whoever is writing to it, or make it writable, and clear again"
+                )
+            if usable_bytes(tier) is not None:
+                self.transfer.measure(position)
+        return removed
+
+    def close(self, timeout: float = CLOSE_S) -> None:
+        """Finishes queued work, ends the threads, releases the tiers. What still hangs after `timeout` seconds is left behind."""
+        until = time.monotonic() + timeout
+        if self.transfer.close(max(0.0, until - time.monotonic())):
+            for tier in self.tiers:
+                tier.close()
+        else:
+            self._log.warning("close-incomplete", reason="a tier call still hangs; its threads are left behind")
+
+
+def open_rank(
+    config: Config,
+    spec: KVSpec,
+    metrics: Metrics,
+    log: Throttle,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    chunk_tokens: int | None = None,
+    tiers: Sequence[Tier] | None = None,
+) -> Rank:
+    """Opens the data plane of one of `ranks` ranks.
+
+    Args:
+        config: settings. Memory and queue are for all ranks of this host together.
+        spec: what this rank's KV is.
+        metrics, log: where failures are counted and logged.
+        rank, ranks: this rank's number, and how many there are.
+        chunk_tokens: tokens per chunk, where the engine's blocks require another number than `config.chunk_tokens`.
+        tiers: the tiers below DRAM, nearest first; by default those that `config` names.
+
+    Raises:
+        ConfigError: memory cannot be pinned, and `config.pin_memory` demands it.
+        TierError: a tier cannot be opened and `config.strict` is set; otherwise the rank runs without it.
+    """
+    chunk = chunk_tokens or config.chunk_tokens
+    opened = list(tiers) if tiers is not None else open_tiers(config, metrics, log)
+    sizes = [spec.object_bytes(group, chunk) for group in range(len(spec.groups))]
+    budget = (config.dram_bytes or (config.queue_bytes if opened else 0)) // ranks
+    provider, memory = host_provider(config.pin_memory)
+    ahead = _AHEAD_BYTES // len(sizes) if provider is anonymous else 0
+    arenas = [
+        Arena(slots, size, provider, ahead_bytes=ahead, reserve=provider is pinned)
+        for slots, size in zip(share_out(budget, sizes), sizes, strict=True)
+    ]
+    transfer = Transfer(
+        spec,
+        chunk,
+        arenas,
+        opened,
+        io=ObjectCodec(spec, chunk, order=config.disk_order, reslice=config.share == "semantic"),
+        metrics=metrics,
+        log=log,
+        rank=rank,
+        read_threads=config.io_threads,
+        write_threads=config.io_threads,
+        queue_bytes=config.queue_bytes // ranks,
+        open_copier=partial(
+            open_copier, staging_bytes=config.staging_bytes, copy_engine_bytes=config.copy_engine_bytes
+        ),
+    )
+    return Rank(transfer, opened, arenas, memory, log)
