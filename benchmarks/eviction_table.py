@@ -18,11 +18,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lmcache.control.replay import Replay
-
 from lmcache.control import Index
 from lmcache.control.eviction import POLICIES
 from lmcache.plan import Chain
+from lmcache.simulate.replay import Replay
 from lmcache.simulate.run import BOUNDS
 from lmcache.simulate.trace import Trace, read_traces
 from lmcache.spec import ALL

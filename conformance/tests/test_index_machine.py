@@ -14,7 +14,7 @@ from lmcache_conformance.mutants.index import (
     MutantVisibleBeforeItIsStored,
 )
 from lmcache_conformance.suites.index_machine import IndexMachine
-from lmcache_conformance.suites.machine import run_machine
+from lmcache_conformance.suites.tier_machine import run_machine
 
 NOTICED = [
     MutantBelievesTheDead,

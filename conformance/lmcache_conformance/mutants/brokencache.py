@@ -9,11 +9,11 @@ from lmcache import CacheEngine, Config
 from lmcache.format.codec import ObjectCodec
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
-from lmcache_conformance.suites.cachebytes import CacheBytesTests
-from lmcache_conformance.suites.cachefactory import CacheFactory
-from lmcache_conformance.suites.cachefaults import CacheFaultTests
-from lmcache_conformance.suites.cachenames import CacheNameTests
-from lmcache_conformance.suites.cachepressure import CachePressureTests
+from lmcache_conformance.suites.cache_bytes import CacheBytesTests
+from lmcache_conformance.suites.cache_factory import CacheFactory
+from lmcache_conformance.suites.cache_faults import CacheFaultTests
+from lmcache_conformance.suites.cache_names import CacheNameTests
+from lmcache_conformance.suites.cache_pressure import CachePressureTests
 
 __all__ = ["BrokenCacheFaultTests", "BrokenCacheTests"]
 

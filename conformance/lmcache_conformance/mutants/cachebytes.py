@@ -10,7 +10,7 @@ import torch
 
 from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Hit, Slots
-from lmcache_conformance.labs.kvlab import CHUNK
+from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant, skip_row
 from lmcache_conformance.mutants.brokencache import BrokenCacheTests
 

@@ -9,7 +9,7 @@ from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Hit, Slots
 from lmcache.plan import Status
 from lmcache.transfer.jobs import ActiveJob
-from lmcache_conformance.labs.kvlab import CHUNK
+from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant
 from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
 

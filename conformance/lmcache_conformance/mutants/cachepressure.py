@@ -6,7 +6,7 @@ from typing import Any
 
 from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Slots
-from lmcache_conformance.labs.kvlab import CHUNK
+from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import mutant
 from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
 

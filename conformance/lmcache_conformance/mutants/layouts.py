@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from lmcache.layout import BoundKV, ObjectLayout, gather, scatter, translate
-from lmcache_conformance.labs.layoutlab import LABS, Lab, LabLayoutTests, ambiguous
+from lmcache_conformance.labs.engine_layouts import LABS, Lab, LabLayoutTests, ambiguous
 from lmcache_conformance.mutants import mutant
 
 

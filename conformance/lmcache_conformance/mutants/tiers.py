@@ -13,7 +13,7 @@ from lmcache.spec import Rect
 from lmcache.tiers.base import Read, Result, Tier, Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.memory import MemoryTier
-from lmcache_conformance.labs.ours import QUICK, DiskTierTests, MemoryTierTests
+from lmcache_conformance.labs.our_tiers import QUICK, DiskTierTests, MemoryTierTests
 from lmcache_conformance.mutants import mutant
 from lmcache_conformance.suites.tiers import TierCapabilities
 

@@ -24,7 +24,7 @@ from lmcache_conformance.labs.indexlab import CHUNK, Content, chain, drain, name
 from lmcache_conformance.runner.marks import level
 from lmcache_conformance.suites.index_factory import IndexFactory
 from lmcache_conformance.suites.index_model import LEASE_S, PROBE_S, Groups, IndexModel, Load
-from lmcache_conformance.suites.machine import run_machine
+from lmcache_conformance.suites.tier_machine import run_machine
 
 GROUPS: list[Groups] = [
     [("full", ALL)],

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmcache.control.replay import Replay
 from lmcache.simulate.traces import SUITE, Trace, chats, documents, phases, stack, uniform
 
 from lmcache.control import Index
@@ -15,6 +14,7 @@ from lmcache.control.eviction import Adaptive, Lru, Policy, Tracked
 from lmcache.control.eviction import adaptive as module
 from lmcache.control.eviction.adaptive import KINDS, _Ghost
 from lmcache.plan import Chain
+from lmcache.simulate.replay import Replay
 from lmcache.spec import ALL
 
 
