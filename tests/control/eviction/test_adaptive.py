@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmcache.simulate.traces import SUITE, Trace, chats, documents, phases, stack, uniform
+from synthetic_traces import SUITE, Trace, chats, documents, phases, stack, uniform
 
 from lmcache.control import Index
 from lmcache.control.eviction import Adaptive, Lru, Policy, Tracked
