@@ -200,7 +200,7 @@ ExtentPin = tuple[Extent, int]
 """A reference of a lease or a job: (extent, number of its objects when it was pinned). Covers what was split off it since."""
 
 
-def pieces(pins: Iterable[ExtentPin]) -> Iterator[Extent]:
+def extents_of(pins: Iterable[ExtentPin]) -> Iterator[Extent]:
     """Yields the extents that the pinned objects are in now. The caller may split or unpin each before it goes on."""
     for first, left in pins:
         extent: Extent | None = first

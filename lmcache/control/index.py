@@ -119,7 +119,7 @@ class Index:
         self.leases: dict[Owner, Lease] = {}
         self._expiring: deque[tuple[Owner, Lease]] = deque()  # ordered by `queued_until`
         self._deadlines: deque[tuple[float, int]] = deque()  # (time, load job), in order
-        self._questions: OrderedDict[Owner, _PendingProbe] = OrderedDict()
+        self._probes: OrderedDict[Owner, _PendingProbe] = OrderedDict()
         # Groups whose policy observes requests. Only those of rule `all`: the others store a window or the last state of a
         # request, not all of its chunks, so requests do not predict which of their objects are used.
         self._observed_groups = [
@@ -185,7 +185,7 @@ class Index:
     def forget(self, owner: Owner) -> None:
         """Ends a request: its lease, and what is remembered of its probes and failed load."""
         self.release(owner)
-        self._questions.pop(owner, None)
+        self._probes.pop(owner, None)
         self._observed.pop(owner, None)
         self.state.failed.discard(owner)
         self.state.loading.pop(owner, None)
@@ -323,8 +323,8 @@ class Index:
             else:
                 self.release(owner)
                 self.state.counts["leases_expired"] += 1
-        while self._questions and next(iter(self._questions.values())).until + self._lease_ttl <= now:
-            self._questions.popitem(last=False)
+        while self._probes and next(iter(self._probes.values())).until + self._lease_ttl <= now:
+            self._probes.popitem(last=False)
         finished: list[Finished] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             job = self.state.jobs.live.get(self._deadlines.popleft()[1])
@@ -341,7 +341,7 @@ class Index:
         for owner in list(self.leases):
             self.release(owner)
         void = state.jobs.reset()
-        self._questions.clear()
+        self._probes.clear()
         finished: list[Finished] = []
         deletes: list[tuple[int, Name]] = []
         for job in void:
@@ -487,13 +487,13 @@ class Index:
     def _probe(self, owner: Owner, chain: Chain, limit: int, now: float) -> tuple[bool, bool]:
         """Probes shared tiers for missing objects; returns (pending, timed out)."""
         query = (chain.namespace, chain.digests[limit - 1], limit)
-        probe = self._questions.get(owner)
+        probe = self._probes.get(owner)
         if probe is None or probe.query != query:
             job = self._probe_job(owner, chain, limit)
             job_id = self.state.jobs.start(job, self._probe_deadline) if job.ops else 0
             probe = _PendingProbe(query, job_id, now + self._probe_deadline + self._patience)
-            self._questions[owner] = probe
-            self._questions.move_to_end(owner)
+            self._probes[owner] = probe
+            self._probes.move_to_end(owner)
         live = self.state.jobs.live.get(probe.job_id)
         if live is None or live.concluded:
             return False, False

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Protocol
 
-from lmcache.control.extents import EVICTING, LONGEST, READY, WRITING, Extent, ExtentPin, NamespaceTable, pieces
+from lmcache.control.extents import EVICTING, LONGEST, READY, WRITING, Extent, ExtentPin, NamespaceTable, extents_of
 from lmcache.control.jobs import TrackedJob
 from lmcache.control.outcomes import Owner
 from lmcache.control.slot_pool import SlotPool
@@ -37,7 +37,7 @@ def check(state: State, leases: Mapping[Owner, HasPins]) -> None:
 def _pinned(holder: HasPins) -> Iterator[Extent]:
     for _, pins in holder.pins:
         for pin in pins:
-            extents = list(pieces([pin]))
+            extents = list(extents_of([pin]))
             held = sum(len(extent.digests) for extent in extents)
             assert held == pin[1], f"{pin[1]} objects were pinned, {held} are"
             for extent, rest in pairwise(extents):

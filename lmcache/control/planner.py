@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 
-from lmcache.control.extents import Extent, ExtentPin, pieces
+from lmcache.control.extents import Extent, ExtentPin, extents_of
 from lmcache.control.jobs import LoadTarget, TrackedJob
 from lmcache.control.lookup import FoundHit, consecutive
 from lmcache.control.outcomes import Owner
@@ -127,7 +127,7 @@ def _resident(job: TrackedJob, hit: FoundHit) -> list[dict[int, ArenaSlot]]:
     resident = []
     for (_, pins), need, below in zip(job.pins, hit.needs, hit.below, strict=False):
         positions = [i for i in need if i not in below] if below else need
-        resident.append(dict(zip(positions, _slots(pieces(pins)), strict=True)))
+        resident.append(dict(zip(positions, _slots(extents_of(pins)), strict=True)))
     return resident
 
 
@@ -156,7 +156,7 @@ def _take_slots(state: State, job: TrackedJob, chain: Chain, group: int, first: 
     pins = pool.insert(chain, first, last)
     job.inserted.setdefault(group, []).extend(pins)
     job.pins.append((pool, pins))
-    return list(_slots(pieces(pins)))
+    return list(_slots(extents_of(pins)))
 
 
 def _slots(extents: Iterable[Extent]) -> Iterator[ArenaSlot]:

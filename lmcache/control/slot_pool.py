@@ -24,7 +24,7 @@ from lmcache.control.extents import (
     ExtentSlice,
     NamespaceTable,
     ResidentObject,
-    pieces,
+    extents_of,
 )
 from lmcache.control.outcomes import StopReason
 from lmcache.plan import Chain
@@ -146,7 +146,7 @@ class SlotPool:
     def publish(self, pins: Iterable[ExtentPin]) -> list[Extent]:
         """Makes those of the pinned objects ready that are still being written, parents first; returns their extents."""
         fresh: list[Extent] = []
-        for extent in pieces(pins):
+        for extent in extents_of(pins):
             if extent.state == WRITING:
                 extent.state = READY
                 self.writing -= len(extent.digests)
@@ -182,7 +182,7 @@ class SlotPool:
 
     def unpin(self, pins: Iterable[ExtentPin]) -> None:
         """Releases pins, also where the extents have been split since."""
-        for extent in pieces(pins):
+        for extent in extents_of(pins):
             extent.refs -= 1
             if not extent.refs:
                 extent.rest = None

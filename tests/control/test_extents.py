@@ -13,7 +13,7 @@ from indexdriver import FAILED, OK, Lab
 from lmcache.control import invariants
 from lmcache.control import slot_pool as arenas
 from lmcache.control.eviction import POLICIES, Lru, S3Fifo, policy_factory
-from lmcache.control.extents import READY, Extent, ExtentPin, pieces
+from lmcache.control.extents import READY, Extent, ExtentPin, extents_of
 from lmcache.control.slot_pool import SlotPool
 from lmcache.plan import Chain
 from lmcache.spec import HitRule
@@ -64,7 +64,7 @@ class Arena:
         self.hold(spans, list(names), writes=True)
 
     def hold(self, spans: list[ExtentPin], names: list[bytes], *, writes: bool) -> None:
-        held = {digest: (slot, gen) for run in pieces(spans) for digest, slot, gen, _ in run.objects()}
+        held = {digest: (slot, gen) for run in extents_of(spans) for digest, slot, gen, _ in run.objects()}
         assert sorted(held) == sorted(set(names)), "something else was taken hold of"
         self.holders.append((spans, held, writes))
 
@@ -77,12 +77,12 @@ class Arena:
 
     def check(self) -> None:
         for spans, held, _ in self.holders:
-            now = {digest: (slot, gen) for run in pieces(spans) for digest, slot, gen, _ in run.objects()}
+            now = {digest: (slot, gen) for run in extents_of(spans) for digest, slot, gen, _ in run.objects()}
             assert now == held, "somebody holds something else than he took"
         slots = [slot for slot, _ in {held for _, mine, _ in self.holders for held in mine.values()}]
         assert len(slots) == len(set(slots)), "a slot was given away while somebody held it"
         assert not set(slots) & set(self.pool.free), "a slot is free while somebody holds it"
-        refs = Counter(run for spans, _, _ in self.holders for run in pieces(spans))
+        refs = Counter(run for spans, _, _ in self.holders for run in extents_of(spans))
         invariants.check_pool("pool", self.pool, refs)
         ready = {held.digest for held in self.pool.residents() if held.ready}
         assert ready == self.there, "told otherwise"

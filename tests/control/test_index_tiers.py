@@ -155,6 +155,6 @@ def test_forgotten_owners_and_old_questions_are_not_remembered() -> None:
     for owner in ("a", "b"):
         lab.look(owner=owner)
     lab.index.forget("a")
-    assert list(lab.index._questions) == ["b"]
+    assert list(lab.index._probes) == ["b"]
     lab.index.tick(11.0)
-    assert not lab.index._questions
+    assert not lab.index._probes
