@@ -126,7 +126,7 @@ def traces(lengths: list[int], seeds: list[int], files: list[str]) -> Iterator[t
 def main() -> int:
     """Print the table; 1 if some case is below `TOLERATED`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="density")
+    parser.add_argument("--policy", default="adaptive")
     parser.add_argument("--quick", action="store_true", help="--requests 600, and the first seed only")
     parser.add_argument("--requests", type=int, nargs="+", default=[600, 3000], help="lengths of the traces")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 5])

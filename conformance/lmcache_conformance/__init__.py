@@ -1,1 +1,1 @@
-"""Proof that a hit is what was computed: one suite for any engine adapter, tier, layout or kernel, ours or yours."""
+"""Conformance test suites for engine adapters, tiers, layouts and kernels, including third-party ones."""

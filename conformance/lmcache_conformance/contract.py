@@ -1,8 +1,8 @@
-"""What the suite asks of an engine adapter, and what an adapter claims about itself. Plain data and one small protocol.
+"""The interface between the suite and an engine adapter: sessions, requests, responses, and the adapter's capabilities.
 
-An adapter is adopted by registering an `EngineAdapter` under the entry point group `lmcache.adapters`. The suite opens
-*sessions* with it, each in a child process of its own: an engine that crashes, hangs or kills its process tree is then a
-result like any other. Everything that crosses the process boundary is msgspec-encoded; nothing is pickled.
+An adapter takes part by registering an `EngineAdapter` under the entry point group `lmcache.adapters`. The suite opens
+*sessions* with it, each in its own child process, so that an engine that crashes, hangs or kills its process tree is
+reported as a failed test. Everything that crosses the process boundary is encoded with msgspec; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ ENTRY_POINTS = "lmcache.adapters"
 """Entry point group in which adapters are found by name; each loads as an `EngineAdapter`."""
 
 PATIENT: Mapping[str, float] = MappingProxyType({"probe_timeout_s": 20.0})
-"""Cache settings of tests: what a shared tier tells late is a miss, and nobody knows how busy the machine is."""
+"""Cache settings for tests: a shared tier that answers after the timeout is a miss, and test machines may be busy."""
 
 
 class Level(str, Enum):  # noqa: UP042 (a StrEnum would print differently)
-    """What is proven. Each test of the suite belongs to one level."""
+    """What a test proves. Each test of the suite belongs to one level."""
 
-    BYTES = "bytes"  # gather → any tiers → scatter returns every bit, and no other slot changed
+    BYTES = "bytes"  # gather → any tiers → scatter returns every bit and changes no other slot
     LOGITS = "logits"  # log-probs after a hit equal those of same-split recomputation, bit for bit
-    TOKENS = "tokens"  # greedy tokens likewise; in fp32 they also equal a one-shot cold run
+    TOKENS = "tokens"  # so do greedy tokens; in fp32 they also equal those of a one-shot cold run
     RESTART = "restart"  # the same in a new process, from disk alone
-    FAULTS = "faults"  # damage, full and slow disks, kill −9: right tokens, nothing hung, nothing flushed lost
-    KEYS = "keys"  # whatever changes values changes names
+    FAULTS = "faults"  # damage, full and slow disks, kill −9: correct tokens, no hang, no flushed data lost
+    KEYS = "keys"  # whatever changes KV values changes their keys
     ISOLATION = "isolation"  # two tenants never share a hit
     PRESSURE = "pressure"  # tiny tiers, constant eviction, interleaved requests
-    PREEMPTION = "preemption"  # a request that loses its device memory midway resumes right
+    PREEMPTION = "preemption"  # a request that loses its device memory midway resumes correctly
     CONCURRENCY = "concurrency"  # many requests at once, shared and distinct prefixes, some cancelled
-    CHUNKED_PREFILL = "chunked_prefill"  # the engine splits prompts on its own
+    CHUNKED_PREFILL = "chunked_prefill"  # the engine splits prompts itself
     MISS = "miss"  # what was never stored is never a hit
     RESET = "reset"  # after `clear` nothing is served
-    APPROXIMATE = "approximate"  # semantic sharing across engines, held to its declared bound
+    APPROXIMATE = "approximate"  # semantic sharing across engines stays within its declared bound
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine adapter claims. What is not claimed is skipped, with that as the reason; what is claimed must pass.
+    """What an engine adapter supports. Tests of unclaimed capabilities are skipped with that reason; claimed ones must pass.
 
     Attributes:
-        models: architectures it can serve, of those in `lmcache_conformance.labs.models`: `llama`, `gemma3`, `deepseek`,
+        models: supported architectures, out of those in `lmcache_conformance.labs.models`: `llama`, `gemma3`, `deepseek`,
             `mellum`, `smollm2`.
-        dtypes: torch dtype names in which it computes.
-        logprobs: it reports log-probs (or logits) exactly; needed by level `logits`.
+        dtypes: supported compute dtypes, as torch dtype names.
+        logprobs: reports log-probs (or logits) exactly; needed by level `logits`.
         same_split: `Session.generate(..., reuse=False)` recomputes in the split in which a hit was computed.
-        restart: a disk folder serves a new process.
-        salt: requests carry a cache salt.
-        tenant_clear: `Session.clear(salt)` leaves other tenants' KV. Not where an engine's own keys hide whose they are.
-        lora: requests carry a LoRA adapter.
-        images: requests carry images.
-        concurrent: several requests may run at once.
-        batch_invariant: the bits of an answer do not depend on what else runs at once. Where they do, answers of a crowd are
-            compared by tokens, in exact dtypes only.
+        restart: a new process can be served from a disk folder.
+        salt: requests can carry a cache salt.
+        tenant_clear: `Session.clear(salt)` keeps other tenants' KV. False where the engine's own keys do not reveal the tenant.
+        lora: requests can carry a LoRA adapter.
+        images: requests can carry images.
+        concurrent: several requests can run at once.
+        batch_invariant: the bits of a response do not depend on the other requests in the batch. Where they do, concurrent
+            responses are compared by tokens, and in exact dtypes only.
         cancel: a running request can be cancelled.
-        preemption: it can be made to preempt (tiny device cache).
-        chunked_prefill: it can be made to split prompts.
-        tensor_parallel: sizes it can run here.
-        device_cache: it has a device cache of its own, which `drop_device_cache` empties.
-        semantic: it can share KV across engines (`share="semantic"`).
-        logprob_bound: level `approximate`: largest |Δ log-prob| of another engine's KV, 0 where it claims nothing.
+        preemption: the engine can be made to preempt (tiny device cache).
+        chunked_prefill: the engine can be made to split prompts.
+        tensor_parallel: tensor parallel sizes that can run here.
+        device_cache: the engine has its own device prefix cache, which `drop_device_cache` empties.
+        semantic: KV can be shared across engines (`share="semantic"`).
+        logprob_bound: for level `approximate`: the largest |Δ log-prob| caused by another engine's KV; 0 claims nothing.
     """
 
     models: tuple[str, ...] = ("llama",)
@@ -87,7 +87,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt. `cancel_after` > 0: cancel it when that many tokens were generated."""
+    """One prompt. With `cancel_after` > 0 it is cancelled once that many tokens have been generated."""
 
     tokens: tuple[int, ...]
     max_new_tokens: int = 8
@@ -97,15 +97,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
         tokens: generated token ids.
-        logprobs: per generated token, the bytes of what the engine reports of its distribution (log-probs or logits, in a
-            fixed order and dtype): compared bit for bit. Empty where the engine reports none.
-        logprob: per generated token, the log-prob of the token taken: compared within a bound (level `approximate`).
-        cached: prompt tokens not computed, by source: `device`, `dram`, `disk`, …
-        error: why there is no answer; empty if there is one.
+        logprobs: per generated token, the bytes of the distribution that the engine reports (log-probs or logits, in a
+            fixed order and dtype), compared bit for bit. Empty if the engine reports none.
+        logprob: per generated token, the log-prob of the sampled token, compared within a bound (level `approximate`).
+        cached: number of prompt tokens that were not computed, by source: `device`, `dram`, `disk`, …
+        error: why the request failed; empty if it succeeded.
     """
 
     tokens: tuple[int, ...] = ()
@@ -116,7 +116,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def hit(self) -> int:
-        """Prompt tokens that came from *our* cache, whatever the tier."""
+        """Prompt tokens loaded from the cache under test, from any tier; the engine's own device cache does not count."""
         return sum(n for source, n in self.cached.items() if source != "device")
 
 
@@ -124,12 +124,12 @@ class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to open a session.
 
     Attributes:
-        model: folder with config, weights and tokenizer, as `from_pretrained` reads it.
+        model: folder with config, weights and tokenizer, readable by `from_pretrained`.
         dtype: torch dtype name.
         cache: settings of `lmcache.Config`, e.g. `{"chunk_tokens": 16, "dram_bytes": "64MiB", "disk_path": …}`.
-        options: engine-specific, from the adapter's own variants (tensor parallel size, layout, …). The suite itself sets
-            `prefill_tokens` (at most so many prompt tokens in one step; only where `chunked_prefill` is claimed) and
-            `device_tokens` (so many fit into the engine's own memory; only where `preemption` is claimed).
+        options: engine-specific options (tensor parallel size, layout, …). The suite itself sets `prefill_tokens` (maximum
+            prompt tokens per step; only if `chunked_prefill` is claimed), `device_tokens` (capacity of the engine's own KV
+            memory, in tokens; only if `preemption` is claimed) and `tensor_parallel` (number of ranks).
     """
 
     model: str
@@ -139,61 +139,62 @@ class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Session(Protocol):
-    """A running engine with our cache under it. Methods are called from one thread, in a child process."""
+    """A running engine that uses the cache under test. Methods are called from one thread, in a child process."""
 
     def generate(self, requests: Sequence[Request], *, reuse: bool = True) -> list[Response]:
-        """Answer all requests, greedily, at once if there are several.
+        """Runs all requests with greedy decoding, concurrently if there are several.
 
-        `reuse=False`: recompute. Nothing of the cache under test is read *or written*; the prompt is computed in the very
-        split in which a hit on it was computed and stored (DESIGN: same-split recomputation). Sessions remember what they
-        need for that from their own earlier calls.
+        `reuse=False` recomputes: the cache under test is neither read *nor written*, and the prompt is computed in the same
+        split in which a hit on it was computed and stored (DESIGN: same-split recomputation). Sessions record what they
+        need for that during earlier calls.
         """
         ...
 
     def forget_splits(self) -> None:
-        """From here on `reuse=False` recomputes prompts in one shot, as a cold engine does."""
+        """Makes later `reuse=False` calls recompute prompts in one shot, as a cold engine does."""
         ...
 
     def drop_device_cache(self) -> None:
-        """Empty the engine's own prefix cache, if it has one; ours stays."""
+        """Empties the engine's own prefix cache, if it has one; the cache under test keeps its contents."""
         ...
 
     def flush(self) -> None:
-        """Return when all that was stored is on the lower tiers."""
+        """Blocks until everything stored so far has been written to the lower tiers."""
         ...
 
     def clear(self, salt: str | None = None) -> None:
-        """Empty our cache (of one tenant) in every tier."""
+        """Removes everything (or one tenant's data) from every tier of the cache under test."""
         ...
 
     def stats(self) -> Mapping[str, float]:
-        """The cache's metrics."""
+        """Returns the cache's metrics."""
         ...
 
     def close(self) -> None:
-        """Release everything."""
+        """Releases all resources."""
         ...
 
 
 class EngineAdapter(Protocol):
     """What an adapter registers under `lmcache.adapters`.
 
-    It may have an attribute `preload`: the name of a module that can be imported before sessions fork from that process
-    (nothing in it starts threads or touches a device). Most sessions then start in a fraction of a second, with `forks_ranks`
-    those with several ranks, too. And an attribute
-    `chunk_tokens`, where the suite's 16 do not suit the engine's blocks; and `may_write`, patterns of files that the engine
-    itself leaves in the user's folders.
+    Optional attributes:
+        preload: name of a module to import in the process that sessions fork from; it must not start threads or touch a
+            device. Most sessions then start in a fraction of a second.
+        forks_ranks: sessions with several ranks may be forked from that process, too.
+        chunk_tokens: chunk size for the tests, if the default of 16 does not suit the engine's block size.
+        may_write: patterns of files that the engine itself writes to the user's folders.
     """
 
     name: str
     capabilities: Capabilities
 
     def why_not(self) -> str | None:
-        """The reason why this engine cannot run here (not installed, wrong version), or None."""
+        """Returns why this engine cannot run here (not installed, wrong version), or None if it can."""
         ...
 
     def open(self, config: SessionConfig) -> Session:
-        """Start the engine. Called in a child process."""
+        """Starts the engine. Called in a child process."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""The pytest plugin: levels, claims, known failures, reproduction commands, and the report that the runner reads.
+"""The pytest plugin: levels, capabilities, known failures, reproduction commands, and the report file for the runner.
 
-It is loaded in every pytest run of an environment in which the package is installed, so it does nothing to tests that
-carry none of its marks, and imports nothing heavy.
+pytest loads it in every environment in which the package is installed, so it leaves tests without its marks alone and
+imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -18,38 +18,34 @@ from lmcache_conformance.runner.seeds import known_seed, seed_of
 if TYPE_CHECKING:
     from lmcache_conformance.runner.xfails import Xfail
 
-_SUITES = (
-    *("tiers", "tierbytes", "tierfactory", "tierfaults", "layouts", "kernels", "keys", "machine", "index"),
-    *("cache", "cachebytes", "cachefactory", "cachefaults", "cachemachine", "cachenames", "cachepressure"),
-    *("indexfactory", "indexlab", "indexmachine", "indexmodel"),
-    *("engines", "cross", "damage", "moody", "targets", "mutants"),
+# Suites are subclassed in other packages' test modules; their asserts are rewritten there too, for readable failures.
+pytest.register_assert_rewrite(
+    *(f"lmcache_conformance.{package}" for package in ("suites", "labs", "engines", "targets", "mutants"))
 )
-# Suites are subclassed in other people's test modules, their asserts should explain themselves all the same.
-pytest.register_assert_rewrite(*(f"lmcache_conformance.{module}" for module in _SUITES))
 
 _XFAILS = pytest.StashKey[list["Xfail"]]()
 _UNUSED = pytest.StashKey[list["Xfail"]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Our options; none of them has an effect unless given."""
+    """Adds the plugin's options; none of them has an effect unless given."""
     group = parser.getgroup("lmcache", "LMCache conformance")
     group.addoption(
         "--lmcache-adapter", metavar="NAME", help="Engine adapter under test: entry point or module:attribute."
     )
-    group.addoption("--lmcache-budget", choices=("quick", "full"), help="How thorough the suites are [quick].")
+    group.addoption("--lmcache-budget", choices=("quick", "full"), help="Thoroughness of the suites [quick].")
     group.addoption("--lmcache-level", metavar="A,B", help="Run only tests of these levels.")
     group.addoption("--lmcache-xfails", metavar="FILE", help="Known failures, each with a link to its issue.")
     group.addoption(
-        "--lmcache-report", metavar="FILE", help="Append JSON lines: one per test begun, one per test ended."
+        "--lmcache-report", metavar="FILE", help="Append JSON lines: one when a test starts, one when it ends."
     )
-    group.addoption("--lmcache-resume", action="store_true", help="Leave out tests that the report has already.")
+    group.addoption("--lmcache-resume", action="store_true", help="Skip tests that are already in the report.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marks known; read the files that options name."""
+    """Registers the marks; reads the files named by options."""
     config.addinivalue_line("markers", f"{LEVEL}(name): what this test proves, see lmcache_conformance.contract.Level")
-    config.addinivalue_line("markers", f"{REQUIRES}(*capabilities): skipped unless the class under test claims them")
+    config.addinivalue_line("markers", f"{REQUIRES}(*capabilities): skip unless the class under test claims them")
     if config.option.lmcache_xfails:
         from lmcache_conformance.runner.xfails import XfailError, read_xfails
 
@@ -67,14 +63,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the wanted levels, mark what is not claimed and what is known to fail."""
+    """Deselects other levels, marks tests of unclaimed capabilities as skipped, and known failures as xfail."""
     if config.option.lmcache_level:
         _keep(config, items, _wanted_levels(config.option.lmcache_level))
-    ours = [item for item in items if level_of(item) is not None]
-    if ours:
-        from lmcache_conformance.runner.adopt import apply_claims
+    suite_items = [item for item in items if level_of(item) is not None]
+    if suite_items:
+        from lmcache_conformance.runner.capability_skips import apply_claims
 
-        apply_claims(config, ours)
+        apply_claims(config, suite_items)
     if xfails := config.stash.get(_XFAILS, None):
         config.stash[_UNUSED] = _expect_failures(xfails, items)
 
@@ -86,7 +82,7 @@ def _wanted_levels(text: str) -> set[str]:
     wanted = {name.strip() for name in text.split(",")}
     known = [level.value for level in Level]
     for name in sorted(wanted.difference(known)):
-        raise pytest.UsageError(f"no level is called {name!r}{nearest(name, known)} There are: {', '.join(known)}")
+        raise pytest.UsageError(f"unknown level {name!r}{nearest(name, known)} Available: {', '.join(known)}")
     return wanted
 
 
@@ -108,22 +104,20 @@ def _expect_failures(xfails: Sequence[Xfail], items: list[pytest.Item]) -> list[
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Lines of the list of known failures that met no test are most likely misspelt, or outdated."""
+    """Warns about known failures that match no test: they are most likely misspelt or outdated."""
     for xfail in config.stash.get(_UNUSED, ()):
-        terminalreporter.write_line(
-            f"known failures: no test is called like {xfail.part!r} ({xfail.link})", yellow=True
-        )
+        terminalreporter.write_line(f"known failures: no test matches {xfail.part!r} ({xfail.link})", yellow=True)
 
 
 def level_of(item: pytest.Item) -> str | None:
-    """The level that a test is marked with; None if it is none of ours."""
+    """Returns the level that a test is marked with; None if it is not a test of the suite."""
     mark = item.get_closest_marker(LEVEL)
     return str(mark.args[0]) if mark is not None else None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Give each of our tests a seed that is known, so that its failure can be reproduced."""
+    """Gives each test of the suite a known seed, so that its failure can be reproduced."""
     if level_of(item) is None:
         return (yield)
     with known_seed(item):
@@ -132,7 +126,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
-    """Say how to reproduce a failure."""
+    """Adds the command that reproduces a failure to its report."""
     report: pytest.TestReport = yield  # type: ignore[misc, assignment]
     level = level_of(item)
     if report.failed and level is not None:
@@ -152,16 +146,16 @@ def lmcache_budget(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def lmcache_seed(request: pytest.FixtureRequest) -> int:
-    """For tests that draw numbers without Hypothesis: the seed that the failure's command repeats."""
+    """Seed for tests that draw random numbers without Hypothesis; the reproduction command passes the same one."""
     return seed_of(request.node) or 0
 
 
 @pytest.fixture(scope="session")
 def lmcache_adapter(request: pytest.FixtureRequest) -> str:
-    """The name of the adapter under test, as `--lmcache-adapter` gives it."""
+    """Name of the adapter under test, as given by `--lmcache-adapter`."""
     reference = request.config.option.lmcache_adapter
     if not reference:
-        from lmcache_conformance.runner.adopt import NO_ADAPTER
+        from lmcache_conformance.runner.capability_skips import NO_ADAPTER
 
         pytest.skip(NO_ADAPTER)
     return str(reference)

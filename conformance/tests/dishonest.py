@@ -1,6 +1,6 @@
-"""Engines that are no engines: an honest one, and one for each way in which an adapter can be dishonest. No test file.
+"""Fake engines: a correct one, and one for each way in which an adapter can misreport. Not a test file.
 
-The next token is a hash of all before it, so that recomputation is trivially the same in every split.
+The next token is a hash of all tokens before it, so that recomputation gives the same result in every split.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class DishonestBound(CrossTests):
 
 
 class DishonestReader(CrossTests):
-    writer, reader = FUSED, Side("lmcache_hf.testing.mutants:misreads_the_disk")
+    writer, reader = FUSED, Side("lmcache_hf.testing.mutants:MutantMisreadsTheDisk.broken")
 
 
 class DishonestSharing(CrossTests):

@@ -1,4 +1,4 @@
-"""Engine adapters without an engine: one that behaves, and one for each way in which an engine can misbehave."""
+"""Engine adapters without an engine: one that behaves, and one with a choice of misbehaviours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcache_conformance.contract import Capabilities, Request, Response, Sessio
 
 
 class FakeSession:
-    """Echoes: each answer is the prompt backwards. Hits are remembered prompts."""
+    """Responds with the reversed prompt. A repeated prompt is a hit."""
 
     def __init__(self, config: SessionConfig) -> None:
         self.config = config
@@ -36,7 +36,7 @@ class FakeSession:
     def drop_device_cache(self) -> None: ...
 
     def flush(self) -> None:
-        print("flushed: this goes to stdout and must disturb nobody")
+        print("flushed: this goes to stdout and must not disturb the protocol")
 
     def clear(self, salt: str | None = None) -> None:
         self.seen.clear()

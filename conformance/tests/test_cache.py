@@ -1,4 +1,4 @@
-"""The cache engine keeps the contract of caches: the target is run here as it is."""
+"""The cache engine passes the cache suite: runs the target of the conformance command unchanged."""
 
 from lmcache_conformance.targets.cache import TestCache
 

@@ -1,4 +1,4 @@
-"""Whatever an engine does in its process comes back as a typed failure, in time, and leaves nothing behind."""
+"""Whatever an engine does in its process is raised as a typed failure, in time, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_session_answers_as_it_would_in_this_process(tmp_path: Path) -> None:
         assert [r.hit for r in session.generate(ASK)] == [3, 2]
         assert [r.hit for r in session.generate(ASK, reuse=False)] == [0, 0]
         session.flush()
-        assert "disturb nobody" in session.stderr()
+        assert "must not disturb the protocol" in session.stderr()
         session.drop_device_cache()
         session.forget_splits()
         assert session.stats()["seen"] == 0
@@ -58,7 +58,7 @@ def test_a_session_answers_as_it_would_in_this_process(tmp_path: Path) -> None:
         session.generate(ASK)
 
 
-def test_an_exception_is_told_with_its_traceback_and_the_session_goes_on() -> None:
+def test_an_exception_is_reported_with_its_traceback_and_the_session_stays_open() -> None:
     with opened("raises") as session:
         with pytest.raises(EngineRaised) as caught:
             session.generate(ASK)
@@ -70,35 +70,37 @@ def test_an_exception_is_told_with_its_traceback_and_the_session_goes_on() -> No
 
 
 @pytest.mark.parametrize(
-    ("how", "kind", "says"),
+    ("how", "kind", "message"),
     [
         ("exits", EngineDied, "ended with exit status 3"),
         ("segfaults", EngineDied, "was killed by SIGSEGV"),
         ("dies_leaving_a_child", EngineDied, "ended with exit status 9"),
-        ("babbles", EngineDied, "wrote into our pipe"),
+        ("babbles", EngineDied, "wrote into the suite's pipe"),
         ("sys_exits", EngineRaised, "SystemExit: scheduler failed"),
         ("one_too_few", EngineMisanswered, "1 responses to 2 requests"),
         ("wrong_types", EngineMisanswered, "Expected `int`, got `str`"),
         ("unserialisable", EngineRaised, "Encoding objects of type object is unsupported"),
     ],
 )
-def test_misbehaviour_is_a_typed_failure_with_the_end_of_stderr(how: str, kind: type[EngineFailure], says: str) -> None:
+def test_misbehaviour_is_a_typed_failure_with_the_end_of_stderr(
+    how: str, kind: type[EngineFailure], message: str
+) -> None:
     with opened(how) as session:
         with pytest.raises(kind) as caught:
             session.generate(ASK)
-        assert says in str(caught.value)
+        assert message in str(caught.value)
         assert "engine: about to misbehave" in caught.value.stderr
         assert caught.value.call.startswith("generate")
         session.kill9()
     assert members(session.pid) == []
 
 
-def test_a_crash_is_told_with_the_stack() -> None:
+def test_a_crash_is_reported_with_the_stack() -> None:
     with opened("segfaults") as session, pytest.raises(EngineDied, match=r"(?s)Segmentation fault.*in segfaults"):
         session.generate(ASK)
 
 
-def test_a_hang_ends_in_time_says_where_it_hung_and_its_children_die() -> None:
+def test_a_hang_ends_in_time_with_its_stack_and_its_children_are_killed() -> None:
     session = opened("hangs", timeout_s=2)
     with pytest.raises(EngineHung, match=r"(?s)no answer within 2 s.*in hangs"):
         session.generate(ASK)
@@ -118,7 +120,7 @@ def test_kill9_from_another_thread_ends_the_call_and_the_group() -> None:
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while len(members(session.pid)) < 2:  # it has started its child: it is in the midst of the call
+    while len(members(session.pid)) < 2:  # once it has started its child, it is inside the call
         time.sleep(0.02)
     session.kill9()
     thread.join(60)
@@ -129,7 +131,7 @@ def test_kill9_from_another_thread_ends_the_call_and_the_group() -> None:
     session.kill9()
 
 
-def test_what_cannot_be_opened_is_told_and_leaves_no_process() -> None:
+def test_a_failed_open_is_reported_and_leaves_no_process() -> None:
     before = set(os.listdir("/proc"))
     with pytest.raises(EngineRaised, match=r"(?s)open: raised OSError: no device.*in open"):
         opened("fails to open")

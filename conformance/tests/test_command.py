@@ -1,4 +1,4 @@
-"""`lmcache conformance`: chooses, runs, reports, and its exit status tells."""
+"""`lmcache conformance`: selection, runs, reports and exit status."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from lmcache.cli import app, main
 from lmcache_conformance.mutants import Mutant
 from lmcache_conformance.mutants.rows import ROWS
-from lmcache_conformance.runner import campaign, mutate
-from lmcache_conformance.runner.campaign import Wish, jobs_for
+from lmcache_conformance.runner import mutate, selection
 from lmcache_conformance.runner.discover import DiscoveryError, Target
+from lmcache_conformance.runner.selection import Selection, jobs_for
 
 HEAD = """
 import time, pytest
@@ -29,7 +29,7 @@ class {name}:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three targets: a tier that is fine, another one that fails, and the engine's."""
+    """Three targets: a tier that passes, one that fails, and the engine target."""
 
     def module(name: str, body: str) -> None:
         (tmp_path / f"{name}.py").write_text(
@@ -56,7 +56,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Target("bad", "bad_checks", "tier"),
         Target("engine", "engine_checks", "engine"),
     ]
-    monkeypatch.setattr(campaign, "targets", lambda: found)
+    monkeypatch.setattr(selection, "targets", lambda: found)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parent}")
@@ -70,7 +70,7 @@ def run(*words: str) -> tuple[int, str]:
 
 
 def fails(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a wrong call says."""
+    """Returns the error message of a wrong call."""
     monkeypatch.setattr(sys, "argv", ["lmcache", "conformance", *words])
     with pytest.raises(SystemExit) as left:
         main()
@@ -119,32 +119,32 @@ def test_known_failures_are_no_failure(installed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (["--tier", "fin"], "no tier is called 'fin'; did you mean 'fine'? There are: bad, fine"),
-        (["--tier", "engine"], "no tier is called 'engine'"),
+        (["--tier", "fin"], "unknown tier 'fin'; did you mean 'fine'? Available: bad, fine"),
+        (["--tier", "engine"], "unknown tier 'engine'"),
         (["--target", "engin"], "did you mean 'engine'?"),
-        (["--adapter", "hg"], "no adapter is called 'hg'; did you mean 'hf'?"),
-        (["--level", "byte"], "no level is called 'byte'; did you mean 'bytes'?"),
+        (["--adapter", "hg"], "unknown adapter 'hg'; did you mean 'hf'?"),
+        (["--level", "byte"], "unknown level 'byte'; did you mean 'bytes'?"),
         (["--xfails", "none.txt"], "'none.txt' cannot be read"),
         (["--html", "/no/such/r.html"], "there is no folder '/no/such' to write r.html into"),
-        (["--mutants", "--target", "tierz"], "no mutant is called 'tierz'"),
+        (["--mutants", "--target", "tierz"], "unknown mutant 'tierz'"),
     ],
 )
 def test_a_wrong_name_is_one_line_with_the_nearest_one(
     installed: Path,
     words: list[str],
-    says: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said = fails(words, monkeypatch, capsys)
-    assert says in said
-    assert said.startswith("lmcache: ")
-    assert said.count("\n") == 1
+    error = fails(words, monkeypatch, capsys)
+    assert message in error
+    assert error.startswith("lmcache: ")
+    assert error.count("\n") == 1
 
 
-def test_without_pytest_it_says_what_to_install(
+def test_a_missing_dependency_is_an_error_with_the_install_command(
     installed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lmcache.cli.conformance.util.find_spec", lambda name: None if name == "hypothesis" else 1)
@@ -154,25 +154,25 @@ def test_without_pytest_it_says_what_to_install(
 
 
 def test_nothing_named_means_every_target_and_every_adapter(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(campaign, "adapter_names", lambda: ["fine", "hf"])
-    jobs = jobs_for(Wish(seed=9, budget="full", levels=("bytes", "keys")))
+    monkeypatch.setattr(selection, "adapter_names", lambda: ["fine", "hf"])
+    jobs = jobs_for(Selection(seed=9, budget="full", levels=("bytes", "keys")))
     assert [job.row for job in jobs] == ["fine", "bad", "adapter fine", "hf"]
     assert "--lmcache-adapter=hf" in jobs[-1].options
     assert all(
         {"--hypothesis-seed=9", "--lmcache-budget=full", "--lmcache-level=bytes,keys"} <= {*j.options} for j in jobs
     )
-    assert [job.row for job in jobs_for(Wish(adapters=("hf",)))] == ["hf"]
-    assert [job.row for job in jobs_for(Wish(targets=("engine",)))] == ["fine", "hf"]
-    assert [job.row for job in jobs_for(Wish(tiers=("bad", "bad")))] == ["bad"]
+    assert [job.row for job in jobs_for(Selection(adapters=("hf",)))] == ["hf"]
+    assert [job.row for job in jobs_for(Selection(targets=("engine",)))] == ["fine", "hf"]
+    assert [job.row for job in jobs_for(Selection(tiers=("bad", "bad")))] == ["bad"]
 
 
 def test_our_own_targets_have_sources_that_can_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = jobs_for(Wish())
+    jobs = jobs_for(Selection())
     rows = [job.row for job in jobs]
     assert {"memory", "disk", "layouts", "kernels", "keys", "index", "cache", "hf"} <= set(rows)
     assert all(Path(job.test).is_file() for job in jobs)
     with pytest.raises(DiscoveryError, match="no module nowhere"):
-        campaign.file_of(Target("t", "nowhere", "other"))
+        selection.file_of(Target("t", "nowhere", "other"))
 
 
 # ---------------------------------------------------------------- mutants

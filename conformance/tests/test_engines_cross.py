@@ -1,4 +1,4 @@
-"""Two numerics of one engine stand in for two engines: fused attention writes, eager attention reads, and back."""
+"""Two attention backends of one engine stand in for two engines: one writes, the other reads, and vice versa."""
 
 from lmcache_conformance.suites.cross import CrossTests, Side
 

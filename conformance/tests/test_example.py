@@ -1,4 +1,4 @@
-"""The worked example: a package of its own, really installed, adopted by the suite in a few lines."""
+"""The worked example: a separate package, installed with pip, that uses the suite with a few lines of code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ EXAMPLE = Path(__file__).parents[1] / "example"
 
 
 class Place:
-    """Where the example was installed, and how to run commands as if one had activated that environment."""
+    """The folder where the example is installed; runs commands there as in an activated environment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "COLUMNS": "200", "PYTEST_ADDOPTS": ""}
+        path = os.pathsep.join(filter(None, (str(folder / "site"), os.environ.get("PYTHONPATH"))))
+        self.environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "PYTEST_ADDOPTS": ""}
 
     def run(self, *words: str, timeout: float = 550) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

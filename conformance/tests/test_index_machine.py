@@ -13,8 +13,8 @@ from lmcache_conformance.mutants.index import (
     MutantSideStateIsOptional,
     MutantVisibleBeforeItIsStored,
 )
-from lmcache_conformance.suites.indexmachine import IndexMachine
-from lmcache_conformance.suites.machine import run_machine
+from lmcache_conformance.suites.index_machine import IndexMachine
+from lmcache_conformance.suites.tier_machine import run_machine
 
 NOTICED = [
     MutantBelievesTheDead,

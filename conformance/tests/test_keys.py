@@ -1,6 +1,6 @@
-"""Our own names keep the contract of names: the target is run here as it is.
+"""The keys of `lmcache.keys` pass the key suite: runs the target of the conformance command unchanged.
 
-Their exact values are frozen in tests/core/test_keys.py.
+Their exact values are fixed in tests/core/test_keys.py.
 """
 
 from lmcache_conformance.targets.keys import TestKeys

@@ -1,4 +1,4 @@
-"""Every layout of the design keeps the contract of layouts: the target is run here as it is."""
+"""Every known layout passes the layout suite: runs the target of the conformance command unchanged."""
 
 from lmcache_conformance.targets.layouts import TestAmbiguousShape, TestDtypes, TestEngines
 

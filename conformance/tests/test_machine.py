@@ -1,4 +1,4 @@
-"""Random histories of the cache engine: the target is run here as it is."""
+"""Random histories of the cache engine: runs the target of the conformance command unchanged."""
 
 from lmcache_conformance.targets.cache import TestHistories
 

@@ -24,7 +24,7 @@ def run(module: str, report: Path) -> dict[str, str]:
     """Mutant class → the test that killed it."""
     name = importlib.import_module(f"lmcache_conformance.mutants.{module}").__file__
     command = [sys.executable, "-m", "pytest", "-q", str(name), "-o", "python_classes=Mutant*", "--no-header"]
-    command += ["-p", "lmcache_conformance.runner.onefailure", f"--lmcache-report={report}"]
+    command += ["-p", "lmcache_conformance.runner.one_failure", f"--lmcache-report={report}"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environ)
     killed: dict[str, str] = {}

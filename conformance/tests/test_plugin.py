@@ -1,4 +1,4 @@
-"""The pytest plugin: levels, claims, known failures, reproduction, and nothing at all where none of it is used."""
+"""The pytest plugin: levels, capabilities, known failures, reproduction, and no effect on tests that use none of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def results(path: Path) -> dict[str, TestResult]:
     return {e.nodeid.rpartition("::")[2]: e for e in read(path) if isinstance(e, TestResult)}
 
 
-# ---------------------------------------------------------------- for those who merely have it installed
+# ---------------------------------------------------------------- unrelated test suites
 
 
 def test_an_ordinary_run_is_left_alone(pytester: pytest.Pytester) -> None:
@@ -79,7 +79,7 @@ def test_the_plugin_is_there_by_installation_and_its_marks_are_known(pytester: p
     assert "lmcache_level(name)" in run(pytester, "--markers").stdout.str()
 
 
-# ---------------------------------------------------------------- claims
+# ---------------------------------------------------------------- capabilities
 
 
 def test_what_is_not_claimed_is_skipped_with_that_reason(pytester: pytest.Pytester) -> None:
@@ -155,18 +155,18 @@ def test_without_an_adapter_the_reason_says_how_to_name_one(engine_suite: pytest
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
-        ("hg", "*no adapter is called 'hg'; did you mean 'hf'?*"),
+        ("hg", "*unknown adapter 'hg'; did you mean 'hf'?*"),
         ("fake_adapters:goood", "*'fake_adapters:goood' is not in its module*"),
-        ("fake_adapters:not_an_adapter", "*no EngineAdapter: it lacks name, capabilities, why_not, open*"),
+        ("fake_adapters:not_an_adapter", "*not an EngineAdapter: it lacks name, capabilities, why_not, open*"),
         ("no_such_module:x", "*cannot be imported: No module named 'no_such_module'*"),
     ],
 )
-def test_a_wrong_adapter_name_is_an_error_that_helps(engine_suite: pytest.Pytester, name: str, says: str) -> None:
+def test_a_wrong_adapter_name_is_an_error_that_helps(engine_suite: pytest.Pytester, name: str, message: str) -> None:
     done = run(engine_suite, f"--lmcache-adapter={name}")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines(says)
+    done.stderr.fnmatch_lines(message)
 
 
 # ---------------------------------------------------------------- levels, budget
@@ -178,7 +178,7 @@ def test_only_tests_of_the_wanted_levels_run(pytester: pytest.Pytester) -> None:
     run(pytester, "--lmcache-level=bytes,tokens").assert_outcomes(passed=2, skipped=1, deselected=2)
     done = run(pytester, "--lmcache-level=bites")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines("*no level is called 'bites'; did you mean 'bytes'?*")
+    done.stderr.fnmatch_lines("*unknown level 'bites'; did you mean 'bytes'?*")
 
 
 def test_the_budget_is_quick_unless_asked_for_more(pytester: pytest.Pytester) -> None:
@@ -223,11 +223,11 @@ def test_a_known_failure_that_is_no_test_is_mentioned(pytester: pytest.Pytester)
     pytester.makepyfile(FAILING)
     pytester.makefile(".txt", xfails="test_gone https://example.org/i/1\n")
     done = run(pytester, "--lmcache-xfails=xfails.txt")
-    done.stdout.fnmatch_lines("known failures: no test is called like 'test_gone' (https://example.org/i/1)")
+    done.stdout.fnmatch_lines("known failures: no test matches 'test_gone' (https://example.org/i/1)")
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("TestIt::test_fails\n", "*xfails.txt:1: 'TestIt::test_fails' names no issue; a line is*"),
         ("# ours\nTestIt # https://example.org/1\n", "*xfails.txt:2: *names no issue*"),
@@ -235,12 +235,12 @@ def test_a_known_failure_that_is_no_test_is_mentioned(pytester: pytest.Pytester)
         ("TestIt https://example.org/1 because\n", "*names no issue*"),
     ],
 )
-def test_a_known_failure_without_a_link_is_refused(pytester: pytest.Pytester, text: str, says: str) -> None:
+def test_a_known_failure_without_a_link_is_refused(pytester: pytest.Pytester, text: str, message: str) -> None:
     pytester.makepyfile(FAILING)
     pytester.makefile(".txt", xfails=text)
     done = run(pytester, "--lmcache-xfails=xfails.txt")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines(says)
+    done.stderr.fnmatch_lines(message)
 
 
 def test_a_missing_list_of_known_failures_is_an_error(pytester: pytest.Pytester) -> None:

@@ -1,4 +1,4 @@
-"""Reports add up, say why and how to repeat, and survive whatever a test may have said."""
+"""Reports: counts, reasons, commands to reproduce, and correct escaping of any test output."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from lmcache_conformance.runner.html_report import as_html
 from lmcache_conformance.runner.matrix import live, show
-from lmcache_conformance.runner.page import as_html
 from lmcache_conformance.runner.records import TestResult
 from lmcache_conformance.runner.report import Report, as_json, as_junit, environment
 from lmcache_conformance.runner.run import RowResult

@@ -1,4 +1,4 @@
-"""The runner: whatever happens in a child pytest is a result, costs at most the test in which it happened, and ends."""
+"""The runner: whatever happens in a child pytest becomes a result, affects at most one test, and ends in time."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_options_and_environment_reach_the_child_and_other_projects_settings_do_
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "message"),
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "the process was killed by SIGSEGV"),
         ("os._exit(0)", "the process ended with exit status 0"),
         ("os.killpg(0, signal.SIGKILL)", "the process was killed by SIGKILL"),
     ],
 )
-def test_a_test_that_takes_its_process_down_costs_only_itself(tmp_path: Path, how: str, says: str) -> None:
+def test_a_test_that_takes_its_process_down_costs_only_itself(tmp_path: Path, how: str, message: str) -> None:
     file = suite(
         tmp_path,
         f"""
@@ -89,7 +89,7 @@ def test_a_test_that_takes_its_process_down_costs_only_itself(tmp_path: Path, ho
     row = run_job(Job("r", file, ("-s", "--hypothesis-seed=3")), LIMITS)
     assert outcomes(row) == {"test_before": "passed", "test_dies": "failed", "test_after": "passed"}
     [failed] = [r for r in row.results if r.outcome == "failed"]
-    assert failed.message == says
+    assert failed.message == message
     assert "loud words" in failed.detail
     assert (failed.level, failed.seed) == ("faults", 3)
     assert "checks.py::test_dies" in failed.command

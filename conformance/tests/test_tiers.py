@@ -1,4 +1,4 @@
-"""Our own tiers keep the contract of tiers: the targets are run here as they are."""
+"""The bundled tiers pass the tier suite: runs the targets of the conformance command unchanged."""
 
 from lmcache_conformance.targets.disk import TestDisk
 from lmcache_conformance.targets.memory import TestMemory

@@ -13,9 +13,9 @@ from lmcache.cli.output import JsonOption, console, print_json
 from lmcache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lmcache_conformance.runner.campaign import Wish
     from lmcache_conformance.runner.mutate import Verdict
     from lmcache_conformance.runner.run import Job, RowResult
+    from lmcache_conformance.runner.selection import Selection
 
 _NEEDED = ("pytest", "hypothesis", "lmcache_conformance")
 
@@ -71,11 +71,11 @@ def conformance(
     missing = [name for name in _NEEDED if util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"the suite needs {' and '.join(missing)}: pip install 'lmcache-sdk[conformance]'")
-    from lmcache_conformance.runner.campaign import Wish
     from lmcache_conformance.runner.discover import DiscoveryError
+    from lmcache_conformance.runner.selection import Selection
     from lmcache_conformance.runner.xfails import XfailError
 
-    wish = Wish(
+    selection = Selection(
         adapters=tuple(adapter or ()),
         tiers=tuple(tier or ()),
         targets=tuple(target or ()),
@@ -88,22 +88,22 @@ def conformance(
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"there is no folder {str(file.absolute().parent)!r} to write {file.name} into")
     try:
-        fine = _mutants(wish, json) if mutants else _suites(wish, json, html, junit)
+        fine = _mutants(selection, json) if mutants else _suites(selection, json, html, junit)
     except (DiscoveryError, XfailError) as error:
         raise ConfigError(str(error)) from None
     if not fine:
         raise typer.Exit(1)
 
 
-def _suites(wish: Wish, json: bool, html: Path | None, junit: Path | None) -> bool:
+def _suites(selection: Selection, json: bool, html: Path | None, junit: Path | None) -> bool:
     from lmcache_conformance.runner import report as reports
-    from lmcache_conformance.runner.campaign import jobs_for
+    from lmcache_conformance.runner.html_report import as_html
     from lmcache_conformance.runner.matrix import show
-    from lmcache_conformance.runner.page import as_html
+    from lmcache_conformance.runner.selection import jobs_for
 
-    jobs = jobs_for(wish)
-    rows = _run(jobs, wish) if json else _run_live(jobs, wish)
-    report = reports.Report(rows, reports.environment(), reports.command_line(), wish.seed)
+    jobs = jobs_for(selection)
+    rows = _run(jobs, selection) if json else _run_live(jobs, selection)
+    report = reports.Report(rows, reports.environment(), reports.command_line(), selection.seed)
     if html is not None:
         html.write_text(as_html(report), encoding="utf-8")
     if junit is not None:
@@ -115,13 +115,13 @@ def _suites(wish: Wish, json: bool, html: Path | None, junit: Path | None) -> bo
     return report.ok
 
 
-def _run(jobs: list[Job], wish: Wish) -> list[RowResult]:
+def _run(jobs: list[Job], selection: Selection) -> list[RowResult]:
     from lmcache_conformance.runner.run import run_jobs
 
-    return run_jobs(jobs, wish.limits)
+    return run_jobs(jobs, selection.limits)
 
 
-def _run_live(jobs: list[Job], wish: Wish) -> list[RowResult]:
+def _run_live(jobs: list[Job], selection: Selection) -> list[RowResult]:
     from rich.live import Live
 
     from lmcache_conformance.runner.matrix import live
@@ -141,15 +141,15 @@ def _run_live(jobs: list[Job], wish: Wish) -> list[RowResult]:
                 doing += f" {event.nodeid.partition('::')[2]}"
             screen.update(live(Report(list(rows.values()), {}, ""), doing, out.width))
 
-        return run_jobs(jobs, wish.limits, progress=show)
+        return run_jobs(jobs, selection.limits, progress=show)
 
 
-def _mutants(wish: Wish, json: bool) -> bool:
+def _mutants(selection: Selection, json: bool) -> bool:
     from rich.markup import escape
 
     from lmcache_conformance.runner.mutate import choose_mutants, run_mutants, uncovered
 
-    chosen = choose_mutants(wish.targets)
+    chosen = choose_mutants(selection.targets)
     out = console()
 
     def show(verdict: Verdict) -> None:
@@ -161,8 +161,10 @@ def _mutants(wish: Wish, json: bool) -> bool:
             soft_wrap=True,
         )
 
-    verdicts = run_mutants(chosen, wish.limits, options=wish.options(), progress=(lambda v: None) if json else show)
-    if not wish.targets:
+    verdicts = run_mutants(
+        chosen, selection.limits, options=selection.options(), progress=(lambda v: None) if json else show
+    )
+    if not selection.targets:
         verdicts += uncovered()
     if json:
         print_json({"mutants": [verdict.as_json() for verdict in verdicts]})

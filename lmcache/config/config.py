@@ -33,7 +33,7 @@ from lmcache.config.settings import (
 from lmcache.errors import ConfigError
 
 Order = Literal["canonical", "native"]
-Policy = Literal["lru", "lfu", "s3fifo", "density"]
+Policy = Literal["lru", "lfu", "s3fifo", "adaptive"]
 Admission = Literal["all", "second", "adaptive"]
 Share = Literal["exact", "semantic"]
 Fingerprint = Literal["fast", "full"]
@@ -88,11 +88,12 @@ class Config:
         doc="Byte order of objects on disk. `canonical` can be read by every engine, block size and processor without knowledge "
         "of the writer; `native` keeps the writer's page layout (faster), and readers with another layout translate.",
     )
-    policy: Setting[Policy, Policy] = Setting(
-        Choice(("lru", "lfu", "s3fifo", "density")),
-        "density",
-        doc="Which objects are evicted from memory first. `density` learns from the traffic which objects promise the most hits, "
-        "and stays close to `lru` until that pays off; the others are as in the literature.",
+    policy: Setting[Policy | Literal["density"], Policy] = Setting(
+        Choice(("lru", "lfu", "s3fifo", "adaptive"), former={"density": "adaptive"}),
+        "adaptive",
+        doc="Which objects leave memory first when room is needed. `adaptive` is `lru`, but gives up earlier what was used "
+        "seldom, as long as that is measured to find more; the others are as in the literature. `density`, of earlier "
+        "versions, is accepted and means `adaptive`.",
     )
     admission: Setting[Admission, Admission] = Setting(
         Choice(("all", "second", "adaptive")),

@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from lmcache.errors import ConfigError
+from lmcache.observe.log import warning
 
 T = TypeVar("T")
 In = TypeVar("In")
@@ -192,9 +193,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Choice(Generic[Out]):
-    """One of a fixed set of words."""
+    """One of a fixed set of words. `former` maps words of earlier releases to those that replace them."""
 
     options: tuple[Out, ...]
+    former: Mapping[str, Out] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -206,6 +208,10 @@ class Choice(Generic[Out]):
         for option in self.options:
             if type(value) is type(option) and value == option:
                 return option
+        if isinstance(value, str) and value in self.former:
+            option = self.former[value]
+            warning("setting-replaced", given=value, used=option)
+            return option
         near = difflib.get_close_matches(str(value).lower(), map(str, self.options), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{value!r} is not one of {', '.join(map(repr, self.options))}{hint}")

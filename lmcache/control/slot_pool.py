@@ -294,7 +294,7 @@ class SlotPool:
         while len(slots) < count and (extent := pop()) is not None:
             if extent.refs or extent.children:
                 continue  # out of the queues (stamp 0) until `_requeue_or_free` restores it
-            want = min(count - len(slots), self.policy.most(extent))
+            want = count - len(slots)
             digests = extent.digests
             if want < len(digests):
                 last = digests[-want:]

@@ -1,6 +1,7 @@
 """The arithmetic of `benchmarks/`, without an engine."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -52,3 +53,32 @@ def test_the_plot_is_well_formed_and_shows_both_sides(load):
     out = {"stock": side, "lmcache": side, "workload": work}
     root = ElementTree.fromstring(chat.plot(out))
     assert len(root.findall("{http://www.w3.org/2000/svg}polyline")) == 2
+
+
+def test_the_eviction_table_has_hits_and_cost_of_every_policy_and_capacity(load, tmp_path, capsys, monkeypatch):
+    trace = tmp_path / "loop.jsonl"
+    prompts = [list(range(10 * i, 10 * i + 10)) for i in (0, 1, 2, 0, 1, 2)]
+    trace.write_text(
+        "".join(
+            f'{{"timestamp": {1000 * t}, "input_length": 5120, "hash_ids": {ids}}}\n' for t, ids in enumerate(prompts)
+        )
+    )
+    table = load("eviction_table")
+    arguments = ["table", str(trace), "--policy", "lru", "adaptive", "optimum-chained", "--percent", "50", "100"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--repeat", "1", "--json"])
+    assert table.main() == 0
+    cells = json.loads(capsys.readouterr().out)
+    assert [(c["policy"], c["percent"], c["capacity"]) for c in cells] == [
+        (policy, percent, capacity)
+        for percent, capacity in ((50, 15), (100, 30))
+        for policy in ("lru", "adaptive", "optimum-chained")
+    ]
+    assert [c["hit_rate"] for c in cells[3:]] == [0.5, 0.5, 0.5]
+    assert cells[0]["hit_rate"] < cells[2]["hit_rate"]
+    assert cells[0]["cost"] == 1.0
+    assert cells[2]["cost"] is cells[2]["us_per_chunk"] is None
+    monkeypatch.setattr(sys, "argv", [*arguments, "--repeat", "1"])
+    table.main()
+    out = capsys.readouterr().out
+    assert "| loop | 50 % | 100 % |" in out
+    assert "| lru | " in out

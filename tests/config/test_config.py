@@ -296,3 +296,9 @@ def test_the_policies_offered_are_those_there_are() -> None:
         assert Config(policy=policy).policy == policy  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=", ".join(map(repr, POLICIES))):
         Config(policy="none")  # type: ignore[arg-type]
+
+
+def test_the_former_default_policy_is_accepted_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config.load({}, json='{"policy": "density"}', environ={})
+    assert config.policy == Config().policy == "adaptive"
+    assert caplog.messages == ["setting-replaced given=density used=adaptive"]

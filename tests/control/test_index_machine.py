@@ -1,8 +1,8 @@
-"""Longer random histories of the index than the conformance suite takes time for."""
+"""More random histories of the index than the conformance suite runs."""
 
 from __future__ import annotations
 
-from lmcache_conformance.suites.indexmachine import IndexMachineTests
+from lmcache_conformance.suites.index_machine import IndexMachineTests
 
 
 class TestHistories(IndexMachineTests):

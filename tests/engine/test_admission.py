@@ -12,7 +12,7 @@ from lmcache import CacheEngine
 from lmcache.keyed import KeyedCache
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.janitor import Timing
-from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 CAPACITY = 1 << 20  # some 140 objects
 PROMPT = 4 * CHUNK

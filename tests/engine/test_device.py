@@ -19,9 +19,9 @@ from lmcache.layout import PagedKV
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
 from lmcache.transfer.engine_copy import DeviceCopier, copy_engine
-from lmcache_conformance.labs.kvlab import CHUNK, KINDS, Pool, tiny_config, tiny_spec
+from lmcache_conformance.labs.kv_pool import CHUNK, KINDS, Pool, tiny_config, tiny_spec
 from lmcache_conformance.suites.cache import CacheTests
-from lmcache_conformance.suites.cachemachine import CacheMachineTests
+from lmcache_conformance.suites.cache_machine import CacheMachineTests
 from lmcache_kernels.dma import Dma
 from lmcache_kernels.pipeline import Kernel, Pipeline
 from lmcache_kernels.rowcopy import RowCopy

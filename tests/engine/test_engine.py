@@ -16,8 +16,8 @@ from lmcache.simulate.trace import read_traces
 from lmcache.tiers.base import Result
 from lmcache.tiers.memory import MemoryTier
 from lmcache.transfer.workers import Workers
-from lmcache_conformance.labs.kvlab import CHUNK, DIM, HEADS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
-from lmcache_conformance.labs.moody import Moody
+from lmcache_conformance.labs.faulty_tier import FaultyTier
+from lmcache_conformance.labs.kv_pool import CHUNK, DIM, HEADS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
 
 
 def tokens_of(n: int, seed: int = 0) -> torch.Tensor:
@@ -234,7 +234,7 @@ class TestWrongCalls:
 def test_a_good_copy_is_written_after_the_damaged_one_is_removed() -> None:
     """In the other order the write would keep the damaged copy, and the removal would take it: nothing on the tier."""
 
-    class Slow(Moody):
+    class Slow(FaultyTier):
         def __init__(self) -> None:
             super().__init__()
             self.may_delete = threading.Event()

@@ -13,23 +13,23 @@ import torch
 
 from lmcache import CacheEngine
 from lmcache.format import file, header
-from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
-from lmcache_conformance.labs.moody import TOKENS, Case, Moody, MoodyFactory
+from lmcache_conformance.labs.faulty_tier import TOKENS, Case, FaultyTier, FaultyTierFactory
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 
-class TestFaults(MoodyFactory):
+class TestFaults(FaultyTierFactory):
     def test_objects_of_a_newer_format_are_misses_and_are_left_alone(
         self, case: Case, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(file, "FORMAT", header.FORMAT + 1)
-        newer = Moody()
+        newer = FaultyTier()
         with CacheEngine(tiny_config(), tiny_spec(), tiers=[newer]) as writer:
             writer.store(TOKENS, case.source.kv, case.slots)
             writer.flush()
         case.tier.contents().update(newer.contents())
         before = dict(case.tier.contents())
         assert case.load() == 0
-        case.quiet()
+        case.assert_idle()
         assert case.tier.contents() == before
 
     def test_write_behind_is_bounded_and_a_slow_tier_never_blocks_a_store(self, case: Case) -> None:
@@ -40,7 +40,7 @@ class TestFaults(MoodyFactory):
         assert 0 in accepted, "slots that wait to be written are not given away: the store is dropped"
         assert case.cache.stats()['lmcache_skipped_stores_total{reason="full"}'] > 0
         case.tier.answers.set()
-        case.quiet()
+        case.assert_idle()
         assert case.cache.store(TOKENS + 99, pool.kv, case.slots) == len(TOKENS)
 
 

@@ -10,7 +10,7 @@ import torch
 from lmcache import CacheEngine
 from lmcache.errors import TokenError
 from lmcache.keyed import KeyedCache
-from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 KEYS = [f"page-{n}" for n in range(6)]
 

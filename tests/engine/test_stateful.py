@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmcache_conformance.suites.cachemachine import CacheMachineTests
+from lmcache_conformance.suites.cache_machine import CacheMachineTests
 
 
 class TestHistories(CacheMachineTests):

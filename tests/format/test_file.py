@@ -28,7 +28,7 @@ from lmcache.format.file import (
 from lmcache.keys import ObjectId
 from lmcache.layout import ObjectLayout
 from lmcache.spec import KVSpec, LayerGroup, Plane, Rect
-from lmcache_conformance.labs.tierlab import (
+from lmcache_conformance.labs.tier_objects import (
     FORM,
     OTHER_NAMESPACE,
     SPEC,

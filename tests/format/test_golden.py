@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from lmcache.format.file import FORMAT, Form, Header, PlaneForm, Segment, SegmentSpan, decode_header, verify_file
-from lmcache_conformance.labs.tierlab import FORM, object_id, pattern, payload_of, stored_form
+from lmcache_conformance.labs.tier_objects import FORM, object_id, pattern, payload_of, stored_form
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/file-format.md").read_text()

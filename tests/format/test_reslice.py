@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmcache import CacheEngine, KVSpec, Layout, PagedKV
-from lmcache_conformance.labs.kvlab import tiny_config
+from lmcache_conformance.labs.kv_pool import tiny_config
 
 HEADS, LAYERS, DIM, CHUNK, TOKENS = 4, 3, 8, 16, 64
 WHOLE = KVSpec.uniform("m", layers=LAYERS, kv_heads=HEADS, head_dim=DIM, dtype=torch.bfloat16)

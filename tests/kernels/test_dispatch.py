@@ -11,7 +11,7 @@ from rowlab import copy_rows as move_rows
 import lmcache_kernels.dispatch as dispatch
 from lmcache.layout import gather, scatter
 from lmcache.observe.metrics import Metrics
-from lmcache_conformance.labs.layoutlab import LABS
+from lmcache_conformance.labs.engine_layouts import LABS
 from lmcache_kernels import CopyError, RowCopy, copy_by_kernel, fallbacks
 
 CUDA = torch.device("cuda")

@@ -8,7 +8,7 @@ import torch
 from lmcache.errors import LayoutError, LMCacheError, SpecError
 from lmcache.layout import Axes, Layout, PagedKV
 from lmcache.spec import KVSpec, LayerGroup, Plane
-from lmcache_conformance.labs.layoutlab import kv_spec, spec_of
+from lmcache_conformance.labs.engine_layouts import kv_spec, spec_of
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import lmcache.layout.move
 import lmcache.layout.paged
 import lmcache_kernels.reference
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter, translate
-from lmcache_conformance.labs.layoutlab import LABS, Lab
+from lmcache_conformance.labs.engine_layouts import LABS, Lab
 from lmcache_kernels import RowCopy
 
 

@@ -14,7 +14,7 @@ import lmcache.layout.move
 import lmcache_kernels.reference
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter
 from lmcache.layout.host import by_neighbours
-from lmcache_conformance.labs.layoutlab import LABS, Lab, kv_spec
+from lmcache_conformance.labs.engine_layouts import LABS, Lab, kv_spec
 
 NAMES = [
     "vllm packed LBHNC",

@@ -10,7 +10,7 @@ import torch
 import lmcache.layout.proof
 from lmcache.layout import BoundKV, Layout, PagedKV, scatter
 from lmcache.layout.proof import Proof, Values, prove
-from lmcache_conformance.labs.layoutlab import (
+from lmcache_conformance.labs.engine_layouts import (
     LABS,
     Lab,
     bits,

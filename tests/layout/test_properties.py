@@ -15,7 +15,7 @@ from lmcache.errors import LayoutError
 from lmcache.layout import BoundKV, Layout, ObjectLayout, ObjectPlane, PagedKV, gather, scatter, translate
 from lmcache.layout.rows import row_copies
 from lmcache.spec import KVSpec
-from lmcache_conformance.labs.layoutlab import Index, Lab, kv_spec, spec_of
+from lmcache_conformance.labs.engine_layouts import Index, Lab, kv_spec, spec_of
 
 DTYPES = [
     torch.bfloat16,

@@ -7,7 +7,7 @@ import torch
 
 from lmcache.errors import LayoutError, SlotError, SpecError
 from lmcache.layout import Layout, ObjectLayout, PagedKV, gather, scatter, translate, validate_slots
-from lmcache_conformance.labs.layoutlab import LABS
+from lmcache_conformance.labs.engine_layouts import LABS
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 from lmcache import CacheEngine
-from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 CHUNKS = 6
 

@@ -21,7 +21,16 @@ from lmcache.tiers.base import Range, Read, Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import relative_path
 from lmcache.tiers.janitor import Timing
-from lmcache_conformance.labs.tierlab import FORM, OTHER_NAMESPACE, get, load, object_id, payload_of, put, stored_form
+from lmcache_conformance.labs.tier_objects import (
+    FORM,
+    OTHER_NAMESPACE,
+    get,
+    load,
+    object_id,
+    payload_of,
+    put,
+    stored_form,
+)
 
 QUICK = Timing(tick=0.02, rescan=0.1, patience=2.0)
 

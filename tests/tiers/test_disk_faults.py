@@ -18,7 +18,7 @@ from lmcache.plan import Status
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import relative_path
 from lmcache.tiers.janitor import Timing
-from lmcache_conformance.labs.tierlab import FORM, get, load, object_id, payload_of, put, stored_form
+from lmcache_conformance.labs.tier_objects import FORM, get, load, object_id, payload_of, put, stored_form
 
 QUICK = Timing(tick=0.02, rescan=0.1)
 ID = object_id(1)

@@ -23,7 +23,7 @@ from lmcache.tiers.base import Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import object_of, relative_path, walk
 from lmcache.tiers.janitor import Timing
-from lmcache_conformance.labs.tierlab import NAMESPACE, load, object_id, payload_of, put
+from lmcache_conformance.labs.tier_objects import NAMESPACE, load, object_id, payload_of, put
 
 BIG_SPEC = KVSpec.uniform("big", layers=4, kv_heads=8, head_dim=128, dtype="bfloat16")
 BIG = canonical_form(BIG_SPEC, 0, 64)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lmcache.keys import ObjectId
 from lmcache.spec import Rect
 from lmcache.tiers.folder import depth_of, make_folders, parse_path, publish, relative_path
-from lmcache_conformance.labs.tierlab import object_id
+from lmcache_conformance.labs.tier_objects import object_id
 
 _SMALL = st.integers(0, 2**62)
 

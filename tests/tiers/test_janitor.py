@@ -21,7 +21,7 @@ from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import host_tag, relative_path, walk
 from lmcache.tiers.janitor import HIGH, LOW, Timing
 from lmcache.tiers.usage import Count, Usage
-from lmcache_conformance.labs.tierlab import FORM, OTHER_NAMESPACE, load, object_id, payload_of, put
+from lmcache_conformance.labs.tier_objects import FORM, OTHER_NAMESPACE, load, object_id, payload_of, put
 
 SIZE = FORM.stored_bytes
 STILL = Timing()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lmcache.plan import Status
 from lmcache.tiers.memory import MemoryTier
-from lmcache_conformance.labs.tierlab import get, object_id, put
+from lmcache_conformance.labs.tier_objects import get, object_id, put
 
 
 def test_what_was_read_last_is_evicted_last() -> None:

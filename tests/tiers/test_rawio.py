@@ -12,7 +12,7 @@ import pytest
 from lmcache.tiers import rawio
 from lmcache.tiers.base import Range
 from lmcache.tiers.rawio import Late, read_all, write_all
-from lmcache_conformance.labs.tierlab import pattern
+from lmcache_conformance.labs.tier_objects import pattern
 
 
 @pytest.fixture

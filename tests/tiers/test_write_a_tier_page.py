@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lmcache_conformance.labs.tierlab import object_id
+from lmcache_conformance.labs.tier_objects import object_id
 
 PAGE = (Path(__file__).parents[2] / "docs/write-a-tier.md").read_text()
 KEYS, EXAMPLE, SUITE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -18,7 +18,7 @@ from lmcache.tiers.memory import MemoryTier
 from lmcache.transfer import Transfer
 from lmcache.transfer.arena import Arena
 from lmcache.transfer.jobs import EngineView, JobTracker
-from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_spec
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_spec
 
 LAYOUT = ObjectLayout.canonical(tiny_spec(), 0, CHUNK)
 

@@ -26,7 +26,7 @@ ACCIDENTS = ("EngineRaised: adapter", "EngineDied: adapter", "storage-failed", "
 def test_every_broken_storage_is_killed(tmp_path: Path) -> None:
     report, suite = tmp_path / "report", HERE / "inside_mutants.py"
     options = ["-q", "--no-header", "-o", "python_classes=Mutant*", "-p", "no:cacheprovider"]
-    options += ["-p", "lmcache_conformance.runner.onefailure", f"--lmcache-report={report}", str(suite)]
+    options += ["-p", "lmcache_conformance.runner.one_failure", f"--lmcache-report={report}", str(suite)]
     command = (
         f"import sys; sys.path[:0] = {[str(HERE), *sys.path]!r}; import pytest; sys.exit(pytest.main({options!r}))"
     )

@@ -23,7 +23,7 @@ from lmcache.keys import Extra
 from lmcache.observe.log import LOGGER
 from lmcache.spec import KVSpec
 from lmcache_conformance.contract import Request, SessionConfig
-from lmcache_conformance.labs.layoutlab import Lab, bits, kv_spec, mla, vllm_cpu_amx, vllm_cpu_vec, vllm_packed
+from lmcache_conformance.labs.engine_layouts import Lab, bits, kv_spec, mla, vllm_cpu_amx, vllm_cpu_vec, vllm_packed
 from lmcache_conformance.labs.models import model_folder
 from lmcache_conformance.remote.child import EngineRaised, RemoteSession
 from lmcache_vllm import compat, names

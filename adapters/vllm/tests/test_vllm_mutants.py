@@ -43,7 +43,7 @@ def kills(report: Path) -> dict[str, str]:
 def test_every_broken_connector_is_killed(tmp_path: Path) -> None:
     report = tmp_path / "report"
     command = [sys.executable, "-m", "pytest", "-q", str(mutants.__file__), "-o", "python_classes=Mutant*"]
-    command += ["--no-header", "-p", "lmcache_conformance.runner.onefailure", f"--lmcache-report={report}"]
+    command += ["--no-header", "-p", "lmcache_conformance.runner.one_failure", f"--lmcache-report={report}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1150, check=False)
     killed = kills(report)
     wanted = {m.suite.__name__ for m in all_mutants() if m.name.startswith("vllm.")}

@@ -1,4 +1,4 @@
-"""The same under plain pytest."""
+"""The tests of tier and engine under plain pytest."""
 
 from toykv.checks import TestSqlite
 

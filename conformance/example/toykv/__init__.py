@@ -1,1 +1,1 @@
-"""A toy engine and a toy tier, proven by the LMCache conformance suite."""
+"""A toy engine and a toy tier, tested by the LMCache conformance suite."""

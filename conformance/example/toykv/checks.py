@@ -1,4 +1,4 @@
-"""What it takes to have the tier tested. The engine needs no more than its entry point."""
+"""Everything needed to test the tier. The engine needs only its entry point."""
 
 from lmcache_conformance.suites.tiers import TierCapabilities, TierTests
 from toykv.tier import SqliteTier

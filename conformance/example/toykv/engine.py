@@ -1,7 +1,7 @@
-"""A toy engine: a small transformer whose KV lies in pages of 8 tokens, and its adapter for the conformance suite.
+"""A toy engine: a small transformer with KV in pages of 8 tokens, and its adapter for the conformance suite.
 
-Each token is computed on its own, so how a prompt is split makes no difference to the bits: recomputation in the same
-split, which the suite compares with, is any recomputation.
+Each token is computed separately, so the bits do not depend on how a prompt is split: any recomputation equals
+recomputation in the same split, which the suite compares with.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK, BLOCKS = 8, 512
 
 
 class Model:
-    """Attention with Llama's projections, RMS norms and an added sine for positions; no MLP. It need not be clever."""
+    """Attention with Llama's projections, RMS norms and sine position embeddings; no MLP."""
 
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -33,7 +33,7 @@ class Model:
         self.frequencies = torch.arange(config["hidden_size"]) / 37.0
 
     def step(self, token: int, position: int, pages: list[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
-        """Write one token's KV into its slot and return its logits. `pages[layer]`: (block, head, slot, 2 · dim)."""
+        """Writes one token's KV into its slot and returns its logits. `pages[layer]`: (block, head, slot, 2 · dim)."""
         x = self.weights["model.embed_tokens.weight"][token] + torch.sin(position * self.frequencies)
         block, offset = slots // BLOCK, slots % BLOCK
         for layer, page in enumerate(pages):
@@ -48,7 +48,7 @@ class Model:
 
 
 class Session:
-    """The engine with a cache under it. What the suite asks of it is `lmcache_conformance.contract.Session`."""
+    """The engine with a cache. Implements the protocol `lmcache_conformance.contract.Session`."""
 
     def __init__(self, config: SessionConfig) -> None:
         torch.set_num_threads(1)
@@ -82,7 +82,7 @@ class Session:
             if position == len(tokens) - 1:
                 logprobs.append(logits.log_softmax(0))
                 tokens.append(int(logits.argmax()))
-        if reuse:  # the last token was only sampled: it has no KV
+        if reuse:  # the last token was only sampled and has no KV
             self.cache.store(tokens[:-1], self.kv, slots[: len(tokens) - 1], salt=request.salt)
         new = tokens[len(request.tokens) :]
         return Response(
@@ -93,7 +93,7 @@ class Session:
         )
 
     def _allocate(self, tokens: int) -> torch.Tensor:
-        """Slots in randomly chosen pages, full of whatever was there before."""
+        """Returns slots in randomly chosen pages, which still contain the KV of earlier requests."""
         blocks = torch.tensor(random.sample(range(BLOCKS), -(-tokens // BLOCK)))
         return (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:tokens]
 

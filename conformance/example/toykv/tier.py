@@ -1,4 +1,4 @@
-"""A tier in an SQLite file: one row per object, the oldest first out."""
+"""A tier in an SQLite file: one row per object, with FIFO eviction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TABLE = "CREATE TABLE IF NOT EXISTS objects (id BLOB PRIMARY KEY, namespace BLO
 
 
 class SqliteTier:
-    """Objects in the file `path`, at most `capacity` bytes of them. Several processes may share a file."""
+    """Stores at most `capacity` bytes of objects in the file `path`. Several processes may share a file."""
 
     name = "sqlite"
     shared = True
@@ -57,7 +57,7 @@ class SqliteTier:
             yield Found(msgspec.msgpack.decode(id, type=ObjectId), size)
 
     def flush(self, *, durable: bool = False) -> None:
-        """A statement that has ended survives kill −9. For power loss, the log is written back and synced."""
+        """A completed statement survives `kill -9`. To survive a power loss, `durable` writes back and syncs the log."""
         if durable:
             with self._lock:
                 self._db.execute("PRAGMA wal_checkpoint(FULL)")
@@ -74,7 +74,7 @@ class SqliteTier:
     # ---------------------------------------------------------------- one item
 
     def _safely(self, deadline, act) -> Result:
-        """Closed, late, or broken: said per item, never raised."""
+        """Runs `act`; returns errors (closed, late, SQLite) as the item's result instead of raising them."""
         with self._lock:
             if self._closed:
                 return Result(Status.FAILED, 0, "the tier is closed")

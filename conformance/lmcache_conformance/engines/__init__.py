@@ -1,11 +1,11 @@
-"""What every engine with our cache under it must do, as tests. Name your adapter and run pytest:
+"""The contract of every engine that uses the cache, as tests. Name your adapter and run pytest:
 
     class TestMyEngine(EngineTests):
         adapter = "my-engine"      # its entry point, or "module:attribute"
 
-Each test runs on every model and dtype that the adapter claims, in engines that live in processes of their own; what is
-not claimed is skipped, with that reason. The oracle is the same engine recomputing in the same split, a fresh engine that
-has cached nothing, and the raw files; never the cache.
+Each test runs for every model and dtype that the adapter claims, with engines in child processes; tests of unclaimed
+capabilities are skipped with that reason. The oracle is the same engine recomputing in the same split, a fresh engine
+with an empty cache, and the raw files; never the cache itself.
 """
 
 from __future__ import annotations
@@ -21,4 +21,4 @@ __all__ = ["EngineTests"]
 
 
 class EngineTests(ParallelTests, FaultTests, TrafficTests, NameTests, ValueTests, EngineBase):
-    """All of it; pytest runs the last base's tests first. Attributes say what the engine under test is; see `EngineBase`."""
+    """The whole engine suite; pytest runs the last base's tests first. See `EngineBase` for attributes to override."""

@@ -1,4 +1,4 @@
-"""A test's workbench: engines in child processes, prompts, and checks that say what was wrong."""
+"""The test bench of the engine suite: engines in child processes, random prompts, and checks with readable messages."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Case:
 
     @property
     def exact(self) -> bool:
-        """In this dtype greedy tokens do not depend on how a prompt was split."""
+        """Whether greedy tokens in this dtype are independent of how a prompt was split."""
         return self.dtype in ("float32", "float64")
 
 
 @dataclass(frozen=True)
 class On:
-    """On which cases a test runs. `quick`: only on these models where there is little time."""
+    """The cases on which a test runs; see `on`."""
 
     exact_only: bool = False
     quick: tuple[str, ...] | None = None
@@ -51,13 +51,13 @@ class On:
 def on(
     *quick: str, exact_only: bool = False, dtypes: int | None = None, only: tuple[str, ...] | None = None
 ) -> Callable[[F], F]:
-    """Run a test on fewer cases.
+    """Decorator: runs a test on fewer cases.
 
     Args:
-        quick: the models of the quick budget; all by default. Where none of them is claimed, the first that is.
-        exact_only: only in dtypes whose greedy tokens do not depend on the split.
-        dtypes: in the quick budget, only in the first so many claimed dtypes.
-        only: on no other models, whatever the budget.
+        quick: models for the quick budget; all by default. If none of them is claimed, the first claimed one.
+        exact_only: only dtypes whose greedy tokens do not depend on the split.
+        dtypes: for the quick budget, only the first so many claimed dtypes.
+        only: only these models, whatever the budget.
     """
 
     def mark(test: F) -> F:
@@ -68,7 +68,7 @@ def on(
 
 
 def cases_for(test: object, capabilities: Capabilities, budget: str) -> list[Case]:
-    """The cases of one test. The quick budget leaves out large models."""
+    """Returns the cases of one test. The quick budget leaves out large models."""
     where: On = getattr(test, _ON, On())
     models = [model for model in capabilities.models if model in (where.only or MODELS)]
     dtypes = list(capabilities.dtypes)
@@ -83,25 +83,25 @@ def cases_for(test: object, capabilities: Capabilities, budget: str) -> list[Cas
 
 @dataclass
 class History:
-    """What was ever given to a cache: nothing else may be a hit."""
+    """Everything that was ever stored in a cache; nothing else may hit."""
 
     stored: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
     def add(self, request: Request, response: Response) -> None:
-        """This prompt and its answer may be in the cache from now on."""
+        """Records that this prompt and its generated tokens may be in the cache."""
         self.stored.append((request.salt, request.tokens + response.tokens))
 
     def longest(self, request: Request) -> int:
-        """How many leading tokens of a prompt were ever stored with its salt."""
+        """Returns how many leading tokens of a prompt were ever stored with its salt."""
         return max((_common(request.tokens, tokens) for salt, tokens in self.stored if salt == request.salt), default=0)
 
     def forget(self, salt: str | None = None) -> None:
-        """The cache was cleared (of one tenant)."""
+        """Drops all records (of one tenant), after the cache was cleared."""
         self.stored = [] if salt is None else [(s, t) for s, t in self.stored if s != salt]
 
 
 class Engine:
-    """A session, with checks on everything that it answers."""
+    """A session whose responses are checked for plausibility, against the history of the cache among others."""
 
     def __init__(self, session: RemoteSession, case: Case, capabilities: Capabilities, history: History) -> None:
         self.session = session
@@ -110,14 +110,14 @@ class Engine:
         self._capabilities = capabilities
         self._ends = end_tokens(session_model(case))
 
-    # ---------------------------------------------------------------- asking
+    # ---------------------------------------------------------------- requests
 
     def ask(self, prompt: Request | Sequence[int], *, keep_device_cache: bool = False, **more: Any) -> Response:
-        """One request, with the cache."""
+        """Runs one request with the cache."""
         return self.ask_all([_request(prompt, more)], keep_device_cache=keep_device_cache)[0]
 
     def ask_all(self, requests: Sequence[Request], *, keep_device_cache: bool = False) -> list[Response]:
-        """Several at once, with the cache. What the engine keeps itself goes first, or ours would not be asked."""
+        """Runs several requests at once with the cache. Empties the engine's own cache before, which would hide ours."""
         if self._capabilities.device_cache and not keep_device_cache:
             self.drop_device_cache()
         responses = self.session.generate(requests)
@@ -129,80 +129,78 @@ class Engine:
         return responses
 
     def recompute(self, prompt: Request | Sequence[int], **more: Any) -> Response:
-        """One request, without the cache, in the split in which a hit on it was computed."""
+        """Runs one request without the cache, in the split in which a hit on it was computed."""
         return self.recompute_all([_request(prompt, more)])[0]
 
     def recompute_all(self, requests: Sequence[Request]) -> list[Response]:
-        """Several, one after another."""
+        """Recomputes several requests, one after another."""
         responses = [self.session.generate([request], reuse=False)[0] for request in requests]
         for request, response in zip(requests, responses, strict=True):
             self._check(request, response, History())
         return responses
 
     def _check(self, request: Request, response: Response, history: History) -> None:
-        """What every answer must be, whatever it says."""
+        """Checks what must hold for every response."""
         what = f"prompt of {len(request.tokens)} tokens{f', salt {request.salt!r}' if request.salt else ''}"
         if request.cancel_after:
-            assert len(response.tokens) <= request.max_new_tokens, f"{what}: more tokens than asked for after a cancel"
+            assert len(response.tokens) <= request.max_new_tokens, f"{what}: more tokens than requested after a cancel"
         else:
-            assert not response.error, f"{what}: the engine gave no answer but an error: {response.error}"
+            assert not response.error, f"{what}: the engine returned an error: {response.error}"
             ended = bool(response.tokens) and response.tokens[-1] in self._ends
             assert len(response.tokens) == request.max_new_tokens or (
                 ended and len(response.tokens) < request.max_new_tokens
-            ), (
-                f"{what}: {len(response.tokens)} tokens generated, {request.max_new_tokens} were asked for and none ends it"
-            )
+            ), f"{what}: {len(response.tokens)} tokens generated instead of {request.max_new_tokens}, and no end token"
             if self._capabilities.logprobs:
                 counts = f"{len(response.logprobs)} for {len(response.tokens)} tokens"
                 assert len(response.logprobs) == len(response.tokens), (
-                    f"{what}: log-probs are claimed, there are {counts}"
+                    f"{what}: log-probs are claimed, but there are {counts}"
                 )
                 assert all(response.logprobs), f"{what}: log-probs are claimed, but some are empty"
         for source, tokens in response.cached.items():
             assert tokens >= 0, f"{what}: reports {tokens} tokens cached from {source!r}"
         total = sum(response.cached.values())
         assert total < max(1, len(request.tokens)), (
-            f"{what}: reports {total} cached tokens; the last prompt token has to be computed, so at most all but one"
+            f"{what}: reports {total} cached tokens, but the last prompt token always has to be computed"
         )
         stored = history.longest(request)
         assert response.hit <= stored, (
-            f"{what}: reports a hit of {response.hit} tokens {dict(response.cached)}, but only {stored} of its leading "
-            "tokens were ever stored: a hit that it cannot have"
+            f"{what}: reports a hit of {response.hit} tokens {dict(response.cached)}, which is impossible: only {stored} of "
+            "its leading tokens were ever stored"
         )
 
     def log(self) -> str:
-        """The last lines that it has written, to go with a surprise."""
+        """Returns the last lines that the engine wrote, for failure messages."""
         lines = self.session.stderr().strip().splitlines()[-8:]
         return "\nlast lines of the engine's stderr:\n" + "\n".join(lines) if lines else ""
 
     # ---------------------------------------------------------------- the rest of the session
 
     def flush(self) -> None:
-        """All that was stored is on the lower tiers."""
+        """Blocks until everything stored so far is on the lower tiers."""
         self.session.flush()
 
     def clear(self, salt: str | None = None) -> None:
-        """Empty the cache (of one tenant)."""
+        """Clears the cache (of one tenant) and the history."""
         self.session.clear(salt)
         self.history.forget(salt)
 
     def drop_device_cache(self) -> None:
-        """Only our cache is left."""
+        """Empties the engine's own prefix cache."""
         self.session.drop_device_cache()
 
     def close(self) -> None:
-        """End it as a user does."""
+        """Closes the session regularly."""
         self.session.close()
 
     def kill9(self) -> None:
-        """End it as nobody wants."""
+        """Kills the engine's processes with SIGKILL."""
         self.session.kill9()
 
 
 class Bench:
-    """Opens engines for one class and case, and closes them.
+    """Opens and closes the engines of one test class and case.
 
-    `shared` engines live as long as the class's tests on that case; each test brings prompts of its own.
+    The engines of `shared` and `cold` live until the class's tests of that case have ended; each test uses new prompts.
     """
 
     def __init__(
@@ -229,7 +227,7 @@ class Bench:
     # ---------------------------------------------------------------- engines
 
     def new_folder(self, name: str = "disk") -> Path:
-        """A fresh place for a disk tier."""
+        """Returns an unused path for a disk tier's folder."""
         self._folders += 1
         return self.folder / f"{name}-{self._folders}"
 
@@ -246,16 +244,16 @@ class Bench:
         forked: bool = True,
         **cache: Any,
     ) -> Iterator[Engine]:
-        """An engine in a new process, for the length of a `with`.
+        """Context manager: an engine in a new process.
 
         Args:
-            case: another one than the bench's.
-            model: another folder than the case's.
-            history: what its cache may hold already.
-            options: of the adapter; the bench's own by default.
+            case: by default the bench's.
+            model: model folder; by default the case's.
+            history: what the cache may already contain.
+            options: of the adapter; by default the bench's.
             cwd, environment: of the process.
-            forked: the process may be a fork of one that has imported the engine.
-            **cache: settings.
+            forked: the process may be forked from one that has imported the engine.
+            **cache: cache settings.
         """
         engine = self._start(
             case or self.case,
@@ -271,8 +269,8 @@ class Bench:
             yield engine
 
     def shared(self) -> Engine:
-        """An engine with memory and disk to spare, for every test of this case."""
-        return self._kept("roomy", dram_bytes="256MiB", disk_path=str(self.shared_disk))
+        """Returns an engine with ample DRAM and disk, shared by all tests of this case."""
+        return self._keep_open("shared", dram_bytes="256MiB", disk_path=str(self.shared_disk))
 
     @property
     def shared_disk(self) -> Path:
@@ -280,12 +278,12 @@ class Bench:
         return self.folder / "shared"
 
     def cold(self) -> Engine:
-        """A fresh engine that recomputes everything in one shot: the oracle of exact dtypes."""
-        engine = self._kept("cold", dram_bytes="1MiB")
+        """Returns an engine that recomputes every prompt in one shot: the oracle for exact dtypes."""
+        engine = self._keep_open("cold", dram_bytes="1MiB")
         engine.session.forget_splits()
         return engine
 
-    def _kept(self, name: str, **cache: Any) -> Engine:
+    def _keep_open(self, name: str, **cache: Any) -> Engine:
         engine = self._shared.get(name)
         if engine is None or not engine.session.alive:
             engine = self._shared[name] = self._start(self.case, None, None, self.options, None, None, cache)
@@ -322,9 +320,14 @@ class Bench:
     def right(
         self, engine: Engine, prompt: Request | Sequence[int], response: Response, what: str, *, alone: bool = True
     ) -> None:
-        """The answer is what recomputation in the same split gives, or where nobody can tell, what a fresh engine says.
+        """Asserts that a response equals recomputation in the same split; without that capability, a one-shot run.
 
-        `alone`: nothing else ran at the same time.
+        Args:
+            engine: the engine that responded.
+            prompt: of the request.
+            response: to check.
+            what: names the request in failure messages.
+            alone: no other request ran at the same time.
         """
         if self.capabilities.same_split and (alone or self.capabilities.batch_invariant):
             same_answer(response, engine.recompute(prompt), what)
@@ -332,7 +335,7 @@ class Bench:
             same_tokens(response, self.cold().recompute(prompt), what)
 
     def close(self) -> None:
-        """End what is shared."""
+        """Kills the shared engines."""
         engines, self._shared = list(self._shared.values()), {}
         for engine in engines:
             engine.kill9()
@@ -340,15 +343,15 @@ class Bench:
     # ---------------------------------------------------------------- prompts
 
     def prompt(self, tokens: int) -> tuple[int, ...]:
-        """A random one, unlike all before."""
+        """Returns a random prompt of so many tokens."""
         return tuple(self.rng.choices(vocabulary(self.case.model), k=tokens))
 
     def chunks(self, count: int, *, more: int = 3) -> tuple[int, ...]:
-        """A random prompt of so many chunks, and a few tokens that fill no chunk."""
+        """Returns a random prompt of `count` chunks and `more` tokens."""
         return self.prompt(count * self.chunk_tokens + more)
 
     def whole(self, tokens: int) -> int:
-        """The largest chunk boundary up to `tokens`."""
+        """Returns `tokens` rounded down to a chunk boundary."""
         return tokens // self.chunk_tokens * self.chunk_tokens
 
 
@@ -356,30 +359,30 @@ class Bench:
 
 
 def same_tokens(got: Response, want: Response, what: str) -> None:
-    """The same greedy tokens."""
+    """Asserts the same greedy tokens."""
     if got.tokens != want.tokens:
         at = _common(got.tokens, want.tokens)
         raise AssertionError(
-            f"{what}: other tokens from the {at + 1}. generated one on: {list(got.tokens[at : at + 5])} instead of "
+            f"{what}: wrong tokens from generated token {at + 1} on: {list(got.tokens[at : at + 5])} instead of "
             f"{list(want.tokens[at : at + 5])} (hit: {dict(got.cached)})"
         )
 
 
 def same_bits(got: Response, want: Response, what: str) -> None:
-    """The same greedy tokens and the same log-probs, bit for bit."""
+    """Asserts the same greedy tokens and the same log-probs, bit for bit."""
     same_tokens(got, want, what)
     for step, (mine, other) in enumerate(zip(got.logprobs, want.logprobs, strict=True)):
         if mine != other:
             differ = sum(a != b for a, b in zip(mine, other, strict=False)) + abs(len(mine) - len(other))
             raise AssertionError(
-                f"{what}: the log-probs of the {step + 1}. generated token differ in {differ} of {len(other)} bytes "
-                f"(hit: {dict(got.cached)}; log-prob of the token taken: {_at(got.logprob, step)} instead of "
+                f"{what}: the log-probs of generated token {step + 1} differ in {differ} of {len(other)} bytes "
+                f"(hit: {dict(got.cached)}; log-prob of the sampled token: {_at(got.logprob, step)} instead of "
                 f"{_at(want.logprob, step)})"
             )
 
 
 def same_answer(got: Response, want: Response, what: str) -> None:
-    """As exact as the engine can show it: bits where it reports log-probs, tokens where not."""
+    """Asserts equality as exactly as the engine allows: of log-prob bits if it reports them, else of tokens."""
     if got.logprobs and want.logprobs:
         same_bits(got, want, what)
     else:
@@ -387,9 +390,9 @@ def same_answer(got: Response, want: Response, what: str) -> None:
 
 
 def varied(responses: Sequence[Response]) -> None:
-    """Answers that never change would show nothing."""
-    said = {token for response in responses for token in response.tokens}
-    assert len(said) > 3, f"all answers consist of the tokens {sorted(said)}: nothing was shown by them"
+    """Asserts that the responses contain different tokens: comparing constant output would prove nothing."""
+    tokens = {token for response in responses for token in response.tokens}
+    assert len(tokens) > 3, f"all responses consist of the tokens {sorted(tokens)}: the comparison proves nothing"
 
 
 def _at(values: Sequence[float], step: int) -> str:
@@ -410,7 +413,7 @@ def _request(prompt: Request | Sequence[int], more: Mapping[str, Any]) -> Reques
 
 
 def session_model(case: Case) -> Path:
-    """The folder of a case's model."""
+    """Returns the folder of a case's model."""
     return _model_folder(case.model)
 
 
@@ -421,7 +424,7 @@ def _model_folder(name: str) -> Path:
 
 @cache
 def end_tokens(model: Path) -> frozenset[int]:
-    """Token ids that end an answer, from the model folder's own files."""
+    """Returns the token ids that end a response, read from the model folder."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = model / name

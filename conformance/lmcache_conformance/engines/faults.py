@@ -1,4 +1,4 @@
-"""Level `faults`: files break, disks fill up, processes die. Answers stay right, nothing hangs, what was flushed stays."""
+"""Level `faults`: damaged files, full disks, killed processes. Responses stay correct, nothing hangs, flushed KV survives."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lmcache_conformance.runner.marks import level, requires
 
 
 def small(case: Case) -> Mapping[str, Any]:
-    """Settings with memory for about twenty chunks: what is asked again after a long prompt comes from disk."""
+    """Returns settings with DRAM for about twenty chunks, so that after a long prompt earlier ones are loaded from disk."""
     return {"dram_bytes": 1, "queue_bytes": "32MiB" if case.model in REAL else "1MiB"}
 
 
 class FaultTests(EngineBase):
-    """What can go wrong below."""
+    """Faults of storage and processes."""
 
     # ---------------------------------------------------------------- damaged files
 
@@ -49,23 +49,23 @@ class FaultTests(EngineBase):
                 assert files[kind], "nothing was written"
         for kind, damage in DAMAGES.items():
             damage(files[kind], bench.rng)
-            assert all(not path.exists() or problem_of(path) for path in files[kind]), f"{kind}: a file is still whole"
+            assert all(not path.exists() or problem_of(path) for path in files[kind]), f"{kind}: a file is still intact"
         with bench.open(dram_bytes="64MiB", disk_path=str(disk), history=engine.history) as engine:
-            assert engine.ask(prompts["none"]).hit > 0, "whole files are no hit"
+            assert engine.ask(prompts["none"]).hit > 0, "no hit on intact files"
             for kind in DAMAGES:
                 response = engine.ask(prompts[kind])
-                what = f"all files of a prompt {kind}"
+                what = f"all files of a prompt damaged ({kind})"
                 assert response.hit == 0, f"{what}: reported as a hit of {dict(response.cached)}"
-                same_answer(response, cold[kind], f"{what}, computed anew in one shot")
+                same_answer(response, cold[kind], f"{what}, recomputed in one shot")
                 again = engine.ask(prompts[kind])
-                assert again.hit > 0, f"{what}: what was computed anew is not stored again"
-                same_tokens(again, engine.recompute(prompts[kind]), f"{what}, asked again")
+                assert again.hit > 0, f"{what}: the recomputed KV was not stored again"
+                same_tokens(again, engine.recompute(prompts[kind]), f"{what}, second request")
 
     @level(Level.FAULTS)
     @requires("restart")
     @on("llama", "gemma3", dtypes=1)
     def test_files_damaged_under_a_running_engine_are_recomputed_from(self, bench: Bench, full: bool) -> None:
-        """One file in the middle of a prompt: what is before it may be used, what is after it must not."""
+        """Damages two files in the middle of a prompt: the KV before them may be used, the KV after them must not."""
         disk = bench.new_folder()
         kinds = (
             list(DAMAGES)
@@ -79,17 +79,17 @@ class FaultTests(EngineBase):
                 engine.ask(prompt)
                 engine.flush()
                 mine = [path for path in object_files(disk) if path not in known]
-                engine.ask(bench.chunks(40), max_new_tokens=1)  # drives the prompt out of memory
+                engine.ask(bench.chunks(40), max_new_tokens=1)  # evicts the prompt from DRAM
                 engine.flush()
-                assert len(mine) > 2, f"of a prompt of {len(prompt)} tokens, only {len(mine)} files were written"
+                assert len(mine) > 2, f"only {len(mine)} files were written for a prompt of {len(prompt)} tokens"
                 start = bench.rng.randrange(len(mine) - 2)
                 DAMAGES[kind](mine[start : start + 2], bench.rng)
                 engine.drop_device_cache()
-                for occasion in ("at first", "again"):
+                for occasion in ("first request", "second request"):
                     response = engine.ask(prompt)
-                    bench.right(engine, prompt, response, f"two files in the middle {kind}, {occasion}")
+                    bench.right(engine, prompt, response, f"two files in the middle damaged ({kind}), {occasion}")
 
-    # ---------------------------------------------------------------- no room, no folder
+    # ---------------------------------------------------------------- no space, no folder
 
     @level(Level.FAULTS)
     @requires("restart")
@@ -102,7 +102,7 @@ class FaultTests(EngineBase):
         ):
             for number in range(4):
                 prompt = bench.chunks(12)
-                for occasion in ("at first", "again"):
+                for occasion in ("first request", "second request"):
                     bench.right(engine, prompt, engine.ask(prompt), f"disk full, prompt {number + 1}, {occasion}")
             filler.unlink()
             self._stores_again(bench, engine, disk)
@@ -116,16 +116,16 @@ class FaultTests(EngineBase):
             if set(object_files(disk)) - known:
                 return
             time.sleep(0.5)
-        raise AssertionError("30 s after a full disk had room again, nothing is written to it")
+        raise AssertionError("nothing was written within 30 s after a full disk had space again")
 
     @level(Level.FAULTS)
     @on("llama", dtypes=1)
-    def test_an_unusable_folder_costs_hits_and_nothing_else(self, bench: Bench) -> None:
+    def test_an_unusable_folder_costs_hits_but_not_correctness(self, bench: Bench) -> None:
         file = bench.new_folder("file")
         file.write_text("not a folder")
         with bench.open(dram_bytes="64MiB", disk_path=str(file / "below")) as engine:
             prompt = bench.chunks(4)
-            for occasion in ("at first", "again"):
+            for occasion in ("first request", "second request"):
                 bench.right(engine, prompt, engine.ask(prompt), f"no folder, {occasion}")
             engine.flush()
 
@@ -134,7 +134,7 @@ class FaultTests(EngineBase):
     @level(Level.FAULTS)
     @requires("restart")
     @on("llama", dtypes=1)
-    def test_a_killed_process_leaves_what_was_flushed_and_nothing_wrong(self, bench: Bench, full: bool) -> None:
+    def test_after_kill9_flushed_kv_is_served_and_no_file_is_damaged(self, bench: Bench, full: bool) -> None:
         disk = bench.new_folder()
         history = None
         flushed: list[tuple[tuple[int, ...], Response]] = []
@@ -144,7 +144,7 @@ class FaultTests(EngineBase):
                 for prompt, cold in flushed:
                     response = engine.ask(prompt)
                     assert response.hit >= bench.whole(len(prompt) - 1), (
-                        f"a prompt that was flushed before kill −9 hits {dict(response.cached)} only"
+                        f"a hit of only {dict(response.cached)} on a prompt that was flushed before kill −9"
                     )
                     if bench.case.exact:
                         same_tokens(response, cold, "a prompt flushed before kill −9")
@@ -153,7 +153,7 @@ class FaultTests(EngineBase):
                 engine.flush()
                 self._killed_while_storing(bench, engine, delay)
         broken = {path.name: problem for path in object_files(disk) if (problem := problem_of(path))}
-        assert not broken, f"files that kill −9 left behind under their final names: {broken}"
+        assert not broken, f"kill −9 left damaged files under their final names: {broken}"
 
     def _killed_while_storing(self, bench: Bench, engine: Engine, delay: float) -> None:
         requests = [Request(tokens=bench.chunks(30), max_new_tokens=4) for _ in range(8)]
@@ -174,13 +174,13 @@ class FaultTests(EngineBase):
 
 @contextlib.contextmanager
 def _small_disk(place: Path, mib: int) -> Iterator[Path]:
-    """A file system of `mib` MiB at `place`, all but full: yields the file that fills it. Skips where it can't be mounted."""
+    """Mounts an almost full file system of `mib` MiB at `place`; yields the file that fills it. Skips if mounting fails."""
     place.mkdir(parents=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
-        pytest.skip(f"a small file system to fill up can't be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
     try:
         filler = place / "filler"
         with filler.open("wb") as file, contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""Sessions that fork from a process which has imported the engine already: new processes in a fraction of the time.
+"""Sessions forked from a process that has already imported the engine, so that they start in a fraction of the time.
 
-For adapters that name a module that may be imported before forking (attribute `preload`). A fork inherits its parent's hash
-seed and imported modules, so what depends on a truly new process is tested with `RemoteSession` itself.
+For adapters with an attribute `preload`: a module that may be imported before forking. A fork inherits its parent's hash
+seed and imported modules; tests that need a truly new process use `RemoteSession` itself.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from typing import Any
 from unittest import mock
 
 from lmcache_conformance.contract import SessionConfig
-from lmcache_conformance.remote.child import RemoteSession
-from lmcache_conformance.remote.frames import Open
+from lmcache_conformance.remote.child import Process, RemoteSession
 
 
-class _Forked:
-    """As much of `subprocess.Popen` as `RemoteSession` needs."""
+class _ForkedProcess:
+    """A `multiprocessing` process with the interface of `subprocess.Popen` that `RemoteSession` needs."""
 
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
@@ -44,7 +43,7 @@ class _Forked:
 
 
 class ForkedSession(RemoteSession):
-    """As `RemoteSession`, which see, but forked from a server that has imported `preload`."""
+    """A `RemoteSession` forked from a server process that has imported the module `preload`."""
 
     def __init__(
         self,
@@ -57,40 +56,23 @@ class ForkedSession(RemoteSession):
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.adapter = adapter
-        self.timeout_s = timeout_s
-        self._lock = threading.Lock()
-        self._closed = False
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # as there
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
-        self._in, self._out = ours_in, ours_out
-        path = tuple(os.path.abspath(entry) for entry in sys.path)
-        try:
-            process = get_context("forkserver").Process(
-                target=_serve,
-                args=(
-                    DupFd(theirs_in),
-                    DupFd(theirs_out),
-                    DupFd(self._stderr.fileno()),
-                    dict(environment or {}),
-                    str(folder or os.getcwd()),
-                ),
-                daemon=False,
-            )
-            _start(process, preload)
-            self._process: Any = _Forked(process)
-        except BaseException:
-            self._release()
-            raise
-        finally:
-            os.close(theirs_in)
-            os.close(theirs_out)
-        try:
-            self._ask("open", Open(adapter, config, path), start_timeout_s)
-        except BaseException:
-            self.kill9()
-            raise
+        self._preload = preload
+        super().__init__(
+            adapter,
+            config,
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
+            environment=environment,
+            folder=folder,
+        )
+
+    def _spawn(self, inbox: int, outbox: int, environment: Mapping[str, str], folder: Path | None) -> Process:
+        files = (DupFd(inbox), DupFd(outbox), DupFd(self._stderr.fileno()))
+        process = get_context("forkserver").Process(
+            target=_serve, args=(*files, dict(environment), str(folder or os.getcwd())), daemon=False
+        )
+        _start(process, self._preload)
+        return _ForkedProcess(process)
 
 
 _starting = threading.Lock()
@@ -98,8 +80,10 @@ _starting = threading.Lock()
 
 @cache
 def _server(preload: str) -> forkserver.ForkServer:
-    """A server for each module: forked from another's, every process would import its engine anew, and run on what the import of
-    the other engine has changed.
+    """Returns the fork server of a module.
+
+    Each module has its own: a process forked from another engine's server would import its engine anew, in an environment
+    that the import of the other engine has changed.
     """
     server = forkserver.ForkServer()
     server.set_forkserver_preload([preload])
@@ -107,15 +91,15 @@ def _server(preload: str) -> forkserver.ForkServer:
 
 
 def _start(process: BaseProcess, preload: str) -> None:
-    """Fork it from that module's server, which starts with the first."""
+    """Forks the process from that module's server, which is started on first use."""
     connect = _server(preload).connect_to_new_process
-    # `multiprocessing` knows of one server only, and finds it by this name.
+    # `multiprocessing` supports a single server, which it finds by this name.
     with _starting, mock.patch.object(forkserver, "connect_to_new_process", connect):
         process.start()
 
 
 def _serve(inbox: Any, outbox: Any, errors: Any, environment: dict[str, str], folder: str) -> None:
-    """The forked process: what `RemoteSession` gives a new one, and then the same program."""
+    """Runs in the forked process: sets up what `RemoteSession._spawn` passes to a new process, then runs the same program."""
     os.setsid()
     read, write, stderr = inbox.detach(), outbox.detach(), errors.detach()
     os.dup2(stderr, 2)

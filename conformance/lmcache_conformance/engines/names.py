@@ -1,4 +1,4 @@
-"""Levels `keys`, `isolation`, `reset`: whatever changes values changes names; tenants are apart; what is cleared is gone."""
+"""Levels `keys`, `isolation`, `reset`: keys cover whatever changes values, tenants are isolated, cleared KV is gone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lmcache_conformance.runner.marks import level, requires
 
 
 class NameTests(EngineBase):
-    """Who may see what."""
+    """Which request may hit which KV."""
 
     # ---------------------------------------------------------------- keys
 
@@ -21,7 +21,7 @@ class NameTests(EngineBase):
     @requires("restart")
     @on("llama", dtypes=1, only=TINY)
     def test_other_weights_under_the_same_path_do_not_hit(self, bench: Bench) -> None:
-        """The folder keeps its name and its files theirs; only the weights are trained further."""
+        """Folder and files keep their names; only the weights change."""
         place, disk = bench.new_folder("model"), bench.new_folder()
         shutil.copytree(session_model(bench.case), place)
         prompt = bench.chunks(4)
@@ -32,9 +32,9 @@ class NameTests(EngineBase):
         with bench.open(model=place, dram_bytes="64MiB", disk_path=str(disk), history=history) as engine:
             new = engine.ask(prompt)
             assert new.hit == 0, (
-                f"a hit of {dict(new.cached)} on KV that other weights under the same path have computed"
+                f"a hit of {dict(new.cached)} on KV that was computed with other weights under the same path"
             )
-            assert new.tokens != old.tokens, "other weights say the same: nothing was shown"
+            assert new.tokens != old.tokens, "other weights generate the same tokens: the comparison proves nothing"
             assert engine.ask(prompt).hit > 0
 
     @level(Level.KEYS)
@@ -54,7 +54,7 @@ class NameTests(EngineBase):
     @on("llama", dtypes=1)
     def test_another_model_does_not_hit(self, bench: Bench) -> None:
         engine = bench.shared()
-        prompt = tuple(bench.rng.choices(vocabulary(TINY[0]), k=len(bench.chunks(4))))  # ids that every model knows
+        prompt = tuple(bench.rng.choices(vocabulary(TINY[0]), k=len(bench.chunks(4))))  # ids valid for every model
         engine.ask(prompt)
         engine.flush()
         others = [model for model in bench.capabilities.models if model in TINY and model != bench.case.model]
@@ -69,7 +69,7 @@ class NameTests(EngineBase):
             first = engine.ask(prompt)
             assert first.hit == 0, f"{what}: a hit of {dict(first.cached)} on KV of {bench.case}"
             again = engine.ask(prompt)
-            assert again.hit > 0, f"{what}: its own KV is no hit either"
+            assert again.hit > 0, f"{what}: no hit on its own KV either"
             if bench.capabilities.same_split:
                 same_answer(again, engine.recompute(prompt), what)
 
@@ -85,12 +85,14 @@ class NameTests(EngineBase):
         for salt in salts:
             engine.drop_device_cache()
             response = engine.ask(prompt, salt=salt, max_new_tokens=1)
-            assert response.hit == 0, f"salt {salt!r} hits {dict(response.cached)} on what others have stored: {salts}"
+            assert response.hit == 0, (
+                f"salt {salt!r}: a hit of {dict(response.cached)} on KV of another salt in {salts}"
+            )
         for salt in salts:
             engine.drop_device_cache()
             response = engine.ask(prompt, salt=salt)
             assert response.hit == bench.whole(len(prompt)), (
-                f"salt {salt!r} hits {dict(response.cached)} of its own prompt"
+                f"salt {salt!r}: a hit of only {dict(response.cached)} on its own prompt"
             )
             if bench.capabilities.same_split:
                 same_answer(response, engine.recompute(prompt, salt=salt), f"salt {salt!r}")
@@ -107,7 +109,7 @@ class NameTests(EngineBase):
             for salt in ("tenant-b", ""):
                 response = later.ask(prompt, salt=salt)
                 assert response.hit == 0, (
-                    f"salt {salt!r} hits {dict(response.cached)} on tenant-a's KV in a new process"
+                    f"salt {salt!r}: a hit of {dict(response.cached)} on tenant-a's KV in a new process"
                 )
             assert later.ask(prompt, salt="tenant-a").hit == bench.whole(len(prompt))
 
@@ -120,13 +122,13 @@ class NameTests(EngineBase):
         prompts = [bench.chunks(4) for _ in range(3)]
         with bench.open(dram_bytes="64MiB", disk_path=str(disk)) as engine:
             first = [engine.ask(prompt) for prompt in prompts]
-            engine.ask(bench.chunks(6))  # still on its way to disk
+            engine.ask(bench.chunks(6))  # its write-back has not ended yet
             engine.clear()
             engine.drop_device_cache()
             self._all_gone(engine, prompts[:2], "after clear()")
             again = engine.ask(prompts[2])
             assert again.hit == 0, f"after clear(): a hit of {dict(again.cached)}"
-            same_tokens(again, first[2], "computed anew after clear()")
+            same_tokens(again, first[2], "recomputed after clear()")
             assert engine.ask(prompts[2]).hit > 0, "after clear() nothing is stored any more"
             engine.clear()
             engine.flush()
@@ -136,7 +138,7 @@ class NameTests(EngineBase):
 
     def _all_gone(self, engine: Engine, prompts: list[tuple[int, ...]], when: str) -> None:
         for prompt in prompts:
-            response = engine.ask(prompt)  # its history was cleared, too: any hit fails there
+            response = engine.ask(prompt)  # fails on any hit itself if the history was cleared, too
             assert response.hit == 0, f"{when}: a hit of {dict(response.cached)}"
 
     @level(Level.RESET)
@@ -150,6 +152,6 @@ class NameTests(EngineBase):
         engine.clear("leaves")
         engine.drop_device_cache()
         gone = engine.ask(prompt, salt="leaves")
-        assert gone.hit == 0, f"the cleared tenant hits {dict(gone.cached)}"
+        assert gone.hit == 0, f"the cleared tenant: a hit of {dict(gone.cached)}"
         kept = engine.ask(prompt, salt="stays")
-        assert kept.hit == bench.whole(len(prompt)), f"the other tenant hits {dict(kept.cached)} only"
+        assert kept.hit == bench.whole(len(prompt)), f"the other tenant: a hit of only {dict(kept.cached)}"

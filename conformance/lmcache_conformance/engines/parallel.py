@@ -1,6 +1,7 @@
-"""Tensor parallel: several ranks hold parts of the same KV. A hit is one only if every rank has its part.
+"""Tensor parallelism: ranks hold parts of the same KV, and there is a hit only if every rank has its part.
 
-Adapter option `tensor_parallel`: how many ranks. Sessions start in processes of their own, for engines start workers.
+Adapter option `tensor_parallel`: number of ranks. Sessions are not forked unless the adapter supports it, because engines
+start worker processes.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ NEW = 12
 
 
 class ParallelTests(EngineBase):
-    """Two ranks, and one."""
+    """Two ranks, and changes between one and two."""
 
     @level(Level.RESTART)
     @requires("restart", "tensor_parallel=2")
     @on("llama", exact_only=True)
     def test_two_ranks_act_as_one(self, bench: Bench) -> None:
-        """They share a plan, go on from disk in new processes, and what one of them has lost is a miss for both."""
+        """Ranks act on one plan, load from disk in new processes, and both miss what one of them has lost."""
         disk = bench.new_folder("ranks")
         prompt = bench.chunks(5)
         whole = bench.whole(len(prompt) - 1)
@@ -35,26 +36,26 @@ class ParallelTests(EngineBase):
         with self._open(bench, disk, RANKS, history) as engine:
             first = engine.ask(prompt, max_new_tokens=NEW)
             again = engine.ask(prompt, max_new_tokens=NEW)
-            assert again.hit >= whole, f"asked again: {dict(again.cached)}"
-            same_tokens(again, first, "asked again")
+            assert again.hit >= whole, f"second request: a hit of only {dict(again.cached)}"
+            same_tokens(again, first, "second request")
             if bench.capabilities.same_split:
                 same_answer(again, engine.recompute(prompt, max_new_tokens=NEW), "two ranks, after a hit")
             engine.flush()
         by_rank = self._by_rank(disk)
         counts = {rank: len(paths) for rank, paths in by_rank.items()}
-        assert len(counts) == RANKS, f"objects of heads {sorted(counts)} after a flush"
+        assert len(counts) == RANKS, f"after a flush there are objects of heads {sorted(counts)} only"
         assert len(set(counts.values())) == 1, f"the ranks have written different numbers of objects: {counts}"
-        # In processes that have nothing in common, not even a hash seed.
+        # New processes that share nothing with the old ones, not even a hash seed.
         with self._open(bench, disk, RANKS, history, forked=False) as engine:
             got = engine.ask(prompt, max_new_tokens=NEW)
-            assert got.hit >= whole, f"in new processes: {dict(got.cached)}"
+            assert got.hit >= whole, f"in new processes: a hit of only {dict(got.cached)}"
             same_tokens(got, first, "two ranks, from disk alone")
         for path in by_rank[max(by_rank)]:
             path.unlink()
         with self._open(bench, disk, RANKS, history) as engine:
             got = engine.ask(prompt, max_new_tokens=NEW)
-            assert got.hit == 0, f"one rank has lost its objects, and yet: {dict(got.cached)}"
-            same_tokens(got, first, "computed anew")
+            assert got.hit == 0, f"a hit of {dict(got.cached)} although one rank has lost its objects"
+            same_tokens(got, first, "recomputed")
 
     @level(Level.KEYS)
     @requires("restart", "tensor_parallel=2")
@@ -65,11 +66,11 @@ class ParallelTests(EngineBase):
     @level(Level.APPROXIMATE)
     @requires("restart", "semantic", "tensor_parallel=2")
     @on("llama", exact_only=True)
-    def test_another_number_of_ranks_reads_it_where_sharing_is_semantic(self, bench: Bench) -> None:
+    def test_another_number_of_ranks_hits_with_semantic_sharing(self, bench: Bench) -> None:
         self._change_ranks(bench, "semantic")
 
     def _change_ranks(self, bench: Bench, share: str) -> None:
-        """Two ranks write, one reads and writes, two read."""
+        """Two ranks write, one rank reads and writes, two ranks read."""
         disk, history = bench.new_folder("ranks"), History()
         prompts = [bench.chunks(5), bench.chunks(4)]
         with self._open(bench, disk, RANKS, history, share=share) as engine:
@@ -92,7 +93,7 @@ class ParallelTests(EngineBase):
         found: dict[tuple[int, int], list[Path]] = {}
         for path in object_files(disk):
             id = parse_path(*path.parts[-3:])
-            assert id is not None, f"a file that no object is called: {path.name}"
+            assert id is not None, f"not the name of an object file: {path.name}"
             found.setdefault(id.rect.heads, []).append(path)
         return found
 
@@ -102,7 +103,7 @@ class ParallelTests(EngineBase):
         return bench.open(
             options={"tensor_parallel": ranks},
             history=history,
-            # Workers are started by a process of their own, unless the adapter's may fork from it.
+            # Several ranks are forked only if the adapter allows it.
             forked=forked and (ranks == 1 or bool(getattr(find_adapter(bench.adapter), "forks_ranks", False))),
             dram_bytes="64MiB",
             disk_path=str(disk),

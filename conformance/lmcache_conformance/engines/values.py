@@ -1,4 +1,4 @@
-"""Levels `tokens`, `logits`, `bytes`, `restart`, `miss`: what comes back is what was computed."""
+"""Levels `tokens`, `logits`, `bytes`, `restart`, `miss`: loaded KV is the KV that was computed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lmcache_conformance.runner.discover import find_adapter
 from lmcache_conformance.runner.marks import level, requires
 
 NEW = 20
-"""Tokens generated per round: more than a chunk, so that some chunks hold prompt and answer."""
+"""Tokens generated per round: more than a chunk, so that some chunks contain both prompt and generated tokens."""
 
 
 def dialogue(bench: Bench, engine: Engine, rounds: int, *, first: int = 70) -> Iterator[tuple[Request, Response]]:
-    """A chat whose prompt grows: each round's is the last one's, its answer, and more. Checks that later rounds hit.
+    """Yields the rounds of a chat: each prompt is the previous one, its answer, and new tokens. Checks that later rounds hit.
 
-    The lengths fall on all sides of a chunk's boundary: the second answer's last token, of which there is no KV yet, would
-    be the last of a chunk; the third prompt ends with a chunk.
+    The lengths cover all positions relative to a chunk boundary: the last token of the second answer, which has no KV yet,
+    would complete a chunk; the third prompt ends at a chunk boundary.
     """
     prompt = bench.prompt(first)
     before = 0
@@ -30,8 +30,8 @@ def dialogue(bench: Bench, engine: Engine, rounds: int, *, first: int = 70) -> I
         request = Request(tokens=prompt, max_new_tokens=NEW)
         response = engine.ask(request)
         assert response.hit >= bench.whole(before), (
-            f"round {number + 1}: a hit of {response.hit} tokens {dict(response.cached)}, though the last round's prompt of "
-            f"{before} tokens was computed and is the beginning of this one{engine.log()}"
+            f"round {number + 1}: a hit of only {response.hit} tokens {dict(response.cached)}, although the previous round's "
+            f"prompt of {before} tokens is a prefix of this one{engine.log()}"
         )
         yield request, response
         before = len(prompt)
@@ -41,7 +41,7 @@ def dialogue(bench: Bench, engine: Engine, rounds: int, *, first: int = 70) -> I
 
 
 class ValueTests(EngineBase):
-    """What is cached and comes back."""
+    """Values after a hit."""
 
     # ---------------------------------------------------------------- tokens and logits
 
@@ -56,13 +56,13 @@ class ValueTests(EngineBase):
     @requires("same_split")
     def test_tokens_after_a_hit_are_those_of_recomputation_in_the_same_split(self, bench: Bench, full: bool) -> None:
         engine = bench.shared()
-        said = []
+        responses = []
         for number, (request, response) in enumerate(
             dialogue(bench, engine, 6 if full else 4, first=1500 if bench.case.model in REAL else 150)
         ):
             same_tokens(response, engine.recompute(request), f"round {number + 1}")
-            said.append(response)
-        varied(said)
+            responses.append(response)
+        varied(responses)
 
     @level(Level.TOKENS)
     @on(exact_only=True)
@@ -70,13 +70,13 @@ class ValueTests(EngineBase):
         self, bench: Bench, full: bool
     ) -> None:
         engine, cold = bench.shared(), bench.cold()
-        said = []
+        responses = []
         for number, (request, response) in enumerate(dialogue(bench, engine, 6 if full else 4, first=40)):
             same_tokens(
-                response, cold.recompute(request), f"round {number + 1}, against a one-shot run of a fresh engine"
+                response, cold.recompute(request), f"round {number + 1}, compared with a one-shot run of a fresh engine"
             )
-            said.append(response)
-        varied(said)
+            responses.append(response)
+        varied(responses)
 
     @level(Level.LOGITS)
     @requires("logprobs", "same_split")
@@ -87,12 +87,14 @@ class ValueTests(EngineBase):
         for time in range(3):
             engine.drop_device_cache()
             response = engine.ask(prompt)
-            assert response.hit >= bench.whole(len(prompt)), f"repetition {time + 1} hits {dict(response.cached)} only"
+            assert response.hit >= bench.whole(len(prompt)), (
+                f"repetition {time + 1}: a hit of only {dict(response.cached)}"
+            )
             same_bits(response, engine.recompute(prompt), f"repetition {time + 1}")
 
     @level(Level.LOGITS)
     @requires("logprobs", "same_split")
-    def test_prompts_that_part_ways_share_what_they_have_in_common(self, bench: Bench) -> None:
+    def test_prompts_with_a_common_prefix_share_it(self, bench: Bench) -> None:
         engine = bench.shared()
         trunk = bench.chunks(4, more=0)
         engine.ask(trunk + bench.chunks(1))
@@ -101,14 +103,14 @@ class ValueTests(EngineBase):
             prompt = trunk + bench.chunks(1, more=branch)
             response = engine.ask(prompt)
             assert response.hit == len(trunk), (
-                f"branch {branch} hits {dict(response.cached)}, not the trunk's {len(trunk)}"
+                f"branch {branch}: a hit of {dict(response.cached)}, not of the {len(trunk)} tokens of the shared prefix"
             )
             same_bits(response, engine.recompute(prompt), f"branch {branch}")
 
     @level(Level.LOGITS)
     @requires("logprobs", "same_split", "device_cache")
     def test_a_hit_may_begin_in_the_engines_own_cache_and_go_on_in_ours(self, bench: Bench) -> None:
-        """The engine has the first chunks of a prompt itself, computed anew; the rest comes from us, and fits on."""
+        """The first chunks of a prompt are in the engine's own cache, recomputed; the rest is loaded, and continues them."""
         engine = bench.shared()
         prompt = bench.chunks(6)
         engine.ask(prompt)
@@ -116,10 +118,12 @@ class ValueTests(EngineBase):
         assert half.hit == 3 * bench.chunk_tokens
         response = engine.ask(prompt, keep_device_cache=True)
         own = response.cached.get("device", 0)
-        assert own > 0, f"the engine kept nothing of what it had just used: {dict(response.cached)}"
+        assert own > 0, f"the engine's own cache kept nothing of the previous prompt: {dict(response.cached)}"
         assert own + response.hit >= bench.whole(len(prompt)), f"{dict(response.cached)} of {len(prompt)} tokens"
-        assert response.hit > 0, "nothing came from our cache"
-        same_bits(response, engine.recompute(prompt), "half from the engine's own cache, half from ours")
+        assert response.hit > 0, "nothing was loaded from the cache under test"
+        same_bits(
+            response, engine.recompute(prompt), "half from the engine's own cache, half from the cache under test"
+        )
 
     # ---------------------------------------------------------------- restart
 
@@ -138,7 +142,7 @@ class ValueTests(EngineBase):
     @requires("restart")
     @on("llama", dtypes=1)
     def test_names_do_not_depend_on_the_process(self, bench: Bench) -> None:
-        """Two processes of their own, with other hash seeds, one after the other."""
+        """Two new processes, one after the other, with different hash seeds."""
         disk = bench.new_folder()
         settings: dict[str, Any] = {"dram_bytes": "64MiB", "disk_path": str(disk), "forked": False}
         with bench.open(**settings, environment={"PYTHONHASHSEED": "1"}) as engine:
@@ -151,23 +155,25 @@ class ValueTests(EngineBase):
     def _goes_on(
         self, bench: Bench, engine: Engine, before: Request, follow: Request, expected: Response | None
     ) -> None:
-        for time in ("at first", "again, from wherever it is now"):
+        for time in ("first request", "second request"):
             got = engine.ask(follow)
             assert got.hit >= bench.whole(len(before.tokens)), (
-                f"{time}: a hit of {dict(got.cached)} in a new process, though a prompt of {len(before.tokens)} tokens "
-                "was flushed to disk by the last one"
+                f"{time}: a hit of {dict(got.cached)} in a new process, although a prompt of {len(before.tokens)} tokens "
+                "was flushed to disk by the previous process"
             )
-            if expected is not None and time == "at first":
+            if expected is not None and time == "first request":
                 same_answer(got, expected, time)
             if bench.case.exact:
-                same_tokens(got, bench.cold().recompute(follow), f"{time}, against a one-shot run of a fresh engine")
+                same_tokens(
+                    got, bench.cold().recompute(follow), f"{time}, compared with a one-shot run of a fresh engine"
+                )
             engine.drop_device_cache()
 
     @level(Level.RESTART)
     @requires("restart")
     @on("llama", "gemma3", exact_only=True)
     def test_in_a_new_process_shorter_prompts_hit_right_after_a_longer_one(self, bench: Bench) -> None:
-        """Of a sliding window, a long hit brings the end alone: what lies before is not there, and must not be stored."""
+        """A long hit loads only the end of a sliding window: the KV before it is missing and must not be stored."""
         disk = bench.new_folder()
         prompt = bench.chunks(8)
         with bench.open(dram_bytes="64MiB", disk_path=str(disk)) as engine:
@@ -177,7 +183,7 @@ class ValueTests(EngineBase):
             for count in (8, 5, 3):
                 part = prompt[: count * bench.chunk_tokens + 1]
                 response = engine.ask(part)
-                what = f"the first {count} of 8 chunks, after the longer ones"
+                what = f"the first {count} of 8 chunks, after longer prompts"
                 assert response.hit == bench.whole(len(part)), f"{what}: a hit of {dict(response.cached)}"
                 same_tokens(response, bench.cold().recompute(part), what)
 
@@ -187,24 +193,24 @@ class ValueTests(EngineBase):
     @requires("restart")
     @on("llama", dtypes=1)
     def test_a_hit_is_read_from_the_files_and_used(self, bench: Bench) -> None:
-        """Files are given other values, with checksums that match: whoever reports a hit must show it in the answer."""
+        """Other values with matching checksums are written into the files: a reported hit must then change the response."""
         disk = bench.new_folder()
         prompt = bench.chunks(6)
         with bench.open(dram_bytes="64MiB", disk_path=str(disk)) as engine:
             honest = engine.ask(prompt)
             engine.flush()
         files = object_files(disk)
-        assert files, f"nothing lies in {disk} after a prompt of {len(prompt)} tokens was flushed"
+        assert files, f"there are no files in {disk} after a prompt of {len(prompt)} tokens was flushed"
         for path in files:
             poison(path)
             assert problem_of(path) is None
         with bench.open(dram_bytes="64MiB", disk_path=str(disk), history=engine.history) as engine:
             poisoned = engine.ask(prompt)
-        assert poisoned.hit > 0, "no hit from files that are whole"
+        assert poisoned.hit > 0, "no hit on intact files"
         moved = poisoned.logprobs != honest.logprobs if honest.logprobs else poisoned.tokens != honest.tokens
         assert moved, (
-            f"reports a hit of {dict(poisoned.cached)} from files whose values were replaced, and answers as if they had not "
-            "been: what it reports as cached was not used"
+            f"a hit of {dict(poisoned.cached)} is reported on files whose values were replaced, but the response is unchanged: "
+            "the tokens reported as cached were not used"
         )
 
     @level(Level.BYTES)
@@ -221,7 +227,7 @@ class ValueTests(EngineBase):
                 pass
             engine.flush()
             files = object_files(disk)
-            assert files, f"nothing lies in {disk} after a flush"
+            assert files, f"there are no files in {disk} after a flush"
             for path in files:
                 assert (problem := problem_of(path)) is None, f"{path.name}: {problem}"
         beside = [path for path in place.rglob("*") if path.is_file() and disk not in path.parents]
@@ -229,7 +235,7 @@ class ValueTests(EngineBase):
         beside = [path for path in beside if not any(path.match(pattern) for pattern in allowed)]
         assert not beside, f"written outside of the disk tier's folder: {_names(beside, place)}"
         left = [path for path in disk.rglob("*") if path.is_file() and ".tmp-" in path.name]
-        assert not left, f"unfinished files are left in the folder: {_names(left, place)}"
+        assert not left, f"temporary files are left in the folder: {_names(left, place)}"
 
     # ---------------------------------------------------------------- miss
 
@@ -245,15 +251,15 @@ class ValueTests(EngineBase):
         changed = (stored[0] % 900 + 7 if stored[0] % 900 + 7 != stored[0] else stored[0] + 1, *stored[1:])
         strangers = {
             "shifted by one token": shift,
-            "its halves the other way round": halves,
-            "its end alone": stored[chunk:],
+            "halves swapped": halves,
+            "first chunk removed": stored[chunk:],
             "another first token": changed,
         }
         strangers |= {
             f"random prompt {n}": bench.prompt(16 * chunk if full else 6 * chunk) for n in range(20 if full else 4)
         }
         for what, prompt in strangers.items():
-            response = engine.ask(prompt, max_new_tokens=1)  # the engine's own history knows what can be a hit
+            response = engine.ask(prompt, max_new_tokens=1)  # also checks hits against the history
             assert response.hit == 0, f"{what}: a hit of {dict(response.cached)} on a prompt that was never stored"
 
     @level(Level.MISS)
@@ -270,7 +276,7 @@ class ValueTests(EngineBase):
             if bench.capabilities.same_split:
                 same_answer(response, engine.recompute(part), f"the first {tokens} tokens of a stored prompt")
         if bench.case.exact:
-            same_tokens(engine.ask(prompt), first, "the same prompt as at first")
+            same_tokens(engine.ask(prompt), first, "the first prompt again")
 
 
 def _names(paths: list[Path], base: Path) -> str:

@@ -1,1 +1,1 @@
-"""What the suites are built from: small specs and random KV, oracles, injected faults, test models, our own tiers."""
+"""Building blocks of the suites: small specs and random KV, oracles, injected faults, test models, bundled tiers."""

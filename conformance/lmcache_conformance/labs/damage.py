@@ -1,7 +1,7 @@
-"""Raw object files: find them, check them, and break them in the ways in which disks and people do.
+"""Finds, checks and damages raw object files, without using the cache under test.
 
-Nothing here goes through the cache under test. Files are read as what docs/file-format.md says they are: safetensors with
-one JSON string of metadata, in which each segment of the payload has an XXH3-128.
+Files are read as docs/file-format.md describes them: safetensors with one JSON string of metadata, which has an XXH3-128
+for each segment of the payload.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import xxhash
 
 
 def object_files(folder: Path) -> list[Path]:
-    """Every object below a disk tier's folder, in order of token position, then name."""
+    """Returns every object file below a disk tier's folder, ordered by chunk depth, then name."""
     files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
     return sorted(files, key=lambda path: (_depth(path), path.name))
 
@@ -38,10 +38,10 @@ class Raw(NamedTuple):
 
 
 def read_raw(path: Path) -> Raw:
-    """Split a file.
+    """Splits an object file into its parts.
 
     Raises:
-        ValueError: it is not a safetensors file with our metadata.
+        ValueError: the file is not a safetensors file with lmcache metadata.
     """
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -54,10 +54,10 @@ def read_raw(path: Path) -> Raw:
 
 
 def problem_of(path: Path) -> str | None:
-    """What is wrong with a file that should be whole; None if nothing is."""
+    """Returns what is wrong with an object file; None if it is intact."""
     try:
         return _problem(path, read_raw(path))
-    except (ValueError, LookupError, TypeError) as error:  # a flipped bit can make anything of JSON
+    except (ValueError, LookupError, TypeError) as error:  # a flipped bit in the JSON can cause any of these
         return f"unreadable: {type(error).__name__}: {error}"
 
 
@@ -69,38 +69,38 @@ def _problem(path: Path, raw: Raw) -> str | None:
         end += segment["stored"]
         part = raw.payload[segment["offset"] : end]
         if xxhash.xxh3_128_hexdigest(part) != segment["xxh3"] or len(part) != segment["stored"]:
-            return f"segment {segment['planes']} of layer {segment['layer']} has another checksum than its header says"
+            return f"segment {segment['planes']} of layer {segment['layer']} does not match its checksum in the header"
     if end != len(raw.payload):
-        return f"its segments end at {end}, the payload at {len(raw.payload)}"
+        return f"the segments end at {end}, the payload at {len(raw.payload)}"
     if any(raw.tail):
-        return "its tail is not zero"
-    if _resealed(raw.header, raw.meta["digest"]) != raw.header:
-        return "its header has another checksum than it says"
-    if (name := _name(raw.meta)) != path.name or path.parts[-3] != raw.meta["namespace"]:
-        return f"it holds {name} of namespace {raw.meta['namespace'][:16]}…, and is called otherwise"
+        return "the padding is not zero"
+    if _with_new_digest(raw.header, raw.meta["digest"]) != raw.header:
+        return "the header does not match its own checksum"
+    if (name := _expected_name(raw.meta)) != path.name or path.parts[-3] != raw.meta["namespace"]:
+        return f"the file contains {name} of namespace {raw.meta['namespace'][:16]}… but has another name"
     return None
 
 
-def _name(meta: Mapping[str, Any]) -> str:
-    """The file name that its metadata asks for."""
+def _expected_name(meta: Mapping[str, Any]) -> str:
+    """Returns the file name that belongs to this metadata."""
     (l0, l1), (h0, h1) = meta["layers"], meta["heads"]
     tokens = meta["tokens"][1] - meta["tokens"][0]
     return f"{meta['chain']}.{meta['group']}.L{l0}-{l1}.H{h0}-{h1}.{meta['depth']}.{tokens}.safetensors"
 
 
 def poison(path: Path) -> None:
-    """Replace the payload by other values, *with* matching checksums: who reports a hit on it must show it in what it says."""
+    """Replaces the payload with zeros *and* updates its checksums: an engine that uses the file gives other answers."""
     raw = read_raw(path)
     payload = bytes(len(raw.payload))
     header = raw.header
     for segment in raw.meta["segments"]:
         fresh = xxhash.xxh3_128_hexdigest(payload[segment["offset"] : segment["offset"] + segment["stored"]])
         header = header.replace(segment["xxh3"].encode(), fresh.encode())
-    path.write_bytes(_resealed(header, raw.meta["digest"]) + payload + raw.tail)
+    path.write_bytes(_with_new_digest(header, raw.meta["digest"]) + payload + raw.tail)
 
 
-def _resealed(header: bytes, digest: str) -> bytes:
-    """The header with its own digest computed again."""
+def _with_new_digest(header: bytes, digest: str) -> bytes:
+    """Returns the header with its own digest recomputed."""
     at = header.rfind(digest.encode())
     blank = header[:at] + b"0" * 32 + header[at + 32 :]
     return blank[:at] + xxhash.xxh3_128_hexdigest(blank).encode() + blank[at + 32 :]
@@ -109,7 +109,7 @@ def _resealed(header: bytes, digest: str) -> bytes:
 # ------------------------------------------------------------------ damage
 
 Damage = Callable[[Sequence[Path], random.Random], None]
-"""Breaks every one of the files: none may be served any more."""
+"""Damages each of the given files, so that none of them may be served."""
 
 
 def _each(change: Callable[[bytearray, random.Random], bytes | bytearray]) -> Damage:
@@ -151,7 +151,7 @@ def _delete(files: Sequence[Path], rng: random.Random) -> None:
 
 
 def _rotate(files: Sequence[Path], rng: random.Random) -> None:
-    """Each file gets another one's content: whole, but not what its name says."""
+    """Gives each file the content of another one: intact, but of the wrong object."""
     contents = [path.read_bytes() for path in files]
     for path, content in zip(files, contents[1:] + contents[:1], strict=True):
         path.write_bytes(content)
@@ -167,4 +167,4 @@ DAMAGES: Mapping[str, Damage] = {
     "deleted": _delete,
     "swapped with others": _rotate,
 }
-"""By name, for parametrising."""
+"""Kinds of damage by name, for parametrised tests."""

@@ -1,8 +1,8 @@
-"""Fake ranks for the tests of the index: data planes that move *names* instead of bytes, and notice wrong ones.
+"""Fake ranks for tests of the index: data planes that copy *names* instead of bytes, and detect wrong ones.
 
-A rank's arena holds, per slot, what was last written there: a `Content`. Reading a slot that holds anything else than the
-op names is an assertion error, and so is a plan that reuses a slot which an unfinished op of this rank may still touch.
-Nothing here is shared with the index but the messages.
+A rank's arena holds, per slot, what was last written there: a `Content`. Reading a slot with other content than the op names is
+an assertion error, and so is a plan that reuses a slot which an unfinished op of this rank may still access. Only the messages
+are shared with the index.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHUNK = 4
 
 
 class Content(NamedTuple):
-    """The bytes of one object on one rank. `version` counts the clears of its namespace before it was stored."""
+    """Stands for the bytes of one object on one rank. `version`: how often its namespace was cleared before the store."""
 
     name: Name
     rank: int
@@ -40,13 +40,13 @@ class Content(NamedTuple):
 
 
 def chain(namespace: str, text: str) -> Chain:
-    """One chunk per letter. The digests of equal texts are equal in all namespaces, as with an engine's own keys."""
+    """Returns a chain with one chunk per letter. Equal texts have equal digests in all namespaces, as an engine's own keys do."""
     digests = [blake2b(text[: i + 1].encode(), digest_size=32).digest() for i in range(len(text))]
     return Chain(namespace.encode().ljust(32, b"."), digests)
 
 
 def name_at(chain: Chain, group: int, i: int) -> Name:
-    """The name of the object of chunk `i`."""
+    """Returns the name of the object of chunk `i`."""
     return Name(chain.namespace, chain.digests[i], group, CHUNK, i)
 
 
@@ -62,7 +62,7 @@ class RunningJob:
         self.late = False
 
     def next_ops(self) -> list[int]:
-        """Ops that may run now: the first undone one of each slot."""
+        """Returns the ops that may run now: the first undone one of each slot."""
         seen: set[tuple[int, int]] = set()
         free = []
         for i in self.undone:
@@ -75,7 +75,7 @@ class RunningJob:
 
 
 def slot_of(op: Op) -> tuple[int, int] | None:
-    """(group, slot) that an op reads or writes."""
+    """Returns the (group, slot) that an op reads or writes, if any."""
     if isinstance(op, Copy):
         for place in (op.src, op.dst):
             if isinstance(place, ArenaSlot):
@@ -93,8 +93,8 @@ class Rank:
         self.die()
 
     def die(self) -> None:
-        """Everything but the tiers is lost; calls that were under way with it."""
-        self.inbox: list[tuple[Plan, dict[int, int]]] = []  # plans, and job → version of what it stores
+        """Restarts the rank: everything but the tiers is lost, including running ops."""
+        self.inbox: list[tuple[Plan, dict[int, int]]] = []  # (plan, job → version of what it stores)
         self.arena: dict[tuple[int, int], Content | None] = {}
         self.generations: dict[tuple[int, int], int] = {}  # newest assignment of each slot
         self.engine: dict[int, dict[tuple[int, int], Content]] = {}
@@ -107,7 +107,7 @@ class Rank:
     # ------------------------------------------------------------ plans and reports
 
     def take(self) -> None:
-        """Take up the next plan of the inbox."""
+        """Starts the next plan of the inbox."""
         plan, versions = self.inbox.pop(0)
         if plan.epoch != self.epoch:
             self.epoch = plan.epoch
@@ -121,14 +121,14 @@ class Rank:
                 if isinstance(op, Copy) and isinstance(op.dst, ArenaSlot):
                     key = slot_of(op)
                     users = [run.job.id for run in self.runs.values() if key in map(slot_of, run.job.ops)]
-                    assert not users, f"job {job.id} reuses {key} while jobs {users} are not final on rank {self.rank}"
+                    assert not users, (
+                        f"job {job.id} reuses slot {key} while jobs {users} are not final on rank {self.rank}"
+                    )
                     assert key is not None
-                    assert key not in fresh, f"job {job.id} fills {key} twice"
+                    assert key not in fresh, f"job {job.id} fills slot {key} twice"
                     fresh.add(key)
                     newest = self.generations.get(key, 0)
-                    assert op.dst.generation > newest, (
-                        f"{key} is assigned anew, but its generation {newest} did not grow"
-                    )
+                    assert op.dst.generation > newest, f"slot {key} is reused, but its generation {newest} did not grow"
                     self.generations[key] = op.dst.generation
                 elif isinstance(op, Copy) and isinstance(op.src, ArenaSlot):
                     newest = self.generations.get((op.name.group, op.src.index), 0)
@@ -156,11 +156,11 @@ class Rank:
     # ------------------------------------------------------------ execution
 
     def pending(self) -> list[tuple[RunningJob, int]]:
-        """Ops that could run now, hung ones included."""
+        """Returns the ops that can run now, hung ones included."""
         return [(run, i) for run in self.runs.values() for i in run.next_ops()] + self.ghosts
 
     def step(self, run: RunningJob, i: int, fault: Status | str | None = None) -> None:
-        """Run one op. `fault`: fail with that status, or "hang" (it goes on at the next step)."""
+        """Runs one op. `fault`: fail with that status, or "hang" (it continues at the next step)."""
         if (run, i) in self.ghosts:
             self.ghosts.remove((run, i))
             self._execute(run, i)
@@ -176,7 +176,7 @@ class Rank:
         self._publish(run)
 
     def expire(self, run: RunningJob) -> None:
-        """The job's deadline passed: what is not done is late, and may still touch memory."""
+        """Passes the job's deadline: what is not done is late, and may still access memory."""
         run.late = True
         run.statuses = [Status.LATE if s is Status.PENDING else s for s in run.statuses]
         run.hung.update(run.undone)
@@ -237,7 +237,7 @@ class Rank:
 
 
 def drain(ranks: Iterable[Rank]) -> Iterator[Report]:
-    """Run everything to its end, without new faults; the reports that come of it."""
+    """Runs everything on all ranks without new faults; yields a report of each."""
     for rank in ranks:
         while rank.inbox:
             rank.take()

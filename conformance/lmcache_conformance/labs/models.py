@@ -1,7 +1,7 @@
-"""Models to test with: tiny random ones, made once on this machine, and a small real one.
+"""Test models: tiny ones with random weights, generated once per machine, and one small real model.
 
-Each is a folder as `from_pretrained` reads it, in float32; an engine loads it in the dtype under test. Random weights are
-drawn wide enough that greedy output varies, for a model that always says the same token shows nothing.
+Each is a folder in the format of `from_pretrained`, in float32; an engine loads it in the dtype under test. The random
+weights have a standard deviation large enough that greedy output varies: constant output would hide errors.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from typing import Any
 import platformdirs
 
 TINY = ("llama", "gemma3", "deepseek", "mellum")
-"""Grouped-query attention with 2 kv heads (the shape that two layouts share), sliding windows, latent attention, and sliding
-windows of which SGLang keeps a pool beside the one of full attention."""
+"""In this order: grouped-query attention with 2 kv heads (the shape that two layouts share), sliding windows, multi-head
+latent attention, and sliding windows for which SGLang keeps a separate pool beside that of full attention."""
 
 REAL = ("smollm2",)
 MODELS = TINY + REAL
 
 VOCABULARY = 1024
-"""Of the tiny models; token ids from 3 on are ordinary (0 pads, 1 ends, 2 begins)."""
+"""Vocabulary size of the tiny models. Token 0 pads, 1 ends, 2 begins; ids from 3 on are ordinary."""
 
 WINDOW = 64
-"""`sliding_window` of the tiny gemma3 and mellum: its next token attends to 63 previous ones."""
+"""`sliding_window` of the tiny gemma3 and mellum: each token attends to 63 previous ones."""
 
 _STD = 0.08
-_VERSION = 2  # grows whenever anything here changes what is made
+_VERSION = 2  # increase whenever a change here alters the generated models
 
 
 def model_folder(name: str, *, seed: int = 1, root: Path | None = None) -> Path:
-    """The folder of a model, made on the first call (a second for tiny ones, 15 s for the real one).
+    """Returns the folder of a model, created on the first call (takes 1 s for tiny models, 15 s for the real one).
 
-    Several processes may call this at once: the first to finish is kept.
+    Several processes may call this at once; the first result is kept.
 
     Args:
         name: one of `MODELS`.
-        seed: other weights of the same tiny architecture.
-        root: where models are kept; by default the user's cache folder.
+        seed: selects other weights of the same tiny architecture.
+        root: where models are stored; by default the user's cache folder.
 
     Raises:
         ValueError: there is no such model.
     """
     if name in REAL:
-        made = {point.name: point for point in entry_points(group="lmcache.models")}
-        if name not in made:
-            raise ValueError(f"no installed package makes {name!r}; lmcache_hf does: pip install 'lmcache-sdk[hf]'")
-        return Path(made[name].load()())
+        providers = {point.name: point for point in entry_points(group="lmcache.models")}
+        if name not in providers:
+            raise ValueError(f"no installed package provides {name!r}; lmcache_hf does: pip install 'lmcache-sdk[hf]'")
+        return Path(providers[name].load()())
     if name not in _BUILD:
-        raise ValueError(f"no model is called {name!r}; there are {', '.join(MODELS)}")
+        raise ValueError(f"there is no model {name!r}; there are {', '.join(MODELS)}")
     models = root or Path(platformdirs.user_cache_dir("lmcache")) / "conformance"
     final = models / f"{name}-{_VERSION}-{seed}"
     if (final / "config.json").is_file():
@@ -72,12 +72,12 @@ def model_folder(name: str, *, seed: int = 1, root: Path | None = None) -> Path:
 
 
 def build(name: str, seed: int = 1, **changes: Any) -> Any:
-    """A tiny model in memory, float32, in evaluation mode; the same weights for the same seed.
+    """Builds a tiny model in memory, float32, in evaluation mode. Equal seeds give equal weights.
 
     Args:
         name: one of `TINY`.
         seed: of the weights.
-        **changes: to its config, e.g. `num_key_value_heads=1`.
+        **changes: overrides of its config, e.g. `num_key_value_heads=1`.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -88,7 +88,7 @@ def build(name: str, seed: int = 1, **changes: Any) -> Any:
 
 
 def randomised(model: Any, seed: int = 1) -> Any:
-    """A model of whatever architecture, with weights as `build` draws them."""
+    """Fills a model of any architecture with random weights, drawn as in `build`, and returns it."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -96,12 +96,12 @@ def randomised(model: Any, seed: int = 1) -> Any:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * _STD)
-    model.generation_config.eos_token_id = None  # answers have the length that was asked for
+    model.generation_config.eos_token_id = None  # so that answers always have the requested length
     return model.eval()
 
 
 def vocabulary(name: str) -> range:
-    """Ordinary token ids of a model, for random prompts."""
+    """Returns the ordinary token ids of a model, for random prompts."""
     return range(1000, 40_000) if name in REAL else range(3, VOCABULARY)
 
 
@@ -116,7 +116,7 @@ COMMON: Mapping[str, Any] = {
     "bos_token_id": 2,
     "tie_word_embeddings": False,
 }
-"""What the configs of all tiny models share."""
+"""Config values that all tiny models share."""
 
 
 def _llama(changes: Mapping[str, Any]) -> Any:
@@ -148,7 +148,7 @@ def _deepseek(changes: Mapping[str, Any]) -> Any:
         "num_experts_per_tok": 2,
         "n_group": 1,
         "topk_group": 1,
-        "kv_lora_rank": 512,  # with 64 of rotary key, the one size that vLLM's CPU kernels have
+        "kv_lora_rank": 512,  # with a rotary key of 64, the only size that vLLM's CPU kernels support
         "q_lora_rank": None,
         "qk_nope_head_dim": 32,
         "qk_rope_head_dim": 64,
@@ -164,7 +164,11 @@ def _mellum(changes: Mapping[str, Any]) -> Any:
 
     config = {**COMMON, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": WINDOW}
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "mlp_layer_types": ["dense"] * 4}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}  # of which no layer has any
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    }  # required, but all layers are dense
     make: Any = MellumForCausalLM  # untyped
     return make(MellumConfig(**{**config, **kinds, **experts, **changes}))
 

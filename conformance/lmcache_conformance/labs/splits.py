@@ -1,8 +1,8 @@
-"""In which passes a prompt's KV was computed, so that it can be computed again in the very same ones, without any cache.
+"""Records in which passes a prompt's KV was computed, so that it can be recomputed in the same passes without a cache.
 
-Kernels round differently at different shapes, so "what this prompt's KV is" depends on how it was cut: which columns one
-prefill computed together, which came one by one while decoding. A `Pass` records one request and points to the pass whose
-columns it began with. How passes are played back is each engine's own business.
+Kernels round differently at different shapes, so the bits of a prompt's KV depend on how it was split: which columns were
+computed together in one prefill, and which one by one while decoding. A `Pass` records one request and points to the pass
+that computed its cached prefix. Each engine's session implements how passes are replayed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Owner = tuple[str, str]
-"""Tenant's salt, and what tells states of the weights apart."""
+"""Tenant's salt, and an identifier of the state of the weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where a call began: with the first `columns` columns of what `source` computed.
+    """The cached prefix of a call: the first `columns` columns, as computed by `source`.
 
-    `source` None with columns > 0: an earlier process computed them, in passes unknown here.
+    `source` is None with columns > 0 if an earlier process computed them, in passes unknown here.
     """
 
     columns: int = 0
@@ -29,7 +29,7 @@ class Start:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One request: it began at `start`, prefilled up to column `prompt`, and decoded the rest of `tokens` one by one."""
+    """One request: starts from the prefix `start`, prefills up to column `prompt`, decodes the rest of `tokens` one by one."""
 
     tokens: tuple[int, ...]
     prompt: int
@@ -37,7 +37,7 @@ class Pass:
 
 
 class Splits:
-    """Who wrote which chunk, and where each prompt last began. Thread-safe."""
+    """Records which pass wrote each chunk, and the cached prefix of each prompt's last call. Thread-safe."""
 
     def __init__(self, chunk_tokens: int) -> None:
         self.lock = threading.RLock()
@@ -46,7 +46,7 @@ class Splits:
         self._starts: dict[tuple[Owner, tuple[int, ...]], Start] = {}
 
     def began(self, owner: Owner, prompt: Sequence[int], columns: int) -> Start:
-        """A call for this prompt took its first `columns` columns from the cache."""
+        """Records that a call for this prompt took its first `columns` columns from the cache."""
         with self.lock:
             source = self._writers.get((owner, _name(prompt[:columns]))) if columns else None
             start = Start(columns, source)
@@ -54,13 +54,13 @@ class Splits:
             return start
 
     def wrote(self, owner: Owner, done: Pass, first: int, last: int) -> None:
-        """The chunks of columns [first, last) are in the cache now, as this pass computed them."""
+        """Records that the chunks of columns [first, last) are in the cache, as computed by this pass."""
         with self.lock:
             for end in range(first + self._chunk, last + 1, self._chunk):
                 self._writers[owner, _name(done.tokens[:end])] = done
 
     def start_of(self, owner: Owner, prompt: Sequence[int]) -> Start:
-        """Where the last call for this prompt began; if there was none, where one would begin now."""
+        """Returns the cached prefix of the last call for this prompt; without one, that of a call made now."""
         with self.lock:
             start = self._starts.get((owner, tuple(prompt)))
             if start is None:
@@ -68,17 +68,17 @@ class Splits:
                     if (source := self._writers.get((owner, _name(prompt[:end])))) is not None:
                         return Start(end, source)
                 return Start()
-            if start.columns and start.source is None:  # its writer had not said so yet
+            if start.columns and start.source is None:  # its writer had not been recorded yet
                 start = Start(start.columns, self._writers.get((owner, _name(prompt[: start.columns]))))
             return start
 
     def forget(self, salt: str | None) -> None:
-        """The cache was cleared (of one tenant): nothing is there that anybody wrote."""
+        """Drops all records (of one tenant), after the cache was cleared."""
         with self.lock:
             self._writers = {key: done for key, done in self._writers.items() if salt not in (None, key[0][0])}
             self._starts = {key: start for key, start in self._starts.items() if salt not in (None, key[0][0])}
 
 
 def _name(tokens: Sequence[int]) -> bytes:
-    """Not the names under test: these must be right even where those are not."""
+    """Returns a digest that is independent of the keys under test, so that it stays correct if those are wrong."""
     return hashlib.sha256(repr(list(tokens)).encode()).digest()

@@ -1,15 +1,15 @@
-"""Deliberately broken tiers, layouts, keys, caches and adapters: the suites must fail on every one of them.
+"""Deliberately broken tiers, layouts, keys, caches and engine adapters: the suites must fail on every one of them.
 
-A mutant is a subclass of a suite whose factory returns something that is broken in exactly one way:
+A mutant is a subclass of a suite whose factory returns an implementation that is broken in exactly one way:
 
     @mutant(row="key exists with an empty value", project="Mooncake #3465")
     class MutantEmptyValue(TierTests):
         def open_tier(self, place, capacity):
             return ServesEmptyValues(place, capacity)
 
-Mutants of engines lie with their adapters, as entry points of group `lmcache.mutants`. Names begin with `Mutant`, so that
-ordinary runs never collect them. What cannot be built on a CPU is said by a module's
-`SKIPPED = (skip_row(row, reason), …)`. A mutant is killed if a test of its suite fails *by assertion*.
+Mutants of engines are in packages of adapters, as entry points of group `lmcache.mutants`; `engine_failures` has what they
+share. Class names begin with `Mutant`, so that ordinary runs never collect them. A module lists what cannot be built on a CPU
+in `SKIPPED = (skip_row(row, reason), …)`. A mutant is killed if a test of its suite fails *by assertion*.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENTRY_POINTS = "lmcache.mutants"
 """Entry point group under which an adapter registers its module of mutants."""
 
 BEYOND = "beyond the table: "
-"""How the row of a mutant begins that no known failure asked for."""
+"""Prefix of the row of a mutant that stands for no known failure."""
 
 _MARK = "__lmcache_mutant__"
 C = TypeVar("C", bound=type)
@@ -42,8 +42,8 @@ class Mutant:
 
     Attributes:
         name: `family.Class`, unique.
-        row: which known failure it has, one of `ROWS` (or a text that begins with `BEYOND`).
-        project: where that happened, e.g. `"LMCache #4463"`.
+        row: the known failure it reproduces, one of `ROWS` (or a text that begins with `BEYOND`).
+        project: where the failure occurred, e.g. `"LMCache #4463"`.
         suite: the class.
     """
 
@@ -54,23 +54,23 @@ class Mutant:
 
     @property
     def file(self) -> str:
-        """The source file, for `pytest FILE::CLASS`."""
+        """Path of the source file, for `pytest FILE::CLASS`."""
         return str(importlib.import_module(self.suite.__module__).__file__)
 
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A known failure that cannot be built here, and why."""
+    """A known failure that cannot be reproduced here, and why."""
 
     row: str
     reason: str
 
 
 def mutant(*, row: str, project: str) -> Callable[[C], C]:
-    """Declare that a suite class is a mutant.
+    """Declares a suite class a mutant.
 
     Raises:
-        ValueError: `row` is none of `ROWS`, or the class name does not begin with `Mutant`.
+        ValueError: `row` is not in `ROWS`, or the class name does not begin with `Mutant`.
     """
     _check(row)
 
@@ -85,13 +85,13 @@ def mutant(*, row: str, project: str) -> Callable[[C], C]:
 
 
 def skip_row(row: str, reason: str) -> SkippedRow:
-    """Say that a row has no mutant, and why. Modules list these in `SKIPPED`."""
+    """Declares that a row has no mutant, and why. Modules list these in `SKIPPED`."""
     _check(row)
     return SkippedRow(row, reason)
 
 
 def all_mutants() -> list[Mutant]:
-    """Every mutant of every module here, in order of definition."""
+    """Returns every mutant of this package and of installed adapters, in order of definition."""
     found = []
     for name in _modules():
         module = importlib.import_module(name)
@@ -101,7 +101,7 @@ def all_mutants() -> list[Mutant]:
 
 
 def skipped_rows() -> list[SkippedRow]:
-    """Every row that is skipped."""
+    """Returns every row that is skipped."""
     return [row for name in _modules() for row in getattr(importlib.import_module(name), "SKIPPED", ())]
 
 
@@ -111,7 +111,7 @@ def _modules() -> list[str]:
 
 
 def _family(module: str) -> str:
-    """`tiers` of the module here; of an adapter's module of mutants the adapter's name, `vllm` of `lmcache_vllm.…`."""
+    """Returns the name of a module of this package, and the adapter of an adapter's module: `vllm` for `lmcache_vllm.…`."""
     package, _, name = module.rpartition(".")
     return name if package == __name__ else module.partition(".")[0].removeprefix("lmcache_")
 

@@ -1,4 +1,4 @@
-"""The suites of caches, bound to a cache that a subclass breaks."""
+"""The suites of caches, run on a cache that a subclass breaks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lmcache import CacheEngine, Config
 from lmcache.format.codec import ObjectCodec
 from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
-from lmcache_conformance.suites.cachebytes import CacheBytesTests
-from lmcache_conformance.suites.cachefactory import CacheFactory
-from lmcache_conformance.suites.cachefaults import CacheFaultTests
-from lmcache_conformance.suites.cachenames import CacheNameTests
-from lmcache_conformance.suites.cachepressure import CachePressureTests
+from lmcache_conformance.suites.cache_bytes import CacheBytesTests
+from lmcache_conformance.suites.cache_factory import CacheFactory
+from lmcache_conformance.suites.cache_faults import CacheFaultTests
+from lmcache_conformance.suites.cache_names import CacheNameTests
+from lmcache_conformance.suites.cache_pressure import CachePressureTests
 
 __all__ = ["BrokenCacheFaultTests", "BrokenCacheTests"]
 
@@ -24,10 +24,10 @@ class _BrokenCache(CacheFactory):
     cache_class: type[CacheEngine] = CacheEngine
     io_class: type[ObjectCodec] | None = None
     settings: Mapping[str, Any] = {}
-    """Put in place of what the test asks for."""
+    """Override the settings of each test."""
 
     def open_cache(self, config: Config, spec: KVSpec, tiers: Sequence[Tier] | None = None) -> CacheEngine:
-        """The broken one."""
+        """Opens the broken cache."""
         if self.settings:
             given = {s.name: getattr(config, s.name) for s in Config.settings() if config.source(s.name) != "default"}
             changes = {k: v for k, v in self.settings.items() if k != "disk_bytes" or "disk_path" in given}
@@ -39,13 +39,13 @@ class _BrokenCache(CacheFactory):
 
 
 class BrokenCacheTests(_BrokenCache, CacheNameTests, CacheBytesTests):
-    """For what is wrong at all times."""
+    """For caches that are always wrong."""
 
-    # Named here, it comes last: it starts a process, and most mutants are dead by then.
+    # Redefined here, it runs last: it starts a process, and most mutants are killed before.
     test_another_process_finds_and_reads_what_was_flushed = (
         CacheBytesTests.test_another_process_finds_and_reads_what_was_flushed
     )
 
 
 class BrokenCacheFaultTests(_BrokenCache, CachePressureTests, CacheFaultTests):
-    """For what goes wrong under faults and pressure."""
+    """For caches that are wrong under faults and memory pressure."""

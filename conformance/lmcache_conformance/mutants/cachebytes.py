@@ -1,4 +1,4 @@
-"""Caches that move the wrong bytes, or the right ones too late."""
+"""Caches that copy the wrong bytes, or the right ones too late."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Hit, Slots
-from lmcache_conformance.labs.kvlab import CHUNK
+from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant, skip_row
 from lmcache_conformance.mutants.brokencache import BrokenCacheTests
 
@@ -24,7 +24,7 @@ class _FromTheEnd(CacheEngine):
 
 @mutant(row="blocks taken from the wrong end (suffix for prefix)", project="dynamo #8419")
 class MutantLastChunkFirst(BrokenCacheTests):
-    """Chunks are paired with the engine's blocks from the end."""
+    """Pairs chunks with the engine's blocks in reverse order."""
 
     cache_class = _FromTheEnd
 
@@ -38,7 +38,7 @@ class _StoresBlockZero(CacheEngine):
 
 @mutant(row="garbage stored for, or loaded into, block 0", project="vLLM null block")
 class MutantStoresThePlaceholder(BrokenCacheTests):
-    """A slot that is not resident is taken for slot 0."""
+    """Stores slot 0 in place of a slot that is not resident."""
 
     cache_class = _StoresBlockZero
 
@@ -53,7 +53,7 @@ class _LoadsBlockZero(CacheEngine):
 
 @mutant(row="garbage stored for, or loaded into, block 0", project="vLLM null block")
 class MutantLoadsIntoThePlaceholder(BrokenCacheTests):
-    """A token that has no slot is loaded into slot 0."""
+    """Loads a token that has no slot into slot 0."""
 
     cache_class = _LoadsBlockZero
 
@@ -70,7 +70,7 @@ class _FirstGroupOnly(CacheEngine):
     project="SGLang #38031, LMCache #4247",
 )
 class MutantWindowIsNotRestored(BrokenCacheTests):
-    """Only the first layer group is loaded."""
+    """Loads only the first layer group."""
 
     cache_class = _FirstGroupOnly
 
@@ -105,7 +105,7 @@ class _Later(CacheEngine):
 
 @mutant(row=BEYOND + "a store goes on reading after it has returned", project="the host's half of vLLM #45704")
 class MutantReadsTooLate(BrokenCacheTests):
-    """The copy is made behind the caller's back, who overwrites the source."""
+    """Copies in a background thread, while the caller may overwrite the source."""
 
     cache_class = _Later
 
@@ -113,7 +113,7 @@ class MutantReadsTooLate(BrokenCacheTests):
 SKIPPED = (
     skip_row(
         "store reads device memory before the compute stream has written it",
-        "needs a device with streams: on a CPU the values are there before `store` is called. Its other half, a copy that "
-        "is made after `store` returned, is cachebytes.MutantReadsTooLate.",
+        "needs a device with streams: on a CPU the values are written before `store` is called. The opposite case, a copy "
+        "that is made after `store` has returned, is cachebytes.MutantReadsTooLate.",
     ),
 )

@@ -1,4 +1,4 @@
-"""Caches that take what failed for done, or wait for it for ever."""
+"""Caches that treat failures as success, or wait for them forever."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Hit, Slots
 from lmcache.plan import Status
 from lmcache.transfer.jobs import ActiveJob
-from lmcache_conformance.labs.kvlab import CHUNK
+from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant
 from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
 
 
-class _AllIsWell(CacheEngine):
+class _LoadsSucceed(CacheEngine):
     def retrieve(self, hit: Hit, kv: PagedKV, slots: Slots, *, skip: int = 0) -> int:
         super().retrieve(hit, kv, slots, skip=skip)
         return hit.tokens
@@ -22,9 +22,9 @@ class _AllIsWell(CacheEngine):
 
 @mutant(row="load fails but is reported as success", project="vLLM #52234, LMCache #3388")
 class MutantLoadAlwaysSucceeds(BrokenCacheFaultTests):
-    """What was offered is called loaded, whatever came."""
+    """Reports the whole hit as loaded, whatever arrived."""
 
-    cache_class = _AllIsWell
+    cache_class = _LoadsSucceed
 
 
 class _OffersMore(CacheEngine):
@@ -38,13 +38,13 @@ class _OffersMore(CacheEngine):
 
 @mutant(row=BEYOND + "a hit is reported that is none", project="any adapter that counts wrong")
 class MutantOffersOneMore(BrokenCacheTests):
-    """One chunk more is offered than there is."""
+    """Offers one chunk more than it holds."""
 
     cache_class = _OffersMore
 
 
-class _BlindOptimist(CacheEngine):
-    """Objects count as stored when the copy was tried."""
+class _StoresSucceed(CacheEngine):
+    """Objects count as stored once the copy was attempted."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -60,9 +60,9 @@ class _BlindOptimist(CacheEngine):
 
 @mutant(row="a store that failed stays visible", project="LMCache #4991")
 class MutantFailedStoreIsOffered(BrokenCacheFaultTests):
-    """There was no memory to store it in, and it is offered."""
+    """Offers an object for which it had no memory."""
 
-    cache_class = _BlindOptimist
+    cache_class = _StoresSucceed
 
 
 class _WritesLate(CacheEngine):
@@ -81,14 +81,14 @@ class _WritesLate(CacheEngine):
 
 @mutant(row="slot evicted or reused while a slow read is in flight", project="Mooncake #850")
 class MutantLateLoadStillWrites(BrokenCacheFaultTests):
-    """A load that was given up writes the engine's memory when its read comes back."""
+    """Writes to engine memory when the read of a cancelled load completes."""
 
     cache_class = _WritesLate
 
 
 @mutant(row="a dead or slow remote hangs the engine", project="LMCache #4123 #4676 #4759")
 class MutantWaitsForEver(BrokenCacheFaultTests):
-    """No deadline on anything that a tier is asked."""
+    """Has no effective deadline for calls of a tier."""
 
     settings = {"load_timeout_s": 3600.0, "probe_timeout_s": 3600.0}  # noqa: RUF012
     patience = 3.0
@@ -110,7 +110,7 @@ class _LosesFull(CacheEngine):
 
 @mutant(row="ENOSPC leaves tasks stuck, phantom usage, and no store ever succeeds again", project="lmcache 0.5.6")
 class MutantFullDiskStrandsTasks(BrokenCacheFaultTests):
-    """A write that meets a full disk is never ended: its slots stay pinned."""
+    """Never finishes a write to a full disk, so that its slots stay pinned."""
 
     cache_class = _LosesFull
     patience = 3.0

@@ -1,4 +1,4 @@
-"""Caches that believe what they read."""
+"""Caches that do not verify what they read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lmcache_conformance.mutants import mutant
 from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
 
 
-class _Careless(ObjectCodec):
-    """Reads header and payload where its own would lie, and checks what it is told to check."""
+class _PartialChecks(ObjectCodec):
+    """Reads header and payload at the offsets of its own layout, and performs only the checks that are switched on."""
 
     checks_id = checks_length = checks_segments = True
 
@@ -46,40 +46,40 @@ class _Careless(ObjectCodec):
         return Loaded(result, layout)
 
 
-class _NoIds(_Careless):
+class _NoIds(_PartialChecks):
     checks_id = False
 
 
-class _NoLengths(_Careless):
+class _NoLengths(_PartialChecks):
     checks_length = checks_segments = False
 
 
-class _NoChecksums(_Careless):
+class _NoChecksums(_PartialChecks):
     checks_segments = False
 
 
 @mutant(row="another request's KV served from disk", project="LMCache #4385")
 class MutantTrustsTheFileName(BrokenCacheFaultTests):
-    """Whatever lies under a name is served: a file that was renamed, or swapped with another."""
+    """Serves any file under an object's name, even if it was renamed or swapped with another."""
 
     io_class = _NoIds
 
 
 @mutant(row="truncated chunk file reported as a full hit; stale pool bytes fill the rest", project="lmcache 0.5.6")
 class MutantTruncatedIsAHit(BrokenCacheFaultTests):
-    """The rest of a short file is what lay in the buffer before."""
+    """Serves a truncated file; the rest is what the buffer held before."""
 
     io_class = _NoLengths
 
 
 @mutant(row="flipped bits in a chunk file reported as a full hit", project="lmcache 0.5.6")
 class MutantFlippedIsAHit(BrokenCacheFaultTests):
-    """Length and header are right, and nobody looks at the payload."""
+    """Checks length and header, not the payload."""
 
     io_class = _NoChecksums
 
 
-class _MyOrder(ObjectCodec):
+class _OwnOrder(ObjectCodec):
     def _layout_of(self, header: Header) -> ObjectLayout:
         super()._layout_of(header)
         native = [layout for layout in self._forms if layout.order == "native"]
@@ -88,13 +88,13 @@ class _MyOrder(ObjectCodec):
 
 @mutant(row="a file written on an AMX processor is read on another one", project="vLLM CPU block packing")
 class MutantIgnoresTheWritersOrder(BrokenCacheTests):
-    """Native pages are taken for the reader's own order, whatever the header says."""
+    """Reads native pages in its own order, whatever order the header specifies."""
 
-    io_class = _MyOrder
+    io_class = _OwnOrder
 
 
 class _Mislabels(ObjectCodec):
-    """Pages go to disk as they are, under a header that calls them canonical."""
+    """Writes native pages to disk under a header that labels them canonical."""
 
     def save(self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout) -> Result:
         form: Form = self._form(self._canonical[id.group])
@@ -104,6 +104,6 @@ class _Mislabels(ObjectCodec):
 
 @mutant(row="wrong output after the server restarts", project="LMCache #4492")
 class MutantWrongAfterRestart(BrokenCacheTests):
-    """Right as long as DRAM serves; what a restart reads from disk is in another order than its header says."""
+    """Right for DRAM hits; after a restart, what is read from disk is in another order than its header specifies."""
 
     io_class = _Mislabels

@@ -1,4 +1,4 @@
-"""Caches that ask too much of their host, or open it to others."""
+"""Caches that need too much of their host, or open it to the network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MutantMustPin(BrokenCacheTests):
     settings = {"pin_memory": "always"}  # noqa: RUF012
 
     def open_cache(self, config: Config, spec: KVSpec, tiers: Sequence[Tier] | None = None) -> CacheEngine:
-        """Where there is no GPU nobody pins."""
+        """Does not pin where there is no GPU."""
         if not torch.cuda.is_available():
             return CacheEngine(config, spec, tiers=tiers)
         return super().open_cache(config, spec, tiers)
@@ -42,6 +42,6 @@ class _Listens(CacheEngine):
 
 @mutant(row="unauthenticated admin endpoint on 0.0.0.0 runs scripts", project="LMCache #5128")
 class MutantListens(BrokenCacheTests):
-    """A server for administrators, on every address, that nobody asked for."""
+    """Opens an administration port on all interfaces."""
 
     cache_class = _Listens

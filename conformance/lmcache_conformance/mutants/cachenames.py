@@ -1,4 +1,4 @@
-"""Caches whose names leave out what changes values, or hold what does not."""
+"""Caches whose keys lack something that changes values, or contain something that does not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcache_conformance.mutants.brokencache import BrokenCacheTests
 
 
 class _Names(CacheEngine):
-    """Names by `self.named(salt, lora)`."""
+    """Derives namespaces from `self.named(salt, lora)`."""
 
     def named(self, salt: str, lora: str) -> tuple[str, str]:
         return salt, lora
@@ -53,35 +53,35 @@ _KEY = "key lacks kv dtype / TP rank / CP rank / LoRA version / tenant salt"
 
 @mutant(row=_KEY, project="LMCache #4825")
 class MutantTenantsShare(BrokenCacheTests):
-    """The salt is not part of the name."""
+    """The salt is not part of the key."""
 
     cache_class = _NoSalt
 
 
 @mutant(row=_KEY, project="SGLang #37160")
 class MutantLorasShare(BrokenCacheTests):
-    """The LoRA is not part of the name."""
+    """The LoRA is not part of the key."""
 
     cache_class = _NoLora
 
 
 @mutant(row="keys differ between processes (hash(None), PYTHONHASHSEED)", project="LMCache #2979")
 class MutantHashedNames(BrokenCacheTests):
-    """The salt goes into the name by Python's `hash`."""
+    """The key contains the salt's `hash`, which depends on PYTHONHASHSEED."""
 
     cache_class = _HashedSalt
 
 
 @mutant(row="a new process on the same folder sees nothing", project="LMCache #1175")
 class MutantProcessInTheName(BrokenCacheTests):
-    """The process id is part of the name."""
+    """The process id is part of the key."""
 
     cache_class = _ProcessInName
 
 
 @mutant(row="a file written on an AMX processor is read on another one", project="vLLM CPU block packing")
 class MutantAnyNumericsWillDo(BrokenCacheTests):
-    """KV that another engine, backend or instruction set computed is a hit."""
+    """KV computed by another engine, backend or instruction set is a hit."""
 
     settings = {"share": "semantic"}  # noqa: RUF012
 
@@ -93,7 +93,7 @@ class _FrozenWeights(CacheEngine):
 
 @mutant(row="weights change under one name and old KV is served", project="hot reload, RL, LoRA reload")
 class MutantOldWeights(BrokenCacheTests):
-    """New weights do not change the names."""
+    """New weights do not change the keys."""
 
     cache_class = _FrozenWeights
 
@@ -112,7 +112,7 @@ def _shortened(extras: Sequence[Extra]) -> list[Extra]:
 
 @mutant(row="16-bit multimodal hash collides: the wrong image's KV", project="LMCache #3301")
 class MutantSixteenBitImages(BrokenCacheTests):
-    """Two bytes of an image's digest count."""
+    """Only two bytes of an image's digest are part of the key."""
 
     cache_class = _ShortImages
 

@@ -1,4 +1,4 @@
-"""Caches that hold on to what should go: pins, files, what was cleared."""
+"""Caches that keep what they should free: pins, files, what was cleared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Slots
-from lmcache_conformance.labs.kvlab import CHUNK
+from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import mutant
 from lmcache_conformance.mutants.brokencache import BrokenCacheFaultTests, BrokenCacheTests
 
@@ -18,7 +18,7 @@ class _KeepsLeases(CacheEngine):
 
 @mutant(row="pins leak until nothing can be stored", project="LMCache #1034 #1285 #3187")
 class MutantPinsLeak(BrokenCacheFaultTests):
-    """Leases neither end nor expire."""
+    """Leases are neither released nor do they expire."""
 
     cache_class = _KeepsLeases
     settings = {"lease_s": 1e9}  # noqa: RUF012
@@ -34,14 +34,14 @@ class _Raises(CacheEngine):
 
 @mutant(row="a full RAM tier crashes the engine", project="LMCache #1330")
 class MutantFullDramRaises(BrokenCacheFaultTests):
-    """A full cache raises into the engine."""
+    """A store into a full cache raises in the engine."""
 
     cache_class = _Raises
 
 
 @mutant(row="disk tier grows without bound", project="vLLM #54327 #54779")
 class MutantDiskGrows(BrokenCacheFaultTests):
-    """The bound of the disk is not passed on."""
+    """The capacity of the disk tier is not passed on."""
 
     settings = {"disk_bytes": "100GiB"}  # noqa: RUF012
 
@@ -57,7 +57,7 @@ class _ClearsDram(CacheEngine):
 
 @mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
 class MutantClearLeavesTheDisk(BrokenCacheTests):
-    """Memory is cleared; the disk serves on."""
+    """`clear` clears DRAM; the disk still serves."""
 
     cache_class = _ClearsDram
 
@@ -71,6 +71,6 @@ class _ClearsDisk(CacheEngine):
 
 @mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
 class MutantClearLeavesDram(BrokenCacheTests):
-    """The disk is cleared; memory serves on."""
+    """`clear` clears the disk; DRAM still serves."""
 
     cache_class = _ClearsDisk

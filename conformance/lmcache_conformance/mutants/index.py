@@ -1,8 +1,8 @@
-"""Control planes that believe too much, forget, or hold on for ever."""
+"""Broken control planes: wrong about reports, leases, hits, or clears."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -14,23 +14,23 @@ from lmcache.spec import HitRule
 from lmcache_conformance.labs.indexlab import CHUNK
 from lmcache_conformance.mutants import mutant
 from lmcache_conformance.suites.index import IndexTests
-from lmcache_conformance.suites.indexmachine import IndexMachineTests
+from lmcache_conformance.suites.index_machine import IndexMachineTests
 
 
 class _Tests(IndexMachineTests, IndexTests):
-    """Both suites over a broken `Index`: `IndexTests` first, random histories of what survives it."""
+    """Both suites on a broken `Index`: `IndexTests` first, then random histories."""
 
     index_class: type[Index] = Index
 
     def open_index(self, groups: Sequence[tuple[str, HitRule]], slots: Sequence[int], **settings: Any) -> Index:
-        """The broken one."""
+        """Opens the broken index."""
         return self.index_class(groups, CHUNK, slots, **settings)
 
 
 # ---------------------------------------------------------------- ranks and reports
 
 
-class _FirstSpeaksForAll(Index):
+class _OneRankCountsForAll(Index):
     def report(self, report: Report, now: float) -> list[Finished]:
         ended: list[Finished] = []
         for rank in range(self.state.jobs.ranks):
@@ -41,21 +41,21 @@ class _FirstSpeaksForAll(Index):
 
 @mutant(row="one rank's store fails, the others serve the hit", project="readiness before all ranks acknowledged")
 class MutantFirstRankSpeaksForAll(_Tests):
-    """What one rank reports counts for all."""
+    """A report of one rank counts for all ranks."""
 
-    index_class = _FirstSpeaksForAll
+    index_class = _OneRankCountsForAll
 
 
-def _amended(report: Report, kinds: Any, change: Any) -> Report:
+def _amended(report: Report, matches: Callable[[JobReport], bool], change: Callable[[int], int]) -> Report:
     jobs = tuple(
-        msgspec.structs.replace(job, statuses=tuple(map(change, job.statuses))) if kinds(job) else job
+        msgspec.structs.replace(job, statuses=tuple(map(change, job.statuses))) if matches(job) else job
         for job in report.jobs
     )
     return msgspec.structs.replace(report, jobs=jobs)
 
 
-class _Optimist(Index):
-    """Takes every op of a kind of job for done."""
+class _AssumesStoresSucceed(Index):
+    """Treats every op of one kind of job as successful."""
 
     kind = "store"
 
@@ -70,20 +70,20 @@ class _Optimist(Index):
 
 @mutant(row="a store that failed stays visible", project="LMCache #4991")
 class MutantFailedStoreIsReady(_Tests):
-    """A store counts as done when it was reported, however it ended."""
+    """A store counts as successful once it is reported, however it ended."""
 
-    index_class = _Optimist
+    index_class = _AssumesStoresSucceed
 
 
-class _OptimistLoads(_Optimist):
+class _AssumesLoadsSucceed(_AssumesStoresSucceed):
     kind = "load"
 
 
 @mutant(row="load fails but is reported as success", project="vLLM #52234, LMCache #3388")
 class MutantFailedLoadIsSuccess(_Tests):
-    """A load counts as done when it was reported, however it ended."""
+    """A load counts as successful once it is reported, however it ended."""
 
-    index_class = _OptimistLoads
+    index_class = _AssumesLoadsSucceed
 
 
 class _ReadyAtOnce(Index):
@@ -97,12 +97,12 @@ class _ReadyAtOnce(Index):
 
 @mutant(row="a store that failed stays visible", project="LMCache #4991")
 class MutantVisibleBeforeItIsStored(_Tests):
-    """An object is offered as soon as somebody began to store it."""
+    """An object is offered as soon as its store begins."""
 
     index_class = _ReadyAtOnce
 
 
-class _AcksUnseen(Index):
+class _AcksUnreceived(Index):
     def take_plan(self) -> Plan:
         plan = super().take_plan()
         return msgspec.structs.replace(plan, acked=tuple(1 << 40 for _ in plan.acked))
@@ -112,16 +112,16 @@ class _AcksUnseen(Index):
     row="a report is lost, doubled or late; a slot is reused under a reader", project="reports are not exactly-once"
 )
 class MutantAcknowledgesWhatItNeverSaw(_Tests):
-    """Ranks drop what they were never heard about: a lost report is lost for ever."""
+    """Acknowledges reports that it never received, so that ranks drop them: a lost report is not repeated."""
 
-    index_class = _AcksUnseen
+    index_class = _AcksUnreceived
 
 
 class _CountsTwice(Index):
-    """A rank that says again what it said counts as another one."""
+    """A job that a rank reports again counts as reported by the other ranks."""
 
     def report(self, report: Report, now: float) -> list[Finished]:
-        seen: set[tuple[int, int]] = self.__dict__.setdefault("_heard", set())
+        seen: set[tuple[int, int]] = self.__dict__.setdefault("_received", set())
         again = tuple(job for job in report.jobs if (report.rank, job.job) in seen)
         seen.update((report.rank, job.job) for job in report.jobs)
         ended = super().report(report, now)
@@ -136,7 +136,7 @@ class _CountsTwice(Index):
     row="a report is lost, doubled or late; a slot is reused under a reader", project="reports are not exactly-once"
 )
 class MutantDoubledReportCountsTwice(_Tests):
-    """Reports are counted, not compared."""
+    """Counts reports instead of the ranks they come from."""
 
     index_class = _CountsTwice
 
@@ -149,7 +149,7 @@ class _LateIsFinal(Index):
 
 @mutant(row="slot evicted or reused while a slow read is in flight", project="Mooncake #850")
 class MutantLateIsOver(_Tests):
-    """A load past its deadline counts as ended: its slots are free, though a read may still fill them."""
+    """A load past its deadline counts as final: its slots are freed, though a read may still fill them."""
 
     index_class = _LateIsFinal
 
@@ -175,7 +175,7 @@ class _AnyEpoch(Index):
     row="a report is lost, doubled or late; a slot is reused under a reader", project="reports are not exactly-once"
 )
 class MutantBelievesTheDead(_Tests):
-    """A report from before a reset makes visible what the rank that died had stored."""
+    """A report from before a reset makes visible what the dead rank had stored."""
 
     index_class = _AnyEpoch
 
@@ -183,7 +183,7 @@ class MutantBelievesTheDead(_Tests):
 # ---------------------------------------------------------------- owners, leases, pins
 
 
-class _Forgives(Index):
+class _ForgetsFailedLoads(Index):
     def lookup(self, owner: Owner, chain: Chain, max_tokens: int, now: float, *, near: int | None = None) -> Lookup:
         self.state.failed.discard(owner)
         return super().lookup(owner, chain, max_tokens, now, near=near)
@@ -191,9 +191,9 @@ class _Forgives(Index):
 
 @mutant(row="a failed load is offered again and again", project="the scheduler asks anew after a failure")
 class MutantOffersAgain(_Tests):
-    """Forgets whose load failed."""
+    """Forgets which request's load has failed."""
 
-    index_class = _Forgives
+    index_class = _ForgetsFailedLoads
 
 
 class _KeepsPins(Index):
@@ -203,7 +203,7 @@ class _KeepsPins(Index):
 
 @mutant(row="pins leak until nothing can be stored", project="LMCache #1034 #1285 #3187")
 class MutantPinsLeak(_Tests):
-    """A lease that ends leaves its pins."""
+    """A released lease keeps its pins."""
 
     index_class = _KeepsPins
 
@@ -217,8 +217,8 @@ class _PinsNothing(Index):
             def pin(extents: Sequence[Extent]) -> list[ExtentPin]:
                 return [(extent, len(extent.digests)) for extent in extents]
 
-            def release(spans: Iterable[ExtentPin], unpin: Any = unpin) -> None:
-                unpin([(extent, len(extent.digests)) for extent in extents_of(spans) if extent.refs > 0])
+            def release(pins: Iterable[ExtentPin], unpin: Any = unpin) -> None:
+                unpin([(extent, len(extent.digests)) for extent in extents_of(pins) if extent.refs > 0])
 
             pool.pin = pin  # type: ignore[method-assign]
             pool.unpin = release  # type: ignore[method-assign]
@@ -226,7 +226,7 @@ class _PinsNothing(Index):
 
 @mutant(row="slot evicted or reused while a slow read is in flight", project="Mooncake #850")
 class MutantReadersPinNothing(_Tests):
-    """Slots are given away whoever reads them."""
+    """Slots are reused while they are read."""
 
     index_class = _PinsNothing
 
@@ -240,7 +240,7 @@ class _RaisesWhenFull(Index):
 
 @mutant(row="a full RAM tier crashes the engine", project="LMCache #1330")
 class MutantFullRaises(_Tests):
-    """Raises instead of evicting."""
+    """Raises where it should evict."""
 
     index_class = _RaisesWhenFull
 
@@ -260,7 +260,7 @@ class _FromTheEnd(Index):
 
 @mutant(row="blocks taken from the wrong end (suffix for prefix)", project="dynamo #8419")
 class MutantSuffixForPrefix(_Tests):
-    """What fits the end of a prompt is offered for its beginning."""
+    """Offers what matches the end of a prompt for its beginning."""
 
     index_class = _FromTheEnd
 
@@ -276,7 +276,7 @@ class _FirstGroupDecides(Index):
     project="SGLang #38031, LMCache #4247",
 )
 class MutantSideStateIsOptional(_Tests):
-    """Of every group but the first, the last chunk is thought to be enough."""
+    """Requires only the last chunk of every group but the first."""
 
     index_class = _FirstGroupDecides
 
@@ -289,7 +289,7 @@ class _StoresPlaceholders(Index):
 
 @mutant(row="garbage stored for, or loaded into, block 0", project="vLLM null block")
 class MutantStoresPlaceholders(_Tests):
-    """Chunks that are not in engine memory are stored all the same."""
+    """Stores chunks that are not resident in engine memory."""
 
     index_class = _StoresPlaceholders
 
@@ -309,7 +309,7 @@ class _ClearsDram(Index):
 
 @mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
 class MutantClearsDramOnly(_Tests):
-    """What tiers hold is still known after a clear."""
+    """Keeps the directories of the tiers in a clear."""
 
     index_class = _ClearsDram
 
@@ -325,6 +325,6 @@ class _ClearForgetsJobs(Index):
 
 @mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
 class MutantWriteBehindOutlivesClear(_Tests):
-    """What is on its way to a tier while everything is cleared arrives there, and is served."""
+    """A write-back that runs during a clear is not deleted afterwards, and served."""
 
     index_class = _ClearForgetsJobs

@@ -1,4 +1,4 @@
-"""Layouts that are not what they say, and movers that touch what they should not."""
+"""Wrongly declared layouts, and gathers and scatters of the wrong memory."""
 
 from __future__ import annotations
 
@@ -8,59 +8,55 @@ from dataclasses import replace
 import torch
 
 from lmcache.layout import BoundKV, ObjectLayout, gather, scatter, translate
-from lmcache_conformance.labs.layoutlab import LABS, Lab, LabLayoutTests, ambiguous
+from lmcache_conformance.labs.engine_layouts import LABS, Lab, LabLayoutTests, ambiguous
 from lmcache_conformance.mutants import mutant
 
 
 @mutant(row="layout misread: with 2 kv heads two layouts have the same shape", project="LMCache #4463 #4467")
 class MutantHeadsForPlanes(LabLayoutTests):
-    """The engine has `[block, slot, 2, 2·dim]` as K and V of heads; it is read as heads of K‖V."""
+    """The engine's `[block, slot, 2, 2·dim]` is K and V, each of all heads; it is declared as heads, each with K and V."""
 
     variants = ("ambiguous",)
 
     def make(self, variant: str) -> Lab:
-        """Right tensors, wrong words."""
         return replace(ambiguous("kv (head dim)"), axes="block slot head (kv dim)")
 
 
 @mutant(row="layout misread: with 2 kv heads two layouts have the same shape", project="dynamo #14416")
 class MutantPlanesForHeads(LabLayoutTests):
-    """The other way round."""
+    """The engine's `[block, slot, 2, 2·dim]` is heads, each with K and V; it is declared as K and V, each of all heads."""
 
     variants = ("ambiguous",)
 
     def make(self, variant: str) -> Lab:
-        """Right tensors, wrong words."""
         return replace(ambiguous("head (kv dim)"), axes="block slot kv (head dim)")
 
 
 @mutant(row="a file written on an AMX processor is read on another one", project="vLLM CPU block packing")
 class MutantAmxReadAsVec(LabLayoutTests):
-    """Pages packed for AMX are read as the other instruction sets pack them: same shape, other order inside a block."""
+    """Pages packed for AMX are declared as packed for other instruction sets: same shape, other order inside a block."""
 
     variants = ("vllm cpu amx",)
 
     def make(self, variant: str) -> Lab:
-        """Right tensors, wrong words."""
         return replace(LABS[variant](), axes={"k": "block head (kv dim slot)", "v": "block head (kv slot dim)"})
 
 
 @mutant(row="a file written on an AMX processor is read on another one", project="vLLM CPU block packing")
 class MutantNativeReadAsCanonical(LabLayoutTests):
-    """Whoever reads takes native bytes for canonical ones: the writer's packing is not undone."""
+    """Copies native bytes as if they were canonical, without undoing the writer's packing."""
 
     variants = ("vllm cpu amx",)
 
     def translate(
         self, src: torch.Tensor, src_layout: ObjectLayout, dst: torch.Tensor, dst_layout: ObjectLayout
     ) -> None:
-        """A plain copy."""
         dst.copy_(src)
 
 
 @mutant(row="garbage stored for, or loaded into, block 0", project="vLLM null block")
 class MutantLoadsIntoBlockZero(LabLayoutTests):
-    """Where a slot is −1 something is written all the same, to slot 0."""
+    """Scatters the first token with slot −1 to slot 0."""
 
     variants = ("vllm packed LBHNC", "sglang mha")
 
@@ -72,7 +68,6 @@ class MutantLoadsIntoBlockZero(LabLayoutTests):
         slots: torch.Tensor,
         layers: slice | None = None,
     ) -> None:
-        """−1 is taken for 0, for the first token that has no place."""
         slots = slots.clone()
         missing = (slots == -1).nonzero().flatten()
         if len(missing) and not bool((slots == 0).any()):
@@ -82,7 +77,7 @@ class MutantLoadsIntoBlockZero(LabLayoutTests):
 
 @mutant(row="garbage stored for, or loaded into, block 0", project="vLLM null block")
 class MutantStoresBlockZero(LabLayoutTests):
-    """Where a slot is −1 something is read all the same: whatever lies in slot 0."""
+    """Gathers slot 0 where a slot is −1."""
 
     variants = ("vllm packed LBHNC", "sglang mha")
 
@@ -94,13 +89,12 @@ class MutantStoresBlockZero(LabLayoutTests):
         layout: ObjectLayout,
         layers: slice | None = None,
     ) -> None:
-        """−1 is taken for 0."""
         gather(kv, 0, torch.where(slots == -1, 0, slots) if slots.dtype == torch.int64 else slots, outs, layout, layers)
 
 
 @mutant(row="blocks taken from the wrong end (suffix for prefix)", project="dynamo #8419")
 class MutantLastBlocksFirst(LabLayoutTests):
-    """Objects are paired with slots from the end."""
+    """Pairs objects with slots in reverse order."""
 
     variants = ("vllm packed LBHNC", "hf")
 
@@ -112,13 +106,12 @@ class MutantLastBlocksFirst(LabLayoutTests):
         layout: ObjectLayout,
         layers: slice | None = None,
     ) -> None:
-        """The last object first."""
         gather(kv, 0, slots, outs[::-1], layout, layers)
 
 
 @mutant(row="side state (sliding window, Mamba, sparse index) not restored with the hit", project="SGLang #38031")
 class MutantScalesStayBehind(LabLayoutTests):
-    """fp8 values move, their scales do not."""
+    """Scatters fp8 values without the plane `scale`."""
 
     variants = ("fp8 with scales",)
 
@@ -130,7 +123,6 @@ class MutantScalesStayBehind(LabLayoutTests):
         slots: torch.Tensor,
         layers: slice | None = None,
     ) -> None:
-        """Everything but the plane `scale`."""
         now = [torch.empty_like(src) for src in srcs]
         named = slots[slots >= 0]
         if slots.shape != (len(srcs) * layout.tokens,) or len(named) != len(slots):

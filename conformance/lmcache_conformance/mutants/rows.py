@@ -1,4 +1,4 @@
-"""The ways in which KV caches are known to go wrong. Each is a mutant that the suites must kill, or is skipped with a reason."""
+"""Known failures of KV caches. Each has a mutant that the suites must kill, or is skipped with a reason."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ ROWS = (
     "rejected draft tokens or the last sampled token stored as if committed",
     "weights change under one name and old KV is served",
 )
-"""One line per row. A mutant names its row exactly as it stands here."""
+"""One line per row. A mutant quotes its row verbatim."""

@@ -1,4 +1,4 @@
-"""Broken tiers. Each is a real one with one thing wrong."""
+"""Broken tiers: our own, each with one defect."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from lmcache.spec import Rect
 from lmcache.tiers.base import Read, Result, Tier, Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.memory import MemoryTier
-from lmcache_conformance.labs.ours import QUICK, DiskTierTests, MemoryTierTests
+from lmcache_conformance.labs.our_tiers import QUICK, DiskTierTests, MemoryTierTests
 from lmcache_conformance.mutants import mutant
 from lmcache_conformance.suites.tiers import TierCapabilities
 
 NO_WAY_AROUND = TierCapabilities(persistent=True, bounded=True, shared=True)
-"""For those that file objects elsewhere: they must be found out by what they serve, not by where the oracle looks."""
+"""For tiers with other file names: their mutants must be killed by what they serve, not by where the suite looks for files."""
 
 # ---------------------------------------------------------------- names
 
 
-class _FiledUnderHalfAName(DiskTier):
+class _ShortDigest(DiskTier):
     def _path(self, id: ObjectId) -> str:
         return super()._path(id._replace(chain=id.chain[:1]))
 
 
 @mutant(row="another request's KV served from disk", project="LMCache #4385")
 class MutantServesAnotherRequestsObject(DiskTierTests):
-    """File names hold one byte of the digest, so two requests share a file."""
+    """File names contain one byte of the digest, so that requests share files."""
 
     capabilities = NO_WAY_AROUND
-    tier_class = _FiledUnderHalfAName
+    tier_class = _ShortDigest
 
 
-class _FiledWithoutTheRank(DiskTier):
+class _NoRank(DiskTier):
     def _path(self, id: ObjectId) -> str:
         return super()._path(id._replace(rect=Rect(id.rect.layers, (0, 1))))
 
 
 @mutant(row="key lacks kv dtype / TP rank / CP rank / LoRA version / tenant salt", project="SGLang #10969")
 class MutantNamesWithoutTheRank(DiskTierTests):
-    """All tensor-parallel ranks write to one file."""
+    """File names lack the range of heads: all tensor-parallel ranks write to one file."""
 
     capabilities = NO_WAY_AROUND
-    tier_class = _FiledWithoutTheRank
+    tier_class = _NoRank
 
 
-class _FiledByHash(DiskTier):
+class _HashedNames(DiskTier):
     _known: ClassVar[dict[ObjectId, ObjectId]] = {}
 
-    def _filed(self, id: ObjectId) -> ObjectId:
-        filed = id._replace(chain=(hash(id.chain) & (1 << 64) - 1).to_bytes(8, "big"))
-        self._known[filed] = id
-        return filed
+    def _renamed(self, id: ObjectId) -> ObjectId:
+        renamed = id._replace(chain=(hash(id.chain) & (1 << 64) - 1).to_bytes(8, "big"))
+        self._known[renamed] = id
+        return renamed
 
     def _path(self, id: ObjectId) -> str:
-        return super()._path(self._filed(id))
+        return super()._path(self._renamed(id))
 
     def scan(self) -> Any:
         for found in super().scan():
@@ -67,10 +67,10 @@ class _FiledByHash(DiskTier):
 
 @mutant(row="keys differ between processes (hash(None), PYTHONHASHSEED)", project="LMCache #1139")
 class MutantNamesFromHash(DiskTierTests):
-    """File names come from Python's `hash`."""
+    """File names contain Python's `hash` of the digest."""
 
     capabilities = NO_WAY_AROUND
-    tier_class = _FiledByHash
+    tier_class = _HashedNames
 
 
 class _OwnFolder(DiskTier):
@@ -81,14 +81,14 @@ class _OwnFolder(DiskTier):
 
 @mutant(row="a new process on the same folder sees nothing", project="LMCache #562")
 class MutantAFolderPerProcess(DiskTierTests):
-    """Objects lie below a folder that is named after the process."""
+    """Objects are in a folder that is named after the process."""
 
-    capabilities = TierCapabilities(persistent=True)  # the janitor is not told of the folder
+    capabilities = TierCapabilities(persistent=True)  # the janitor does not visit the folder
     tier_class = _OwnFolder
 
 
-class _ByArrival(DiskTier):
-    """Files are numbered as they come; which number is whose is known to this process only."""
+class _Numbered(DiskTier):
+    """Numbers files in order of arrival, and keeps the numbers in this process only."""
 
     def _number(self, id: ObjectId) -> bytes:
         numbers: dict[ObjectId, int] = self.__dict__.setdefault("_numbers", {})
@@ -106,16 +106,16 @@ class _ByArrival(DiskTier):
 
 @mutant(row="wrong output after the server restarts", project="LMCache #4492")
 class MutantForgetsWhatIsWhere(DiskTierTests):
-    """After a restart the first who asks gets the first file."""
+    """After a restart, the first lookup gets the first file."""
 
     capabilities = NO_WAY_AROUND
-    tier_class = _ByArrival
+    tier_class = _Numbered
 
 
 # ---------------------------------------------------------------- what is served
 
 
-class _SaysAll(DiskTier):
+class _ReportsRequestedBytes(DiskTier):
     def read_into(self, reads: Sequence[Read], *, deadline: float | None = None) -> list[Result]:
         results = super().read_into(reads, deadline=deadline)
         wanted = [sum(r.length for r in read.ranges) for read in reads]
@@ -124,13 +124,13 @@ class _SaysAll(DiskTier):
 
 @mutant(row="truncated chunk file reported as a full hit; stale pool bytes fill the rest", project="lmcache 0.5.6")
 class MutantTruncatedIsWhole(DiskTierTests):
-    """Reports as many bytes as were asked for, whatever there was."""
+    """Reports as many bytes as were requested, whatever was read."""
 
-    tier_class = _SaysAll
+    tier_class = _ReportsRequestedBytes
 
 
-class _BadCell(DiskTier):
-    """One bad cell, always in the same place."""
+class _FlipsABit(DiskTier):
+    """Flips one bit, always at the same offset."""
 
     def read_into(self, reads: Sequence[Read], *, deadline: float | None = None) -> list[Result]:
         results = super().read_into(reads, deadline=deadline)
@@ -143,9 +143,9 @@ class _BadCell(DiskTier):
 
 @mutant(row="flipped bits in a chunk file reported as a full hit", project="lmcache 0.5.6")
 class MutantFlipsABit(DiskTierTests):
-    """One bit of what is read is not what was written."""
+    """One bit of what is read differs from what was written."""
 
-    tier_class = _BadCell
+    tier_class = _FlipsABit
 
 
 class _EmptyIsAValue(DiskTier):
@@ -164,7 +164,7 @@ class _EmptyIsAValue(DiskTier):
 
 @mutant(row="key exists with an empty value", project="Mooncake #3465")
 class MutantEmptyValue(DiskTierTests):
-    """An empty file counts as an object, for ever."""
+    """An empty file counts as an object."""
 
     tier_class = _EmptyIsAValue
 
@@ -180,13 +180,13 @@ class _KeepsFailures(MemoryTier):
 
 @mutant(row="a store that failed stays visible", project="LMCache #4991")
 class MutantFailedWriteIsVisible(MemoryTierTests):
-    """What a failed write had written by then can be read."""
+    """What a failed write has written can be read."""
 
     tier_class = _KeepsFailures
 
 
 class _HalfIsPublished(DiskTier):
-    """No temporary name: a write that meets a full device leaves what it had."""
+    """Writes without a temporary name: on a full device, the incomplete file remains."""
 
     def _write(self, write: Write, deadline: float | None) -> Result:
         result = super()._write(write, deadline)
@@ -200,7 +200,7 @@ class _HalfIsPublished(DiskTier):
 
 @mutant(row="a store that failed stays visible", project="LMCache #4991")
 class MutantHalfAFileIsVisible(DiskTierTests):
-    """A file is there under its name before it is whole."""
+    """An incomplete file is visible under its final name."""
 
     tier_class = _HalfIsPublished
 
@@ -219,7 +219,7 @@ class _Phantom(DiskTier):
 
 @mutant(row="ENOSPC leaves tasks stuck, phantom usage, and no store ever succeeds again", project="lmcache 0.5.6")
 class MutantPhantomUsage(DiskTierTests):
-    """Space that a failed write had reserved is never given back."""
+    """Space reserved by a failed write is never released."""
 
     tier_class = _Phantom
 
@@ -227,7 +227,7 @@ class MutantPhantomUsage(DiskTierTests):
 class _FullForEver(DiskTier):
     def _write(self, write: Write, deadline: float | None) -> Result:
         if self.__dict__.get("_was_full"):
-            return Result(Status.FULL, 0, "it was full once")
+            return Result(Status.FULL, 0, "the device was full before")
         result = super()._write(write, deadline)
         self.__dict__["_was_full"] = result.status is Status.FULL and self._capacity is None
         return result
@@ -243,15 +243,15 @@ class MutantFullForEver(DiskTierTests):
 
 @mutant(row="disk tier grows without bound", project="vLLM #54327")
 class MutantNoBound(DiskTierTests):
-    """The capacity is read and forgotten."""
+    """The capacity is ignored."""
 
     def open_tier(self, place: Path, capacity: int | None) -> Tier:
         """See `TierTests`."""
         return DiskTier(place, None, timing=QUICK)
 
 
-class _ForgetsEarlierLives(DiskTier):
-    """Counts what this process wrote, and evicts only that."""
+class _ForgetsEarlierProcesses(DiskTier):
+    """Counts and evicts only what this process has written."""
 
     def __init__(self, root: Path, capacity: int | None = None, **settings: Any) -> None:
         super().__init__(root, None, **settings)
@@ -274,9 +274,9 @@ class _ForgetsEarlierLives(DiskTier):
 
 @mutant(row="disk tier grows without bound", project="vLLM #54779")
 class MutantBoundPerLife(DiskTierTests):
-    """Each restart begins to count at zero."""
+    """Usage is counted from zero after each restart."""
 
-    tier_class = _ForgetsEarlierLives
+    tier_class = _ForgetsEarlierProcesses
 
 
 class _Raises(MemoryTier):
@@ -289,7 +289,7 @@ class _Raises(MemoryTier):
 
 @mutant(row="a full RAM tier crashes the engine", project="LMCache #1330")
 class MutantFullMemoryRaises(MemoryTierTests):
-    """Raises when it is full."""
+    """A write to a full tier raises."""
 
     tier_class = _Raises
 
@@ -298,7 +298,7 @@ class MutantFullMemoryRaises(MemoryTierTests):
 
 
 class _ClearsHalf(DiskTier):
-    """A cache of contents in front of the files, which `clear` forgets about."""
+    """Keeps contents in memory in front of the files, which `clear` does not remove."""
 
     def _read(self, read: Read, deadline: float | None) -> Result:
         kept: dict[ObjectId, bytes] = self.__dict__.setdefault("_kept", {})
@@ -324,7 +324,7 @@ class _ClearsHalf(DiskTier):
 
 @mutant(row="clear returns OK while a tier still serves", project="vLLM #57727")
 class MutantClearLeavesACopy(DiskTierTests):
-    """`clear` removes the files; copies in memory are served on."""
+    """`clear` removes the files; copies in memory are still served."""
 
     tier_class = _ClearsHalf
 
@@ -336,6 +336,6 @@ class _NoDeadline(DiskTier):
 
 @mutant(row="a dead or slow remote hangs the engine", project="LMCache #4123")
 class MutantIgnoresDeadlines(DiskTierTests):
-    """Works on, however late it is."""
+    """Ignores deadlines."""
 
     tier_class = _NoDeadline

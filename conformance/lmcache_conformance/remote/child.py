@@ -1,7 +1,7 @@
-"""The test's side of a session that runs in a process of its own.
+"""The test's side of a session in a child process.
 
-Whatever the engine does there (crash, hang, raise, write rubbish, kill its process tree) comes back as one of
-`failures.EngineFailure`, in time, and leaves no process behind.
+Whatever the engine does there (crash, hang, raise, write garbage, kill its process tree) is raised in the test as an
+`EngineFailure`, within the timeout, and leaves no process behind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 
@@ -46,21 +46,35 @@ __all__ = ["EngineDied", "EngineFailure", "EngineHung", "EngineMisanswered", "En
 
 TAIL_CHARS = 6_000
 _STACKS_S = 1.0
-"""How long a hung process gets to write where its threads are."""
+"""How long a hung process gets to print the stacks of its threads."""
 
 _EXIT_S = 10.0
 """How long a process may take to end after it has closed its session."""
 
 
+class Process(Protocol):
+    """The part of `subprocess.Popen` that a session needs."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Returns the exit status; None while the process runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the process to end and returns its exit status; raises `subprocess.TimeoutExpired`."""
+        ...
+
+
 class RemoteSession:
-    """A `Session` in a child process and process group of its own. Use it as a context manager.
+    """A `Session` in its own child process and process group. Use it as a context manager.
 
     Args:
         adapter: entry point name or `module:attribute`.
         config: passed to `EngineAdapter.open`.
         timeout_s: for each call.
-        start_timeout_s: for opening: importing an engine on a slow disk takes minutes.
-        environment: variables on top of this process's.
+        start_timeout_s: for opening; importing an engine from a slow disk can take minutes.
+        environment: variables added to those of this process.
         folder: the child's working directory; by default this process's.
 
     Raises:
@@ -81,51 +95,53 @@ class RemoteSession:
         self.timeout_s = timeout_s
         self._lock = threading.Lock()
         self._closed = False
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # a file never fills up, as a pipe nobody reads would
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
-        self._in, self._out = ours_in, ours_out
-        here = str(Path(__file__).parents[2])
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # a file, because a pipe that is not read fills up
+        self._in, child_out = os.pipe()
+        child_in, self._out = os.pipe()
+        path = tuple(os.path.abspath(entry) for entry in sys.path)
         try:
-            self._process = subprocess.Popen(
-                # -c and not -m: works wherever this package was imported from, its folder need not be on PYTHONPATH
-                [
-                    sys.executable,
-                    "-c",
-                    f"import sys; sys.path.append({here!r}); from lmcache_conformance.remote.serve import main; main()",
-                    str(theirs_in),
-                    str(theirs_out),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=self._stderr,
-                stderr=self._stderr,
-                pass_fds=(theirs_in, theirs_out),
-                start_new_session=True,
-                env=env,
-                cwd=folder,
-            )
+            self._process = self._spawn(child_in, child_out, environment or {}, folder)
         except BaseException:
             self._release()
             raise
         finally:
-            os.close(theirs_in)
-            os.close(theirs_out)
-        path = tuple(os.path.abspath(entry) for entry in sys.path)
+            os.close(child_in)
+            os.close(child_out)
         try:
             self._ask("open", Open(adapter, config, path), start_timeout_s)
         except BaseException:
             self.kill9()
             raise
 
+    def _spawn(self, inbox: int, outbox: int, environment: Mapping[str, str], folder: Path | None) -> Process:
+        """Starts the child in its own process group; it reads calls from `inbox` and writes results to `outbox`."""
+        here = str(Path(__file__).parents[2])
+        return subprocess.Popen(
+            # -c rather than -m, so that the folder from which this package was imported need not be on PYTHONPATH
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path.append({here!r}); from lmcache_conformance.remote.serve import main; main()",
+                str(inbox),
+                str(outbox),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self._stderr,
+            stderr=self._stderr,
+            pass_fds=(inbox, outbox),
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            cwd=folder,
+        )
+
     @property
     def pid(self) -> int:
-        """The child's process id, also that of its process group."""
+        """The child's process id, which is also its process group's."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        """The process runs."""
+        """Whether the process runs."""
         return self._process.poll() is None
 
     # ---------------------------------------------------------------- the session's methods
@@ -133,17 +149,17 @@ class RemoteSession:
     def generate(
         self, requests: Sequence[Request], *, reuse: bool = True, timeout_s: float | None = None
     ) -> list[Response]:
-        """See `Session.generate`. One response per request is checked here, what they say is not.
+        """See `Session.generate`. Checks the number and types of the responses, not their content.
 
         Raises:
-            EngineMisanswered: fewer or more responses than requests, or values of the wrong types.
+            EngineMisanswered: fewer or more responses than requests, or values of wrong types.
         """
         call = f"generate({len(requests)} requests, reuse={reuse})"
         value = self._call("generate", {"requests": list(requests), "reuse": reuse}, call, timeout_s)
         try:
             responses = msgspec.convert(value, list[Response])
         except msgspec.ValidationError as error:
-            what = f"the answer is no list of responses: {error}"
+            what = f"the result is not a list of responses: {error}"
             raise EngineMisanswered(self.adapter, call, what, self.stderr()) from None
         if len(responses) != len(requests):
             what = f"{len(responses)} responses to {len(requests)} requests"
@@ -172,14 +188,14 @@ class RemoteSession:
         try:
             return msgspec.convert(value, dict[str, float])
         except msgspec.ValidationError as error:
-            what = f"the answer is no table of numbers: {error}"
+            what = f"the result is not a mapping of names to numbers: {error}"
             raise EngineMisanswered(self.adapter, "stats", what, self.stderr()) from None
 
     def close(self) -> None:
-        """Close the session, and wait until its process has ended. Idempotent.
+        """Closes the session and waits until its process has ended. Idempotent.
 
         Raises:
-            EngineDied, EngineHung, EngineRaised: it went wrong; the process is gone all the same.
+            EngineDied, EngineHung, EngineRaised: closing failed; the process has ended nevertheless.
         """
         if self._closed:
             return
@@ -192,9 +208,9 @@ class RemoteSession:
             self.kill9()
 
     def kill9(self) -> None:
-        """End the process and all it has started, at once, as kill −9 or the out-of-memory killer would. Idempotent.
+        """Kills the process and its children at once, like `kill -9` or the out-of-memory killer. Idempotent.
 
-        May be called while another thread waits for an answer; that call raises `EngineDied`.
+        May be called while another thread waits for a result; that call then raises `EngineDied`.
         """
         if self._closed:
             return
@@ -206,7 +222,7 @@ class RemoteSession:
                 self._lock.release()
 
     def stderr(self) -> str:
-        """The last lines that the engine wrote."""
+        """Returns the end of what the engine wrote to stderr and stdout."""
         if self._stderr.closed:
             return ""
         fd = self._stderr.fileno()
@@ -221,7 +237,7 @@ class RemoteSession:
         if error is None:
             self.close()
         else:
-            self.kill9()  # what went wrong first is what the reader should see
+            self.kill9()  # an error while closing would hide the first error
 
     # ---------------------------------------------------------------- one call
 
@@ -244,7 +260,7 @@ class RemoteSession:
             except BadFrameError as error:
                 self._kill_group()
                 raise EngineDied(
-                    self.adapter, call, f"its process wrote into our pipe: {error}", self.stderr()
+                    self.adapter, call, f"its process wrote into the suite's pipe: {error}", self.stderr()
                 ) from None
         if isinstance(answer, Raised):
             what = f"raised {answer.error}: {answer.message}\n{answer.traceback.rstrip()}"
@@ -256,7 +272,7 @@ class RemoteSession:
             os.kill(self.pid, signal.SIGUSR1)
             time.sleep(_STACKS_S)
         self._kill_group()
-        what = f"no answer within {timeout_s:g} s; it and its children were killed"
+        what = f"no answer within {timeout_s:g} s; its process and all children were killed"
         raise EngineHung(self.adapter, call, what, self.stderr())
 
     def _died(self, call: str) -> NoReturn:

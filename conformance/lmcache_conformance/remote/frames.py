@@ -1,4 +1,4 @@
-"""Messages between a test and an engine's process: msgpack behind a magic and a length, over pipes."""
+"""Messages between a test and an engine's process: magic, length and a msgpack body, over pipes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lmcache_conformance.contract import SessionConfig
 MAX_FRAME = 1 << 30
 _HEAD = struct.Struct("<4sI")
 _MAGIC = b"LMCF"
-_LOOK_S = 0.25
-"""How often a waiting side looks whether the other one still runs."""
+_POLL_S = 0.25
+"""Interval at which a waiting side checks whether the other one still runs."""
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """Parent → child, first: which adapter, and where modules are found besides the usual places."""
+    """Parent → child, the first message: the adapter, its configuration, and the parent's `sys.path`."""
 
     adapter: str
     config: SessionConfig
@@ -36,13 +36,13 @@ class Call(msgspec.Struct, frozen=True, tag=True):
 
 
 class Returned(msgspec.Struct, frozen=True, tag=True):
-    """Child → parent: what the method returned."""
+    """Child → parent: the method's return value."""
 
     value: Any
 
 
 class Raised(msgspec.Struct, frozen=True, tag=True):
-    """Child → parent: what it raised, with its traceback."""
+    """Child → parent: the exception that the method raised, with its traceback."""
 
     error: str
     message: str
@@ -50,15 +50,15 @@ class Raised(msgspec.Struct, frozen=True, tag=True):
 
 
 class BadFrameError(ValueError):
-    """Bytes that are no message."""
+    """The bytes read are not a message."""
 
 
 class FrameTimeoutError(TimeoutError):
-    """No whole message in time."""
+    """No complete message arrived in time."""
 
 
 def send(fd: int, message: Any) -> None:
-    """Write one message. Raises `BrokenPipeError` if nobody reads any more."""
+    """Writes one message. Raises `BrokenPipeError` if the reader has closed the pipe."""
     body = msgspec.msgpack.encode(message)
     data = memoryview(_HEAD.pack(_MAGIC, len(body)) + body)
     while data:
@@ -66,13 +66,17 @@ def send(fd: int, message: Any) -> None:
 
 
 def receive(fd: int, kinds: Any, *, timeout_s: float | None = None, alive: Callable[[], bool] = lambda: True) -> Any:
-    """Read one message of one of `kinds`.
+    """Reads one message.
 
-    `alive` tells whether the other side still runs: its children may hold the pipe open when it has died.
+    Args:
+        fd: pipe to read from.
+        kinds: union of the message types to decode.
+        timeout_s: None waits without limit.
+        alive: tells whether the other side still runs; after its death its children may still hold the pipe open.
 
     Raises:
-        EOFError: the other side is gone.
-        FrameTimeoutError: no whole message within `timeout_s`.
+        EOFError: the other side has ended.
+        FrameTimeoutError: no complete message within `timeout_s`.
         BadFrameError: something else was written to the pipe.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -100,8 +104,8 @@ def _exactly(fd: int, length: int, deadline: float | None, alive: Callable[[], b
 
 def _ready(fd: int, deadline: float, alive: Callable[[], bool]) -> bool:
     while (left := deadline - time.monotonic()) > 0:
-        was_alive = alive()  # asked first: what it wrote before it died is still read
-        if select.select([fd], [], [], min(left, _LOOK_S))[0]:
+        was_alive = alive()  # checked before `select`, so that what was written before death is still read
+        if select.select([fd], [], [], min(left, _POLL_S))[0]:
             return True
         if not was_alive:
             raise EOFError

@@ -1,8 +1,8 @@
-"""The child's side: opens one session, answers calls until told to close. Started by `child.RemoteSession` as
+"""The child's side: opens one session and serves calls until `close`. Started by `child.RemoteSession` as
 
     python -m lmcache_conformance.remote.serve READ_FD WRITE_FD
 
-What the engine prints goes to stderr: messages have pipes of their own, which it doesn't know of.
+Whatever the engine prints goes to stderr; messages use their own pipes.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Serve one session."""
+    """Serves one session."""
     inbox, outbox = int(sys.argv[1]), int(sys.argv[2])
     for fd in (inbox, outbox):
-        os.set_inheritable(fd, False)  # else an engine's own children keep the pipe open when it dies
+        os.set_inheritable(fd, False)  # or the engine's children would keep the pipe open after its death
     os.dup2(2, 1)
     faulthandler.enable(all_threads=True)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # asked for when it hangs: where?
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the parent sends it to a hung process, for its stacks
     calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(inbox, calls), daemon=True).start()
     _serve(calls, outbox)
     sys.stderr.flush()
-    os._exit(0)  # the session is closed; threads that an engine leaves behind must not hold up the test
+    os._exit(0)  # the session is closed; threads that the engine left behind must not delay the test
 
 
 def _listen(inbox: int, calls: queue.SimpleQueue[Any]) -> None:
-    """Hand on messages. When the test's process is gone, so are we and all that the engine has started."""
+    """Forwards messages to `calls`. When the test's process ends, kills this process and all that the engine started."""
     try:
         while True:
             calls.put(receive(inbox, Open | Call))

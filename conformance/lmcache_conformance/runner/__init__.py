@@ -1,1 +1,1 @@
-"""The command behind `lmcache conformance`: find targets, run them in child processes, add up, report."""
+"""The implementation of `lmcache conformance`: finds targets, runs them in child processes, reports the results."""

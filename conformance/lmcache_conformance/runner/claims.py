@@ -1,4 +1,4 @@
-"""What the class under test claims, and which of a test's requirements it does not."""
+"""Compares the capabilities that a test requires with those that the class under test claims."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from lmcache_conformance.runner.discover import nearest
 
 
 class UnknownCapabilityError(ValueError):
-    """A test requires something that the capabilities record has no field for: most likely a misspelling."""
+    """A test requires a capability that is not a field of the capabilities record, most likely a misspelling."""
 
 
 def unclaimed(capabilities: object, required: Sequence[str]) -> list[str]:
-    """Those of `required` that are not claimed, in words for a report.
+    """Returns those of `required` that are not claimed.
 
-    A requirement is a field's name, claimed if its value is true, or `field=value`, claimed if the field holds it or is it:
-    `"restart"`, `"dtypes=bfloat16"`, `"tensor_parallel=2"`.
+    A requirement is a field's name, which is claimed if its value is true, or `field=value`, which is claimed if the field
+    contains or equals the value: `"restart"`, `"dtypes=bfloat16"`, `"tensor_parallel=2"`.
 
     Raises:
         UnknownCapabilityError: `capabilities` has no such field.

@@ -1,8 +1,8 @@
-"""Finds what can be tested: engine adapters and targets, ours and those of installed third-party packages.
+"""Finds what can be tested: bundled and third-party engine adapters and targets.
 
-An adapter is named by its entry point (group `lmcache.adapters`), or as `module:attribute` without any installation.
-A target is a module of tests: those in `lmcache_conformance.targets`, and those that packages name under the entry point
-group `lmcache.conformance`, a tier's as `tier.NAME`.
+An adapter is named by its entry point (group `lmcache.adapters`), or as `module:attribute`, which needs no installation.
+A target is a module of tests: one in `lmcache_conformance.targets`, or one that a package registers in the entry point
+group `lmcache.conformance`, for a tier under the name `tier.NAME`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TARGET_ENTRY_POINTS = "lmcache.conformance"
 """Entry point group of modules with tests."""
 
 ENGINE_TARGET = "engine"
-"""The target that is run once per adapter."""
+"""The target that runs once per adapter."""
 
 OUR_TIERS = ("memory", "disk", "dram")
 _TIER_PREFIX = "tier."
@@ -30,16 +30,16 @@ _NEEDED = ("name", "capabilities", "why_not", "open")
 
 
 class DiscoveryError(ValueError):
-    """Nothing has that name, or what has it is not what it should be; says which names there are."""
+    """Nothing has that name, or the object of that name is of the wrong kind. The message lists the existing names."""
 
 
 class NotInstalledError(DiscoveryError):
-    """The adapter is here, but the engine that it imports is not."""
+    """The adapter is installed, but the engine that it imports is not."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A module of tests. `kind` is what `--tier` and `--adapter` choose by."""
+    """A module of tests. `--tier` and `--adapter` select by `kind`."""
 
     name: str
     module: str
@@ -47,15 +47,16 @@ class Target:
 
 
 def adapter_names() -> list[str]:
-    """Names of the installed adapters."""
+    """Returns the names of the installed adapters."""
     return sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
 
 
 def find_adapter(reference: str) -> EngineAdapter:
-    """The adapter that `reference` (entry point name or `module:attribute`) means.
+    """Returns the adapter named by `reference` (entry point name or `module:attribute`).
 
     Raises:
-        DiscoveryError: there is none, it fails to import, or lacks what an adapter has.
+        DiscoveryError: there is none, it cannot be imported, or it lacks attributes of `EngineAdapter`.
+        NotInstalledError: the engine that it imports is not installed.
     """
     if ":" in reference:
         point = EntryPoint(reference, reference, ENTRY_POINTS)
@@ -83,13 +84,13 @@ def _load(point: EntryPoint, reference: str) -> EngineAdapter:
         found = found()
     missing = [name for name in _NEEDED if not hasattr(found, name)]
     if missing:
-        raise DiscoveryError(f"{where} is no EngineAdapter: it lacks {', '.join(missing)}")
+        raise DiscoveryError(f"{where} is not an EngineAdapter: it lacks {', '.join(missing)}")
     adapter: EngineAdapter = found
     return adapter
 
 
 def targets() -> list[Target]:
-    """Every target: ours first, then those of installed packages by name."""
+    """Returns all targets: the bundled ones first, then those of installed packages, sorted by name."""
     from lmcache_conformance import targets as ours
 
     names = sorted(m.name for m in pkgutil.iter_modules(ours.__path__) if not m.name.startswith("_"))
@@ -101,7 +102,7 @@ def targets() -> list[Target]:
 
 
 def choose_targets(all_targets: Sequence[Target], names: Sequence[str], *, kind: str | None = None) -> list[Target]:
-    """The targets called `names`, in that order; of one `kind` if given.
+    """Returns the targets called `names`, in that order; restricted to one `kind` if given.
 
     Raises:
         DiscoveryError: there is none of that name.
@@ -114,7 +115,7 @@ def choose_targets(all_targets: Sequence[Target], names: Sequence[str], *, kind:
 
 
 def file_of(target: Target) -> str:
-    """The path of a target's source, without importing it.
+    """Returns the path of a target's source file, without importing it.
 
     Raises:
         DiscoveryError: there is no such module.
@@ -129,13 +130,13 @@ def file_of(target: Target) -> str:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """`; did you mean 'disk'?` where something is near, else `.`: the end of a sentence that says that there is no `name`."""
+    """Returns the end of a sentence about an unknown `name`: `; did you mean 'disk'?`, or `.` if no name is similar."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _unknown(what: str, name: str, names: Sequence[str]) -> str:
-    return f"no {what} is called {name!r}{nearest(name, names)} There are: {', '.join(names) or 'none'}"
+    return f"unknown {what} {name!r}{nearest(name, names)} Available: {', '.join(names) or 'none'}"
 
 
 def _kind(name: str) -> Literal["engine", "tier", "other"]:

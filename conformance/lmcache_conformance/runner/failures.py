@@ -1,4 +1,4 @@
-"""What can become of an engine in a child process, as typed errors. Each ends with the last lines it wrote to stderr."""
+"""Failures of an engine in a child process, as typed errors. Each message ends with the engine's last lines of stderr."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 
 
 class EngineFailure(Exception):  # noqa: N818
-    """Base: the engine failed the call, not the test that made it. `call` names the session's method."""
+    """Base class: the engine failed during a call. `call` names the session's method."""
 
     def __init__(self, adapter: str, call: str, what: str, stderr: str) -> None:
         self.adapter = adapter
@@ -22,15 +22,15 @@ class EngineFailure(Exception):  # noqa: N818
 
 
 class EngineDied(EngineFailure):
-    """The process ended, or no longer speaks the protocol."""
+    """The process ended, or wrote invalid messages."""
 
 
 class EngineHung(EngineFailure):
-    """No answer in time. The process and its children were killed."""
+    """The call did not return in time. The process and its children were killed."""
 
 
 class EngineRaised(EngineFailure):
-    """The adapter raised. The session goes on, unless it was being opened.
+    """The adapter raised an exception. The session stays open, unless the exception occurred while opening it.
 
     Attributes:
         error: the exception's class name, e.g. `ValueError`.
@@ -42,11 +42,11 @@ class EngineRaised(EngineFailure):
 
 
 class EngineMisanswered(EngineFailure):
-    """The answer is not what the contract says: not one response per request, or of the wrong types."""
+    """The result violates the contract: a wrong number of responses, or wrong types."""
 
 
 def ending(status: int | None) -> str:
-    """How a process with this `returncode` ended, in words."""
+    """Describes how a process with this `returncode` ended."""
     if status is None:
         return "closed its end of the pipe"
     if status < 0:

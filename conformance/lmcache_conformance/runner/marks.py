@@ -1,4 +1,4 @@
-"""Marks of the suite's tests: to which level one belongs, and which claimed capability it needs."""
+"""Marks of the suite's tests: the level of a test, and the capabilities that it requires."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ REQUIRES = "lmcache_requires"
 
 
 def level(which: Level) -> pytest.MarkDecorator:
-    """This test proves something of `which`; reports are grouped by it."""
+    """Marks a test as belonging to level `which`; reports are grouped by level."""
     return pytest.mark.lmcache_level(which.value)
 
 
 def requires(*capabilities: str) -> pytest.MarkDecorator:
-    """Skip, with the reason in the report, unless the class under test claims all of these in its `capabilities`."""
+    """Skips a test, with the reason in the report, unless the class under test claims all of these capabilities."""
     return pytest.mark.lmcache_requires(*capabilities)

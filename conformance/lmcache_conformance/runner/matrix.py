@@ -1,4 +1,4 @@
-"""The matrix for a terminal: rows × levels, then why things were skipped, then what failed and how to see it again."""
+"""Terminal output: a matrix of rows × levels, the reasons of skips, and the failures with commands to reproduce them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MESSAGE_LINES = 12
 
 
 def show(report: Report, out: Console) -> None:
-    """Print all of it."""
+    """Prints the whole report."""
     out.print(table(report, out.width))
     skips = list(report.skips())
     if skips:
@@ -37,7 +37,7 @@ def show(report: Report, out: Console) -> None:
 
 
 def table(report: Report, width: int) -> Table:
-    """Rows × levels where `width` allows, else turned round."""
+    """Returns a table of rows × levels, transposed if it would be wider than `width`."""
     levels = report.levels()
     names = [level.replace("_", "\n") for level in levels]
     needed = sum(max(max(map(len, name.split("\n"))), 6) + 2 for name in names) + 24
@@ -84,17 +84,19 @@ def _show_failure(out: Console, row: str, failure: TestResult) -> None:
     if len(lines) > _MESSAGE_LINES:
         out.print(f"    [dim]… {len(lines) - _MESSAGE_LINES} more lines[/]")
     if failure.command:
-        out.print(Text(f"    {failure.command}", style="cyan"), soft_wrap=True)  # to be copied: not broken
+        out.print(
+            Text(f"    {failure.command}", style="cyan"), soft_wrap=True
+        )  # no line breaks, so that it can be copied
 
 
 def live(report: Report, doing: str, width: int) -> RenderableType:
-    """What is shown while it runs."""
+    """Returns the display during a run: the table so far and the current test."""
     parts: list[RenderableType] = [table(report, width)] if any(row.results for row in report.rows) else []
     return Group(*parts, Spinner("dots", Text(doing, no_wrap=True, overflow="ellipsis")))
 
 
 def mutant_table(entries: Sequence[dict[str, object]]) -> Table:
-    """Which mutant was killed by which test."""
+    """Returns a table of mutants and the tests that killed them."""
     found = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", "mutant", "what goes wrong", "caught by"):
         found.add_column(name, overflow="fold")

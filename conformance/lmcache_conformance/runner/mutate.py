@@ -1,4 +1,4 @@
-"""Runs every mutant through its suite: a suite that a mutant survives has a hole."""
+"""Mutation testing: runs deliberately broken implementations (mutants) through their suites, which have to fail."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lmcache_conformance.runner.run import Job, Limits, RowResult, run_job
 
 __all__ = ["SkippedRow", "Verdict", "choose_mutants", "judge", "run_mutants", "uncovered"]
 
-_OPTIONS = ("-o", "python_classes=Mutant*", "-p", "lmcache_conformance.runner.onefailure")
+_OPTIONS = ("-o", "python_classes=Mutant*", "-p", "lmcache_conformance.runner.one_failure")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant.
+    """The result for a mutant.
 
     Attributes:
-        name: `module.Class`; of a row that has no mutant, its text.
-        killed: a test failed by assertion; None: it was not run.
-        by: that test.
-        reason: why it was not killed, or not run.
+        name: `module.Class`; for a row without a mutant, the row's text.
+        killed: whether a test failed by assertion; None if the mutant was not run.
+        by: the test that failed.
+        reason: why the mutant was not killed, or not run.
         row, project: see `Mutant`.
     """
 
@@ -55,7 +55,7 @@ def run_mutants(
     options: Sequence[str] = (),
     progress: Callable[[Verdict], None] = lambda verdict: None,
 ) -> list[Verdict]:
-    """Run each until its first failure, those of one module in one process. `progress` is told of each as it is known."""
+    """Runs each mutant until its first failure, those of one module in one process. Calls `progress` with each verdict."""
     found = []
     for module in dict.fromkeys(mutant.file for mutant in mutants):
         found += _run_module([mutant for mutant in mutants if mutant.file == module], limits, options, progress)
@@ -66,31 +66,31 @@ def _run_module(
     mutants: Sequence[Mutant], limits: Limits, options: Sequence[str], progress: Callable[[Verdict], None]
 ) -> list[Verdict]:
     by_class = {mutant.suite.__name__: mutant for mutant in mutants}
-    told: dict[str, Verdict] = {}
+    reported: dict[str, Verdict] = {}
 
     def watch(row: RowResult, event: Event) -> None:
         if isinstance(event, TestResult) and event.by_assertion:
             mutant = by_class.get(_class_of(event))
-            if mutant is not None and mutant.name not in told:
-                told[mutant.name] = judge(mutant, row)
-                progress(told[mutant.name])
+            if mutant is not None and mutant.name not in reported:
+                reported[mutant.name] = judge(mutant, row)
+                progress(reported[mutant.name])
 
     first, *others = [f"{mutant.file}::{mutant.suite.__name__}" for mutant in mutants]
     job = Job(mutants[0].name.partition(".")[0], first, (*others, *_OPTIONS, *options))
     row = run_job(job, replace(limits, job=limits.job * len(mutants)), progress=watch)
     verdicts = [judge(mutant, row) for mutant in mutants]
     for verdict in verdicts:
-        if verdict.name not in told:
+        if verdict.name not in reported:
             progress(verdict)
     return verdicts
 
 
 def judge(mutant: Mutant, row: RowResult) -> Verdict:
-    """Killed, if a test failed because something checked was untrue; one that merely could not be run proves nothing."""
+    """Returns a mutant's verdict: killed if a test failed by assertion. A test that failed for another reason proves nothing."""
     mine = [result for result in row.results if _class_of(result) == mutant.suite.__name__]
     seconds = sum(result.seconds for result in mine)
     absent = [result.reason for result in mine if "not installed here" in result.reason]
-    if absent and all(result.outcome == "skipped" for result in mine):  # its engine is not on this machine
+    if absent and all(result.outcome == "skipped" for result in mine):  # its engine is not installed
         return Verdict(mutant.name, None, reason=absent[0], row=mutant.row, project=mutant.project)
     failed = [result for result in mine if result.outcome == "failed"]
     kills = [result for result in failed if result.by_assertion]
@@ -112,7 +112,7 @@ def _class_of(result: TestResult) -> str:
 
 
 def uncovered() -> list[Verdict]:
-    """Known failures without a mutant: those skipped with a reason, and those that were forgotten."""
+    """Returns verdicts for known failures without a mutant: those skipped with a reason, and those without a reason."""
     skipped = {skip.row: skip.reason for skip in skipped_rows()}
     covered = {mutant.row for mutant in all_mutants()}
     found = [Verdict(row, None, reason=reason, row=row) for row, reason in skipped.items() if row not in covered]
@@ -121,7 +121,7 @@ def uncovered() -> list[Verdict]:
 
 
 def choose_mutants(modules: Sequence[str]) -> list[Mutant]:
-    """Those of the given modules (`tiers`, `layouts`, …), or single ones by name (`tiers.MutantEmptyValue`); all by default.
+    """Returns the mutants of the given modules (`tiers`, …), or single ones by name (`tiers.MutantEmptyValue`); by default all.
 
     Raises:
         DiscoveryError: there is none of that name.
@@ -130,5 +130,5 @@ def choose_mutants(modules: Sequence[str]) -> list[Mutant]:
     for name in modules:
         names = [m.name for m in found] + sorted({m.name.partition(".")[0] for m in found})
         if name not in names:
-            raise DiscoveryError(f"no mutant is called {name!r}{nearest(name, names)} There are: {', '.join(names)}")
+            raise DiscoveryError(f"unknown mutant {name!r}{nearest(name, names)} Available: {', '.join(names)}")
     return [m for m in found if not modules or m.name in modules or m.name.partition(".")[0] in modules]

@@ -1,4 +1,4 @@
-"""Ends a process group for good: on return none of it runs any more, so none of it can still write."""
+"""Kills process groups and waits for their end, so that none of their processes can still write files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WAIT_S = 10.0
 
 
 def kill_group(group: int) -> None:
-    """kill −9 to every process of `group` (an id as `start_new_session=True` makes one), and wait until they are gone."""
+    """Sends SIGKILL to every process of `group` (as created by `start_new_session=True`) and waits for their end."""
     until = time.monotonic() + _WAIT_S
     while True:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -23,14 +23,14 @@ def kill_group(group: int) -> None:
 
 
 def members(group: int) -> list[int]:
-    """Process ids of a group that still run; zombies, which nobody may ever collect in a container, don't count."""
+    """Returns the ids of a group's running processes. Ignores zombies, which may never be reaped in a container."""
     found = []
     for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
         if entry.name.isdigit():
             try:
                 state, _, owner = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
             except (OSError, ValueError):
-                continue  # it ended while we looked
+                continue  # the process has just ended
             if int(owner) == group and state not in "ZX":
                 found.append(int(entry.name))
     return found

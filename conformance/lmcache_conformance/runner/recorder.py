@@ -1,4 +1,4 @@
-"""Writes what became of each test as JSON lines, while the tests run."""
+"""Writes the result of each test as JSON lines while the tests run."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave out what a run that was cut short has done."""
+        """Deselects tests that an earlier, interrupted run has done."""
         left_out = [item for item in items if item.nodeid in self._done]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item.nodeid not in self._done]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Now it is known how many there are."""
+        """Writes `Began` with the number of tests."""
         self._writer.write(Began(len(session.items)))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A module that fails to import is a failure too."""
+        """Records a module that cannot be imported as a failure."""
         if report.failed:
             self._writer.write(
                 TestResult(
@@ -57,7 +57,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """One `Started`, one `TestResult`."""
+        """Writes a `Started` before the test and a `TestResult` after it."""
         seed = seed_of(item)
         again = command(item, seed)
         self._reports, self._by_assertion = [], False
@@ -70,7 +70,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
-        """Keep whether what failed was a check."""
+        """Records whether the test failed by assertion."""
         report: pytest.TestReport = yield  # type: ignore[misc, assignment]
         if report.failed and call.when == "call":
             xpassed = call.excinfo is None
@@ -78,15 +78,15 @@ class Recorder:
         return report  # type: ignore[return-value]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Set-up, call and tear-down."""
+        """Collects the reports of set-up, call and tear-down."""
         self._reports.append(report)
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
-        """The regular end."""
+        """Writes `Ended`."""
         self._writer.write(Ended(int(exitstatus)))
 
     def pytest_unconfigure(self) -> None:
-        """No more events."""
+        """Closes the file."""
         self._writer.close()
 
 
@@ -96,7 +96,7 @@ def _level(item: pytest.Item) -> str:
 
 
 def _is_check(error: BaseException) -> bool:
-    """An untrue assertion, `pytest.fail` (a time-out among them), or an engine that died, hung or raised."""
+    """Returns whether an error is a failed assertion, `pytest.fail` (e.g. a time-out), or an engine that died, hung or raised."""
     if inner := getattr(error, "exceptions", None):  # Hypothesis reports several distinct failures as one group
         return any(_is_check(e) for e in inner)
     return isinstance(error, (AssertionError, pytest.fail.Exception, EngineFailure))
@@ -156,5 +156,5 @@ def _last_line(text: str) -> str:
 
 
 def _encodable(text: str) -> str:
-    """Without lone surrogates, which no file can hold."""
+    """Replaces lone surrogates, which cannot be encoded."""
     return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""What a run of tests tells the runner: JSON lines, one event each, readable while the tests still run."""
+"""Events of a test run, from pytest to the runner: JSON lines, one event each, readable while the tests still run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 Outcome = Literal["passed", "failed", "skipped", "xfailed"]
 
 UNMARKED = "other"
-"""The level of tests without one."""
+"""The level in reports of tests without a level mark."""
 
 
 class Began(msgspec.Struct, frozen=True, tag="began", tag_field="event"):
@@ -20,7 +20,7 @@ class Began(msgspec.Struct, frozen=True, tag="began", tag_field="event"):
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
-    """A test begins. One that is never followed by its `TestResult` took the process down, or hung."""
+    """A test begins. If no `TestResult` follows, the test crashed the process or hung."""
 
     nodeid: str
     level: str
@@ -32,15 +32,15 @@ class TestResult(msgspec.Struct, frozen=True, kw_only=True, tag="result", tag_fi
     """How one test ended.
 
     Attributes:
-        nodeid: the test, as pytest names it.
-        level: what it proves, one of `Level`, or `UNMARKED`.
+        nodeid: pytest's id of the test.
+        level: one of `Level`, or `UNMARKED`.
         outcome: a strict xfail that passes is `failed`.
-        reason: why it was skipped, or is expected to fail.
-        seconds: set-up and tear-down included.
-        message: what a failed test said, one paragraph.
-        detail: the whole of it, with what was printed.
-        by_assertion: it failed because something checked was untrue, not because the test could not be carried out.
-        command: reproduces it, from the folder in which pytest ran.
+        reason: why the test was skipped or is expected to fail.
+        seconds: duration, including set-up and tear-down.
+        message: a failed test's message, one paragraph.
+        detail: the full failure report, with captured output.
+        by_assertion: the test failed by assertion, not because it could not be carried out.
+        command: reproduces the result, from the folder in which pytest ran.
         seed: Hypothesis' seed.
     """
 
@@ -64,7 +64,7 @@ class TestResult(msgspec.Struct, frozen=True, kw_only=True, tag="result", tag_fi
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="event"):
-    """pytest came to its regular end, with this exit status."""
+    """pytest ended regularly, with this exit status."""
 
     status: int
 
@@ -76,32 +76,32 @@ _DECODER = msgspec.json.Decoder(Event)
 
 
 class Writer:
-    """Appends events to a file. Each is one write, so that a reader sees whole lines or the beginning of the last one."""
+    """Appends events to a file, each in a single write, so that a reader sees at most one incomplete line, the last."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
 
     def write(self, event: Event) -> None:
-        """Append one line."""
+        """Appends one line."""
         self._file.write(_ENCODER.encode(event) + b"\n")
 
     def close(self) -> None:
-        """No more events."""
+        """Closes the file."""
         self._file.close()
 
 
 def decode(line: bytes) -> Event:
-    """One line.
+    """Decodes one line.
 
     Raises:
-        msgspec.DecodeError: it is not an event.
+        msgspec.DecodeError: the line is not an event.
     """
     event: Event = _DECODER.decode(line)
     return event
 
 
 def read(path: Path) -> list[Event]:
-    """All whole lines of a report; a last line cut short by a crash is left out."""
+    """Returns the events of a report file; ignores an incomplete last line, as left by a crash."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")

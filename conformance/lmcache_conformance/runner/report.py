@@ -1,4 +1,4 @@
-"""Adds up what the runner brought home: counts per row and level, reasons of skips, failures; as JSON and as JUnit XML."""
+"""Summarises the runner's results: counts per row and level, reasons of skips, failures; as JSON and as JUnit XML."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 @dataclass
 class Cell:
-    """One row at one level."""
+    """The results of one row at one level."""
 
     passed: int = 0
     failed: int = 0
@@ -45,7 +45,7 @@ class Cell:
     failures: list[TestResult] = field(default_factory=list)
 
     def add(self, result: TestResult) -> None:
-        """Count one test. An expected failure counts as skipped, with its link as the reason."""
+        """Adds one test. An expected failure counts as skipped, with its link as the reason."""
         self.seconds += result.seconds
         if result.outcome == "passed":
             self.passed += 1
@@ -59,12 +59,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a run found.
+    """The results of a whole run.
 
     Attributes:
         rows: in the order in which they ran.
-        environment: name → value: versions, machine.
-        command: how the run was started.
+        environment: versions and machine, name → value.
+        command: the command line of the run.
         seed: Hypothesis' seed.
     """
 
@@ -75,29 +75,29 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Nothing failed."""
+        """Whether nothing failed."""
         return all(row.ok for row in self.rows)
 
     def cells(self, row: RowResult) -> dict[str, Cell]:
-        """By level, in the order of `Level`. What is wrong with the row as a whole is a failure at level `other`."""
+        """Returns a row's cells by level, in the order of `Level`. A problem of the whole row is a failure at level `other`."""
         found: dict[str, Cell] = {}
         for result in all_results(row):
             found.setdefault(result.level, Cell()).add(result)
         return {level: found[level] for level in _order(found)}
 
     def levels(self) -> list[str]:
-        """All levels that any row has."""
+        """Returns all levels that occur in any row."""
         return _order({result.level for row in self.rows for result in all_results(row)})
 
     def failures(self) -> Iterator[tuple[str, TestResult]]:
-        """Row and failed test."""
+        """Yields (row, failed test)."""
         for row in self.rows:
             for result in all_results(row):
                 if result.outcome == "failed":
                     yield row.row, result
 
     def skips(self) -> Iterator[tuple[str, str, int]]:
-        """Row, reason, how many tests."""
+        """Yields (row, reason, number of tests)."""
         for row in self.rows:
             if row.nothing:
                 yield row.row, row.nothing, 0
@@ -107,7 +107,7 @@ class Report:
 
 
 def all_results(row: RowResult) -> Iterator[TestResult]:
-    """The row's tests, and one more if the row as a whole went wrong."""
+    """Yields the results of a row's tests, and a failure if the row as a whole has a problem."""
     yield from row.results
     if row.problem:
         first, _, rest = row.problem.partition("\n")
@@ -115,7 +115,7 @@ def all_results(row: RowResult) -> Iterator[TestResult]:
 
 
 def as_json(report: Report) -> dict[str, dict[str, Any]]:
-    """`{row: {level: {"passed", "failed", "skipped", …}}}`."""
+    """Returns `{row: {level: {"passed", "failed", "skipped", …}}}`."""
     return {row.row: {level: _cell_json(cell) for level, cell in report.cells(row).items()} for row in report.rows}
 
 
@@ -136,7 +136,7 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
 
 
 def as_junit(report: Report) -> str:
-    """One test suite a row, as CI systems read it."""
+    """Returns JUnit XML with one test suite per row, for CI systems."""
     root = ElementTree.Element("testsuites", name="lmcache conformance")
     for row in report.rows:
         results = list(all_results(row))
@@ -168,12 +168,12 @@ def as_junit(report: Report) -> str:
 
 
 def clean(text: str) -> str:
-    """Tests may print anything; XML and HTML can't hold control characters and lone surrogates."""
+    """Replaces control characters and lone surrogates, which tests may print but XML and HTML cannot represent."""
     return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def environment() -> dict[str, str]:
-    """What a reader of a report asks first."""
+    """Returns versions of Python and packages, platform and processor."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "processor": _processor()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -182,7 +182,7 @@ def environment() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """This process's command, as one would type it."""
+    """Returns the command line of this process."""
     words = sys.argv[1:]
     return shlex.join(["lmcache", *words])
 

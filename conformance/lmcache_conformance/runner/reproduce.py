@@ -1,4 +1,4 @@
-"""The exact command that runs one test again, as it was run."""
+"""Builds the command that repeats one test exactly as it was run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _OURS = {
 
 
 def command(item: pytest.Item, seed: int | None) -> str:
-    """A shell command, to be run from the folder in which this pytest was started.
+    """Returns a shell command, to be run from the folder in which this pytest was started.
 
-    Of pytest's own options it keeps those that decide whether and how the test is found (`-c`, `--rootdir`, `-o`).
+    Of pytest's own options it includes those that affect test discovery (`-c`, `--rootdir`, `-o`).
     """
     config = item.config
     words = [sys.executable or "python", "-m", "pytest", test_id(item)]
@@ -43,7 +43,7 @@ def command(item: pytest.Item, seed: int | None) -> str:
 
 
 def test_id(item: pytest.Item) -> str:
-    """`path::Class::test[case]`, the path as seen from the folder where pytest was started; absolute if not below it."""
+    """Returns `path::Class::test[case]`, with the path relative to the folder where pytest was started, or absolute."""
     path = Path(os.path.abspath(item.path))
     start = Path(os.path.abspath(item.config.invocation_params.dir))
     shown = path.relative_to(start) if path.is_relative_to(start) else path

@@ -1,6 +1,6 @@
-"""Runs targets: pytest in a child process for each, with limits, so that what crashes or hangs is one failed test.
+"""Runs each target in a child pytest with time limits, so that a crash or hang is one failed test.
 
-A test that takes its process down costs only itself: the rest of its target is run in a new one.
+After a test that crashes or hangs, the rest of its target runs in a new process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lmcache_conformance.runner.processes import kill_group
 from lmcache_conformance.runner.records import Began, Ended, Event, Started, TestResult, decode
 
 MAX_RESTARTS = 20
-"""How many tests of one target may crash or hang before the rest is given up."""
+"""Number of tests of one target that may crash or hang before the rest is abandoned."""
 
 _POLL_S = 0.1
 _TAIL_CHARS = 4_000
@@ -33,10 +33,10 @@ class Job:
     """One child pytest.
 
     Attributes:
-        row: what the results are shown under: a target's name, or an adapter's.
+        row: name of the results' row: a target's or an adapter's name.
         test: file, or `file::Class`, to run.
-        options: more for pytest.
-        environment: variables on top of this process's.
+        options: additional pytest options.
+        environment: variables added to those of this process.
     """
 
     row: str
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. `test`: one test, set-up included; `start`: until tests are collected; `job`: everything."""
+    """Time limits in seconds. `test`: one test with set-up; `start`: until tests are collected; `job`: the whole job."""
 
     test: float = 600.0
     start: float = 600.0
@@ -56,12 +56,12 @@ class Limits:
 
 @dataclass
 class RowResult:
-    """What became of a job.
+    """The results of a job.
 
     Attributes:
-        problem: why it did not come to its regular end; empty if it did.
-        nothing: why it has no results at all, which is no failure: no tests of the chosen levels, not installed here.
-        total: how many tests there are.
+        problem: why the job did not end regularly; empty if it did.
+        nothing: why there are no results although nothing failed: no tests of the chosen levels, or not installed.
+        total: number of tests.
     """
 
     row: str
@@ -73,7 +73,7 @@ class RowResult:
 
     @property
     def ok(self) -> bool:
-        """Nothing failed."""
+        """Whether nothing failed."""
         return not self.problem and all(r.outcome != "failed" for r in self.results)
 
 
@@ -81,7 +81,7 @@ Progress = Callable[[RowResult, Event], None]
 
 
 def run_job(job: Job, limits: Limits, *, progress: Progress = lambda row, event: None) -> RowResult:
-    """Run one job to its end, whatever happens in it. `progress` is called with every event as it comes."""
+    """Runs one job to its end, restarting it after crashes and hangs. Calls `progress` with every event."""
     row = RowResult(job.row)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lmcache-conformance-") as name:
@@ -96,7 +96,7 @@ def run_job(job: Job, limits: Limits, *, progress: Progress = lambda row, event:
 
 
 class _Attempt:
-    """One process: from its start until it ends, is killed, or takes a test down with it."""
+    """One child process, until it ends, crashes or is killed."""
 
     def __init__(
         self, job: Job, folder: Path, row: RowResult, limits: Limits, deadline: float, progress: Progress
@@ -116,7 +116,7 @@ class _Attempt:
         self._ended: Ended | None = None
 
     def run(self) -> bool:
-        """Returns whether the rest has to be run in another process."""
+        """Runs the process. Returns whether the remaining tests have to run in another process."""
         process = self._start()
         try:
             why = self._watch(process)
@@ -125,7 +125,7 @@ class _Attempt:
             process.wait()
         self._read()
         if self._ended is not None:
-            self._settle(self._ended.status)
+            self._finish(self._ended.status)
             return False
         why = why or f"the process {ending(process.returncode)}"
         if self._running is None:
@@ -133,20 +133,20 @@ class _Attempt:
                 f"{why} {'between tests' if self._began else 'before any test'}\n{self._tail()}".rstrip()
             )
             return False
-        self._blame(self._running, why)
+        self._record_failure(self._running, why)
         return time.monotonic() < self._deadline
 
     def _start(self) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", "pytest", self._job.test, "-q", *self._job.options]
         file = Path(self._job.test.partition("::")[0]).absolute()
-        if not file.is_relative_to(_INI.parent):  # tests of other packages: what project they lie in must not matter
+        if not file.is_relative_to(_INI.parent):  # tests of another package: settings of its project must not apply
             words += ["-c", str(_INI), "--rootdir", str(file.parent)]
         words += ["-p", "_hypothesis_pytestplugin", "-p", "lmcache_conformance.plugin"]
         words += [f"--lmcache-report={self._report}", "--lmcache-resume"]
         words += ["-o", f"faulthandler_timeout={max(1.0, self._limits.test * 0.9):g}"]
         environment = {
             **os.environ,
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # other people's plugins reorder, repeat, parallelise: not here
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # other installed plugins may reorder, repeat or parallelise tests
             "PYTEST_ADDOPTS": "",
             "HYPOTHESIS_STORAGE_DIRECTORY": str(self._storage),
             "PYTHONPATH": _python_path(),
@@ -163,7 +163,7 @@ class _Attempt:
             )
 
     def _watch(self, process: subprocess.Popen[bytes]) -> str:
-        """Wait for the end; returns why it was cut short, or nothing."""
+        """Waits for the process to end. Returns why it has to be killed, or an empty string."""
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL_S)
@@ -177,7 +177,7 @@ class _Attempt:
                 return f"it hung: no end within {limit:g} s"
 
     def _read(self) -> None:
-        """Take in the whole lines that were added to the report."""
+        """Processes the complete lines added to the report file since the last call."""
         if not self._report.exists():
             return
         with self._report.open("rb") as file:
@@ -186,9 +186,9 @@ class _Attempt:
         whole = added[: added.rfind(b"\n") + 1]
         self._position += len(whole)
         for line in whole.splitlines():
-            self._take(decode(line))
+            self._handle(decode(line))
 
-    def _take(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         self._since = time.monotonic()
         if isinstance(event, Began):
             self._began = True
@@ -202,8 +202,8 @@ class _Attempt:
             self._ended = event
         self._progress(self._row, event)
 
-    def _settle(self, status: int) -> None:
-        """pytest's own word on how it went."""
+    def _finish(self, status: int) -> None:
+        """Interprets pytest's exit status."""
         if status in (0, 1):
             return
         if status == _NO_TESTS:
@@ -213,7 +213,8 @@ class _Attempt:
         if not any(r.outcome == "failed" for r in self._row.results):
             self._row.problem = f"pytest ended with exit status {status}\n{self._tail()}"
 
-    def _blame(self, test: Started, why: str) -> None:
+    def _record_failure(self, test: Started, why: str) -> None:
+        """Records that the running test crashed or hung."""
         result = TestResult(
             nodeid=test.nodeid,
             level=test.level,
@@ -225,19 +226,19 @@ class _Attempt:
             seed=test.seed,
             by_assertion="hung" in why,
         )
-        self._take(result)
+        self._handle(result)
 
     def _tail(self) -> str:
         return self._output.read_bytes().decode(errors="replace")[-_TAIL_CHARS:]
 
 
 def run_jobs(jobs: Sequence[Job], limits: Limits, *, progress: Progress = lambda row, event: None) -> list[RowResult]:
-    """One after the other: engines want all cores, and each other's noise would look like hangs."""
+    """Runs jobs one after the other: engines use all cores, so that parallel jobs could run into time limits."""
     return [run_job(job, limits, progress=progress) for job in jobs]
 
 
 def _python_path() -> str:
-    """Children find this package where we were imported from, installed or not."""
+    """Returns a PYTHONPATH on which children find this package even if it is not installed."""
     here = str(Path(__file__).parents[2])
     before = os.environ.get("PYTHONPATH")
     return f"{before}{os.pathsep}{here}" if before else here

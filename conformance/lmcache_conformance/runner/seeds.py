@@ -1,4 +1,4 @@
-"""Makes what Hypothesis draws depend on a known seed alone, so that a failure's command repeats it exactly."""
+"""Makes Hypothesis' draws depend only on a known seed, so that the reproduction command repeats a failure exactly."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _SEED = pytest.StashKey[int]()
 
 
 def seed_of(item: pytest.Item) -> int | None:
-    """The seed of a test of ours; None of any other."""
+    """Returns the seed of a test of the suite; None for any other test."""
     return item.stash.get(_SEED, None)
 
 
 @contextmanager
 def known_seed(item: pytest.Item) -> Iterator[None]:
-    """While a test runs: the number given by `--hypothesis-seed`, or a random one that the report will name."""
+    """Seeds a test with the number given by `--hypothesis-seed`, or with a random one, which is shown in the report."""
     given = str(getattr(item.config.option, "hypothesis_seed", None))
-    # Hypothesis takes any text as a seed; a seed that is none we cannot hand to tests that draw without it.
+    # Hypothesis accepts any text as a seed, but tests that draw without Hypothesis need a number.
     item.stash[_SEED] = int(given) if given.isdigit() else random.SystemRandom().randrange(2**32)
     with _seeded(item.stash[_SEED]), _without_local_constants():
         yield
@@ -30,7 +30,7 @@ def known_seed(item: pytest.Item) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """What `--hypothesis-seed` does, for one test."""
+    """Has the effect of `--hypothesis-seed` for one test."""
     core: Any = sys.modules.get("hypothesis.core")
     before = getattr(core, "global_force_seed", None)
     if core is None or before is not None:
@@ -45,7 +45,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _without_local_constants() -> Iterator[None]:
-    """Hypothesis also draws constants that it finds in the source of whatever happens to be imported: not repeatable."""
+    """Disables Hypothesis' drawing of constants from the source of imported modules, which is not reproducible."""
     providers: Any = sys.modules.get("hypothesis.internal.conjecture.providers")
     names = ("_get_local_constants", "Constants", "CONSTANTS_CACHE")
     if providers is None or not all(hasattr(providers, name) for name in names):

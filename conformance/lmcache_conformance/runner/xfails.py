@@ -1,10 +1,10 @@
-"""Known failures: a file of tests that are expected to fail, each with a link to the issue where that is discussed.
+"""Known failures: a file of tests that are expected to fail, each with a link to its issue.
 
-    # what part of a test's id               where it is discussed
+    # part of the test's id                  link to the issue
     TestMyTier::test_full_disk               https://github.com/me/mine/issues/7   # until the next release
     TestMyTier::test_ranges[big]             https://github.com/me/mine/issues/9
 
-They are strict: a test that is listed and passes is a failure, so that the file can't outlive the bugs.
+They are strict: a listed test that passes is a failure, so that entries of fixed bugs get removed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LINE = re.compile(r"(?P<part>[^#\s][^#]*?)\s+(?P<link>https?://\S+)(?:\s+#\s*(?
 
 
 class XfailError(ValueError):
-    """A line of the file is not understood; says which and what a line looks like."""
+    """A line of the file is malformed. The message names it and shows the format."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Xfail:
 
     @property
     def reason(self) -> str:
-        """For the report."""
+        """The reason shown in the report."""
         return f"{self.why} ({self.link})" if self.why else self.link
 
 
 def parse_xfails(text: str, source: str = "xfails") -> list[Xfail]:
-    """Parse the file's text.
+    """Parses the file's text.
 
     Raises:
-        XfailError: a line without a link, or with something after the link that is no comment.
+        XfailError: a line has no link, or something other than a comment after the link.
     """
     found = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -56,7 +56,7 @@ def parse_xfails(text: str, source: str = "xfails") -> list[Xfail]:
 
 
 def read_xfails(path: Path) -> list[Xfail]:
-    """Read the file at `path`. Raises `XfailError` also when it cannot be read."""
+    """Reads and parses the file at `path`. Raises `XfailError` also if it cannot be read."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,1 +1,1 @@
-"""The tests that third parties subclass: caches, tiers, layouts, names, indexes, kernels, engines across engines."""
+"""The test suites that third parties subclass: caches, tiers, layouts, keys, indexes, kernels, cross-engine sharing."""

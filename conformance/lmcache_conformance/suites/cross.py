@@ -1,13 +1,13 @@
-"""Level `approximate`: KV that one engine has written is read by another one of equal spec, which opted into that.
+"""Level `approximate`: one engine writes KV, another one with an equal spec and `share="semantic"` reads it.
 
-Subclass and name two adapters, or two ways to run one:
+Subclass and name two adapters, or two configurations of one:
 
     class TestHFReadsVLLM(CrossTests):
         writer = Side("vllm")
         reader = Side("hf")
 
-With `share="semantic"` the writer's bytes are what the reader is given, exactly; its answers are then its own, up to
-rounding: the same tokens in float32, and log-probs within the bound that both adapters declare. Without, it is a clean miss.
+With `share="semantic"` the reader loads exactly the writer's bytes; its responses then equal its own up to rounding: the same
+tokens in float32, and log-probs within the bound that both adapters declare. Without it, every lookup is a clean miss.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CrossTests(EngineBase):
 
     @pytest.fixture
     def sides(self, bench: Bench) -> tuple[Bench, Bench]:
-        """Workbenches of writer and reader."""
+        """The test benches of writer and reader."""
         reason = find_adapter(self.writer.adapter).why_not()
         if reason is not None:
             pytest.skip(f"the writer is not installed here: {reason}")
@@ -85,35 +85,35 @@ class CrossTests(EngineBase):
                 got = engine.ask(request)
                 whole = reader.whole(len(prompt) - 1)
                 assert got.hit == whole, (
-                    f"prompt {number + 1}: {dict(got.cached)} of the writer's {whole} tokens are a hit"
+                    f"prompt {number + 1}: a hit of {dict(got.cached)}, not of the writer's {whole} tokens"
                 )
                 own = reader.cold().recompute(request)
-                same_tokens(got, own, f"prompt {number + 1}, on the writer's KV against its own")
+                same_tokens(got, own, f"prompt {number + 1}, on the writer's KV")
                 worst = max(worst, distance(got, own))
-        assert worst <= bound, f"log-probs move by {worst:.3g}, the adapters declare a bound of {bound:g}"
-        assert any(got.logprob), "no log-probs are reported: the bound cannot be held"
+        assert worst <= bound, f"log-probs differ by {worst:.3g}, the adapters declare a bound of {bound:g}"
+        assert any(got.logprob), "no log-probs are reported: the bound cannot be checked"
 
     @level(Level.APPROXIMATE)
     @requires("semantic")
     @on("llama", exact_only=True)
     def test_what_the_reader_finds_are_the_writers_bytes(self, sides: tuple[Bench, Bench]) -> None:
-        """Files are as the writer left them, and the reader adds none for what was there."""
+        """The reader leaves the writer's files unchanged and adds none for KV that was already stored."""
         writer, reader = sides
         prompt = reader.chunks(6, more=0)
         disk = reader.new_folder("semantic")
         history = self._write(writer, disk, [prompt], "semantic", new=1)
         before = {path: path.read_bytes() for path in object_files(disk)}
-        assert before, "the writer has written nothing"
+        assert before, "the writer has written no files"
         with self._open(reader, disk, "semantic", history) as engine:
             got = engine.ask(prompt, max_new_tokens=1)
             engine.flush()
             assert got.hit > 0, "no hit"
         after = {path: path.read_bytes() for path in object_files(disk)}
         for path, data in before.items():
-            assert after.get(path) == data, f"{path.name} changed while it was only read"
+            assert after.get(path) == data, f"{path.name} changed although it was only read"
             assert problem_of(path) is None
         more = len(after) - len(before)
-        assert not more, f"the reader calls the same KV otherwise: it has added {more} files of its own"
+        assert not more, f"the reader uses other keys for the same KV: it has added {more} files"
 
     @level(Level.APPROXIMATE)
     @requires("semantic")
@@ -125,7 +125,7 @@ class CrossTests(EngineBase):
         history = self._write(writer, disk, [prompt], "exact")
         with self._open(reader, disk, "exact", history) as engine:
             got = engine.ask(prompt)
-            assert got.hit == 0, f"a hit of {dict(got.cached)} on another engine's KV, and nobody asked for that"
+            assert got.hit == 0, f"a hit of {dict(got.cached)} on another engine's KV without semantic sharing"
             same_tokens(got, reader.cold().recompute(prompt), "after the miss")
 
     def _write(self, bench: Bench, disk: Path, prompts: list[tuple[int, ...]], share: str, new: int = NEW) -> History:
@@ -142,12 +142,12 @@ class CrossTests(EngineBase):
             dram_bytes="64MiB",
             disk_path=str(disk),
             share=share,
-            model_identity=f"conformance/{bench.case.model}",  # each engine sees the weights in its own way
+            model_identity=f"conformance/{bench.case.model}",  # engines would derive different identities from the weights
         )
 
 
 def distance(got: Response, own: Response) -> float:
-    """The largest |Δ log-prob| of the tokens taken; both took the same ones."""
+    """Returns the largest |Δ log-prob| of the sampled tokens, which must be the same in both responses."""
     return max((abs(a - b) for a, b in zip(got.logprob, own.logprob, strict=True)), default=0.0)
 
 

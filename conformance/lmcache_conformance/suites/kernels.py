@@ -1,4 +1,4 @@
-"""What a pair of movers must do: equal naive arithmetic, byte for byte, and touch nothing else.
+"""The contract of the two copy kernels: equal to naive arithmetic, byte for byte, and no other byte changes.
 
     class TestMyKernels(KernelTests):
         device = "cuda"
@@ -6,8 +6,8 @@
         def take(self, source, index, out): ...
         def put(self, target, index, source, partial): ...
 
-`take` is `out[i] = source[index[i]]`, `put` is `target[index[i]] = source[i]` over strided views of integers, as
-`lmcache_kernels.take_rows` and `put_rows` have it. The oracle is a loop over single bytes.
+`take` is `out[i] = source[index[i]]`, `put` is `target[index[i]] = source[i]`, over strided views of integers, like
+`lmcache_kernels.take_rows` and `put_rows`. The oracle is a loop over single bytes.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from lmcache_kernels import Digits, Rows, all_rows, put_rows, take_rows, view
 
 @dataclass(frozen=True)
 class Shape:
-    """One copy, as a kernel sees it.
+    """One copy between a paged and a dense side.
 
     Attributes:
-        width: bytes per element moved.
+        width: bytes per copied element.
         row: loops (size, stride in bytes) inside a row of the paged side, innermost contiguous.
         back: the same loops in the dense side.
-        rows: (offset, distance) of the rows of the paged side.
+        rows: (offset, stride) of the rows of the paged side, in bytes.
         lead: loops over the rows of the dense side.
-        dense: offset in the dense side.
+        dense: offset in the dense side, in bytes.
     """
 
     width: int
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def count(self) -> int:
-        """Rows moved."""
+        """Number of rows copied."""
         out = 1
         for size, _ in self.lead:
             out *= size
@@ -57,11 +57,11 @@ class Shape:
 
 
 def run_of(width: int, elements: int) -> tuple[int, int]:
-    """A contiguous loop of so many elements."""
+    """Returns a contiguous loop over so many elements."""
     return (width * elements, 1)
 
 
-# As engines have them: a page as one run; a token of a head-first page; K of a packed page; a transposed K, element by element.
+# Copies as in engines: a page as one run; a token of a head-first page; K of a packed page; a transposed K, element by element.
 ENGINES = {
     "whole pages": Shape(16, (run_of(16, 4),), (run_of(16, 4),), (0, 64), ((3, 64),), 0),
     "token by token": Shape(8, ((2, 64), run_of(8, 2)), ((2, 16), run_of(8, 2)), (0, 16), ((8, 32),), 0),
@@ -76,7 +76,7 @@ ENGINES = {
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    """Any regular copy whose rows do not overlap."""
+    """Draws any regular copy whose rows do not overlap."""
     width = draw(st.sampled_from([1, 2, 4, 8, 16]))
     sizes = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(0, 2)))]
     run = draw(st.integers(1, 5)) * width
@@ -107,14 +107,14 @@ class KernelTests:
 
     device: str = "cpu"
     examples: int = 100
-    """Random shapes tried."""
+    """Number of random shapes."""
 
     def take(self, source: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
-        """`out[i] = source[index[i]]`; `index` int64 of any shape, in range, may repeat."""
+        """`out[i] = source[index[i]]`; `index`: int64, any shape, in range, may contain duplicates."""
         take_rows(source, index, out)
 
     def put(self, target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, partial: bool) -> None:
-        """`target[index[i]] = source[i]`; indices distinct; with `partial`, negative ones are skipped."""
+        """`target[index[i]] = source[i]`; indices are distinct; with `partial`, negative ones are skipped."""
         put_rows(target, index, source, partial=partial)
 
     # ---------------------------------------------------------------- bytes
@@ -136,7 +136,7 @@ class KernelTests:
 
     @level(Level.BYTES)
     def test_every_bit_pattern_of_two_bytes_survives(self) -> None:
-        """Every bf16 and fp16 there is: NaN payloads, −0, denormals, infinities."""
+        """All bf16 and fp16 values: NaN payloads, −0, denormals, infinities."""
         every = torch.arange(65536, dtype=torch.int32).to(torch.int16).to(self.device)
         index = torch.randperm(4096, generator=torch.Generator().manual_seed(1)).to(self.device)
         out = torch.zeros(4096, 16, dtype=torch.int16, device=self.device)
@@ -148,14 +148,14 @@ class KernelTests:
 
     @level(Level.BYTES)
     def test_rows_far_apart_are_found(self) -> None:
-        """Offsets beyond 2³¹ bytes, in memory that is touched in a few places only."""
+        """Offsets beyond 2³¹ bytes, in memory of which only a few pages are touched."""
         if self.device != "cpu":
-            pytest.skip("three gigabytes of address space are taken on the host only")
+            pytest.skip("needs three gigabytes of address space: on the CPU only")
         stride, rows = 1 << 29, 6
         try:
             memory = torch.empty((rows - 1) * stride + 64, dtype=torch.uint8)
         except RuntimeError as error:
-            pytest.skip(f"no address space: {error}")
+            pytest.skip(f"not enough address space: {error}")
         source = view(memory, Rows(0, stride, ((64, 1),)), ((rows, stride),), 8)
         for row in range(rows):
             memory[row * stride : row * stride + 64] = torch.arange(64, dtype=torch.uint8) + row
@@ -188,7 +188,7 @@ class KernelTests:
         self._check_put(shape, paged, dense, holes, partial=True)
 
     def _memory(self, shape: Shape, available: int, rng: random.Random) -> tuple[bytearray, bytearray]:
-        """Random bytes for both sides, with a margin that nobody may touch."""
+        """Returns random bytes for both sides, with a margin that must not change."""
         margin = 16
         reach = sum((size - 1) * stride for size, stride in shape.row) + 1
         paged = shape.rows[0] + (available - 1) * shape.rows[1] + reach
@@ -202,7 +202,7 @@ class KernelTests:
         b = torch.frombuffer(bytearray(dense), dtype=torch.uint8).to(self.device)
         rows = Rows(shape.rows[0], shape.rows[1], shape.row)
         width = shape.width
-        # Views of wide elements need everything to be a multiple of the width, as the caller of a kernel sees to.
+        # Views of wide elements need every offset and stride to be a multiple of the width; a kernel's caller ensures this.
         while width > 1 and any(n % width for n in (*shape.rows, *(s for _, s in (*shape.row[:-1], *shape.lead)))):
             width //= 2
         return a, b, all_rows(a, rows, width), view(b, Rows(shape.dense, 1, shape.back), shape.lead, width)
@@ -232,7 +232,7 @@ class KernelTests:
 
 
 def _bytes(shape: Shape, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(offset on the paged side, offset on the dense side) of every byte that moves."""
+    """Yields (offset on the paged side, offset on the dense side) of every copied byte."""
     leads = [range(size) for size, _ in shape.lead]
     inside = [range(size) for size, _ in shape.row]
     for number, lead in zip(numbers, itertools.product(*leads), strict=True):
@@ -250,4 +250,4 @@ def _same(got: torch.Tensor, wanted: bytearray, case: str) -> None:
     found = bytes(got.cpu().numpy())
     if found != wanted:
         at = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-        raise AssertionError(f"{case}: byte {at} is {found[at]}, naive arithmetic says {wanted[at]}")
+        raise AssertionError(f"{case}: byte {at} is {found[at]}, not {wanted[at]} as by naive arithmetic")

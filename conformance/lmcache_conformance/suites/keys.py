@@ -1,7 +1,7 @@
-"""What names must do: whatever changes values changes the name, and nothing else does.
+"""The contract of keys: whatever changes KV values changes the key, and nothing else does.
 
-Subclass `KeyTests` and replace `namespace`, `chain` or `object_id` with the functions your adapter uses, if it brings its
-own. Nothing here knows how a name is made.
+Subclass `KeyTests` and override `namespace`, `chain` or `object_id` with your adapter's functions, if it has its own. The
+tests do not depend on how a key is computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lmcache.errors import TokenError
 from lmcache.keys import Extra, Name, ObjectId, as_tokens, chain_of, namespace_of
 from lmcache.spec import HitRule, KVSpec, LayerGroup, Numerics, Plane, Rect, trailing
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.elsewhere import elsewhere
+from lmcache_conformance.labs.fresh_interpreter import in_new_process
 from lmcache_conformance.runner.marks import level, requires
 
 CHUNK = 16
@@ -34,11 +34,11 @@ SPEC = KVSpec.uniform(
 
 
 class KeyCapabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What a way of naming claims.
+    """What a key scheme supports.
 
     Attributes:
-        images: names cover the digests of images and the like.
-        semantic: `share="semantic"` leaves the numerics out.
+        images: keys cover the digests of images and other multi-modal inputs.
+        semantic: `share="semantic"` leaves the numerics out of the key.
     """
 
     images: bool = True
@@ -46,7 +46,7 @@ class KeyCapabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeyTests:
-    """The contract of names."""
+    """The contract of keys."""
 
     capabilities: KeyCapabilities = KeyCapabilities()
 
@@ -60,7 +60,7 @@ class KeyTests:
         weights_version: str = "",
         share: str = "exact",
     ) -> bytes:
-        """The name of everything that decides values beside the tokens."""
+        """Returns the digest of everything except the tokens that determines KV values."""
         return namespace_of(
             spec,
             chunk_tokens=chunk_tokens,
@@ -73,21 +73,21 @@ class KeyTests:
     def chain(
         self, namespace: bytes, tokens: Any, chunk_tokens: int = CHUNK, extras: Sequence[Extra] = ()
     ) -> Sequence[bytes]:
-        """One digest per whole chunk of `tokens`, of any integer type."""
+        """Returns one digest per whole chunk of `tokens`, which may be of any integer type."""
         return chain_of(namespace, as_tokens(tokens), chunk_tokens, extras).digests
 
     def object_id(self, name: Name, rect: Rect) -> ObjectId:
-        """What the rank that holds `rect` calls an object."""
+        """Returns the object id of the part of a chunk that the rank with `rect` holds."""
         return ObjectId.of(name, rect)
 
-    # ---------------------------------------------------------------- what decides values decides the name
+    # ---------------------------------------------------------------- what the key covers
 
     @level(Level.KEYS)
     @pytest.mark.parametrize("what", ["salt", "lora", "weights_version"])
-    def test_tenant_lora_and_weights_change_the_name(self, what: str) -> None:
+    def test_tenant_lora_and_weights_change_the_key(self, what: str) -> None:
         values = ["", "a", "b", "A", "a ", "a" * 100, "a" * 99 + "b", "\0", "é"]
         names = {self.namespace(SPEC, **{what: value}) for value in values}  # type: ignore[arg-type]
-        assert len(names) == len(values), f"{what} is not, or not wholly, part of the name"
+        assert len(names) == len(values), f"{what} is not, or not entirely, part of the key"
 
     @level(Level.KEYS)
     def test_fields_do_not_flow_into_each_other(self) -> None:
@@ -100,13 +100,13 @@ class KeyTests:
             self.namespace(SPEC, salt="a\0", lora="b"),
             self.namespace(SPEC, salt="a", lora="\0b"),
         ]
-        assert len(set(names)) == len(names), "two different sets of fields have one name"
+        assert len(set(names)) == len(names), "two different sets of fields have the same key"
 
     @level(Level.KEYS)
     @pytest.mark.parametrize(
         "what", ["model", "dtype", "fp8", "head_dim", "kv_heads", "layers", "planes", "rule", "chunk"]
     )
-    def test_what_the_kv_is_changes_the_name(self, what: str) -> None:
+    def test_the_format_of_the_kv_changes_the_key(self, what: str) -> None:
         def group(**change: Any) -> KVSpec:
             return msgspec.structs.replace(SPEC, groups=(msgspec.structs.replace(SPEC.groups[0], **change),))
 
@@ -127,7 +127,7 @@ class KeyTests:
             "chunk": lambda: [self.namespace(SPEC, chunk_tokens=n) for n in (8, 32)],
         }
         names = [self.namespace(SPEC), *variants[what]()]
-        assert len(set(names)) == len(names), f"{what} is not part of the name"
+        assert len(set(names)) == len(names), f"{what} is not part of the key"
 
     @level(Level.KEYS)
     @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ class KeyTests:
             ("extra", (("threads", "2"),)),
         ],
     )
-    def test_numerics_change_the_name(self, field: str, value: Any) -> None:
+    def test_numerics_change_the_key(self, field: str, value: Any) -> None:
         other = msgspec.structs.replace(SPEC, numerics=msgspec.structs.replace(SPEC.numerics, **{field: value}))
-        assert self.namespace(other) != self.namespace(SPEC), f"numerics.{field} is not part of the name"
+        assert self.namespace(other) != self.namespace(SPEC), f"numerics.{field} is not part of the key"
 
     @level(Level.KEYS)
     @requires("semantic")
@@ -159,7 +159,7 @@ class KeyTests:
 
     @level(Level.KEYS)
     def test_each_ranks_part_has_its_own_id(self) -> None:
-        """Tensor, pipeline and context parallel ranks hold other bytes of the same chunk."""
+        """Tensor, pipeline and context parallel ranks hold different bytes of the same chunk."""
         chain = self.chain(self.namespace(SPEC), range(CHUNK))
         name = Name(self.namespace(SPEC), chain[0], 0, CHUNK, 0)
         rects = [SPEC.shard(tp_rank=rank, tp_size=4).rects[0] for rank in range(4)]
@@ -167,14 +167,14 @@ class KeyTests:
         rects += [SPEC.shard(layers=layers).rects[0] for layers in ((0, 2), (2, 4))]
         rects.append(SPEC.rects[0])
         ids = {self.object_id(name, rect) for rect in rects}
-        assert len(ids) == len(rects), "two ranks call their parts by one name"
+        assert len(ids) == len(rects), "the parts of two ranks have the same id"
         groups = {self.object_id(name._replace(group=group), SPEC.rects[0]) for group in range(3)}
-        assert len(groups) == 3, "two layer groups call their parts by one name"
+        assert len(groups) == 3, "the parts of two layer groups have the same id"
 
     @level(Level.KEYS)
     def test_ranks_agree_about_the_chain(self) -> None:
         names = {self.namespace(SPEC.shard(tp_rank=rank, tp_size=2)) for rank in range(2)}
-        assert names == {self.namespace(SPEC)}, "ranks of one model do not agree about its names"
+        assert names == {self.namespace(SPEC)}, "ranks of one model compute different keys"
 
     # ---------------------------------------------------------------- tokens
 
@@ -182,29 +182,29 @@ class KeyTests:
     def test_a_digest_covers_every_token_up_to_its_end_and_none_after(self) -> None:
         tokens = list(range(1000, 1000 + 5 * CHUNK + 3))
         plain = self.chain(self.namespace(SPEC), tokens)
-        assert len(plain) == 5, "one digest per whole chunk, none for a tail"
+        assert len(plain) == 5, "there must be one digest per whole chunk, and none for the tail"
         assert len(set(plain)) == 5
         for at in range(len(tokens)):
             changed = list(tokens)
             changed[at] ^= 1
             other = self.chain(self.namespace(SPEC), changed)
             first = at // CHUNK
-            assert list(other[:first]) == list(plain[:first]), f"token {at} changes names before it"
-            assert not set(other[first:]) & set(plain[first:]), f"token {at} is not covered by every name after it"
+            assert list(other[:first]) == list(plain[:first]), f"token {at} changes the digests of chunks before it"
+            assert not set(other[first:]) & set(plain[first:]), f"token {at} is not covered by every digest after it"
 
     @level(Level.KEYS)
-    def test_names_belong_to_prefixes_not_to_suffixes_or_bags_of_tokens(self) -> None:
+    def test_keys_depend_on_the_whole_prefix_and_its_order(self) -> None:
         name = self.namespace(SPEC)
         first, second = list(range(CHUNK)), list(range(500, 500 + CHUNK))
         forth, back = self.chain(name, first + second), self.chain(name, second + first)
-        assert not set(forth) & set(back), "the same chunk behind another prefix is another object"
+        assert not set(forth) & set(back), "a chunk has the same digest after another prefix"
         assert not set(self.chain(name, first * 3)[1:]) & set(self.chain(name, first)), (
-            "a repeated chunk is another object"
+            "a repeated chunk has the same digest as its first occurrence"
         )
         assert list(self.chain(name, first + second)[:1]) == list(self.chain(name, first))
 
     @level(Level.KEYS)
-    def test_large_token_ids_are_told_apart(self) -> None:
+    def test_large_token_ids_are_distinguished(self) -> None:
         name = self.namespace(SPEC)
         ids = [0, 1, 255, 256, 65_535, 65_536, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
         assert len({self.chain(name, [token] * CHUNK)[0] for token in ids}) == len(ids)
@@ -216,7 +216,7 @@ class KeyTests:
         assert not set(one) & set(other), "another tenant's chunks have the same digests"
 
     @level(Level.KEYS)
-    def test_every_kind_of_integers_gives_the_same_names(self) -> None:
+    def test_every_kind_of_integers_gives_the_same_keys(self) -> None:
         tokens = list(range(40))
         wanted = list(self.chain(self.namespace(SPEC), tokens))
         forms: Mapping[str, Any] = {
@@ -232,16 +232,16 @@ class KeyTests:
             "numpy integers": [np.int64(token) for token in tokens],
         }
         for form, value in forms.items():
-            assert list(self.chain(self.namespace(SPEC), value)) == wanted, f"{form}: other names than a list has"
+            assert list(self.chain(self.namespace(SPEC), value)) == wanted, f"{form}: other digests than for a list"
 
     @level(Level.KEYS)
     @pytest.mark.parametrize("bad", [[1, -1], [2**32], [1.5], "text", [[1]], [None]], ids=str)
-    def test_what_are_not_token_ids_is_refused(self, bad: Any) -> None:
+    def test_invalid_token_ids_are_refused(self, bad: Any) -> None:
         try:
             got = self.chain(self.namespace(SPEC), bad)
         except TokenError:
             return
-        raise AssertionError(f"{bad!r} was given names: {got}")
+        raise AssertionError(f"{bad!r} was accepted as token ids: {got}")
 
     # ---------------------------------------------------------------- images
 
@@ -255,11 +255,13 @@ class KeyTests:
         for at in range(len(digest)):
             other = digest[:at] + bytes([digest[at] ^ 1]) + digest[at + 1 :]
             seen.add(tuple(self.chain(name, tokens, extras=[Extra(3, 4, other)])))
-        assert len(seen) == 1 + len(digest), f"{33 - len(seen)} of 32 changed bytes of an image's digest went unnoticed"
+        assert len(seen) == 1 + len(digest), (
+            f"{33 - len(seen)} of 32 bytes of an image's digest are not part of the key"
+        )
 
     @level(Level.KEYS)
     @requires("images")
-    def test_an_image_changes_the_chunks_from_where_it_stands_and_none_before(self) -> None:
+    def test_an_image_changes_the_digests_from_its_position_on(self) -> None:
         tokens, name = list(range(4 * CHUNK)), self.namespace(SPEC)
         at = CHUNK + 4
         plain = list(self.chain(name, tokens))
@@ -272,10 +274,10 @@ class KeyTests:
         }
         chains = {what: list(self.chain(name, tokens, extras=extras)) for what, extras in variants.items()}
         for what, chain in chains.items():
-            assert chain[:1] == plain[:1], f"{what}: the names before the image changed"
-            assert not set(chain[1:]) & set(plain[1:]), f"{what}: an image went unnoticed"
+            assert chain[:1] == plain[:1], f"{what}: the digests before the image changed"
+            assert not set(chain[1:]) & set(plain[1:]), f"{what}: the image does not change the digests after it"
         last = {chain[-1] for chain in chains.values()}
-        assert len(last) == len(chains), "two different uses of images have one name"
+        assert len(last) == len(chains), "two different uses of images have the same digest"
 
     @level(Level.KEYS)
     @requires("images")
@@ -285,21 +287,21 @@ class KeyTests:
                 self.chain(self.namespace(SPEC), range(CHUNK), extras=[Extra(0, 4, digest)])
             except TokenError:
                 continue
-            raise AssertionError(f"a digest of {len(digest)} bytes was taken; short hashes collide")
+            raise AssertionError(f"a digest of {len(digest)} bytes was accepted; short hashes collide")
 
-    # ---------------------------------------------------------------- the same everywhere
+    # ---------------------------------------------------------------- other processes
 
     @level(Level.KEYS)
-    def test_names_are_the_same_in_another_process(self) -> None:
-        """Another hash seed, other addresses, another start time."""
+    def test_keys_are_the_same_in_another_process(self) -> None:
+        """The other process has another hash seed, other addresses and another start time."""
         here = self.names()
-        assert self.names() == here, "names differ between two calls in one process"
-        there = elsewhere(self, "names")
+        assert self.names() == here, "keys differ between two calls in one process"
+        there = in_new_process(self, "names")
         wrong = [case for case in here if there.get(case) != here[case]]
-        assert not wrong, f"another process has other names for: {', '.join(wrong)}"
+        assert not wrong, f"another process computes other keys for: {', '.join(wrong)}"
 
     def names(self) -> dict[str, list[str]]:
-        """Names of many things, by case. Runs here and in another process."""
+        """Returns keys of many cases, by case. Runs in this process and in another one."""
         planes = (Plane("k", "float16", 32), Plane("v", "float16", 32))
         groups = (LayerGroup("full", (0, 2), planes, 2), LayerGroup("sliding", (1, 3), planes, 2, trailing(511)))
         hybrid = KVSpec.of_groups("hybrid", groups, Numerics(engine="e"))

@@ -1,11 +1,11 @@
-"""What a layout must prove: that gather, scatter and translate touch exactly the bytes the engine itself would.
+"""The contract of a layout: gather, scatter and translate access exactly the bytes that the engine itself would.
 
     class TestMyEnginesLayout(LayoutTests):
         def make(self, variant):
-            return MyMemory(...)  # an `EngineMemory`: tensors, their axes, and your own way to one token
+            return MyMemory(...)  # an `EngineMemory`: tensors, their axes, and your own access to one token
 
-The oracle is your engine's own arithmetic, one token at a time; nothing of `lmcache.layout` is used to judge
-`lmcache.layout`. Memory is filled with random *bits*, so NaN payloads, −0, infinities and denormals are all there.
+The oracle is your engine's own index arithmetic, one token at a time; `lmcache.layout` is not used to judge itself. Memory
+is filled with random *bits*, so that NaN payloads, −0, infinities and denormals all occur.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from lmcache_conformance.runner.marks import level
 
 
 class EngineMemory(Protocol):
-    """An engine's KV memory with one layer group, and the engine's own way to one token of it.
+    """An engine's KV memory with one layer group, and the engine's own access to single tokens.
 
     Attributes:
-        axes: the axis string, or one per plane: what is to be proven.
-        block_tokens: tokens per page, None where pages are a dimension of the tensors.
-        spec: one layer group.
-        tensors: what `PagedKV` takes.
+        axes: the axis string under test, or one per plane.
+        block_tokens: tokens per page; None if pages are a dimension of the tensors.
+        spec: has one layer group.
+        tensors: as passed to `PagedKV`.
     """
 
     axes: str | Mapping[str, str]
@@ -44,21 +44,21 @@ class EngineMemory(Protocol):
     tensors: Any
 
     def read_token(self, plane: str, layer: int, slot: int) -> torch.Tensor:
-        """`(kv heads, elements)` of one token, read by indexing the tensors."""
+        """Returns `(kv heads, elements)` of one token, read by indexing the tensors."""
         ...
 
     def write_token(self, plane: str, layer: int, slot: int, values: torch.Tensor) -> None:
-        """Write `(kv heads, elements)` of one token, in the plane's dtype, as the engine does."""
+        """Writes `(kv heads, elements)` of one token, in the plane's dtype, as the engine does."""
         ...
 
 
 class Memory:
-    """An `EngineMemory` with what the tests need around it. The only way to its bytes is the engine's own."""
+    """An `EngineMemory` filled with random bits, and helpers for the tests. Tokens are accessed only through the engine."""
 
     def __init__(self, engine: EngineMemory, seed: int) -> None:
         self.engine = engine
         self.spec = engine.spec
-        self.storages = _storages(engine.tensors)
+        self.storages = storages(engine.tensors)
         generator = torch.Generator().manual_seed(seed)
         for storage in self.storages:
             storage.copy_(torch.randint(0, 256, storage.shape, generator=generator, dtype=torch.uint8))
@@ -68,12 +68,12 @@ class Memory:
         self.block = self.bound.block_tokens(0)
         paged = 1 < self.block <= 64 and self.slots // self.block >= 4
         self.tokens = 2 * self.block if paged and not self.bound.groups[0].runs else 8
-        """Tokens of an object."""
+        """Tokens per object."""
         self.objects = max(1, min(3, self.slots // self.tokens - 1))
-        """How many objects fit, so that other slots remain."""
+        """Number of objects that fit while leaving other slots unused."""
 
     def canonical(self, slots: torch.Tensor, layers: Sequence[int] | None = None) -> torch.Tensor:
-        """The canonical bytes of one object of these slots, token by token."""
+        """Returns the canonical bytes of one object of these slots, token by token."""
         parts = []
         for plane in self.spec.groups[0].planes:
             for layer in range(self._layers) if layers is None else layers:
@@ -82,7 +82,7 @@ class Memory:
         return torch.cat(parts)
 
     def write(self, slots: torch.Tensor, canonical: torch.Tensor, layers: Sequence[int] | None = None) -> None:
-        """The opposite; −1 is left out."""
+        """Writes the canonical bytes of one object to these slots; slots of −1 are skipped."""
         at = 0
         heads = self.spec.local_heads(0)
         for plane in self.spec.groups[0].planes:
@@ -95,15 +95,15 @@ class Memory:
                         self.engine.write_token(plane.name, layer, slot, values)
 
     def snapshot(self) -> list[torch.Tensor]:
-        """A copy of every byte."""
+        """Returns a copy of every byte."""
         return [storage.clone() for storage in self.storages]
 
     def same(self, snapshot: Sequence[torch.Tensor]) -> bool:
-        """Whether every byte is as it was."""
+        """Returns whether every byte is as in the snapshot."""
         return all(torch.equal(a, b) for a, b in zip(snapshot, self.storages, strict=True))
 
     def after(self, slots: torch.Tensor, payloads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What every byte is after the engine itself wrote these objects. The memory stays as it is."""
+        """Returns every byte as it would be after the engine itself wrote these objects. Leaves the memory unchanged."""
         before = self.snapshot()
         for mine, payload in zip(slots.view(-1, self.tokens), payloads, strict=True):
             self.write(mine, payload)
@@ -113,7 +113,13 @@ class Memory:
         return wanted
 
     def choose(self, kind: str, count: int, seed: int = 0) -> torch.Tensor:
-        """Slots of `count` tokens: `ordered`, whole `pages` in another order, `scattered`, or `shifted` inside pages."""
+        """Returns a slot mapping of `count` tokens.
+
+        Args:
+            kind: `ordered`; whole `pages` in random order; single slots `scattered`; or `shifted` by one inside pages.
+            count: number of tokens.
+            seed: of the random order.
+        """
         generator = torch.Generator().manual_seed(seed)
         if kind == "ordered":
             return torch.arange(count)
@@ -134,16 +140,16 @@ ORDERS = ("canonical", "native")
 
 
 class LayoutTests:
-    """The contract of a layout. `gather`, `scatter` and `translate` are ours unless a subclass replaces them."""
+    """The contract of a layout. `gather`, `scatter` and `translate` are those of `lmcache.layout` unless overridden."""
 
     variants: tuple[str, ...] = ("",)
-    """What `make` is called with; every test runs for each."""
+    """Arguments for `make`; every test runs once for each."""
 
     misreadings: tuple[str | Mapping[str, str], ...] = ()
-    """Axes that fit the same tensors and say something else: the proof must refuse each."""
+    """Wrong axes that fit the shapes of the same tensors: the proof must reject each."""
 
     def make(self, variant: str) -> EngineMemory:
-        """The engine's memory, fresh in each call: at least 24 slots, and two objects' worth of pages."""
+        """Returns new engine memory, with at least 24 slots and enough pages for two objects."""
         raise NotImplementedError
 
     def gather(
@@ -175,13 +181,13 @@ class LayoutTests:
         translate(src, src_layout, dst, dst_layout)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Each test once per variant."""
+        """Runs each test once per variant."""
         if "variant" in metafunc.fixturenames:
             metafunc.parametrize("variant", self.variants)
 
     @pytest.fixture
     def memory(self, variant: str) -> Memory:
-        """The engine's memory, full of random bits."""
+        """The engine's memory, filled with random bits."""
         return Memory(self.make(variant), seed=1)
 
     # ---------------------------------------------------------------- bytes
@@ -227,11 +233,11 @@ class LayoutTests:
             [payload] = _random(1, canonical.nbytes, seed)
             wanted = memory.after(named, [payload])
             self.scatter([self._as(payload, canonical, layout)], layout, memory.bound, named)
-            assert memory.same(wanted), f"slots {named.tolist()}: other bytes changed than those of the named slots"
+            assert memory.same(wanted), f"slots {named.tolist()}: bytes outside the given slots changed"
 
     @level(Level.BYTES)
     @pytest.mark.parametrize("order", ORDERS)
-    def test_one_layer_at_a_time_is_that_layer_alone(self, memory: Memory, order: str) -> None:
+    def test_copies_of_one_layer_access_that_layer_alone(self, memory: Memory, order: str) -> None:
         slots = memory.choose("pages", memory.tokens, seed=7)
         layout, canonical = self._layouts(memory, order)
         [payload] = _random(1, canonical.nbytes, 0)
@@ -254,11 +260,11 @@ class LayoutTests:
         assert native.nbytes == canonical.nbytes == memory.spec.object_bytes(0, memory.tokens)
         [payload] = _random(1, canonical.nbytes, 0)
         there = self._as(payload, canonical, native)
-        assert torch.equal(torch.sort(there)[0], torch.sort(payload)[0]), "bytes are lost or doubled"
+        assert torch.equal(torch.sort(there)[0], torch.sort(payload)[0]), "bytes are lost or duplicated"
         assert torch.equal(self._as(there, native, canonical), payload)
 
     @level(Level.BYTES)
-    def test_a_native_object_on_a_tier_is_read_by_whoever_wants_canonical_order(self, memory: Memory) -> None:
+    def test_an_object_stored_in_native_order_can_be_read_in_canonical_order(self, memory: Memory) -> None:
         native, canonical = memory.bound.native(0, memory.tokens), self._layouts(memory, "canonical")[1]
         slots = memory.choose("pages", memory.tokens)
         out = torch.empty(native.nbytes, dtype=torch.uint8)
@@ -286,15 +292,17 @@ class LayoutTests:
             "too few": right[:-1],
             "not whole numbers": right.to(torch.float32),
         }
-        twice = {"named twice": torch.cat([right[:-1], right[:1]])}  # as a source that harms nobody
-        missing = {"-1": torch.cat([right[:-1], torch.tensor([-1])])}  # a destination may be left out
+        twice = {"named twice": torch.cat([right[:-1], right[:1]])}  # harmless when gathering
+        missing = {"-1": torch.cat([right[:-1], torch.tensor([-1])])}  # allowed when scattering
         for name, slots in (wrong | twice).items():
-            assert _refused(lambda: self.scatter([payload], layout, memory.bound, slots)), f"scatter took slots {name}"  # noqa: B023
-            assert memory.same(before), f"slots {name} were refused, and written all the same"
+            refused = _refused(lambda: self.scatter([payload], layout, memory.bound, slots))  # noqa: B023
+            assert refused, f"scatter accepted slots {name}"
+            assert memory.same(before), f"slots {name} were refused, but written all the same"
         for name, slots in (wrong | missing).items():
             out = torch.full((layout.nbytes,), 0xAA, dtype=torch.uint8)
-            assert _refused(lambda: self.gather(memory.bound, slots, [out], layout)), f"gather took slots {name}"  # noqa: B023
-            assert bool((out == 0xAA).all()), f"slots {name} were refused, and read all the same"
+            refused = _refused(lambda: self.gather(memory.bound, slots, [out], layout))  # noqa: B023
+            assert refused, f"gather accepted slots {name}"
+            assert bool((out == 0xAA).all()), f"slots {name} were refused, but read all the same"
 
     # ---------------------------------------------------------------- proof
 
@@ -304,18 +312,18 @@ class LayoutTests:
         assert proof.ok, f"not proven: {proof.reason}"
 
     @level(Level.BYTES)
-    def test_another_reading_of_the_same_tensors_is_refused_by_the_proof(self) -> None:
+    def test_the_proof_refuses_wrong_axes_of_the_same_shape(self) -> None:
         if not self.misreadings:
-            pytest.skip("no other axes are named that fit the same tensors")
+            pytest.skip("`misreadings` is empty: there are no other axes for the same tensors")
         for variant in self.variants:
             memory = Memory(self.make(variant), seed=1)
             for axes in self.misreadings:
                 layout = Layout.parse(axes, block_tokens=memory.engine.block_tokens)
                 wrong = PagedKV(memory.engine.tensors, layout).bind(memory.spec)
-                assert not self._prove(memory, wrong).ok, f"{axes!r} was proven, and is not how this memory is laid out"
+                assert not self._prove(memory, wrong).ok, f"{axes!r} was proven, but is not the layout of this memory"
 
     @level(Level.BYTES)
-    def test_layouts_survive_being_described(self, memory: Memory) -> None:
+    def test_layouts_round_trip_through_their_description(self, memory: Memory) -> None:
         layout = Layout.parse(memory.engine.axes, block_tokens=memory.engine.block_tokens)
         assert Layout.from_description(layout.describe()) == layout
         for order in ORDERS:
@@ -363,7 +371,7 @@ class LayoutTests:
         )
 
     def _where(self, memory: Memory, at: int) -> str:
-        """Plane, layer, token, head and element of a canonical byte."""
+        """Returns plane, layer, token, head and element of a canonical byte, in words."""
         layers, heads = len(memory.spec.local_layers(0)), memory.spec.local_heads(0)
         for plane in memory.spec.groups[0].planes:
             shape = (layers, memory.tokens, heads, plane.elems, plane.itemsize)
@@ -380,13 +388,13 @@ class LayoutTests:
 
 
 def _refused(call: Any) -> bool:
-    """Whether a call raises one of our typed errors."""
+    """Returns whether a call raises `SlotError` or `LayoutError`."""
     try:
         call()
     except (SlotError, LayoutError):
         return True
     except LMCacheError as error:
-        raise AssertionError(f"refused, but as {type(error).__name__}: {error}") from error
+        raise AssertionError(f"refused, but with {type(error).__name__}: {error}") from error
     return False
 
 
@@ -399,17 +407,18 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.contiguous().view(torch.uint8)
 
 
-def _storages(tensors: Any) -> list[torch.Tensor]:
-    """Every byte of these tensors' memory, each storage once."""
+def all_tensors(tensors: Any) -> list[torch.Tensor]:
+    """Returns the tensors in nested mappings and sequences, in order."""
+    if isinstance(tensors, torch.Tensor):
+        return [tensors]
+    parts = tensors.values() if isinstance(tensors, Mapping) else tensors
+    return [tensor for part in parts for tensor in all_tensors(part)]
+
+
+def storages(tensors: Any) -> list[torch.Tensor]:
+    """Returns the memory of these tensors as bytes, each storage once."""
     found: dict[int, torch.Tensor] = {}
-
-    def walk(item: Any) -> None:
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            found[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
-            return
-        for part in item.values() if isinstance(item, Mapping) else item:
-            walk(part)
-
-    walk(tensors)
+    for tensor in all_tensors(tensors):
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
     return list(found.values())

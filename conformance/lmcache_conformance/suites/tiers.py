@@ -1,4 +1,4 @@
-"""What every tier must do, as tests. Subclass `TierTests`, say how to open your tier, and run pytest:
+"""The contract of tiers as tests. Subclass `TierTests`, implement `open_tier`, and run pytest:
 
     class TestMyTier(TierTests):
         capabilities = TierCapabilities(persistent=True, bounded=True)
@@ -6,15 +6,15 @@
         def open_tier(self, place, capacity):
             return MyTier(place, capacity)
 
-The suite knows nothing of how a tier works; what a tier can't do it does not claim, and the tests that need it are skipped
-with that reason. Where you offer a way around the tier (`raw_get`, `raw_put`, `raw_files`), the suite uses it as its oracle.
+The suite makes no assumptions about how a tier works. Tests of capabilities that a tier does not claim are skipped with that
+reason. If you implement raw access that bypasses the tier (`raw_get`, `raw_put`, `raw_files`), the suite uses it as its oracle.
 """
 
 from __future__ import annotations
 
-from lmcache_conformance.suites.tierbytes import TierBytesTests
-from lmcache_conformance.suites.tierfactory import TierCapabilities
-from lmcache_conformance.suites.tierfaults import TierFaultTests
+from lmcache_conformance.suites.tier_bytes import TierBytesTests
+from lmcache_conformance.suites.tier_factory import TierCapabilities
+from lmcache_conformance.suites.tier_faults import TierFaultTests
 
 __all__ = ["TierCapabilities", "TierTests"]
 

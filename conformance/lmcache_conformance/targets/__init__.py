@@ -1,1 +1,1 @@
-"""The suites bound to what this package ships: what `lmcache conformance` runs. One target a module."""
+"""The suites applied to this package's own components, as run by `lmcache conformance`. One target per module."""

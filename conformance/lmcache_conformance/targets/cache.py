@@ -1,7 +1,7 @@
-"""The cache itself, from tensors to tensors, and random histories of it."""
+"""The whole cache engine, from tensors to tensors, and random histories of it."""
 
 from lmcache_conformance.suites.cache import CacheTests
-from lmcache_conformance.suites.cachemachine import CacheMachineTests
+from lmcache_conformance.suites.cache_machine import CacheMachineTests
 
 
 class TestCache(CacheTests):

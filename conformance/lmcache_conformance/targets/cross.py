@@ -1,4 +1,4 @@
-"""One engine reads what another one has written, as far as both are here: two numerics of one engine stand in for two."""
+"""One engine reads what another has written. Two attention backends of one engine stand in for two engines."""
 
 from lmcache_conformance.suites.cross import CrossTests, Side
 

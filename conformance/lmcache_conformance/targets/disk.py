@@ -1,6 +1,6 @@
 """The disk tier."""
 
-from lmcache_conformance.labs.ours import DiskTierTests
+from lmcache_conformance.labs.our_tiers import DiskTierTests
 
 
 class TestDisk(DiskTierTests):

@@ -1,4 +1,4 @@
-"""One engine adapter, the one that `--lmcache-adapter` names."""
+"""The engine adapter named by `--lmcache-adapter`."""
 
 from lmcache_conformance.engines import EngineTests
 

@@ -1,7 +1,7 @@
-"""The control plane: what it promises while reports are lost, doubled and late, and random histories of it."""
+"""The control plane: its guarantees while reports are lost, duplicated and late, and random histories of it."""
 
 from lmcache_conformance.suites.index import IndexTests
-from lmcache_conformance.suites.indexmachine import IndexMachineTests
+from lmcache_conformance.suites.index_machine import IndexMachineTests
 
 
 class TestIndex(IndexTests):

@@ -1,4 +1,4 @@
-"""The names of `lmcache.keys`."""
+"""The keys of `lmcache.keys`."""
 
 from lmcache_conformance.suites.keys import KeyTests
 

@@ -1,8 +1,8 @@
-"""The layouts of all engines that we know, every dtype, and the shape that can be read in two ways."""
+"""The layouts of all known engines, every dtype, and a shape that can be read in two ways."""
 
 import torch
 
-from lmcache_conformance.labs.layoutlab import LABS, Lab, LabLayoutTests, ambiguous, plain
+from lmcache_conformance.labs.engine_layouts import LABS, Lab, LabLayoutTests, ambiguous, plain
 
 
 class TestEngines(LabLayoutTests):
@@ -12,7 +12,7 @@ class TestEngines(LabLayoutTests):
 
 
 class TestDtypes(LabLayoutTests):
-    """Bits are bits, of whatever type."""
+    """The same layout in every dtype: copies preserve the bits of each."""
 
     variants = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "int32", "uint8")
 

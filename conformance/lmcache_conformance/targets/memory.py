@@ -1,6 +1,6 @@
-"""The tier in this process's memory."""
+"""The in-process memory tier."""
 
-from lmcache_conformance.labs.ours import MemoryTierTests
+from lmcache_conformance.labs.our_tiers import MemoryTierTests
 
 
 class TestMemory(MemoryTierTests):

@@ -1,6 +1,6 @@
 """Which object leaves an arena next. Policies only *order* what is resident; the arena decides what may really go.
 
-density  most hits per unit of time where that is measured to beat LRU, otherwise LRU (`lmcache.control.eviction.density`)
+adaptive           LRU; what was used seldom goes earlier where ghost caches show a gain, see `lmcache.control.eviction.adaptive`
 lru, lfu, s3fifo   see `lmcache.control.eviction.classic`
 """
 
@@ -10,14 +10,16 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from lmcache.config.settings import named
+from lmcache.control.eviction.adaptive import Adaptive
 from lmcache.control.eviction.base import Policy, Recent, Tracked
 from lmcache.control.eviction.classic import Lfu, Lru, S3Fifo
-from lmcache.control.eviction.density import Density
 
 PolicyFactory = Callable[[int], Policy]
 """Makes the policy of an arena of that many objects."""
 
-POLICIES: Mapping[str, PolicyFactory] = MappingProxyType({"lru": Lru, "lfu": Lfu, "s3fifo": S3Fifo, "density": Density})
+POLICIES: Mapping[str, PolicyFactory] = MappingProxyType(
+    {"lru": Lru, "lfu": Lfu, "s3fifo": S3Fifo, "adaptive": Adaptive}
+)
 
 
 def policy_factory(name: str) -> PolicyFactory:
@@ -32,7 +34,7 @@ def hears(policy: Policy) -> bool:
 
 __all__ = [
     "POLICIES",
-    "Density",
+    "Adaptive",
     "Lfu",
     "Lru",
     "Policy",

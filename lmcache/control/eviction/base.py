@@ -9,7 +9,6 @@ costs O(1) amortised per item, whatever is pinned.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -71,10 +70,6 @@ class Policy(Protocol):
     def pop(self) -> Tracked | None:
         """Take the coldest item out of the queues (its stamp becomes 0), or None if they are empty."""
 
-    def most(self, item: Tracked) -> int:
-        """How many objects may go off the end of the item that was popped last, before the order is asked again."""
-        return sys.maxsize
-
     def evicted(self, item: Tracked, digests: Sequence[bytes]) -> None:
         """These objects, off the end of the item that was popped last, have gone."""
 
@@ -91,36 +86,36 @@ class Policy(Protocol):
 class Queue:
     """Items in a row, each in one queue at most. Linked through the items themselves, so that leaving costs O(1)."""
 
-    __slots__ = ("_end",)
+    __slots__ = ("end",)
 
     def __init__(self) -> None:
-        self._end = end = Tracked(b"")  # before the coldest and after the hottest
+        self.end = end = Tracked(b"")  # before the coldest and after the hottest
         end.colder = end.hotter = end
 
     def append(self, item: Tracked) -> None:
         """As the hottest."""
-        insert(item, self._end)
+        insert(item, self.end)
 
     def prepend(self, item: Tracked) -> None:
         """As the coldest."""
-        insert(item, self._end.hotter)
+        insert(item, self.end.hotter)
 
     def coldest(self) -> Tracked | None:
         """The first to go."""
-        item = self._end.hotter
-        return None if item is self._end else item
+        item = self.end.hotter
+        return None if item is self.end else item
 
     def pop(self) -> Tracked | None:
         """Take out the first to go."""
-        item = self._end.hotter
-        if item is self._end:
+        item = self.end.hotter
+        if item is self.end:
             return None
         remove(item)
         return item
 
     def __iter__(self) -> Iterator[Tracked]:
-        item = self._end.hotter
-        while item is not self._end:
+        item = self.end.hotter
+        while item is not self.end:
             yield item
             item = item.hotter
 
@@ -183,9 +178,11 @@ class _Notes(Generic[T]):
         self.unsorted: list[tuple[Sequence[bytes], T]] = []
 
     def get(self, digest: bytes) -> T | None:
+        known = self.known
         if self.unsorted:
             for digests, note in self.unsorted:
-                self.known.update(dict.fromkeys(digests, note))
+                for name in digests:
+                    known[name] = note
             self.unsorted.clear()
-            self.count = len(self.known)
-        return self.known.get(digest)
+            self.count = len(known)
+        return known.get(digest)

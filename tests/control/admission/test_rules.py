@@ -1,4 +1,4 @@
-"""Rules of admission: what they let through, what they remember, and that both are bounded."""
+"""Admission rules: what they admit, what they remember, and that both are bounded."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def full(tier: int) -> bool:
     return False
 
 
-def roomy(tier: int) -> bool:
+def not_full(tier: int) -> bool:
     return True
 
 
-# ------------------------------------------------------------ memory
+# ------------------------------------------------------------ Bloom filter and ghost cache
 
 
 @given(st.lists(st.integers(0, 400), max_size=300))
-def test_the_last_marks_are_never_forgotten(order: list[int]) -> None:
+def test_a_filter_never_forgets_its_last_digests(order: list[int]) -> None:
     marks = BloomFilter(64)
     for at, i in enumerate(order):
         known = marks.add(digest(i))
@@ -47,14 +47,14 @@ def test_the_last_marks_are_never_forgotten(order: list[int]) -> None:
             assert known
 
 
-def test_marks_outlive_a_change_of_generations() -> None:
+def test_digests_survive_a_change_of_generations() -> None:
     marks = BloomFilter(64)
     for i in range(100):
         marks.add(digest(i))
     assert all(marks.add(digest(i)) for i in range(36, 100))
 
 
-def test_marks_know_few_strangers_take_no_more_room_and_forget() -> None:
+def test_a_filter_has_few_false_positives_a_fixed_size_and_forgets() -> None:
     marks = BloomFilter(1000)
     assert sum(marks.add(digest(i)) for i in range(20_000)) < 200
     assert len(marks._new) == len(marks._old) == 2000
@@ -62,13 +62,13 @@ def test_marks_know_few_strangers_take_no_more_room_and_forget() -> None:
     assert sum(marks.add(digest(i)) for i in range(1000)) == 1000
 
 
-def test_marks_do_not_mind_digests_that_are_counters() -> None:
+def test_a_filter_works_with_digests_that_are_counters() -> None:
     marks = BloomFilter(1000)
     assert sum(marks.add(i.to_bytes(32, "little")) for i in range(900)) < 20
     assert 300 < sum(sampled(i.to_bytes(32, "little"), 32768) for i in range(900)) < 600
 
 
-def test_groups_are_marked_apart() -> None:
+def test_groups_are_counted_separately() -> None:
     rule = SecondHit(full, {0: 100})
     assert not rule(0, name(1, group=0))
     assert not rule(0, name(1, group=1)), "the second group's object has not been ready before either"
@@ -76,29 +76,29 @@ def test_groups_are_marked_apart() -> None:
     assert rule(0, name(1, group=1))
 
 
-def test_a_tier_without_bound_gets_everything() -> None:
+def test_a_tier_without_capacity_limit_gets_everything() -> None:
     for rule in (SecondHit(full, {0: 100}), Adaptive(full, {0: 100})):
         assert rule(1, name(1))
         assert rule(1, name(2))
 
 
 @given(st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=12, unique=True), max_size=120))
-def test_shadows_hold_no_more_than_their_tier_and_the_rule_is_deterministic(prompts: list[list[int]]) -> None:
+def test_ghost_caches_hold_no_more_than_their_tier_and_the_rule_is_deterministic(prompts: list[list[int]]) -> None:
     answers = []
     for _ in range(2):
         rule = Adaptive(full, {0: 20})
-        said = []
+        admitted = []
         for prompt in prompts:
             rule.asked([digest(i) for i in prompt], 0, 0)
-            said += [rule(0, name(i)) for i in prompt]
+            admitted += [rule(0, name(i)) for i in prompt]
         trial = rule._trials[0]
         assert len(trial._everything) <= 20
         assert len(trial._some) <= 20
-        answers.append(said)
+        answers.append(admitted)
     assert answers[0] == answers[1]
 
 
-def test_a_large_tier_is_judged_by_a_sample() -> None:
+def test_a_large_tier_is_simulated_by_a_sample() -> None:
     rule = Adaptive(full, {0: 1_000_000}, sample=1024)
     for i in range(0, 200_000, 20):
         digests = [digest(j) for j in range(i, i + 20)]
@@ -112,7 +112,7 @@ def test_a_large_tier_is_judged_by_a_sample() -> None:
 
 
 def serve(rule: Adaptive, prompts: list[list[int]], capacity: int) -> tuple[int, int]:
-    """Everything passes memory at once and is written where `rule` says so; (chunks found, chunks written)."""
+    """Simulates a tier that everything is written to that `rule` admits; returns (chunks found, chunks written)."""
     disk = GhostCache(capacity)
     hits = writes = 0
     for prompt in prompts:
@@ -135,19 +135,19 @@ class Everything(Adaptive):
 
 
 def few_among_many(rng: random.Random) -> list[list[int]]:
-    """Twenty prompts that come back, among thousands that do not."""
+    """Twenty prompts that are repeated, among thousands that are not."""
     popular = [[k * 4 + j for j in range(4)] for k in range(20)]
     return [rng.choice(popular) if i % 4 == 0 else [1000 + 4 * i + k for k in range(4)] for i in range(4000)]
 
 
 def back_once(rng: random.Random) -> list[list[int]]:
-    """Every prompt comes back once, some requests later: what is not written at once is never found."""
+    """Every prompt is repeated once, some requests later: what is not written at once is never found."""
     order = [(i + rng.choice((0.0, rng.uniform(20, 40))), i) for i in range(1500) for _ in range(2)]
     return [[1000 + 4 * i + k for k in range(4)] for _, i in sorted(order)]
 
 
 @pytest.mark.parametrize("pattern", [few_among_many, back_once])
-def test_it_follows_what_finds_more(pattern: Callable[[random.Random], list[list[int]]]) -> None:
+def test_it_follows_the_rule_with_more_hits(pattern: Callable[[random.Random], list[list[int]]]) -> None:
     prompts = pattern(random.Random(3))
     capacity = 200
     hits, writes = serve(Adaptive(full, {0: capacity}), prompts, capacity)
@@ -160,21 +160,21 @@ def test_it_follows_what_finds_more(pattern: Callable[[random.Random], list[list
         assert through > 1000
 
 
-def test_where_nothing_comes_back_next_to_nothing_is_written() -> None:
+def test_where_nothing_is_repeated_almost_nothing_is_written() -> None:
     prompts = [[4 * i + k for k in range(4)] for i in range(2000)]
     hits, writes = serve(Adaptive(full, {0: 200}), prompts, 200)
     assert hits == 0
-    assert 299 <= writes <= 340, "the warm-up, and few that were taken for others"
+    assert 299 <= writes <= 340, "the warm-up, and a few false positives"
 
 
-def test_one_request_that_is_asked_about_twice_counts_once() -> None:
+def test_a_request_that_is_looked_up_twice_counts_once() -> None:
     rule = Adaptive(full, {0: 10})
     for _ in range(2):
-        rule.asked([digest(1)], 0, 1)  # it is on the tier; the engine asks whether it is, and then loads it
+        rule.asked([digest(1)], 0, 1)  # it is on the tier: the engine looks it up, and then loads it
     assert rule._trials[0]._verdict._all == 0
 
 
-def test_a_verdict_is_quick_to_end_and_does_not_live_on_what_was() -> None:
+def test_a_verdict_ends_quickly_however_old_it_is() -> None:
     verdict = Verdict()
     for _ in range(500):
         verdict.see(0, 10)
@@ -197,51 +197,51 @@ def break_even() -> BreakEven:
     return rule
 
 
-def test_nothing_is_written_that_recomputes_faster_than_it_loads() -> None:
+def test_nothing_is_written_that_is_faster_to_recompute_than_to_load() -> None:
     rule = break_even()
     assert rule(0, name(1)), "nothing was measured yet"
     for _ in range(rule.FEW):
         rule.loaded(0, 1000, 0.002)
     assert not rule(0, name(1))
-    assert rule(1, name(1)), "nothing was measured of this tier"
+    assert rule(1, name(1)), "nothing was measured for this tier"
     for _ in range(rule.LAST):
         rule.loaded(0, 1000, 0.0001)
     assert rule(0, name(1))
 
 
-def test_what_is_tried_begins_where_a_prompt_does_even_if_all_prompts_begin_alike() -> None:
+def test_what_is_tried_begins_at_a_prompts_start_even_if_all_prompts_share_a_prefix() -> None:
     rule = break_even()
     for _ in range(rule.FEW):
         rule.loaded(0, 1000, 0.002)
-    let: list[tuple[int, int]] = []
-    for prompt in range(40):  # all with a first chunk that is there, and 64 that are new
-        let += [(prompt, depth) for depth in range(1, 65) if rule(0, name(100 * prompt + depth, depth=depth))]
-    assert let == [(prompt, depth) for prompt in (16, 33) for depth in range(1, 33)]
+    tried: list[tuple[int, int]] = []
+    for prompt in range(40):  # all with the same first chunk, which is present, and 64 new ones
+        tried += [(prompt, depth) for depth in range(1, 65) if rule(0, name(100 * prompt + depth, depth=depth))]
+    assert tried == [(prompt, depth) for prompt in (16, 33) for depth in range(1, 33)]
 
 
-def test_one_slow_read_changes_nothing_and_break_even_does_not_flicker() -> None:
+def test_one_slow_read_changes_nothing_and_break_even_has_hysteresis() -> None:
     rule = break_even()
     rule.loaded(0, 1000, 60.0)
     assert rule(0, name(1))
     for _ in range(rule.LAST):
         rule.loaded(0, 1000, 0.0011)
-    assert rule(0, name(1)), "a little slower is not slower"
+    assert rule(0, name(1)), "slightly slower: nothing changes"
     for _ in range(rule.LAST):
         rule.loaded(0, 1000, 0.0013)
     assert not rule(0, name(1))
     for _ in range(rule.LAST):
         rule.loaded(0, 1000, 0.0011)
-    assert not rule(0, name(1)), "nor is a little faster faster"
+    assert not rule(0, name(1)), "slightly faster: nothing changes"
 
 
-def test_of_what_is_refused_a_prompts_beginning_is_tried_now_and_then() -> None:
+def test_of_what_is_rejected_a_prompts_start_is_tried_now_and_then() -> None:
     rule = break_even()
     for _ in range(rule.FEW):
         rule.loaded(0, 1000, 0.002)
-    said = [rule(0, name(i, depth=i % 10)) for i in range(20_000)]
-    tried = [i for i, admitted in enumerate(said) if admitted]
-    assert 0.02 < len(tried) / len(said) < 0.05
-    assert all(i % 10 == 0 for i in tried if not said[i - 1])
+    decisions = [rule(0, name(i, depth=i % 10)) for i in range(20_000)]
+    tried = [i for i, admitted in enumerate(decisions) if admitted]
+    assert 0.02 < len(tried) / len(decisions) < 0.05
+    assert all(i % 10 == 0 for i in tried if not decisions[i - 1])
 
 
 # ------------------------------------------------------------ as configured
@@ -268,7 +268,7 @@ def test_what_is_remembered_is_bounded_however_many_objects_a_tier_holds() -> No
     assert seen._bits <= 8 * (4 << 20)
 
 
-def test_room_is_what_the_tier_says_and_what_was_let_through_since() -> None:
+def test_free_space_is_what_the_tier_reports_less_what_was_admitted_since() -> None:
     spec = hybrid()
     size = sum(spec.object_bytes(group, 256) + 4096 for group in (0, 1))
     admission = Admission(Config(admission="second"), [spec], 256, [18 * size, None])
@@ -276,7 +276,7 @@ def test_room_is_what_the_tier_says_and_what_was_let_through_since() -> None:
     admission.measured(0, [TierFacts(17 * size, 0, 0.0), TierFacts(0, 0, 0.0)])
     assert admission.has_room(0)
     assert admission(0, name(1, group=0))  # the larger group's
-    assert not admission.has_room(0), "the janitor would evict"
+    assert not admission.has_room(0), "the tier would evict"
     assert admission.has_room(1)
     assert not admission(0, name(2))
     assert admission(1, name(2))
@@ -284,7 +284,7 @@ def test_room_is_what_the_tier_says_and_what_was_let_through_since() -> None:
     assert admission(0, name(3))
 
 
-def test_parts_of_all_ranks_lie_in_one_folder() -> None:
+def test_the_parts_of_all_ranks_count_where_they_share_a_folder() -> None:
     whole = KVSpec.uniform("m", layers=4, kv_heads=4, head_dim=64, dtype="bfloat16")
     parts = [whole.shard(tp_rank=rank, tp_size=4) for rank in range(4)]
     capacity = 100 << 20
@@ -293,14 +293,14 @@ def test_parts_of_all_ranks_lie_in_one_folder() -> None:
     assert sizes == {whole.object_bytes(0, 256) + 4096}
 
 
-def test_a_tiers_speed_counts_in_portions_that_mean_something() -> None:
+def test_a_tiers_speed_is_measured_in_portions_of_several_objects() -> None:
     spec = KVSpec.uniform("m", layers=4, kv_heads=4, head_dim=64, dtype="bfloat16")
     chunk = spec.object_bytes(0, 256)
     config = Config(admission="all", prefill_tokens_per_s=256_000.0)
     assert config.selective
     admission = Admission(config, [spec], 256, [None])
     loaded, busy = 0, 0.0
-    for i in range(400):  # ten times as long as computing takes
+    for i in range(400):  # ten times as slow as computing
         loaded, busy = loaded + chunk, busy + 0.01
         admission.measured(0, [TierFacts(0, loaded, busy)])
         assert i >= 39 or admission(0, name(1)), "five portions of eight objects each"
@@ -309,12 +309,12 @@ def test_a_tiers_speed_counts_in_portions_that_mean_something() -> None:
     assert not admission(0, name(2))
 
 
-def test_where_everything_is_written_nobody_asks() -> None:
+def test_where_everything_is_written_admission_is_inactive() -> None:
     assert not Admission(Config(admission="all"), [hybrid()], 256, [1 << 30]).active
     assert not Config(admission="all").selective
 
 
-def test_settings_name_the_nearest() -> None:
+def test_invalid_settings_are_rejected_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"admission: 'adaptve' is not one of .*; did you mean 'adaptive'\?"):
         Config(admission="adaptve")  # type: ignore[arg-type]
     for wrong in (0, -1.0, "fast", True, float("inf")):

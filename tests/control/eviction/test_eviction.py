@@ -1,4 +1,4 @@
-"""Eviction policies against naive ones, and against what the arena relies on."""
+"""Eviction policies, compared with naive ones, and the properties that a slot pool relies on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache.control.eviction import POLICIES, Density, Lfu, Lru, Policy, Recent, S3Fifo, Tracked, policy_factory
+from lmcache.control.eviction import POLICIES, Adaptive, Lfu, Lru, Policy, Recent, S3Fifo, Tracked, policy_factory
 from lmcache.errors import ConfigError
 
 NAMES = sorted(POLICIES)
@@ -28,14 +28,14 @@ def run_of(policy: Policy, *names: bytes) -> list[Tracked]:
 
 
 def rest_of(item: Tracked, name: bytes) -> Tracked:
-    """What an arena shows a policy as split off."""
+    """Returns the item that a slot pool splits off from `item`."""
     rest = Tracked(name)
     rest.freq = item.freq
     return rest
 
 
 def order(policy: Policy) -> list[bytes]:
-    """Everything, coldest first; gone."""
+    """Evicts everything; returns the keys, coldest first."""
     popped = []
     while (item := policy.pop()) is not None:
         policy.evicted(item, [item.digest])
@@ -60,7 +60,7 @@ class NaiveLru:
 
 
 class NaiveLfu:
-    """Priorities in a dict; ties by the time they were given."""
+    """Priorities in a dict; ties are broken by the time of assignment."""
 
     def __init__(self) -> None:
         self.items: list[Tracked] = []
@@ -146,7 +146,7 @@ def test_a_policy_evicts_in_the_order_of_its_naive_model(policy, naive, steps) -
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=200, deadline=None)
 @given(steps=STEPS)
-def test_every_policy_gives_up_each_resident_object_exactly_once(name, steps) -> None:
+def test_every_policy_evicts_each_resident_object_exactly_once(name, steps) -> None:
     policy = policy_factory(name)(10)
     queued: dict[int, Tracked] = {}
     aside: dict[int, Tracked] = {}
@@ -179,7 +179,7 @@ def test_every_policy_gives_up_each_resident_object_exactly_once(name, steps) ->
             rest = rest_of(item, b"%d" % number)
             policy.split(item, rest)
             queued[id(rest)] = rest
-        for key in [key for key, item in aside.items() if item.stamp]:  # a touch may bring it back by itself
+        for key in [key for key, item in aside.items() if item.stamp]:  # a touch may restore it
             queued[key] = aside.pop(key)
         assert all(item.stamp for item in queued.values()), f"step {number}"
         assert sorted(map(id, policy.members())) == sorted(queued)
@@ -190,14 +190,14 @@ def test_every_policy_gives_up_each_resident_object_exactly_once(name, steps) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_last_of_a_run_goes_first_so_that_children_leave_before_parents(name: str) -> None:
+def test_the_last_of_an_extent_is_evicted_first_so_that_children_leave_before_parents(name: str) -> None:
     policy = policy_factory(name)(100)
     run_of(policy, b"a", b"b", b"c")
     assert order(policy) == [b"c", b"b", b"a"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_split_off_keeps_its_place_and_goes_first(name: str) -> None:
+def test_the_second_part_of_a_split_keeps_its_position_and_is_evicted_first(name: str) -> None:
     policy = policy_factory(name)(100)
     run_of(policy, b"cold")
     [item] = run_of(policy, b"item")
@@ -207,7 +207,7 @@ def test_what_is_split_off_keeps_its_place_and_goes_first(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_left_of_an_item_goes_next(name: str) -> None:
+def test_the_rest_of_an_item_is_evicted_next(name: str) -> None:
     policy = policy_factory(name)(100)
     run_of(policy, b"a", b"b")
     run_of(policy, b"c")
@@ -218,11 +218,11 @@ def test_what_is_left_of_an_item_goes_next(name: str) -> None:
     assert order(policy) == [b"b", b"a", b"c"]
 
 
-def test_what_is_left_of_an_item_stays_in_its_queue() -> None:
-    s3fifo, density = S3Fifo(10), Density(10)
+def test_the_rest_of_an_item_stays_in_its_queue() -> None:
+    s3fifo, adaptive = S3Fifo(10), Adaptive(10)
     run_of(s3fifo, b"a")
     order(s3fifo)
-    for policy in (s3fifo, density):
+    for policy in (s3fifo, adaptive):
         [item] = run_of(policy, b"a")  # s3fifo evicted it not long ago: it is in the main queue
         stamp = item.stamp
         for _ in range(2):
@@ -243,7 +243,7 @@ def test_lru_keeps_what_was_used_last() -> None:
     assert order(policy) == [b"c", b"b", b"a", b"d"]
 
 
-def test_lfu_keeps_what_is_used_often_but_not_for_ever() -> None:
+def test_lfu_keeps_what_is_used_often_but_not_forever() -> None:
     policy = Lfu(10)
     [hot] = run_of(policy, b"hot")
     for _ in range(5):
@@ -276,21 +276,21 @@ def test_s3fifo_survives_a_scan() -> None:
     assert {item.digest for item in policy.members()} >= {item.digest for item in hot}
 
 
-def test_s3fifo_takes_what_it_evicted_not_long_ago_straight_into_the_main_queue() -> None:
+def test_s3fifo_inserts_what_it_evicted_recently_into_the_main_queue() -> None:
     policy = S3Fifo(10)
     run_of(policy, b"a")
     assert order(policy) == [b"a"]
     run_of(policy, b"a")
     run_of(policy, b"c", b"b")
-    assert order(policy) == [b"b", b"a", b"c"]  # as a newcomer it would have been the first to go
+    assert order(policy) == [b"b", b"a", b"c"]  # as a new object it would have been evicted first
 
 
-def test_an_unknown_policy_is_an_error_that_names_the_nearest() -> None:
+def test_an_unknown_policy_is_an_error_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"'lruu'.*did you mean 'lru'.*lfu"):
         policy_factory("lruu")
 
 
-def test_recent_keeps_the_last_notes_and_forgets_old_ones() -> None:
+def test_recent_keeps_the_last_entries_and_drops_old_ones() -> None:
     recent = Recent(10)
     for i in range(100):
         recent.put(b"%d" % i, f"note {i}")
@@ -300,7 +300,7 @@ def test_recent_keeps_the_last_notes_and_forgets_old_ones() -> None:
     assert recent.get(b"99") == "newer"
 
 
-def test_recent_keeps_to_its_bounds_when_much_comes_at_once() -> None:
+def test_recent_stays_within_its_bounds_when_many_entries_are_added_at_once() -> None:
     recent = Recent(10)
     names = [b"%d" % i for i in range(45)]
     recent.put_all(names, "gone")

@@ -1,6 +1,7 @@
-"""Hugging Face sessions, each broken in one way that has happened to somebody. `testing.mutants` runs the suite on them.
+"""Hugging Face sessions, each broken in one way. `testing.mutants` runs the conformance suite on them.
 
-They break the adapter between engine and model; the model, its recomputation and everything below stay as they are.
+They break the adapter between cache engine and model; the model, its recomputation and everything below the adapter are
+unchanged. What each failure means is in `lmcache_conformance.mutants.engine_failures`; here is how this adapter gets it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class _IgnoresFailedLoads(ObservedReuse):
 
 
 class IgnoresFailedLoads(HFSession):
-    """Decodes from what the memory held before where a load has failed."""
+    """Reports every requested column as loaded, whatever the retrieval returns."""
 
     reuse = _IgnoresFailedLoads
 
@@ -50,13 +51,13 @@ class _SpoilsWhatArrived(ObservedReuse):
 
 
 class SpoilsWhatArrived(HFSession):
-    """After a load that failed midway, what did arrive is no longer what it was."""
+    """Rotates the loaded columns by one element where a retrieval returns fewer columns than requested."""
 
     reuse = _SpoilsWhatArrived
 
 
-class _ByLength:
-    """An engine that is told how long a prompt is, not what it says."""
+class _ConstantTokens:
+    """A cache engine that sees every prompt as repetitions of one token."""
 
     def __init__(self, engine: CacheEngine) -> None:
         self._engine = engine
@@ -73,11 +74,11 @@ class _ByLength:
 
 class _NamedByLength(ObservedModel):
     def _reuse(self, opened: Any, digest: str, salt: str) -> Reuse:
-        return replace(super()._reuse(opened, digest, salt), engine=cast(CacheEngine, _ByLength(opened.engine)))
+        return replace(super()._reuse(opened, digest, salt), engine=cast(CacheEngine, _ConstantTokens(opened.engine)))
 
 
 class NamesByLength(HFSession):
-    """KV is found by how long a prompt is, not by what it says: another request's is served."""
+    """Replaces every token by the same one in lookups and stores."""
 
     wrapper = _NamedByLength
 
@@ -98,7 +99,7 @@ class _TakesTheWrongEnd(ObservedReuse):
 
 
 class TakesTheWrongEnd(HFSession):
-    """A prefix's blocks are counted from the end of the prompt: what is stored for its beginning is its end."""
+    """Rotates the slots of a stored prompt to the left by the length of its partial last chunk."""
 
     reuse = _TakesTheWrongEnd
 
@@ -115,7 +116,7 @@ class _ForgetsWindows(ObservedReuse):
 
 
 class ForgetsWindows(HFSession):
-    """A hit restores full attention; sliding windows start out empty."""
+    """Zeroes the layers with a sliding window after a load."""
 
     reuse = _ForgetsWindows
 
@@ -131,7 +132,7 @@ class _ServesOnce(ObservedReuse):
 
 
 class ServesOnce(HFSession):
-    """What was offloaded comes back right the first time only."""
+    """Zeroes the keys of every load but the first."""
 
     reuse = _ServesOnce
 
@@ -145,7 +146,7 @@ class _StoresOneTooMany(ObservedModel):
 
 
 class StoresOneTooMany(HFSession):
-    """The last sampled token, which was never run through the model, is stored as if it had KV."""
+    """Stores the KV of the last processed token again, as that of the last sampled one."""
 
     wrapper = _StoresOneTooMany
 
@@ -162,7 +163,7 @@ class _SwapsKeysAndValues(ObservedReuse):
 
 
 class SwapsKeysAndValues(HFSession):
-    """Two halves of the same shape, taken for each other."""
+    """Swaps the keys and values of what was loaded."""
 
     reuse = _SwapsKeysAndValues
 
@@ -178,7 +179,7 @@ class _MisreadsTheDisk(ObservedReuse):
 
 
 class MisreadsTheDisk(HFSession):
-    """What comes from memory is right; what an earlier process wrote has its heads the other way round."""
+    """Reverses the order of the heads after a load from disk."""
 
     reuse = _MisreadsTheDisk
 
@@ -196,7 +197,7 @@ class _NamedByProcess(ObservedModel):
 
 
 class NamesByProcess(HFSession):
-    """A new process finds nothing of what others have written."""
+    """Appends the process id to the salt."""
 
     reuse, wrapper = _NamesByProcess, _NamedByProcess
 
@@ -207,7 +208,7 @@ class _NamedByHashSeed(ObservedModel):
 
 
 class NamesByHashSeed(HFSession):
-    """Names depend on PYTHONHASHSEED, which forks share and processes do not."""
+    """Appends the hash of a string to the salt."""
 
     reuse, wrapper = _NamesByProcess, _NamedByHashSeed
 
@@ -218,13 +219,13 @@ class _KnowsNoTenants(ObservedModel):
 
 
 class KnowsNoTenants(HFSession):
-    """The salt is left out of the name."""
+    """Passes an empty salt."""
 
     wrapper = _KnowsNoTenants
 
 
 class TrustsTheName(HFSession):
-    """A model is what it is called, whatever its weights are now."""
+    """Uses a fixed `model_identity`."""
 
     identity = "my-model"
 
@@ -242,13 +243,13 @@ class _ReportsWhatItDoesNotUse(_IgnoresFailedLoads):
 
 
 class ReportsWhatItDoesNotUse(HFSession):
-    """Computes everything, and reports as a hit what it found."""
+    """Looks up and records the hit, but loads nothing."""
 
     reuse = _ReportsWhatItDoesNotUse
 
 
 class WritesElsewhere(HFSession):
-    """Leaves a copy of what it has answered in the working directory."""
+    """Writes its answers to a file in the working directory."""
 
     def generate(self, requests: Sequence[Request], *, reuse: bool = True) -> list[Response]:
         responses = super().generate(requests, reuse=reuse)
@@ -257,14 +258,14 @@ class WritesElsewhere(HFSession):
 
 
 class AlwaysShares(HFSession):
-    """Uses other engines' KV whether or not anybody asked for that."""
+    """Always sets `share="semantic"`, so that it loads other engines' KV."""
 
     def __init__(self, config: SessionConfig) -> None:
         super().__init__(structs.replace(config, cache={**config.cache, "share": "semantic"}))
 
 
 class ClearsMemoryOnly(HFSession):
-    """`clear` returns, and the disk still serves."""
+    """Hides the tiers from `clear`."""
 
     def clear(self, salt: str | None = None) -> None:
         engine = self._cached.engine
@@ -277,7 +278,7 @@ class ClearsMemoryOnly(HFSession):
 
 
 class DeafToFullMemory(HFSession):
-    """A store that finds no room is an error for whoever asked."""
+    """Raises after a store that evicted something."""
 
     class _Wrapper(ObservedModel):
         def _keep(self, prepared: Any, out: Any) -> None:

@@ -1,7 +1,8 @@
-"""vLLM connectors, each broken in one way that has happened to somebody. `lmcache_vllm.testing.mutants` runs the suite on them.
+"""vLLM connectors, each broken in one way. `lmcache_vllm.testing.mutants` runs the conformance suite on them.
 
-They break one half of the connector; vLLM, its recomputation and everything below stay as they are. The last ones are not
-wrong but unlucky: a load fails, a half raises. What must come of that is in the adapter's own tests.
+They break the scheduler or the worker side of the connector; vLLM, its recomputation and everything below are unchanged. What
+each failure means is in `lmcache_conformance.mutants.engine_failures`; here is how the connector gets it. Some connectors are
+not mutants but inject faults (a load fails, a side raises) for the adapter's own tests, which check how vLLM recovers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SEPARATOR = "\0"
 
 
 class Broken(ObservedConnector):
-    """A connector with other halves, or with `settings` that nobody asked for."""
+    """A connector whose scheduler side, worker side or settings are replaced."""
 
     scheduler: ClassVar[type[ConnectorScheduler]] = ConnectorScheduler
     worker: ClassVar[type[ConnectorWorker]] = ConnectorWorker
@@ -49,13 +50,12 @@ class Broken(ObservedConnector):
 
 
 class LosesSlots(ConnectorWorker):
-    """ArenaSlot `lost` of a load holds something else by now, as after a failure that nobody has noticed; `times` times."""
+    """Reuses the slot of object `lost` of a load before the load begins, so that the load fails; in the first `times` loads."""
 
     lost: ClassVar[int] = 0
     times = 1 << 30
 
     def start_load_kv(self) -> None:
-        """See the class."""
         for job in loads_of(self)[: self.times]:
             self.times -= 1
             op = job.ops[self.lost % len(job.ops)]
@@ -64,19 +64,19 @@ class LosesSlots(ConnectorWorker):
         super().start_load_kv()
 
 
-def loads_of(half: ConnectorWorker) -> list[Job]:
-    """The loads of this step."""
-    return [job for job in half._step.plan.jobs if job.kind == "load"] if half._step is not None else []
+def loads_of(worker: ConnectorWorker) -> list[Job]:
+    """Returns the load jobs of the current step."""
+    return [job for job in worker._step.plan.jobs if job.kind == "load"] if worker._step is not None else []
 
 
 class LosesFirst(Broken):
-    """The first object of every load is gone when it begins."""
+    """The first object of every load is lost."""
 
     worker = LosesSlots
 
 
 class LosesMiddle(Broken):
-    """The third object of every load is gone when it begins."""
+    """The third object of every load is lost."""
 
     class _Worker(LosesSlots):
         lost = 2
@@ -85,7 +85,7 @@ class LosesMiddle(Broken):
 
 
 class LosesOnce(Broken):
-    """The third object of the first load is gone when it begins."""
+    """The third object of the first load is lost."""
 
     class _Worker(LosesSlots):
         lost = 2
@@ -95,7 +95,7 @@ class LosesOnce(Broken):
 
 
 class IgnoresFailedLoads(Broken):
-    """A load that failed is reported as one that went well."""
+    """Reports every load as done, whatever its job report contains."""
 
     class _Worker(LosesSlots):
         lost = 2
@@ -107,7 +107,7 @@ class IgnoresFailedLoads(Broken):
 
 
 class ReportsTooLittleLost(Broken):
-    """Of a load that failed, the last block is reported as lost; what never arrived before it counts as computed."""
+    """Reports only the last block of a failed load as lost."""
 
     class _Worker(LosesSlots):
         lost = 2
@@ -120,7 +120,7 @@ class ReportsTooLittleLost(Broken):
 
 
 class OffersAgain(Broken):
-    """Forgets that a load of this very request has failed, and fetches and offers the same again; it fails again."""
+    """Removes a request from those whose load has failed before each offer; every load loses its first object."""
 
     class _Scheduler(ConnectorScheduler):
         def _offer(self, tracked: Tracked, local: int, *, counted: bool = True) -> int | None:
@@ -135,11 +135,11 @@ class OffersAgain(Broken):
 # ---------------------------------------------------------------- names
 
 
-class _Renames(ConnectorScheduler):
-    """Names KV by another salt than the request's."""
+class _ReplacesSalts(ConnectorScheduler):
+    """Derives keys from another salt than the request's."""
 
-    def renamed(self, salt: str) -> str:
-        """The salt that is used instead."""
+    def replaced(self, salt: str) -> str:
+        """Returns the salt that is used instead."""
         raise NotImplementedError
 
     def open(self, offers: Any) -> None:
@@ -147,11 +147,11 @@ class _Renames(ConnectorScheduler):
         assert self._plane is not None
         names = self._plane.names
         of = names.of
-        names.of = lambda salt="", lora="", scope="": of(self.renamed(salt), lora, scope)  # type: ignore[method-assign]
+        names.of = lambda salt="", lora="", scope="": of(self.replaced(salt), lora, scope)  # type: ignore[method-assign]
 
 
 class NamesByLength(Broken):
-    """KV is found by how long a prompt is, not by what it says: another request's is served."""
+    """Derives the chain of digests from as many copies of one token."""
 
     class _Scheduler(ConnectorScheduler):
         def _named(self, tracked: Tracked) -> Chain:
@@ -166,37 +166,37 @@ class NamesByLength(Broken):
 
 
 class NamesByProcess(Broken):
-    """A new process finds nothing of what others have written."""
+    """Appends the process id to the salt."""
 
-    class _Scheduler(_Renames):
-        def renamed(self, salt: str) -> str:
+    class _Scheduler(_ReplacesSalts):
+        def replaced(self, salt: str) -> str:
             return f"{salt}{SEPARATOR}{os.getpid()}"
 
     scheduler = _Scheduler
 
 
 class NamesByHashSeed(Broken):
-    """Names depend on PYTHONHASHSEED, which forks share and processes do not."""
+    """Appends the hash of a string to the salt."""
 
-    class _Scheduler(_Renames):
-        def renamed(self, salt: str) -> str:
+    class _Scheduler(_ReplacesSalts):
+        def replaced(self, salt: str) -> str:
             return f"{salt}{SEPARATOR}{hash('none')}"
 
     scheduler = _Scheduler
 
 
 class KnowsNoTenants(Broken):
-    """The salt is left out of the name."""
+    """Passes an empty salt to the namespace."""
 
-    class _Scheduler(_Renames):
-        def renamed(self, salt: str) -> str:
+    class _Scheduler(_ReplacesSalts):
+        def replaced(self, salt: str) -> str:
             return ""
 
     scheduler = _Scheduler
 
 
 class TrustsTheName(Broken):
-    """A model is what it is called, whatever its weights are now."""
+    """Uses a fixed `model_identity`."""
 
     settings: ClassVar[Mapping[str, Any]] = {"model_identity": "my-model"}
 
@@ -205,7 +205,7 @@ class TrustsTheName(Broken):
 
 
 class TakesTheWrongEnd(Broken):
-    """A prefix's blocks are counted from the end of the request: what is stored for its beginning is its end."""
+    """Stores the last blocks of a request in place of its first ones."""
 
     class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
@@ -219,7 +219,7 @@ class TakesTheWrongEnd(Broken):
 
 
 class CountsFromItsOwn(Broken):
-    """A load's blocks are taken for those beyond vLLM's own hit, though they are all of the request's."""
+    """Moves the blocks of vLLM's own hit to the end of a load's block table."""
 
     class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
@@ -233,7 +233,7 @@ class CountsFromItsOwn(Broken):
 
 
 class MixesGroups(Broken):
-    """Each group is loaded into the blocks of the next one."""
+    """Rotates the block tables of a load by one group."""
 
     class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
@@ -245,7 +245,7 @@ class MixesGroups(Broken):
 
 
 class ForgetsWindows(Broken):
-    """A hit restores full attention; sliding windows hold what their blocks held before."""
+    """Maps the slots of groups with a sliding window to -1, so that loads skip them."""
 
     class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
@@ -261,14 +261,14 @@ class ForgetsWindows(Broken):
 
 
 class StoresTheNullBlock(Broken):
-    """What a sliding window has left behind is stored all the same, out of the block that stands for nothing."""
+    """Ignores residency when storing, and maps slots without a block to slot 0, in the null block."""
 
     class _Scheduler(ConnectorScheduler):
         def open(self, offers: Any) -> None:
             super().open(offers)
             index = self._plane
             assert index is not None
-            index.begin_store = _Anything(index).begin_store  # type: ignore[method-assign]
+            index.begin_store = _IgnoresResidency(index).begin_store  # type: ignore[method-assign]
 
     class _Worker(ConnectorWorker):
         def _view(self, job: Job, view: BlockView) -> EngineView:
@@ -281,8 +281,8 @@ class StoresTheNullBlock(Broken):
     scheduler, worker = _Scheduler, _Worker
 
 
-class _Anything:
-    """An index that is not told what is resident."""
+class _IgnoresResidency:
+    """`begin_store` of an index, without the residency mask."""
 
     def __init__(self, index: Index) -> None:
         self._begin = index.begin_store
@@ -292,7 +292,7 @@ class _Anything:
 
 
 class StoresOneTooMany(Broken):
-    """A chunk is stored as soon as its first token is computed."""
+    """Counts a chunk as computed with its first token."""
 
     class _Scheduler(ConnectorScheduler):
         def _store(self, plane: Plane, tracked: Tracked, scheduled: int, now: float) -> None:
@@ -305,7 +305,7 @@ class StoresOneTooMany(Broken):
 
 
 class _TouchesPages(ConnectorWorker):
-    """Does something to vLLM's blocks when they have been loaded."""
+    """Modifies vLLM's blocks after they have been loaded."""
 
     caches: Mapping[str, torch.Tensor] = {}
 
@@ -321,11 +321,11 @@ class _TouchesPages(ConnectorWorker):
             self._touch([cache[block] for cache in self.caches.values() for block in blocks])
 
     def _touch(self, pages: list[torch.Tensor]) -> None:
-        """Each `(head, slot, content)`."""
+        """Modifies the pages, each `(head, slot, content)`, in place."""
 
 
 class ServesOnce(Broken):
-    """What was offloaded comes back right the first time only."""
+    """Zeroes the pages of every load but the first."""
 
     class _Worker(_TouchesPages):
         loads = 0
@@ -339,7 +339,7 @@ class ServesOnce(Broken):
 
 
 class SwapsKeysAndValues(Broken):
-    """Two halves of the same shape, taken for each other."""
+    """Swaps the two halves of every loaded page."""
 
     class _Worker(_TouchesPages):
         def _touch(self, pages: list[torch.Tensor]) -> None:
@@ -351,7 +351,7 @@ class SwapsKeysAndValues(Broken):
 
 
 class BelievesTheShape(Broken):
-    """No layout is proven: what a tensor's shape suggests is taken for true, K and V of a token side by side."""
+    """Assumes the layout that a tensor's shape suggests, K and V of a token side by side, instead of proving one."""
 
     class _Worker(ConnectorWorker):
         def _open(self, caches: Mapping[str, torch.Tensor]) -> None:
@@ -368,40 +368,40 @@ class BelievesTheShape(Broken):
 
 
 class MisreadsTheDisk(Broken):
-    """What comes from memory is right; what lies on disk in canonical order is taken for vLLM's own."""
+    """Labels objects read in canonical order with vLLM's native layout."""
 
     class _Worker(ConnectorWorker):
         def _open(self, caches: Mapping[str, torch.Tensor]) -> None:
             super()._open(caches)
             assert self._rank is not None
             assert self._spec is not None
-            self._rank.transfer._io = _TakesItForNative(self, self._spec, self._chunk)
+            self._rank.transfer._io = _LabelsAsNative(self, self._spec, self._chunk)
 
     worker = _Worker
 
 
-class _TakesItForNative(ObjectCodec):
-    def __init__(self, half: ConnectorWorker, *args: Any) -> None:
+class _LabelsAsNative(ObjectCodec):
+    def __init__(self, worker: ConnectorWorker, *args: Any) -> None:
         super().__init__(*args)
-        self._half = half
+        self._worker = worker
 
     def load(
         self, tier: Tier, id: ObjectId, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
     ) -> Loaded:
         loaded = super().load(tier, id, out, None, deadline)
-        if loaded.layout is None or self._half._kv is None:
+        if loaded.layout is None or self._worker._kv is None:
             return loaded
-        return Loaded(loaded.result, self._half._kv.native(id.group, self._chunk_tokens))
+        return Loaded(loaded.result, self._worker._kv.native(id.group, self._chunk_tokens))
 
 
-# ---------------------------------------------------------------- what is said and done
+# ---------------------------------------------------------------- reports, clear and capacity
 
 
 class ReportsWhatItDoesNotUse(Broken):
-    """Computes everything, and reports as a hit what it found."""
+    """Records the hit that a lookup finds, and reports no hit to vLLM."""
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Nothing, after a look at what there would be."""
+        """Records what would be loaded; returns no hit."""
         found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if found is None:
             return None, False
@@ -412,7 +412,7 @@ class ReportsWhatItDoesNotUse(Broken):
 
 
 class ClearsMemoryOnly(Broken):
-    """`clear` returns, and the disk still serves."""
+    """Drops the requests to clear the workers' tiers."""
 
     class _Scheduler(ConnectorScheduler):
         def clear(self, salt: str | None = None) -> bool:
@@ -424,7 +424,7 @@ class ClearsMemoryOnly(Broken):
 
 
 class DeafToFullMemory(Broken):
-    """A store that finds no room is an error for whoever asked; the guard then switches the cache off for good."""
+    """Raises after a store that evicted something; the connector then disables the cache for good."""
 
     class _Scheduler(ConnectorScheduler):
         def _store(self, plane: Plane, tracked: Tracked, scheduled: int, now: float) -> None:
@@ -436,11 +436,11 @@ class DeafToFullMemory(Broken):
     scheduler = _Scheduler
 
 
-# ---------------------------------------------------------------- misfortune, for the adapter's own tests
+# ---------------------------------------------------------------- fault injection, for the adapter's own tests
 
 
 class ForgetsLeases(Broken):
-    """What was offered is gone when vLLM has made room for it."""
+    """Releases the lease of a request when vLLM has allocated its blocks."""
 
     class _Scheduler(ConnectorScheduler):
         def update_state_after_alloc(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
@@ -452,7 +452,7 @@ class ForgetsLeases(Broken):
 
 
 class SchedulerRaises(Broken):
-    """The scheduler half fails in `method`, from its first hit on."""
+    """The scheduler side raises in `method`, from its first hit on."""
 
     method: ClassVar[str] = "get_num_new_matched_tokens"
 
@@ -513,7 +513,7 @@ class RaisesInReported(SchedulerRaises):
 
 
 class WorkerRaises(Broken):
-    """The worker half fails in `method`, in every step that has a load."""
+    """The worker side raises in `method`, in every step that has a load."""
 
     class _Worker(ConnectorWorker):
         method = "start_load_kv"
@@ -561,7 +561,7 @@ class WorkerRaisesInBind(Broken):
 
 
 class WorkerRaisesInView(Broken):
-    """See `WorkerRaises`: the load is known, and was not begun."""
+    """See `WorkerRaises`: before the load begins."""
 
     class _Worker(WorkerRaises._Worker):
         method = "_view"
@@ -570,7 +570,7 @@ class WorkerRaisesInView(Broken):
 
 
 class WorkerRaisesInLanded(Broken):
-    """See `WorkerRaises`: the load has ended, and nobody was told."""
+    """See `WorkerRaises`: after the load has ended, before it is reported."""
 
     class _Worker(WorkerRaises._Worker):
         method = "get_transfer_results"

@@ -1,4 +1,4 @@
-"""A cache offers what belongs to the request and nothing else: keys, isolation, miss, reset; and is a quiet guest of its host."""
+"""A cache serves only what belongs to the request (keys, isolation, miss, reset) and works within its host's limits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lmcache import CacheEngine, Layout, PagedKV
 from lmcache.keys import Extra
 from lmcache.spec import KVSpec, Numerics
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.kvlab import CHUNK, DIM, Pool, bits, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.kv_pool import CHUNK, DIM, Pool, bits, equal_bits, scattered, tiny_config, tiny_spec
 from lmcache_conformance.runner.marks import level
-from lmcache_conformance.suites.cachefactory import CacheFactory, tokens_of
+from lmcache_conformance.suites.cache_factory import CacheFactory, tokens_of
 
 
 class CacheNameTests(CacheFactory):
@@ -36,8 +36,8 @@ class CacheNameTests(CacheFactory):
                 unknown = hit.stop
             for other in ({"salt": "b"}, {}, {"salt": "a", "lora": "x"}, {"salt": "A"}):
                 with cache.lookup(tokens, **other) as hit:  # type: ignore[arg-type]
-                    assert hit.tokens == 0, f"{other} is offered what belongs to salt 'a'"
-                    assert hit.stop == unknown, "the reason of a miss tells one tenant what another has stored"
+                    assert hit.tokens == 0, f"{other} hits KV that belongs to salt 'a'"
+                    assert hit.stop == unknown, "the reason of a miss reveals to one tenant what another has stored"
             for salt in ("b", ""):
                 cache.store(tokens, pools[salt].kv, slots, salt=salt)
             cache.flush()
@@ -52,10 +52,10 @@ class CacheNameTests(CacheFactory):
             target = Pool("nhd", 40, seed=50)
             with cache.lookup(tokens, salt=salt) as hit:
                 assert cache.retrieve(hit, target.kv, slots) == 2 * CHUNK
-            assert target.sequence(slots) == pool.sequence(slots), f"salt {salt!r} got another tenant's KV"
+            assert target.sequence(slots) == pool.sequence(slots), f"salt {salt!r} loaded another tenant's KV"
 
     @level(Level.KEYS)
-    def test_new_weights_under_an_old_name_hit_nothing_old(self, place: Path) -> None:
+    def test_new_weights_do_not_hit_kv_of_old_weights(self, place: Path) -> None:
         tokens = tokens_of(2 * CHUNK)
         pool = Pool("nhd", 40)
         slots = scattered(2 * CHUNK, pool)
@@ -66,14 +66,14 @@ class CacheNameTests(CacheFactory):
             for version in (1, "step-2"):
                 cache.set_weights_version(version)
                 with cache.lookup(tokens) as hit:
-                    assert hit.tokens == 0, f"weights {version!r} are offered what older weights computed"
+                    assert hit.tokens == 0, f"weights {version!r} hit KV computed with older weights"
             cache.set_weights_version("")
             with cache.lookup(tokens) as hit:
                 assert hit.tokens == 2 * CHUNK
 
     @level(Level.KEYS)
-    def test_what_decides_the_bits_decides_the_hit(self, place: Path) -> None:
-        """Two caches on one folder that differ in one thing share nothing."""
+    def test_whatever_changes_the_bits_prevents_a_hit(self, place: Path) -> None:
+        """Two caches on one folder whose specs differ in one field share nothing."""
         tokens = tokens_of(2 * CHUNK)
         base = tiny_spec()
         specs = {
@@ -93,7 +93,7 @@ class CacheNameTests(CacheFactory):
             cache.flush()
         for what, spec in specs.items():
             with self.open_cache(config, spec) as cache, cache.lookup(tokens) as hit:
-                assert hit.tokens == 0, f"{what}: offered what {base.numerics} computed"
+                assert hit.tokens == 0, f"{what}: a hit on KV computed with {base.numerics}"
 
     @level(Level.KEYS)
     def test_each_rank_reads_its_own_part(self, place: Path) -> None:
@@ -121,11 +121,11 @@ class CacheNameTests(CacheFactory):
                 assert cache.retrieve(hit, PagedKV(got, layout), slots) == 2 * CHUNK
             for plane in "kv":
                 for layer in range(2):
-                    same = _same(got[plane][layer][slots], held[rank][plane][layer][slots])
+                    same = equal_bits(got[plane][layer][slots], held[rank][plane][layer][slots])
                     assert same, f"rank {rank} read another rank's heads"
 
     @level(Level.KEYS)
-    def test_another_image_behind_the_same_tokens_is_another_prompt(self) -> None:
+    def test_the_same_tokens_with_another_image_do_not_hit(self) -> None:
         tokens = tokens_of(3 * CHUNK)
         pool = Pool("nhd", 40)
         digest = bytes(range(32))
@@ -134,9 +134,7 @@ class CacheNameTests(CacheFactory):
             for at in range(32):
                 other = digest[:at] + bytes([digest[at] ^ 1]) + digest[at + 1 :]
                 with cache.lookup(tokens, extras=[Extra(CHUNK + 2, 4, other)]) as hit:
-                    assert hit.tokens == CHUNK, (
-                        f"an image whose digest differs in byte {at} is offered another image's KV"
-                    )
+                    assert hit.tokens == CHUNK, f"an image whose digest differs in byte {at} hits another image's KV"
             with cache.lookup(tokens, extras=[Extra(CHUNK + 2, 4, digest)]) as hit:
                 assert hit.tokens == 3 * CHUNK
 
@@ -154,7 +152,7 @@ class CacheNameTests(CacheFactory):
                     assert hit.tokens == 0
                     assert cache.retrieve(hit, pool.kv, slots) == 0
             with cache.lookup(tokens_of(CHUNK - 1)) as hit:
-                assert hit.tokens == 0, "less than a chunk has no name"
+                assert hit.tokens == 0, "less than a chunk has no key and must miss"
 
     # ---------------------------------------------------------------- reset
 
@@ -173,22 +171,22 @@ class CacheNameTests(CacheFactory):
             self._offered(cache, tokens, a=0, b=2 * CHUNK)
             cache.clear()
             self._offered(cache, tokens, a=0, b=0)
-        assert not list(place.rglob("*.safetensors")), "files are left"
+        assert not list(place.rglob("*.safetensors")), "files are left after clear()"
         with self.open_cache(config, tiny_spec()) as cache:
             self._offered(cache, tokens, a=0, b=0)
-            assert cache.store(tokens, pool.kv, slots, salt="a") == 2 * CHUNK, "cleared, and no use any more"
+            assert cache.store(tokens, pool.kv, slots, salt="a") == 2 * CHUNK, "nothing can be stored after clear()"
             self._offered(cache, tokens, a=2 * CHUNK, b=0)
 
     def _offered(self, cache: CacheEngine, tokens: torch.Tensor, **wanted: int) -> None:
         for salt, count in wanted.items():
             with cache.lookup(tokens, salt=salt) as hit:
-                assert hit.tokens == count, f"salt {salt!r} is offered {hit.tokens} tokens, not {count}"
+                assert hit.tokens == count, f"salt {salt!r} hits {hit.tokens} tokens, not {count}"
 
-    # ---------------------------------------------------------------- a host as it is
+    # ---------------------------------------------------------------- limits of the host
 
     @level(Level.FAULTS)
-    def test_where_memory_cannot_be_pinned_it_starts_and_works_all_the_same(self) -> None:
-        """WSL2, containers with a locked-memory limit: a GPU is there, and pinning fails."""
+    def test_without_pinned_memory_the_cache_still_works(self) -> None:
+        """On WSL2, and in containers with a locked-memory limit, there is a GPU but pinning fails."""
 
         def refuse(nbytes: int) -> torch.Tensor:
             raise RuntimeError("CUDA error: OS call failed or operation not supported on this OS")
@@ -204,21 +202,21 @@ class CacheNameTests(CacheFactory):
                 with self.open_cache(tiny_config(), tiny_spec()) as cache:
                     stored = cache.store(tokens, pool.kv, slots)
             except Exception as error:
-                raise AssertionError(f"memory can't be pinned, and so it does not start: {error}") from error
+                raise AssertionError(f"memory cannot be pinned, and the cache does not start: {error}") from error
         assert stored == CHUNK
 
     @level(Level.FAULTS)
     def test_it_listens_on_no_network_address(self, place: Path) -> None:
         if not Path("/proc/net/tcp").exists():
-            pytest.skip("this host does not tell who listens")
+            pytest.skip("this host does not list listening sockets (no /proc/net/tcp)")
         before = _listening()
         with self.open_cache(tiny_config(disk_path=place), tiny_spec()):
             opened = _listening() - before
-        assert not opened, f"it listens on {', '.join(sorted(opened))}: nobody asked for that"
+        assert not opened, f"the cache listens on {', '.join(sorted(opened))}, which was not requested"
 
 
 def _listening() -> set[str]:
-    """Addresses on which this host's network namespace listens for TCP, as `address:port`."""
+    """Returns the addresses on which this process listens for TCP, as `address:port`."""
     found = set()
     for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         file = Path("/proc/net") / name
@@ -239,7 +237,3 @@ def _readlink(path: Path) -> str:
         return str(path.readlink())
     except OSError:
         return ""
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

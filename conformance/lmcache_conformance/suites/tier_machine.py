@@ -1,5 +1,4 @@
-"""Random histories of any tier against a dictionary. Whole caches have theirs in `cachemachine`, indexes in
-`indexmachine`."""
+"""Random histories of any tier, compared with a dictionary. Those of whole caches are in `cache_machine`."""
 
 from __future__ import annotations
 
@@ -12,13 +11,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lmcache.keys import ObjectId
 from lmcache.plan import Status
 from lmcache.tiers.base import Range, Read, Tier
-from lmcache_conformance.labs.tierlab import NAMESPACE, OTHER_NAMESPACE, get, object_id, pattern, put
+from lmcache_conformance.labs.tier_objects import NAMESPACE, OTHER_NAMESPACE, get, object_id, pattern, put
 
 
 def run_machine(
     machine: Callable[[], RuleBasedStateMachine], *, examples: int, steps: int, shrink: bool = True
 ) -> None:
-    """Run a state machine made by a factory, as a test. Prints the failing history; `shrink` makes it as short as can be."""
+    """Runs a state machine as a test. Prints the failing history.
+
+    Args:
+        machine: makes the state machine.
+        examples: number of histories.
+        steps: maximum number of steps per history.
+        shrink: shorten the failing history.
+    """
     phases = [phase for phase in Phase if shrink or phase not in (Phase.shrink, Phase.explain)]
     chosen = settings(
         max_examples=examples,
@@ -29,7 +35,7 @@ def run_machine(
         phases=phases,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]  # it only calls it
+    run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]  # a factory works as well as a class
 
 
 _IDS = st.builds(
@@ -45,12 +51,12 @@ _OPENERS = st.integers(0, 1)
 
 
 class TierMachine(RuleBasedStateMachine):
-    """A tier beside a dict.
+    """A tier compared with a dict.
 
     Args:
         open_tier: opens the tier, always at the same place.
-        persistent: what was written survives closing and opening again.
-        openers: how many have the place open at once; more than one only of a shared tier.
+        persistent: objects survive closing and reopening.
+        openers: number of simultaneous openers of the place; more than one only for a shared tier.
     """
 
     def __init__(self, open_tier: Callable[[], Tier], *, persistent: bool, openers: int = 1) -> None:
@@ -66,7 +72,7 @@ class TierMachine(RuleBasedStateMachine):
         self.tiers = [self.open_tier() for _ in range(self.openers)]
 
     def tier(self, opener: int) -> Tier:
-        """One of them."""
+        """Returns one of the openers."""
         return self.tiers[opener % self.openers]
 
     @rule(at=_OPENERS, id=_IDS, size=st.sampled_from([1, 100, 4096, 70_000]), seed=st.integers(0, 9))
@@ -124,12 +130,12 @@ class TierMachine(RuleBasedStateMachine):
 
 
 class BoundedTierMachine(RuleBasedStateMachine):
-    """A tier that may drop whatever it likes to stay below its capacity: what it serves is right all the same.
+    """A tier that may evict any object to stay below its capacity: objects it still serves must be correct.
 
     Args:
         open_tier: opens the tier with that capacity, always at the same place.
-        capacity: bytes.
-        persistent: it may be closed and opened again.
+        capacity: in bytes.
+        persistent: the tier may be closed and reopened.
     """
 
     def __init__(self, open_tier: Callable[[], Tier], *, capacity: int, persistent: bool) -> None:
@@ -138,7 +144,7 @@ class BoundedTierMachine(RuleBasedStateMachine):
         self.capacity = capacity
         self.persistent = persistent
         self.tier: Tier | None = None
-        self.model: dict[ObjectId, bytes] = {}  # what may be served; anything of it may be gone
+        self.model: dict[ObjectId, bytes] = {}  # what may be served; any of it may have been evicted
 
     @initialize()
     def open(self) -> None:
@@ -156,14 +162,14 @@ class BoundedTierMachine(RuleBasedStateMachine):
         assert result.status is Status.FULL or len(data) <= self.capacity
         if result.nbytes:
             self.model[id] = data
-            assert get(self.tier, id, self.capacity)[1] == data, "accepted, and not there"
+            assert get(self.tier, id, self.capacity)[1] == data, "the write was accepted, but the object is missing"
 
     @rule(id=_IDS)
     def read(self, id: ObjectId) -> None:
         assert self.tier is not None
         result, data = get(self.tier, id, self.capacity)
         assert result.status in (Status.OK, Status.MISSING)
-        assert result.status is Status.MISSING or data == self.model.get(id), "what is served was never written"
+        assert result.status is Status.MISSING or data == self.model.get(id), "the bytes served were never written"
 
     @rule(id=_IDS)
     def delete(self, id: ObjectId) -> None:
@@ -187,7 +193,7 @@ class BoundedTierMachine(RuleBasedStateMachine):
     def within_bounds_and_no_surprise(self) -> None:
         if self.tier is not None:
             found = {found.id: found.nbytes for found in self.tier.scan()}
-            assert sum(found.values()) <= self.capacity, f"{sum(found.values())} bytes, {self.capacity} are allowed"
+            assert sum(found.values()) <= self.capacity, f"{sum(found.values())} bytes; {self.capacity} are allowed"
             assert found.items() <= {id: len(data) for id, data in self.model.items()}.items()
 
     def teardown(self) -> None:

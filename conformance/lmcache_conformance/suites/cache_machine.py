@@ -1,16 +1,14 @@
-"""Random histories of whole caches against a function: several caches on one folder, tenants, restarts, damage, clears.
+"""Random histories of whole caches: several caches on one folder, tenants, restarts, damage, clears.
 
-The truth is a function: the KV of a chunk = bits seeded by (salt, everything up to its end). So any hit of any cache can be
-judged bit for bit, and a dictionary of what was stored and cleared says whether it may be a hit at all.
+The expected KV of a chunk is a function: bits seeded by (salt, all tokens up to its end). Any hit of any cache can therefore
+be checked bit for bit, and a model of what was stored and cleared tells whether there may be a hit at all.
 """
 
 from __future__ import annotations
 
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
@@ -20,7 +18,7 @@ from lmcache import CacheEngine, Config
 from lmcache.engine import Hit
 from lmcache.spec import KVSpec
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.kvlab import (
+from lmcache_conformance.labs.kv_pool import (
     CHUNK,
     DIM,
     HEADS,
@@ -32,33 +30,34 @@ from lmcache_conformance.labs.kvlab import (
     tiny_config,
     tiny_spec,
 )
+from lmcache_conformance.labs.scratch import make_scratch_folder
 from lmcache_conformance.runner.marks import level
-from lmcache_conformance.suites.cachefactory import CacheFactory
-from lmcache_conformance.suites.machine import run_machine
+from lmcache_conformance.suites.cache_factory import CacheFactory
+from lmcache_conformance.suites.tier_machine import run_machine
 
 Name = tuple[str, tuple[str, ...]]
-"""A chunk: salt, and the letters of the prompt up to its end."""
+"""A chunk's identity: salt, and the letters of the prompt up to its end."""
 
 SALTS = st.sampled_from(["", "a", "b"])
 PROMPTS = st.lists(st.sampled_from("xyz"), min_size=1, max_size=5)
-"""Prompts that share prefixes: each letter is a chunk of its own tokens."""
+"""Prompts that share prefixes: each letter stands for one chunk of tokens."""
 TAILS = st.integers(0, CHUNK - 1)
 SESSIONS = st.integers(0, 1)
 DAMAGE = st.sampled_from(["truncate", "flip", "delete", "empty", "swap"])
 
 
 def tokens_of(prompt: Sequence[str], tail: int = 0) -> list[int]:
-    """Token ids of a prompt, and some more that fill no chunk."""
+    """Returns the token ids of a prompt, followed by `tail` more that do not fill a chunk."""
     return [ord(letter) * 1000 + i for letter in prompt for i in range(CHUNK)] + [7] * tail
 
 
 def chunks_of(salt: str, prompt: Sequence[str]) -> list[Name]:
-    """The names of a prompt's chunks."""
+    """Returns the identities of a prompt's chunks."""
     return [(salt, tuple(prompt[: i + 1])) for i in range(len(prompt))]
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Two caches on one folder (or one without a disk), and what they may serve.
+    """Two caches on one folder (or one cache without a disk), and a model of what they may serve.
 
     Args:
         open_cache: opens a cache.
@@ -67,7 +66,7 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self, open_cache: Callable[[Config, KVSpec], CacheEngine]) -> None:
         super().__init__()
         self.open_cache = open_cache
-        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        self.folder = make_scratch_folder("lmcache-histories-")
         self.spec = tiny_spec()
         self.caches: list[CacheEngine] = []
         self.own: list[set[Name]] = []  # what each cache may hold in DRAM
@@ -89,7 +88,7 @@ class CacheMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def truth(self, salt: str, prompt: Sequence[str], kind: str) -> tuple[Pool, torch.Tensor]:
-        """A pool in which the KV of this prompt lies, and where."""
+        """Returns a pool that holds the expected KV of this prompt, and its slot mapping."""
         pool = Pool(kind, 24, seed=1)
         slots = scattered(len(prompt) * CHUNK, pool, seed=2)
         for i in range(len(prompt)):
@@ -111,7 +110,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.disk:
             self.shared.update(chunks_of(salt, prompt))
         with self.caches[at].lookup(tokens_of(prompt), salt=salt) as hit:
-            assert hit.tokens >= accepted, "what was accepted is there"
+            assert hit.tokens >= accepted, "accepted tokens are not found"
 
     @rule(
         session=SESSIONS,
@@ -131,17 +130,17 @@ class CacheMachine(RuleBasedStateMachine):
             held = [name in self.own[at] or name in self.shared for name in names]
             loaded = cache.retrieve(hit, target.kv, slots)
         assert loaded <= hit.tokens
-        # What counts is what was served: a cache may still believe in a file that another one has cleared, and miss it then.
+        # Only loaded chunks are judged: a lookup may still count a file that another cache has cleared; its load then misses.
         served = loaded // CHUNK
         wrong = [name for name, there in zip(names[:served], held[:served], strict=True) if not there]
         assert not wrong, f"served {wrong}: never stored, or cleared"
         self.own[at].update(name for name, there in zip(names, held, strict=True) if there)
         truth, where = self.truth(salt, prompt, kind)
-        assert target.sequence(slots[:loaded]) == truth.sequence(where[:loaded]), "wrong bits"
+        assert target.sequence(slots[:loaded]) == truth.sequence(where[:loaded]), "wrong bits were loaded"
 
     @rule(session=SESSIONS, salt=SALTS, prompt=PROMPTS)
     def lease_and_forget(self, session: int, salt: str, prompt: list[str]) -> None:
-        """A request that was aborted: its lease stays until it is released much later."""
+        """An aborted request: its lease is kept and released much later."""
         self.hits.append(self.caches[session % len(self.caches)].lookup(tokens_of(prompt), salt=salt))
         if len(self.hits) > 3:
             self.hits.pop(0).release()
@@ -156,7 +155,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(session=SESSIONS, salt=st.one_of(st.none(), SALTS))
     def clear(self, session: int, salt: str | None) -> None:
-        """What the other cache holds in DRAM stays its own."""
+        """Clears one cache and the disk; the other cache keeps its DRAM contents."""
         for cache in self.caches:
             assert cache.flush()
         at = session % len(self.caches)
@@ -209,8 +208,8 @@ class CacheMachineTests(CacheFactory):
     """Random histories of the cache that a subclass opens."""
 
     machine_examples: int = 40
-    """How many histories."""
+    """Number of histories."""
 
     @level(Level.CONCURRENCY)
-    def test_any_history_of_caches_serves_right_bits_or_misses(self) -> None:
+    def test_any_history_of_caches_serves_correct_bits_or_misses(self) -> None:
         run_machine(lambda: CacheMachine(self.open_cache), examples=self.machine_examples, steps=25)

@@ -1,6 +1,6 @@
-"""A pytest plugin (`-p lmcache_conformance.runner.onefailure`): once a test of a class has failed, the rest is left out.
+"""A pytest plugin (`-p lmcache_conformance.runner.one_failure`): skips the rest of a class after its first failure.
 
-So that many mutants run in one process, each until it is killed.
+It lets many mutants run in one process, each until it is killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _FAILED = pytest.StashKey[bool]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave it out."""
+    """Skips the test if another one of its class has failed."""
     parent = item.getparent(pytest.Class)
     if parent is not None and parent.stash.get(_FAILED, False):
         pytest.skip("another test of this class has failed")
@@ -22,7 +22,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
-    """Remember the first."""
+    """Records the first failure of a class."""
     report: pytest.TestReport = yield  # type: ignore[misc, assignment]
     parent = item.getparent(pytest.Class)
     if report.failed and parent is not None:

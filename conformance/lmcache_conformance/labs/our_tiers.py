@@ -1,4 +1,4 @@
-"""Our own tiers bound to the suite, with their ways around the tier: what targets, mutants and our tests build upon."""
+"""The suite applied to the bundled tiers, with raw access that bypasses them. Base classes of targets, mutants and tests."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lmcache.tiers.memory import MemoryTier
 from lmcache_conformance.suites.tiers import TierCapabilities, TierTests
 
 QUICK = Timing(tick=0.02, rescan=0.1, patience=2.0)
-"""A janitor that a test need not wait for."""
+"""Janitor timing short enough for tests."""
 
 
 class MemoryTierTests(TierTests):
-    """The suite for `lmcache.tiers.memory.MemoryTier`, or something derived from it."""
+    """The suite for `lmcache.tiers.memory.MemoryTier` and its subclasses."""
 
     capabilities = TierCapabilities(bounded=True, raw=True)
     tier_class: type[MemoryTier] = MemoryTier
@@ -32,18 +32,18 @@ class MemoryTierTests(TierTests):
         return self.tier_class(capacity)
 
     def raw_get(self, tier: Tier, place: Path, id: ObjectId) -> bytes | None:
-        """The dict itself."""
+        """Reads the tier's dict directly."""
         assert isinstance(tier, MemoryTier)
         return tier._objects.get(id)
 
     def raw_files(self, tier: Tier, place: Path) -> Sequence[str]:
-        """The dict's keys."""
+        """Returns the keys of the tier's dict."""
         assert isinstance(tier, MemoryTier)
         return [str(id) for id in tier._objects]
 
 
 class DiskTierTests(TierTests):
-    """The suite for `lmcache.tiers.disk.DiskTier`, or something derived from it."""
+    """The suite for `lmcache.tiers.disk.DiskTier` and its subclasses."""
 
     capabilities = TierCapabilities(persistent=True, bounded=True, shared=True, raw=True, damage=True, full_device=True)
     tier_class: type[DiskTier] = DiskTier
@@ -53,28 +53,28 @@ class DiskTierTests(TierTests):
         return self.tier_class(place, capacity, timing=QUICK)
 
     def raw_get(self, tier: Tier, place: Path, id: ObjectId) -> bytes | None:
-        """The file of that name."""
+        """Reads the object's file."""
         path = place / "objects" / relative_path(id)
         return path.read_bytes() if path.is_file() else None
 
     def raw_put(self, tier: Tier, place: Path, id: ObjectId, data: bytes) -> None:
-        """Overwrite the file of that name, or make it."""
+        """Writes or overwrites the object's file."""
         path = place / "objects" / relative_path(id)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
     def raw_files(self, tier: Tier, place: Path) -> Sequence[str]:
-        """Every file below `objects`."""
+        """Returns every file below `objects`."""
         return [name for _, _, names in os.walk(place / "objects") for name in names]
 
     def full_device(self, place: Path) -> AbstractContextManager[None]:
-        """Every byte written by this process meets ENOSPC: what a full disk does, and can't be made to do on demand."""
+        """Makes every write of this process fail with ENOSPC, as on a full disk."""
         return enospc()
 
 
 @contextmanager
 def enospc() -> Iterator[None]:
-    """No byte can be written by this process."""
+    """Makes every write of this process fail with ENOSPC."""
 
     def refuse(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

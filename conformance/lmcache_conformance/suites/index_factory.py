@@ -1,4 +1,4 @@
-"""How a suite opens the index under test."""
+"""Opens the index under test."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lmcache_conformance.labs.indexlab import CHUNK
 
 
 class IndexFactory:
-    """What a subclass says."""
+    """What a subclass overrides."""
 
     def open_index(self, groups: Sequence[tuple[str, HitRule]], slots: Sequence[int], **settings: Any) -> Index:
-        """The index, of chunks of `CHUNK` tokens."""
+        """Opens an index with chunks of `CHUNK` tokens."""
         return Index(groups, CHUNK, slots, **settings)

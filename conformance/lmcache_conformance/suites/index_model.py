@@ -1,6 +1,6 @@
-"""What an index must keep to in any history: a model of what was stored, offered, leased, loaded and cleared.
+"""A model of an index: what was stored, offered, leased, loaded and cleared, and the invariants of every history.
 
-`indexmachine` makes the histories. The rules of hits are computed here token by token, the long way round.
+`index_machine` generates the histories. Hit rules are computed here token by token, as an independent reference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Groups = Sequence[tuple[str, HitRule]]
 
 
 def needs(rule: HitRule, n: int) -> set[int]:
-    """What a hit of n chunks needs, token by token."""
+    """Returns the chunks that a hit of n chunks needs, computed token by token."""
     tokens = range(n * CHUNK)
     if rule.kind == "all":
         wanted = set(tokens)
@@ -36,14 +36,14 @@ def needs(rule: HitRule, n: int) -> set[int]:
 
 @dataclass
 class Load:
-    """What is known of a load.
+    """A load that has begun.
 
     Attributes:
-        owner: who waits for it; None once it was forgotten.
-        skip: leading tokens that the engine did not want.
-        limit: tokens that it was offered and asked for.
+        owner: the request that waits for it; None once the request was forgotten.
+        skip: leading tokens that the engine has itself.
+        limit: the end of what it was offered and requested, in tokens.
         version: how often its namespace had been cleared when it began.
-        ended: how it ended, if it did.
+        ended: how it ended; None while it runs.
     """
 
     owner: int | None
@@ -55,10 +55,10 @@ class Load:
 
 
 class IndexModel(RuleBasedStateMachine):
-    """An index, its ranks, and what is known of them.
+    """An index, its ranks, and the model of them.
 
     Args:
-        open_index: opens the index, see `indexfactory.IndexFactory`.
+        open_index: opens the index, see `index_factory.IndexFactory`.
     """
 
     index: Index
@@ -68,7 +68,7 @@ class IndexModel(RuleBasedStateMachine):
         self.open_index = open_index
 
     def begin(self, groups: Groups, tiers: Sequence[TierInfo], slots: Sequence[int], count: int, policy: str) -> None:
-        """An empty index over `count` ranks."""
+        """Opens an empty index with `count` ranks."""
         self.groups, self.tiers = groups, tiers
         self.index = self.open_index(
             groups,
@@ -88,14 +88,14 @@ class IndexModel(RuleBasedStateMachine):
         self.failed: set[int] = set()
         self.last: dict[int, tuple[Chain, int]] = {}
         self.hits: dict[int, tuple[Chain, int]] = {}
-        self.leased: dict[int, tuple[float, dict[tuple[int, int], Name]]] = {}  # until when, which slots
+        self.leased: dict[int, tuple[float, dict[tuple[int, int], Name]]] = {}  # owner → (expiry, slots of the hit)
         self.loads: dict[int, Load] = {}
-        self.questions: dict[int, tuple[tuple[bytes, bytes, int], float]] = {}
+        self.probes: dict[int, tuple[tuple[bytes, bytes, int], float]] = {}
 
     # ------------------------------------------------------------ what may be offered
 
     def slots_of(self, about: Chain, n: int) -> dict[tuple[int, int], Name]:
-        """The slots in which the objects of a hit lie."""
+        """Returns the slots that hold the objects of a hit."""
         slots = {}
         for group, (_, r) in enumerate(self.groups):
             for i in needs(r, n):
@@ -104,28 +104,28 @@ class IndexModel(RuleBasedStateMachine):
                     slots[group, found.slot] = name_at(about, group, i)
         return slots
 
-    def asked(self, owner: int, about: Chain, limit: int) -> float:
-        """When this owner first asked this; another question takes its place."""
+    def probed(self, owner: int, about: Chain, limit: int) -> float:
+        """Returns when this owner first looked this up, which begins its probe; another lookup replaces it."""
         key = about.namespace, about.digests[limit - 1], limit
-        if self.questions.get(owner, (None, 0.0))[0] != key:
-            self.questions[owner] = key, self.now
-        return self.questions[owner][1]
+        if self.probes.get(owner, (None, 0.0))[0] != key:
+            self.probes[owner] = key, self.now
+        return self.probes[owner][1]
 
     def legal(self, about: Chain, n: int) -> bool:
-        """Everything that a hit of n chunks needs is somewhere."""
+        """Returns whether everything that a hit of n chunks needs is in DRAM or a tier."""
         named = ((name_at(about, g, i), i) for g, (_, r) in enumerate(self.groups) for i in needs(r, n))
         return all(self.index.where(name) for name, _ in named)
 
     # ------------------------------------------------------------ what must hold
 
     def ended(self, finished: list[Finished]) -> None:
-        """Take note of what the index says has ended."""
+        """Records and checks what the index reports as ended."""
         for end in finished:
             if end.kind != "load":
                 continue
             load = self.loads[end.job]
             if load.ended is not None:
-                assert not load.ended.final, "told twice"
+                assert not load.ended.final, "a load ends finally twice"
                 assert end.final
                 assert end.ok_tokens == load.ended.ok_tokens
             load.ended = end
@@ -136,7 +136,7 @@ class IndexModel(RuleBasedStateMachine):
                 self.loaded_right(end, load)
 
     def loaded_right(self, end: Finished, load: Load) -> None:
-        """What is called loaded lies in the engine, on every rank."""
+        """Asserts that what is reported as loaded is in engine memory, on every rank."""
         assert end.ok_tokens % CHUNK == 0
         assert end.ok_tokens <= load.limit
         for group, (_, r) in enumerate(self.groups):
@@ -144,7 +144,7 @@ class IndexModel(RuleBasedStateMachine):
                 for rank in self.ranks:
                     content = rank.engine.get(end.job, {}).get((group, i * CHUNK))
                     assert content is not None, (
-                        f"chunk {i} of group {group} is called loaded, rank {rank.rank} lacks it"
+                        f"chunk {i} of group {group} is reported as loaded, but rank {rank.rank} lacks it"
                     )
                     assert content[:2] == (name_at(load.chain, group, i), rank.rank)
                     assert content.version >= load.version, "served after it was cleared"
@@ -161,21 +161,19 @@ class IndexModel(RuleBasedStateMachine):
             if owner in self.hits and self.now < until:
                 for slot, name in slots.items():
                     assert held.get(slot, name) == name, (
-                        f"slot {slot}, leased to owner {owner}, was given to another object"
+                        f"slot {slot}, leased to owner {owner}, was reused for another object"
                     )
         for group, pool in enumerate(self.index.state.pools):
             for found in pool.residents():
                 if found.ready:
                     for rank in self.ranks:
                         content = rank.arena.get((group, found.slot))
-                        assert content is not None, (
-                            f"slot {found.slot} is ready, but rank {rank.rank} has nothing there"
-                        )
+                        assert content is not None, f"slot {found.slot} is ready, but empty on rank {rank.rank}"
                         assert content.name.chain == found.digest
                         assert content.name.namespace == found.namespace
 
     def teardown(self) -> None:
-        """With all requests over and all reports delivered, nothing is held."""
+        """Ends all requests and delivers all reports; asserts that nothing is held."""
         if not hasattr(self, "index"):
             return
         for _ in range(30):

@@ -1,4 +1,4 @@
-"""A cache under faults: right bits or a miss, nothing hangs, nothing that was flushed is lost, and it works again."""
+"""A cache under faults: correct bits or a miss, no hang, no flushed data lost, and full function afterwards."""
 
 from __future__ import annotations
 
@@ -15,22 +15,30 @@ import torch
 from lmcache.plan import Status
 from lmcache.tiers.base import Read, Result
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.elsewhere import started
-from lmcache_conformance.labs.kvlab import CHUNK, Pool, scattered, tiny_config, tiny_spec
-from lmcache_conformance.labs.moody import DAMAGE, TOKENS, Case, Moody, MoodyFactory, quiet, within
-from lmcache_conformance.labs.ours import enospc
+from lmcache_conformance.labs.faulty_tier import (
+    DAMAGE,
+    TOKENS,
+    Case,
+    FaultyTier,
+    FaultyTierFactory,
+    assert_idle,
+    within,
+)
+from lmcache_conformance.labs.fresh_interpreter import start_in_new_process
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
+from lmcache_conformance.labs.our_tiers import enospc
 from lmcache_conformance.runner.marks import level
 
 
-class CacheFaultTests(MoodyFactory):
+class CacheFaultTests(FaultyTierFactory):
     """Damage, failures, and tiers that are slow, dead or full."""
 
-    # ---------------------------------------------------------------- what lies there is not what was stored
+    # ---------------------------------------------------------------- damaged or wrong data in the tier
 
     @level(Level.FAULTS)
     def test_a_healthy_tier_serves(self, case: Case) -> None:
         assert case.load() == len(TOKENS)
-        case.quiet()
+        case.assert_idle()
 
     @level(Level.FAULTS)
     @pytest.mark.parametrize("damage", DAMAGE)
@@ -39,33 +47,33 @@ class CacheFaultTests(MoodyFactory):
             content = bytearray(data)
             DAMAGE[damage](content)
             case.tier.contents()[id] = bytes(content)
-        assert case.load() == 0, "nothing there is whole, and something is called loaded"
-        assert case.cache.stats()['lmcache_corruptions_total{tier="remote"}'] >= 1, "nobody is told"
-        case.quiet()  # by then the damaged copies are removed
+        assert case.load() == 0, "tokens were reported as loaded although every object is damaged"
+        assert case.cache.stats()['lmcache_corruptions_total{tier="remote"}'] >= 1, "the damage was not counted"
+        case.assert_idle()  # by then the damaged copies are removed
         case.cache.store(TOKENS, case.source.kv, case.slots)
-        case.quiet()
+        case.assert_idle()
         case.cache.close()
         case.cache = self.reopen(case.tier)
-        assert case.load() == len(TOKENS), "good copies did not take the place of the damaged ones"
+        assert case.load() == len(TOKENS), "the damaged copies were not replaced with intact ones"
 
     @level(Level.FAULTS)
-    def test_objects_under_each_others_names_are_never_served(self, case: Case) -> None:
+    def test_objects_with_swapped_ids_are_never_served(self, case: Case) -> None:
         contents = case.tier.contents()
         ids, data = list(contents), list(contents.values())
         contents.update(zip(ids, data[1:] + data[:1], strict=True))
         assert case.load() == 0
 
     @level(Level.FAULTS)
-    def test_a_tier_that_says_it_read_and_did_not_is_found_out(self, case: Case) -> None:
-        """The buffers still hold what they held before: perhaps the right header of another read."""
+    def test_a_read_that_reports_success_without_reading_is_detected(self, case: Case) -> None:
+        """The buffers keep their old contents, which may be the valid header of another read."""
         assert case.load() == len(TOKENS)
         case.cache.close()
         case.cache = self.reopen(case.tier)
         case.tier.reads = lambda reads: [Result(Status.OK, sum(r.length for r in read.ranges)) for read in reads]
-        assert case.load() == 0, "a read that moved nothing is called a success"
+        assert case.load() == 0, "a read that transferred nothing was accepted as successful"
 
     @level(Level.FAULTS)
-    def test_a_tier_that_moves_half_and_says_all_is_found_out(self, case: Case) -> None:
+    def test_a_read_that_reports_more_than_it_read_is_detected(self, case: Case) -> None:
         def half(reads: Sequence[Read]) -> list[Result]:
             results = []
             for read in reads:
@@ -78,7 +86,7 @@ class CacheFaultTests(MoodyFactory):
             return results
 
         case.tier.reads = half
-        assert case.load() == 0, "half an object is called loaded; the rest is what lay in the buffer before"
+        assert case.load() == 0, "half an object was reported as loaded; the rest is the buffer's old content"
 
     @level(Level.FAULTS)
     def test_objects_that_vanish_after_the_lookup_shorten_the_load(self, case: Case) -> None:
@@ -87,49 +95,49 @@ class CacheFaultTests(MoodyFactory):
             doomed = sorted(case.tier.contents(), key=lambda id: id.depth)[2]
             del case.tier.contents()[doomed]
             loaded = within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots))
-        assert loaded == 2 * CHUNK, f"chunk 2 is gone, and {loaded} tokens are called loaded"
+        assert loaded == 2 * CHUNK, f"chunk 2 is gone, but {loaded} tokens were reported as loaded"
         held = case.slots[:loaded]
         assert case.target.sequence(held) == case.source.sequence(held)
         assert case.load() == 2 * CHUNK
 
     @level(Level.FAULTS)
     @pytest.mark.parametrize("status", [Status.FAILED, Status.FULL, Status.MISSING, Status.LATE])
-    def test_a_read_that_fails_is_a_miss_and_what_is_computed_anew_is_right(self, case: Case, status: Status) -> None:
+    def test_a_failed_read_is_a_miss_and_the_prompt_can_be_stored_again(self, case: Case, status: Status) -> None:
         case.tier.reads = lambda reads: [Result(status, 0, "injected")] * len(reads)
         assert case.load() == 0
         case.tier.reads = None
-        case.quiet()
+        case.assert_idle()
         other = Pool("packed", 40, seed=1)  # the engine recomputes the same values
         case.cache.store(TOKENS, other.kv, case.slots)
-        assert case.load() == len(TOKENS), "after a failed load the prompt can't be cached any more"
+        assert case.load() == len(TOKENS), "after a failed load the prompt cannot be cached any more"
 
     @level(Level.FAULTS)
     def test_a_tier_that_raises_is_a_miss(self, case: Case) -> None:
         def boom(_: object) -> list[Result]:
-            raise RuntimeError("a bug in somebody's tier")
+            raise RuntimeError("a bug in a third-party tier")
 
         case.tier.reads = boom
         assert case.load() == 0
         case.tier.writes = boom
         pool = Pool("packed", 40, seed=9)
         case.cache.store(TOKENS + 1, pool.kv, case.slots)
-        case.quiet()
+        case.assert_idle()
         with case.cache.lookup(TOKENS + 1) as hit:
-            assert hit.by_tier == {"dram": len(TOKENS)}, "DRAM serves on"
+            assert hit.by_tier == {"dram": len(TOKENS)}, "DRAM stopped serving after the tier failed"
 
     @level(Level.FAULTS)
-    def test_a_write_that_failed_is_never_offered_by_a_fresh_cache(self, case: Case) -> None:
+    def test_a_failed_write_is_never_a_hit_in_a_fresh_cache(self, case: Case) -> None:
         pool = Pool("packed", 40, seed=9)
         for number, status in enumerate((Status.FAILED, Status.FULL, Status.LATE), 1):
             case.tier.writes = lambda writes, status=status: [Result(status, 0, "injected")] * len(writes)
             case.cache.store(TOKENS + number, pool.kv, case.slots)
-            case.quiet()
+            case.assert_idle()
         case.tier.writes = None
         case.cache.close()
         case.cache = self.reopen(case.tier)
         for number in range(1, 4):
             with case.cache.lookup(TOKENS + number) as hit:
-                assert hit.tokens == 0, "a store that failed is visible"
+                assert hit.tokens == 0, "a failed store is visible"
 
     # ---------------------------------------------------------------- slow and dead
 
@@ -143,10 +151,10 @@ class CacheFaultTests(MoodyFactory):
             assert hit.tokens == len(TOKENS)
             assert within(self.patience, lambda: case.cache.retrieve(hit, case.target.kv, case.slots)) == 0
         case.tier.answers.set()
-        case.quiet()
+        case.assert_idle()
         same = all(torch.equal(a, b) for a, b in zip(before, case.target.snapshot(), strict=True))
-        assert same, "the engine's memory was written after the load had been given up"
-        assert case.load_at_last() == len(TOKENS), "the tier answers again, and nothing is loaded from it"
+        assert same, "the engine's memory was written after the load had been abandoned"
+        assert case.load_with_retries() == len(TOKENS), "the tier answers again, but nothing is loaded from it"
 
     @level(Level.FAULTS)
     def test_slots_under_a_hung_read_are_not_reused_while_it_hangs(self, case: Case) -> None:
@@ -162,19 +170,19 @@ class CacheFaultTests(MoodyFactory):
             pools.append(pool)
             prompts.append(tokens)
         case.tier.answers.set()
-        case.quiet()
+        case.assert_idle()
         found = 0
         for pool, tokens in zip(pools, prompts, strict=True):
             with case.cache.lookup(tokens) as hit:
                 loaded = case.cache.retrieve(hit, case.target.kv, case.slots)
             got, want = case.target.sequence(case.slots[:loaded]), pool.sequence(case.slots[:loaded])
-            assert got == want, "a read that hung has filled a slot that holds something else by now"
+            assert got == want, "a hung read filled a slot that had been reused for another object"
             found += loaded
         assert found
 
     @level(Level.FAULTS)
     def test_a_shared_tier_that_does_not_answer_is_a_miss_in_bounded_time(self) -> None:
-        tier = Moody(shared=True)
+        tier = FaultyTier(shared=True)
         with self.open_cache(tiny_config(probe_timeout_s=0.1), tiny_spec(), [tier]) as cache:
             tier.answers.clear()
             try:
@@ -183,8 +191,8 @@ class CacheFaultTests(MoodyFactory):
                 tier.answers.set()
 
     @level(Level.FAULTS)
-    def test_a_dead_tier_keeps_neither_store_nor_close_waiting(self) -> None:
-        tier = Moody()
+    def test_a_dead_tier_blocks_neither_store_nor_close(self) -> None:
+        tier = FaultyTier()
         cache = self.open_cache(tiny_config(load_timeout_s=0.1), tiny_spec(), [tier])
         pool = Pool("packed", 40)
         slots = scattered(len(TOKENS), pool)
@@ -193,7 +201,7 @@ class CacheFaultTests(MoodyFactory):
             for n in range(3):
                 within(self.patience, lambda n=n: cache.store(TOKENS + n, pool.kv, slots))  # type: ignore[misc]
             assert not within(self.patience, lambda: cache.flush(timeout=0.1)), (
-                "nothing was written, and flush says it was"
+                "flush reported success although nothing was written"
             )
             with mock.patch("lmcache.engine.CLOSE_S", 0.5):
                 within(self.patience, cache.close)
@@ -201,7 +209,7 @@ class CacheFaultTests(MoodyFactory):
             tier.answers.set()
 
     @level(Level.FAULTS)
-    def test_a_full_disk_costs_the_copies_on_disk_and_is_recovered_from(self, place: Path) -> None:
+    def test_a_full_disk_costs_only_copies_on_disk_and_recovers(self, place: Path) -> None:
         pool = Pool("packed", 40, seed=1)
         slots = scattered(len(TOKENS), pool)
         with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
@@ -211,12 +219,12 @@ class CacheFaultTests(MoodyFactory):
                     stored = within(self.patience, lambda tokens=tokens: cache.store(tokens, pool.kv, slots))  # type: ignore[misc]
                     assert stored == len(TOKENS), f"store {n}"
                     assert within(self.patience, cache.flush), "flush hangs on a full disk"
-                quiet(cache, self.patience)
+                assert_idle(cache, self.patience)
                 assert not list(place.rglob("*.safetensors"))
             until = time.monotonic() + self.patience
             n = 100
             while not list(place.rglob("*.safetensors")):
-                assert time.monotonic() < until, "there is space again, and nothing is written any more"
+                assert time.monotonic() < until, "there is free space again, but nothing is written any more"
                 n += 1
                 cache.store(TOKENS + n, pool.kv, slots)
                 cache.flush()
@@ -225,8 +233,8 @@ class CacheFaultTests(MoodyFactory):
     # ---------------------------------------------------------------- another process
 
     @level(Level.FAULTS)
-    def test_a_killed_process_leaves_only_right_bits_and_all_that_it_had_flushed(self, place: Path) -> None:
-        child = started(self, "store_for_ever", str(place))
+    def test_after_kill9_all_flushed_objects_are_served_and_no_wrong_bits(self, place: Path) -> None:
+        child = start_in_new_process(self, "store_for_ever", str(place))
         flushed = -1
         try:
             assert child.stdout is not None
@@ -245,13 +253,15 @@ class CacheFaultTests(MoodyFactory):
                 slots = scattered(len(TOKENS), source, seed=3)
                 with cache.lookup(TOKENS + n) as hit:
                     loaded = cache.retrieve(hit, target.kv, slots)
-                assert target.sequence(slots[:loaded]) == source.sequence(slots[:loaded]), f"prompt {n} came back wrong"
+                assert target.sequence(slots[:loaded]) == source.sequence(slots[:loaded]), (
+                    f"prompt {n}: wrong bits loaded"
+                )
                 assert n > flushed or loaded == len(TOKENS), (
-                    f"prompt {n} was flushed, and {loaded} tokens of it are left"
+                    f"prompt {n} was flushed, but only {loaded} of its tokens are left"
                 )
 
     def store_for_ever(self, place: str) -> None:
-        """Store one prompt after another and say how far it is. Runs in another process, until it is killed."""
+        """Stores one prompt after another and prints its progress. Runs in another process, until it is killed."""
         with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
             for n in range(10_000):
                 pool = Pool("packed", 40, seed=n)

@@ -1,4 +1,4 @@
-"""What engine tests need: small specs, paged KV full of random bits, and raw access that bypasses the code under test."""
+"""Small specs, paged KV filled with random bits, and raw access that bypasses the code under test."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HEADS, DIM, LAYERS = 2, 8, 3
 
 
 def tiny_spec(dtype: torch.dtype = torch.bfloat16, *, model: str = "test", layers: int = LAYERS) -> KVSpec:
-    """Two kv heads of dim 8: the shape at which packed and split layouts look alike."""
+    """Returns a spec with two kv heads of dim 8, the shape for which packed and split layouts have equal tensor shapes."""
     return KVSpec.uniform(
         model, layers=layers, kv_heads=HEADS, head_dim=DIM, dtype=dtype, numerics=Numerics(engine="test")
     )
 
 
 def tiny_config(**changes: object) -> Config:
-    """Small chunks, room for 64 chunks in DRAM, no disk, generous deadlines for slow machines."""
+    """Returns settings with small chunks, DRAM for 64 chunks, no disk, and long timeouts for slow machines."""
     settings: dict[str, object] = {
         "chunk_tokens": CHUNK,
         "dram_bytes": 64 * tiny_spec().object_bytes(0, CHUNK),
@@ -34,14 +34,26 @@ def tiny_config(**changes: object) -> Config:
 
 
 def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Random *bits* of a dtype: NaN payloads, infinities, denormals and −0 included."""
+    """Returns a tensor of random *bits*, so that NaN payloads, infinities, denormals and −0 occur."""
     generator = torch.Generator().manual_seed(seed)
     raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, generator=generator)
     return raw.view(dtype)
 
 
+def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Returns whether two tensors have the same bytes; NaN payloads and signed zeros count."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
 class Pool:
-    """An engine's paged KV, block 4 tokens, in one of several arrangements, with a raw reader that knows only torch."""
+    """An engine's paged KV with blocks of 4 tokens, in one of several layouts, and a raw reader that uses only torch.
+
+    Args:
+        kind: one of `KINDS`.
+        blocks: number of blocks.
+        dtype: of K and V.
+        seed: of the random content.
+    """
 
     BLOCK = 4
 
@@ -53,7 +65,7 @@ class Pool:
         self.kv = PagedKV(self.tensors, Layout.parse(axes, block_tokens=block_tokens))
 
     def views(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one token, each (heads, dim), as views of the raw tensors: the oracle's way in and out."""
+        """Returns K and V of one token, each (heads, dim), as views of the raw tensors; the oracle reads and writes these."""
         b, s = divmod(slot, self.BLOCK)
         if self.kind == "packed":
             kv = self.tensors[layer][b, :, s]
@@ -64,22 +76,22 @@ class Pool:
         return (k[slot], v[slot]) if self.kind == "nhd" else (k[b, :, s], v[b, :, s])
 
     def token(self, layer: int, slot: int) -> tuple[bytes, bytes]:
-        """K and V bytes of one token."""
+        """Returns the K and V bytes of one token."""
         k, v = self.views(layer, slot)
         return _raw(k), _raw(v)
 
     def put(self, slot: int, value: torch.Tensor) -> None:
-        """Set one token; `value` is (layers, 2, heads, dim)."""
+        """Writes one token; `value` is (layers, 2, heads, dim)."""
         for layer in range(LAYERS):
             for view, new in zip(self.views(layer, slot), value[layer], strict=True):
                 view.view(torch.uint8).copy_(new.view(torch.uint8))
 
     def sequence(self, slots: torch.Tensor, layers: int = LAYERS) -> list[list[tuple[bytes, bytes]]]:
-        """[layer][token] → (k, v) bytes."""
+        """Returns the bytes of these slots as [layer][token] → (k, v)."""
         return [[self.token(layer, int(s)) for s in slots] for layer in range(layers)]
 
     def snapshot(self) -> list[torch.Tensor]:
-        """A copy of every byte of the pool."""
+        """Returns a copy of every byte of the pool."""
         flat = (
             [t for group in self.tensors.values() for t in group] if isinstance(self.tensors, Mapping) else self.tensors
         )
@@ -91,7 +103,7 @@ def _raw(t: torch.Tensor) -> bytes:
 
 
 def _packed(blocks: int, block: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    """All layers in one storage, as vLLM has it."""
+    """vLLM's layout: all layers in one storage."""
     pool = bits((LAYERS, blocks, HEADS, block, 2 * DIM), dtype, seed)
     return list(pool.unbind(0))
 
@@ -108,7 +120,7 @@ def _split(blocks: int, block: int, dtype: torch.dtype, seed: int) -> list[torch
 
 
 def _rows(blocks: int, block: int, dtype: torch.dtype, seed: int) -> dict[str, list[torch.Tensor]]:
-    """Hugging Face's shape: a row per sequence; here rows of four tokens."""
+    """Hugging Face's layout: one row per sequence, here of four tokens each."""
     return {
         plane: [bits((blocks, HEADS, block, DIM), dtype, seed + 10 * i + layer) for layer in range(LAYERS)]
         for i, plane in enumerate("kv")
@@ -126,7 +138,7 @@ KINDS = tuple(_KINDS)
 
 
 def scattered(tokens: int, pool: Pool, *, seed: int = 1) -> torch.Tensor:
-    """Slots of `tokens` tokens in randomly chosen, whole blocks."""
+    """Returns a slot mapping for `tokens` tokens in randomly chosen whole blocks."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randperm(pool.slots // Pool.BLOCK, generator=generator)[: -(-tokens // Pool.BLOCK)]
     return (blocks[:, None] * Pool.BLOCK + torch.arange(Pool.BLOCK)).reshape(-1)[:tokens]

@@ -1,4 +1,4 @@
-"""Small objects with known bytes, and a reader that trusts nothing, for tests of tiers and object files."""
+"""Small objects with known bytes, and a reader that verifies everything, for tests of tiers and object files."""
 
 from __future__ import annotations
 
@@ -24,52 +24,54 @@ OTHER_NAMESPACE = hashlib.sha256(b"other namespace").digest()
 def object_id(
     number: int, *, namespace: bytes = NAMESPACE, group: int = 0, rect: Rect | None = None, tokens: int = TOKENS
 ) -> ObjectId:
-    """The id of chunk `number` of the one chain there is."""
+    """Returns the id of chunk `number` of the single test chain."""
     chain = hashlib.sha256(b"chunk %d" % number).digest()
     return ObjectId(namespace, chain, group, rect or SPEC.rects[0], tokens, number)
 
 
 def pattern(seed: object, nbytes: int) -> bytes:
-    """Bytes that depend on `seed` alone."""
+    """Returns bytes that depend on `seed` alone."""
     return hashlib.shake_128(repr(seed).encode()).digest(nbytes)
 
 
 def payload_of(id: ObjectId, form: Form = FORM) -> bytes:
-    """The one right payload of an object."""
+    """Returns the correct payload of an object."""
     return pattern(id, form.nbytes)
 
 
 def stored_form(id: ObjectId, form: Form = FORM) -> bytes:
-    """A whole object file."""
+    """Returns a whole object file."""
     return b"".join(form.encode(id, memoryview(payload_of(id, form))))
 
 
 def put(tier: Tier, id: ObjectId, data: bytes | None = None) -> Result:
-    """Write one object: `data`, or its right stored form in its natural parts."""
+    """Writes one object: `data`, or its correct stored form in the parts that the codec produces."""
     parts = FORM.encode(id, memoryview(payload_of(id))) if data is None else [data]
     try:
         [result] = tier.write([Write(id, parts)])
     except Exception as error:
-        raise AssertionError(f"a tier reports, it never raises: write said {type(error).__name__}: {error}") from error
+        raise AssertionError(f"a tier must return errors, but write raised {type(error).__name__}: {error}") from error
     return result
 
 
 def get(tier: Tier, id: ObjectId, length: int) -> tuple[Result, bytes]:
-    """Read the first `length` bytes of one object."""
+    """Reads the first `length` bytes of one object."""
     buffer = bytearray(length)
     try:
         [result] = tier.read_into([Read(id, [memoryview(buffer)], [Range(0, length)])])
     except Exception as error:
-        raise AssertionError(f"a tier reports, it never raises: read said {type(error).__name__}: {error}") from error
+        raise AssertionError(
+            f"a tier must return errors, but read_into raised {type(error).__name__}: {error}"
+        ) from error
     return result, bytes(buffer[: result.nbytes])
 
 
 def load(tier: Tier, id: ObjectId, form: Form = FORM) -> bytes | None:
-    """The verified payload; None if the tier says there is no such object.
+    """Returns the verified payload; None if the tier reports that the object is missing.
 
     Raises:
-        FormatError: what lies there is not this object.
-        OSError: the tier failed.
+        FormatError: the stored bytes are not this object.
+        OSError: the read failed.
     """
     result, data = get(tier, id, form.stored_bytes + 4096)
     if result.status is Status.MISSING:
@@ -84,7 +86,7 @@ def load(tier: Tier, id: ObjectId, form: Form = FORM) -> bytes | None:
 
 
 def forge(data: bytes, change: dict[str, Any] | None = None, *, drop: str = "") -> bytes:
-    """An object file whose header was changed by someone who knows how to compute its digest."""
+    """Returns an object file with a changed header and a correctly recomputed digest."""
     size = 8 + int.from_bytes(data[:8], "little")
     outer = json.loads(data[8:size])
     inner = json.loads(outer["__metadata__"]["lmcache"]) | (change or {})

@@ -1,10 +1,10 @@
-"""Random histories of the index: ranks that fail, hang and die, and reports that are lost, doubled, late and out of order.
+"""Random histories of the index: ranks fail, hang and die; reports are lost, duplicated, late and out of order.
 
     class TestMyIndex(IndexMachineTests):
         def open_index(self, groups, slots, **settings):
             return MyIndex(groups, CHUNK, slots, **settings)
 
-What must hold in all of them is in `indexmodel`.
+The invariants of all of them are in `index_model`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.contract import Level
 from lmcache_conformance.labs.indexlab import CHUNK, Content, chain, drain, name_at
 from lmcache_conformance.runner.marks import level
-from lmcache_conformance.suites.indexfactory import IndexFactory
-from lmcache_conformance.suites.indexmodel import LEASE_S, PROBE_S, Groups, IndexModel, Load
-from lmcache_conformance.suites.machine import run_machine
+from lmcache_conformance.suites.index_factory import IndexFactory
+from lmcache_conformance.suites.index_model import LEASE_S, PROBE_S, Groups, IndexModel, Load
+from lmcache_conformance.suites.tier_machine import run_machine
 
 GROUPS: list[Groups] = [
     [("full", ALL)],
@@ -51,7 +51,7 @@ PICK = st.integers(0, 1_000_000)
 
 
 class IndexMachine(IndexModel):
-    """What engines do, and what the world does to the ranks."""
+    """Generates what engines do, and what happens to ranks and reports."""
 
     @initialize(
         groups=st.sampled_from(GROUPS),
@@ -73,7 +73,7 @@ class IndexMachine(IndexModel):
         self.begin(groups, tiers, slots, count, policy)
         for about in warm:
             self.store(0, about, (0, 0), set())
-            self.all_goes_well(2)
+            self.run_all(2)
 
     # ------------------------------------------------------------ what an engine does
 
@@ -89,13 +89,13 @@ class IndexMachine(IndexModel):
         limit = min(len(about.digests), tokens // CHUNK)
         if found.status == "pending":
             assert any(tier.shared for tier in self.tiers)
-            asked = self.asked(owner, about, limit)
-            if self.now >= asked + PROBE_S + LEASE_S:  # the memory of a question fades too
-                self.questions[owner] = (self.questions[owner][0], asked := self.now)
-            assert self.now < asked + PROBE_S, "pending past the deadline"
+            began = self.probed(owner, about, limit)
+            if self.now >= began + PROBE_S + LEASE_S:  # the index drops old probes, and probes again
+                self.probes[owner] = (self.probes[owner][0], began := self.now)
+            assert self.now < began + PROBE_S, "pending past the deadline"
             return
         if found.tokens < limit * CHUNK and any(tier.shared for tier in self.tiers):
-            self.asked(owner, about, limit)
+            self.probed(owner, about, limit)
         legal = [n for n in range(limit + 1) if self.legal(about, n)]
         assert found.tokens == max(legal) * CHUNK
         assert found.status == ("hit" if found.tokens else "miss")
@@ -107,8 +107,8 @@ class IndexMachine(IndexModel):
             self.leased[owner] = self.now + LEASE_S, self.slots_of(about, found.tokens // CHUNK)
 
     @rule(owner=OWNERS, salted=st.booleans(), load=st.booleans())
-    def ask_again(self, owner: int, salted: bool, load: bool) -> None:
-        """A waiting request asks in every step; digests of an engine's own may be equal under another salt."""
+    def look_up_again(self, owner: int, salted: bool, load: bool) -> None:
+        """Repeats a lookup, as engines do in every step of a waiting request; or under another salt with equal digests."""
         about, tokens = self.last.get(owner, (chain("one", "abcd"), 24))
         if salted:
             about = Chain({b"o": b"two", b"t": b"one"}[about.namespace[:1]].ljust(32, b"."), about.digests)
@@ -128,20 +128,20 @@ class IndexMachine(IndexModel):
 
     @rule(owner=OWNERS, about=CHAINS, tokens=st.none() | st.integers(0, 24), skip=st.sampled_from([0, 0, 0, 3, 4, 9]))
     def serve(self, owner: int, about: Chain, tokens: int | None, skip: int) -> None:
-        """Many engines ask and load in one go."""
+        """Looks up and loads in one step, as many engines do."""
         self.lookup(owner, about, 24)
         self.load(owner, tokens, skip)
 
     @rule(owner=OWNERS, about=CHAINS, tokens=st.integers(0, 24), have=st.sampled_from([0, 0, 3, 4, 9]))
     def near(self, owner: int, about: Chain, tokens: int, have: int) -> None:
-        """An engine that must not be told of what may fail to load: beyond what it has itself, all comes from DRAM."""
+        """Looks up with `near`: beyond what the engine has itself, only DRAM counts, so that the load cannot fail."""
         self.hits.pop(owner, None)
         found = self.index.lookup(owner, about, tokens, self.now, near=have)
         self.last[owner] = about, tokens
         if owner in self.failed:
             assert found[:2] == ("miss", 0), "offered again after a failed load"
             return
-        assert found.status == ("hit" if found.tokens else "miss"), "a question that nobody has to be asked"
+        assert found.status == ("hit" if found.tokens else "miss"), "a lookup with `near` never waits for a probe"
         assert found.tokens <= tokens
         assert self.legal(about, found.tokens // CHUNK)
         if not found.tokens:
@@ -152,11 +152,11 @@ class IndexMachine(IndexModel):
         self.load(owner, None, have)
         for job in set(self.loads) - before:
             sources = [op.src for op in self.index.state.jobs.live[job].ops if isinstance(op, Copy)]
-            assert all(isinstance(source, ArenaSlot) for source in sources), f"to be loaded from elsewhere: {sources}"
+            assert all(isinstance(source, ArenaSlot) for source in sources), f"loads from outside of DRAM: {sources}"
 
-    @rule(owner=OWNERS, about=CHAINS, ask=st.booleans(), skip=st.sampled_from([0, 0, 4, 9]))
-    def prefetch(self, owner: int, about: Chain, ask: bool, skip: int) -> None:
-        if ask:
+    @rule(owner=OWNERS, about=CHAINS, look_up=st.booleans(), skip=st.sampled_from([0, 0, 4, 9]))
+    def prefetch(self, owner: int, about: Chain, look_up: bool, skip: int) -> None:
+        if look_up:
             self.lookup(owner, about, 24)
         self.index.begin_prefetch(owner, self.now, skip=skip)
 
@@ -173,7 +173,7 @@ class IndexMachine(IndexModel):
             if load.owner == owner:
                 load.owner = None
         self.failed.discard(owner)
-        self.questions.pop(owner, None)
+        self.probes.pop(owner, None)
 
     @rule(
         owner=OWNERS,
@@ -203,11 +203,11 @@ class IndexMachine(IndexModel):
                 for name in [n for n in tier if n.namespace == space]:
                     del tier[name]
 
-    # ------------------------------------------------------------ what the world does
+    # ------------------------------------------------------------ what happens to ranks and reports
 
     @rule(picks=st.lists(st.tuples(PICK, FAULTS), max_size=12), fates=st.lists(FATES, min_size=3, max_size=3))
-    def turn(self, picks: list[tuple[int, Status | str | None]], fates: list[str]) -> None:
-        """One round trip: the plan goes out, some of the ops run, every rank reports, and the network does as it likes."""
+    def round_trip(self, picks: list[tuple[int, Status | str | None]], fates: list[str]) -> None:
+        """Delivers a plan to all ranks, runs some of the ops, and delivers, delays, duplicates or loses each rank's report."""
         self.plan()
         for rank in self.ranks:
             while rank.inbox:
@@ -269,7 +269,7 @@ class IndexMachine(IndexModel):
         self.network.pop(pick % len(self.network))
 
     @rule(rounds=st.integers(1, 3))
-    def all_goes_well(self, rounds: int) -> None:
+    def run_all(self, rounds: int) -> None:
         for _ in range(rounds):
             self.plan()
             for report in drain(self.ranks):
@@ -303,7 +303,7 @@ class IndexMachine(IndexModel):
     @rule(pick=PICK)
     def die(self, pick: int) -> None:
         self.ranks[pick % len(self.ranks)].die()
-        self.questions = {}
+        self.probes = {}
         self.hits = {}
         self.ended(self.index.reset(self.now))
 
@@ -312,7 +312,7 @@ class IndexMachineTests(IndexFactory):
     """Random histories of the index that a subclass opens."""
 
     machine_examples: int = 100
-    """How many histories."""
+    """Number of histories."""
 
     @level(Level.FAULTS)
     def test_any_history_of_an_index_keeps_its_promises(self) -> None:

@@ -1,4 +1,4 @@
-"""A tier in trouble: faults, pressure, restart, concurrency, and random histories of it all."""
+"""A tier under faults, pressure, restarts and concurrency, and random histories of all of them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hypothesis.stateful import RuleBasedStateMachine
 from lmcache.plan import Status
 from lmcache.tiers.base import Range, Read, Tier, Write
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.elsewhere import elsewhere
-from lmcache_conformance.labs.tierlab import (
+from lmcache_conformance.labs.fresh_interpreter import in_new_process
+from lmcache_conformance.labs.tier_objects import (
     get,
     object_id,
     pattern,
     put,
 )
 from lmcache_conformance.runner.marks import level, requires
-from lmcache_conformance.suites.machine import BoundedTierMachine, TierMachine, run_machine
-from lmcache_conformance.suites.tierfactory import TierFactory
+from lmcache_conformance.suites.tier_factory import TierFactory
+from lmcache_conformance.suites.tier_machine import BoundedTierMachine, TierMachine, run_machine
 
 
 class TierFaultTests(TierFactory):
@@ -31,7 +31,7 @@ class TierFaultTests(TierFactory):
     # ---------------------------------------------------------------- faults
 
     @level(Level.FAULTS)
-    def test_an_object_without_bytes_is_refused(self, tier: Tier) -> None:
+    def test_an_empty_object_is_refused(self, tier: Tier) -> None:
         assert put(tier, object_id(0), b"").status is Status.FAILED
         assert tier.contains([object_id(0)])[0].status is Status.MISSING
         assert get(tier, object_id(0), 10)[0].status is Status.MISSING
@@ -57,42 +57,44 @@ class TierFaultTests(TierFactory):
 
     @level(Level.FAULTS)
     def test_a_write_that_was_not_accepted_is_not_visible(self, tier: Tier) -> None:
-        """Whatever a write says, a reader finds all of the object or none of it, and the next write may succeed."""
+        """Whatever a write returns, a reader finds the whole object or none of it, and the next write may succeed."""
         refused = [
             tier.write([Write(object_id(0), [b"late"])], deadline=time.monotonic() - 1)[0].status,
             put(tier, object_id(1), b"").status,
         ]
         assert Status.OK not in refused
         for number in range(2):
-            assert tier.contains([object_id(number)])[0].status is Status.MISSING, "a store that failed is visible"
+            assert tier.contains([object_id(number)])[0].status is Status.MISSING, "a failed write is visible"
             assert get(tier, object_id(number), 10)[0].status is Status.MISSING
             assert put(tier, object_id(number), b"whole").nbytes == 5
             assert get(tier, object_id(number), 10)[1] == b"whole"
 
     @level(Level.FAULTS)
     @requires("damage")
-    def test_a_stored_object_that_was_emptied_is_not_there(self, tier: Tier, place: Path) -> None:
+    def test_an_emptied_object_counts_as_missing(self, tier: Tier, place: Path) -> None:
         self.raw_put(tier, place, object_id(0), b"")
         assert tier.contains([object_id(0)])[0].status is Status.MISSING
         assert get(tier, object_id(0), 10)[0].status is Status.MISSING
         assert object_id(0) not in {found.id for found in tier.scan()}
-        assert put(tier, object_id(0), b"whole").nbytes == 5, "what was lost may be written anew"
+        assert put(tier, object_id(0), b"whole").nbytes == 5, "the lost object could not be written again"
         assert get(tier, object_id(0), 10)[1] == b"whole"
 
     @level(Level.FAULTS)
     @requires("damage")
-    def test_of_a_truncated_object_only_what_is_there_is_read(self, tier: Tier, place: Path) -> None:
+    def test_reading_a_truncated_object_returns_only_the_remaining_bytes(self, tier: Tier, place: Path) -> None:
         put(tier, object_id(0), pattern("x", 10_000))
         self.raw_put(tier, place, object_id(0), pattern("x", 10_000)[:3000])
         buffer = bytearray(b"?" * 10_000)
         [result] = tier.read_into([Read(object_id(0), [memoryview(buffer)], [Range(0, 10_000)])])
-        assert result.status is not Status.OK or result.nbytes == 3000, "more is reported than there is"
-        assert bytes(buffer[result.nbytes :]) == b"?" * (10_000 - result.nbytes), "bytes from nowhere"
+        assert result.status is not Status.OK or result.nbytes == 3000, "more bytes were reported than are stored"
+        assert bytes(buffer[result.nbytes :]) == b"?" * (10_000 - result.nbytes), (
+            "the buffer was written past the object's end"
+        )
 
     @level(Level.FAULTS)
     @requires("raw", "damage")
-    def test_damage_is_shown_as_it_is_or_refused(self, tier: Tier, place: Path) -> None:
-        """A tier may check what it holds; what it must not do is to make up bytes: the layer above checks every one."""
+    def test_damaged_bytes_are_returned_unchanged_or_refused(self, tier: Tier, place: Path) -> None:
+        """A tier may verify its data but need not: the layer above verifies every byte. It must not invent bytes."""
         put(tier, object_id(0))
         data = bytearray(self.raw_get(tier, place, object_id(0)) or b"")
         data[len(data) // 2] ^= 16
@@ -102,22 +104,22 @@ class TierFaultTests(TierFactory):
 
     @level(Level.FAULTS)
     @requires("full_device")
-    def test_a_full_device_is_said_costs_nothing_and_is_recovered_from(self, tier: Tier, place: Path) -> None:
+    def test_a_full_device_is_reported_and_recovered_from(self, tier: Tier, place: Path) -> None:
         put(tier, object_id(0), pattern(0, 5000))
         used = tier.used_bytes()
         with self.full_device(place):
             for number in range(1, 5):
                 status = put(tier, object_id(number), pattern(number, 5000)).status
-                assert status is Status.FULL, f"no space left, and the write says {status.name}"
+                assert status is Status.FULL, f"there is no space left, but the write returned {status.name}"
                 assert tier.contains([object_id(number)])[0].status is Status.MISSING
-            assert get(tier, object_id(0), 5000)[1] == pattern(0, 5000), "what is there is still served"
-            assert tier.used_bytes() == used, "phantom usage"
+            assert get(tier, object_id(0), 5000)[1] == pattern(0, 5000), "an existing object is no longer served"
+            assert tier.used_bytes() == used, "failed writes were counted as used bytes"
             if self.capabilities.raw:
-                assert len(self.raw_files(tier, place)) == 1, "failed writes leave files behind"
+                assert len(self.raw_files(tier, place)) == 1, "failed writes left files behind"
         until = time.monotonic() + self.patience
         while (status := put(tier, object_id(9), pattern(9, 5000)).status) is not Status.OK:
             assert status is Status.FULL
-            assert time.monotonic() < until, "there is space again, and no write succeeds"
+            assert time.monotonic() < until, "there is space again, but no write succeeds"
             time.sleep(0.02)
         assert get(tier, object_id(9), 5000)[1] == pattern(9, 5000)
         assert tier.used_bytes() == used + 5000
@@ -157,12 +159,12 @@ class TierFaultTests(TierFactory):
                 assert status in (Status.OK, Status.FULL)
                 stored += status is Status.OK
                 held = sum(found.nbytes for found in tier.scan())
-                assert held <= 100_000, f"{held} bytes are held, 100000 are allowed"
+                assert held <= 100_000, f"{held} bytes are stored; 100000 are allowed"
                 if self.capabilities.raw:
-                    # What is being evicted this moment may be counted once more, hence twice; growth is what must not be.
+                    # Objects being evicted may still have files, hence the factor 2: it allows them, but no growth.
                     assert len(self.raw_files(tier, place)) <= 2 * 100_000 // 7000
-            assert stored >= 30, "hardly anything was taken"
-            assert len(list(tier.scan())) >= 10, "far more was evicted than needed"
+            assert stored >= 30, f"only {stored} of 60 writes were accepted"
+            assert len(list(tier.scan())) >= 10, "far more was evicted than necessary"
             for found in tier.scan():
                 assert get(tier, found.id, 7000)[1] == pattern(found.id.depth, 7000)
         finally:
@@ -170,13 +172,13 @@ class TierFaultTests(TierFactory):
 
     @level(Level.PRESSURE)
     @requires("bounded", "persistent")
-    def test_what_an_earlier_life_left_counts_against_the_capacity(self, place: Path) -> None:
+    def test_objects_of_earlier_runs_count_against_the_capacity(self, place: Path) -> None:
         for life in range(4):
             tier = self.open_tier(place, 100_000)
             for number in range(8):
                 put(tier, object_id(100 * life + number), pattern(number, 7000))
             held = sum(found.nbytes for found in tier.scan())
-            assert held <= 100_000, f"life {life}: {held} bytes are held, 100000 are allowed"
+            assert held <= 100_000, f"opened {life + 1} times: {held} bytes are stored; 100000 are allowed"
             tier.close()
 
     # ---------------------------------------------------------------- restart
@@ -216,7 +218,7 @@ class TierFaultTests(TierFactory):
             put(one, object_id(0), b"x")
             assert other.contains([object_id(0)])[0].status is Status.OK
             assert get(other, object_id(0), 1)[1] == b"x"
-            assert put(other, object_id(0), b"y").nbytes == 0, "the first write wins, whoever wrote"
+            assert put(other, object_id(0), b"y").nbytes == 0, "a second opener replaced an existing object"
             assert other.used_bytes() == one.used_bytes() == 1
             assert other.clear() == 1
             assert get(one, object_id(0), 1)[0].status is Status.MISSING
@@ -227,7 +229,7 @@ class TierFaultTests(TierFactory):
 
     @level(Level.CONCURRENCY)
     @requires("shared", "bounded")
-    def test_openers_of_one_place_keep_its_capacity_together(self, place: Path) -> None:
+    def test_openers_of_one_place_share_its_capacity(self, place: Path) -> None:
         openers = [self.open_tier(place, 100_000) for _ in range(2)]
         try:
             for number in range(40):
@@ -238,7 +240,7 @@ class TierFaultTests(TierFactory):
                 tier.close()
 
     @level(Level.CONCURRENCY)
-    def test_threads_that_write_read_and_delete_the_same_objects_see_whole_ones(self, tier: Tier) -> None:
+    def test_concurrent_threads_see_only_whole_objects(self, tier: Tier) -> None:
         ids = [object_id(number) for number in range(4)]
         wrong: list[Any] = []
 
@@ -250,7 +252,7 @@ class TierFaultTests(TierFactory):
                 if outcome is not Status.OK or result.status not in (Status.OK, Status.MISSING):
                     wrong.append((outcome, result))
                 elif result.status is Status.OK and data != pattern(id, 20_000):
-                    wrong.append(f"{len(data)} bytes, not those of {id.depth}")
+                    wrong.append(f"{len(data)} bytes that are not those of chunk {id.depth}")
                 if step % 5 == seed:
                     tier.delete([id])
 
@@ -263,18 +265,18 @@ class TierFaultTests(TierFactory):
     @level(Level.RESTART)
     @requires("persistent")
     def test_another_process_finds_every_object_under_its_id(self, place: Path) -> None:
-        """Names must not depend on the process: hash seeds, addresses, counters."""
+        """Names in storage must not depend on the process: its hash seed, addresses or counters."""
         tier = self.open_tier(place, None)
         for number in range(5):
             put(tier, object_id(number), pattern(number, 500))
         tier.flush()
         tier.close()
-        found, wrong = elsewhere(self, "look", str(place), 5)
-        assert found == 5, f"another process sees {found} of 5 objects"
-        assert not wrong, f"another process reads other bytes of chunks {wrong}"
+        found, wrong = in_new_process(self, "look", str(place), 5)
+        assert found == 5, f"another process finds {found} of 5 objects"
+        assert not wrong, f"another process reads wrong bytes of chunks {wrong}"
 
     def look(self, place: str, count: int) -> tuple[int, list[int]]:
-        """How many of the first objects are there, and which of them are wrong. Runs in another process."""
+        """Returns how many of the first `count` objects exist, and which are wrong. Runs in another process."""
         tier = self.open_tier(Path(place), None)
         try:
             present = [n for n in range(count) if tier.contains([object_id(n)])[0].status is Status.OK]
@@ -282,7 +284,7 @@ class TierFaultTests(TierFactory):
         finally:
             tier.close()
 
-    # ---------------------------------------------------------------- all of it at random
+    # ---------------------------------------------------------------- random histories
 
     @level(Level.CONCURRENCY)
     def test_any_sequence_of_calls_does_what_a_dict_would(self, place: Path) -> None:
@@ -308,7 +310,7 @@ class TierFaultTests(TierFactory):
         machine: Callable[[Callable[[], Tier]], RuleBasedStateMachine],
         capacity: int | None = None,
     ) -> None:
-        """Each history in a folder of its own."""
+        """Runs random histories, each in its own folder."""
         places = iter(range(10**6))
 
         def fresh() -> RuleBasedStateMachine:
@@ -320,10 +322,10 @@ class TierFaultTests(TierFactory):
 
 
 def _in_threads(work: Callable[[int], None], count: int, timeout: float = 120.0) -> None:
-    """`work(0 … count − 1)` at once. A thread that raises fails the test by pytest's own check."""
+    """Runs `work(0 … count − 1)` concurrently. pytest itself fails the test if a thread raises."""
     threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout)
-        assert not thread.is_alive(), f"a thread still hangs after {timeout:g} s"
+        assert not thread.is_alive(), f"a thread has not ended after {timeout:g} s"

@@ -1,4 +1,4 @@
-"""A cache gives back the bits it was given: into any layout, with all side state, after a restart."""
+"""A cache returns the bits that were stored: into any layout, with all side state, after a restart."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from lmcache import Layout, PagedKV
 from lmcache.spec import KVSpec, LayerGroup, Numerics, Plane, trailing
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.elsewhere import elsewhere
-from lmcache_conformance.labs.kvlab import (
+from lmcache_conformance.labs.fresh_interpreter import in_new_process
+from lmcache_conformance.labs.kv_pool import (
     CHUNK,
     DIM,
     HEADS,
@@ -19,12 +19,13 @@ from lmcache_conformance.labs.kvlab import (
     LAYERS,
     Pool,
     bits,
+    equal_bits,
     scattered,
     tiny_config,
     tiny_spec,
 )
 from lmcache_conformance.runner.marks import level
-from lmcache_conformance.suites.cachefactory import CacheFactory, tokens_of
+from lmcache_conformance.suites.cache_factory import CacheFactory, tokens_of
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn, torch.int8)
 
@@ -38,7 +39,7 @@ class CacheBytesTests(CacheFactory):
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_any_layout_reads_what_any_other_wrote_and_no_other_slot_changes(self, dtype: torch.dtype) -> None:
         tokens = tokens_of(3 * CHUNK + 5)
-        every = dtype == DTYPES[0]  # which layouts meet has nothing to do with the width of an element
+        every = dtype == DTYPES[0]  # the pairing of layouts does not depend on the element size
         for writer in KINDS if every else KINDS[:1]:
             source = Pool(writer, 40, dtype, seed=1)
             src = scattered(len(tokens), source, seed=3)
@@ -53,7 +54,7 @@ class CacheBytesTests(CacheFactory):
                     with cache.lookup(tokens) as hit:
                         assert (hit.tokens, hit.by_tier) == (3 * CHUNK, {"dram": 3 * CHUNK})
                         assert cache.retrieve(hit, target.kv, dst) == 3 * CHUNK
-                assert target.sequence(dst) == expected, f"{writer} → {reader}: other bits came back"
+                assert target.sequence(dst) == expected, f"{writer} → {reader}: the loaded bits are wrong"
                 assert target.sequence(untouched) == before, f"{writer} → {reader}: another slot changed"
 
     @level(Level.BYTES)
@@ -83,11 +84,11 @@ class CacheBytesTests(CacheFactory):
             cache.flush()
         with self.open_cache(config, tiny_spec()) as cache, cache.lookup(tokens) as hit:
             assert cache.retrieve(hit, pool.kv, slots) == 8 * CHUNK
-        assert pool.sequence(slots) == expected, "the store went on reading after it had returned"
+        assert pool.sequence(slots) == expected, "store kept reading the source after it had returned"
 
     @level(Level.BYTES)
     def test_a_slot_of_minus_one_is_neither_read_nor_written(self) -> None:
-        """An engine's placeholder block must not be stored, nor loaded into."""
+        """An engine's placeholder block must be neither stored nor loaded into."""
         tokens = tokens_of(4 * CHUNK)
         source, target = Pool("nhd", 40, seed=1), Pool("packed", 40, seed=2)
         src = scattered(4 * CHUNK, source)
@@ -109,11 +110,11 @@ class CacheBytesTests(CacheFactory):
             with cache.lookup(tokens) as hit:
                 assert cache.retrieve(hit, target.kv, partial) == 4 * CHUNK
             same = all(torch.equal(a, b) for a, b in zip(target.snapshot(), wanted.snapshot(), strict=True))
-            assert same, "other bytes changed than those of the named slots"
+            assert same, "bytes outside the given slots changed"
             assert any(not torch.equal(a, b) for a, b in zip(before, target.snapshot(), strict=True))
 
     @level(Level.BYTES)
-    def test_a_longer_prompt_hits_its_stored_prefix_and_no_more(self) -> None:
+    def test_a_longer_prompt_hits_exactly_its_stored_prefix(self) -> None:
         tokens = tokens_of(6 * CHUNK)
         pool, target = Pool("nhd", 40, seed=1), Pool("nhd", 40, seed=2)
         slots = scattered(6 * CHUNK, pool)
@@ -123,7 +124,7 @@ class CacheBytesTests(CacheFactory):
                 assert (hit.tokens, hit.stop) == (3 * CHUNK, "absent")
                 assert cache.retrieve(hit, target.kv, slots) == 3 * CHUNK
             held = slots[: 3 * CHUNK]
-            assert target.sequence(held) == pool.sequence(held), "the hit is not the beginning of the prompt"
+            assert target.sequence(held) == pool.sequence(held), "the loaded KV is not that of the prompt's prefix"
             with cache.lookup(tokens, max_tokens=3 * CHUNK - 1) as hit:
                 assert (hit.tokens, hit.stop) == (2 * CHUNK, "max_tokens")
             changed = tokens.clone()
@@ -131,11 +132,11 @@ class CacheBytesTests(CacheFactory):
             with cache.lookup(changed) as hit:
                 assert hit.tokens == CHUNK
             with cache.lookup(tokens[CHUNK : 3 * CHUNK]) as hit:
-                assert hit.tokens == 0, "a suffix of what was stored is no hit"
+                assert hit.tokens == 0, "a suffix of a stored prompt must not hit"
 
     @level(Level.BYTES)
     def test_a_hit_restores_the_side_state_of_every_group(self) -> None:
-        """A sliding window is part of the hit: without it the engine decodes from garbage."""
+        """A sliding window is part of the hit: without it the engine would decode from garbage."""
         planes = (Plane("k", "bfloat16", DIM), Plane("v", "bfloat16", DIM))
         groups = (
             LayerGroup("full", (0, 2), planes, HEADS),
@@ -147,21 +148,21 @@ class CacheBytesTests(CacheFactory):
         target, got = _hybrid(1000)
         full, window = torch.arange(6 * CHUNK), torch.arange(6 * CHUNK) + 7
         holed = window.clone()
-        holed[: 3 * CHUNK] = -1  # slid out
+        holed[: 3 * CHUNK] = -1  # outside the window
         with self.open_cache(tiny_config(), spec) as cache:
             cache.store(tokens, source, {0: full, 1: holed})
             with cache.lookup(tokens, max_tokens=4 * CHUNK) as hit:
-                assert hit.tokens == 0, "offered, though the window before its end was never stored"
+                assert hit.tokens == 0, "a hit, although the window before its end was never stored"
             with cache.lookup(tokens) as hit:
                 assert hit.tokens == 6 * CHUNK
                 assert cache.retrieve(hit, target, {0: full, 1: window}) == 6 * CHUNK
         for plane in "kv":
             for layer in range(2):
-                assert _same(got[0][plane][layer][full], raw[0][plane][layer][full]), (
+                assert equal_bits(got[0][plane][layer][full], raw[0][plane][layer][full]), (
                     f"full group, {plane}, layer {layer}"
                 )
             held = window[4 * CHUNK :]  # the chunks that cover the last CHUNK + 3 tokens
-            assert _same(got[1][plane][0][held], raw[1][plane][0][held]), f"the window's {plane} was not restored"
+            assert equal_bits(got[1][plane][0][held], raw[1][plane][0][held]), f"the window's {plane} was not restored"
 
     # ---------------------------------------------------------------- restart
 
@@ -178,24 +179,26 @@ class CacheBytesTests(CacheFactory):
                 assert cache.flush(durable=True)
             with self.open_cache(config, tiny_spec()) as cache:
                 with cache.lookup(tokens) as hit:
-                    assert hit.by_tier == {"disk": 4 * CHUNK}, f"{writer} → {reader}: a new cache does not see it"
+                    assert hit.by_tier == {"disk": 4 * CHUNK}, f"{writer} → {reader}: no full hit in a new cache"
                     assert cache.retrieve(hit, target.kv, dst) == 4 * CHUNK
                 with cache.lookup(tokens) as again:
-                    assert again.by_tier == {"dram": 4 * CHUNK}, "what was read is kept in DRAM"
+                    assert again.by_tier == {"dram": 4 * CHUNK}, "loaded chunks were not kept in DRAM"
                     assert cache.retrieve(again, target.kv, dst) == 4 * CHUNK
-            assert target.sequence(dst) == source.sequence(src), f"{writer} → {reader}, {order}: other bits came back"
+            assert target.sequence(dst) == source.sequence(src), (
+                f"{writer} → {reader}, {order}: the loaded bits are wrong"
+            )
 
     # ---------------------------------------------------------------- another process
 
     @level(Level.RESTART)
     def test_another_process_finds_and_reads_what_was_flushed(self, place: Path) -> None:
         stored = self.store_somewhere(str(place))
-        found, same = elsewhere(self, "find_there", str(place))
-        assert found == stored, f"another process is offered {found} of {stored} tokens"
-        assert same, "another process read other bits"
+        found, same = in_new_process(self, "find_there", str(place))
+        assert found == stored, f"another process hits {found} of {stored} tokens"
+        assert same, "another process loaded wrong bits"
 
     def store_somewhere(self, place: str) -> int:
-        """Store one prompt; tokens stored."""
+        """Stores one prompt; returns the number of tokens stored."""
         pool = Pool("packed", 40, seed=1)
         with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
             stored = cache.store(tokens_of(4 * CHUNK), pool.kv, scattered(4 * CHUNK, pool), salt="a", lora="l")
@@ -203,7 +206,7 @@ class CacheBytesTests(CacheFactory):
         return stored
 
     def find_there(self, place: str) -> tuple[int, bool]:
-        """Tokens offered for that prompt, and whether what is loaded is right. Runs in another process."""
+        """Returns the hit's tokens for that prompt, and whether the loaded bits are correct. Runs in another process."""
         source, target = Pool("packed", 40, seed=1), Pool("nhd", 40, seed=9)
         slots = scattered(4 * CHUNK, source)
         with self.open_cache(tiny_config(disk_path=place), tiny_spec()) as cache:
@@ -213,7 +216,7 @@ class CacheBytesTests(CacheFactory):
 
 
 def _hybrid(seed: int) -> tuple[PagedKV, dict[int, dict[str, list[torch.Tensor]]]]:
-    """Tensors of two full layers and a sliding one, and their `PagedKV`."""
+    """Returns the `PagedKV` of two full layers and one sliding-window layer, and its tensors."""
     layout = Layout.parse({"k": "slot head dim", "v": "slot head dim"})
     tensors = {
         g: {
@@ -223,7 +226,3 @@ def _hybrid(seed: int) -> tuple[PagedKV, dict[int, dict[str, list[torch.Tensor]]
         for g in range(2)
     }
     return PagedKV(tensors, {0: layout, 1: layout}), tensors
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,7 +1,7 @@
-"""Engines' memory layouts as naive index arithmetic: the oracle for layouts. Uses raw tensors and nothing of `lmcache.layout`.
+"""Engines' memory layouts as naive index arithmetic: the oracle for layouts. Uses raw tensors, not `lmcache.layout`.
 
-A `Lab` builds the tensors of one engine and says, per element, which index of which tensor it is. Everything is compared
-as bits, so that NaN payloads and signed zeros count.
+A `Lab` builds the tensors of one engine and maps each element to a tensor and an index. Comparisons are of bits, so that
+NaN payloads and signed zeros count.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from lmcache.spec import KVSpec, LayerGroup, Plane
-from lmcache_conformance.suites.layouts import LayoutTests
+from lmcache_conformance.suites.layouts import LayoutTests, all_tensors, storages
 
 Index = tuple["torch.Tensor | int", ...]
 Locate = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Index]]
-"""(plane, layer, slot, head, elem) → tensor and index of these elements."""
+"""(plane, layer, slot, head, element) → tensor and index of these elements."""
 
 
 @dataclass
 class Lab:
-    """One engine's memory; `locate` is its arithmetic."""
+    """One engine's memory; `locate` implements its index arithmetic."""
 
     name: str
     axes: str | Mapping[str, str]
@@ -33,21 +33,11 @@ class Lab:
     num_slots: int
 
     def all_tensors(self) -> list[torch.Tensor]:
-        def walk(item: Any) -> list[torch.Tensor]:
-            if isinstance(item, torch.Tensor):
-                return [item]
-            values = item.values() if isinstance(item, Mapping) else item
-            return [tensor for value in values for tensor in walk(value)]
-
-        return walk(self.tensors)
+        return all_tensors(self.tensors)
 
     def storages(self) -> list[torch.Tensor]:
-        """Every byte of the engine's memory, each storage once."""
-        seen = {}
-        for tensor in self.all_tensors():
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
-        return list(seen.values())
+        """Returns the engine's memory as bytes, each storage once."""
+        return storages(self.tensors)
 
     def randomize(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -55,19 +45,19 @@ class Lab:
             storage.copy_(torch.randint(0, 256, storage.shape, generator=generator, dtype=torch.uint8))
 
     def read_token(self, plane: str, layer: int, slot: int) -> torch.Tensor:
-        """`(heads, elems)` of one token."""
+        """Reads `(heads, elems)` of one token."""
         tensor, index = self._place(self._plane(plane), layer, torch.tensor([slot]))
         return tensor[index][0]
 
     def write_token(self, plane: str, layer: int, slot: int, values: torch.Tensor) -> None:
-        """Write `(heads, elems)` of one token."""
+        """Writes `(heads, elems)` of one token."""
         self.write(self._plane(plane), layer, torch.tensor([slot]), values[None])
 
     def _plane(self, name: str) -> Plane:
         return next(plane for plane in self.spec.groups[0].planes if plane.name == name)
 
     def read(self, plane: Plane, layer: int, slots: torch.Tensor) -> torch.Tensor:
-        """`(slots, heads, elems)` as integers of the plane's width."""
+        """Reads `(slots, heads, elems)` as integers of the plane's element size."""
         tensor, index = self._place(plane, layer, slots)
         return bits(tensor)[index]
 
@@ -84,7 +74,7 @@ class Lab:
         return self.locate(plane.name, layer, s, h, e)
 
     def canonical(self, slots: torch.Tensor) -> torch.Tensor:
-        """The canonical bytes of an object of these slots, element by element."""
+        """Returns the canonical bytes of an object of these slots, element by element."""
         group = self.spec.groups[0]
         parts = [
             self.read(plane, layer, slots).contiguous().view(torch.uint8).reshape(-1)
@@ -95,7 +85,7 @@ class Lab:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as integers of its own width."""
+    """Returns the tensor viewed as integers of the same element size."""
     by_width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(by_width[tensor.element_size()])
 
@@ -103,13 +93,13 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def spec_of(
     planes: Sequence[tuple[str, torch.dtype, int]], *, layers: int = 3, heads: int = 2, name: str = "lab"
 ) -> KVSpec:
-    """A spec of one group with these planes: (name, dtype, elements)."""
+    """Returns a spec of one group with these planes: (name, dtype, elements)."""
     made = tuple(Plane(n, str(dtype).removeprefix("torch."), elems) for n, dtype, elems in planes)
     return KVSpec.of_groups(name, (LayerGroup("full", tuple(range(layers)), made, heads),))
 
 
 def kv_spec(dtype: torch.dtype, *, layers: int = 3, heads: int = 2, dim: int = 8, v_dim: int | None = None) -> KVSpec:
-    """A spec of one group with planes `k` and `v`."""
+    """Returns a spec of one group with planes `k` and `v`."""
     return spec_of([("k", dtype, dim), ("v", dtype, v_dim or dim)], layers=layers, heads=heads)
 
 
@@ -124,7 +114,7 @@ _PHYSICAL = {  # vLLM's KVCacheLayout: physical order of layer, block, head, slo
 
 
 def vllm_packed(order: str, dtype: torch.dtype = torch.bfloat16, heads: int = 2, blocks: int = 7, bt: int = 4) -> Lab:
-    """Per layer a strided view `[block, head, slot, C]` of one storage, C = K‖V."""
+    """vLLM packed: per layer a strided view `[block, head, slot, C]` of one storage, C = K‖V."""
     layers, dim = 3, 8
     size = {"l": layers, "b": blocks, "h": heads, "n": bt, "c": 2 * dim}
     physical = _PHYSICAL[order]
@@ -141,7 +131,7 @@ def vllm_packed(order: str, dtype: torch.dtype = torch.bfloat16, heads: int = 2,
 
 
 def vllm_cpu_vec(heads: int = 2) -> Lab:
-    """fp32: K transposed, V not, one after the other inside (block, head)."""
+    """vLLM on CPU, fp32: inside (block, head), K transposed, followed by V as it is."""
     layers, dim, bt, blocks = 3, 8, 4, 6
     views = [torch.zeros(blocks, heads, 2 * bt * dim) for _ in range(layers)]
 
@@ -155,7 +145,7 @@ def vllm_cpu_vec(heads: int = 2) -> Lab:
 
 
 def vllm_cpu_amx(heads: int = 2) -> Lab:
-    """bf16 on an AMX processor."""
+    """vLLM on a CPU with AMX, bf16: K and V in tiles."""
     layers, dim, bt, blocks = 2, 32, 32, 4
     views = [torch.zeros(blocks, heads, 2 * bt * dim, dtype=torch.bfloat16) for _ in range(layers)]
 
@@ -173,7 +163,7 @@ def vllm_cpu_amx(heads: int = 2) -> Lab:
 
 
 def plain(axes: str, dtype: torch.dtype = torch.bfloat16, *, heads: int = 2, bt: int = 4, blocks: int = 7) -> Lab:
-    """Any layout of whole axes, one tensor per layer, or one for all where the axes have a `layer`."""
+    """Any layout of unsplit axes: one tensor per layer, or one for all layers if the axes include `layer`."""
     layers, dim = 3, 8
     names = axes.split()
     pool = "block" not in names
@@ -210,7 +200,7 @@ def plain(axes: str, dtype: torch.dtype = torch.bfloat16, *, heads: int = 2, bt:
 def per_plane(
     axes: str, dtype: torch.dtype = torch.bfloat16, *, heads: int = 2, batch: int = 2, length: int = 30
 ) -> Lab:
-    """K and V apart: SGLang's `slot head dim` pools, HF's `batch head slot dim` caches."""
+    """K and V in separate tensors: SGLang's `slot head dim` pools, HF's `batch head slot dim` caches."""
     layers, dim = 3, 8
     names = axes.split()
     size = {"batch": batch, "slot": length if "batch" in names else batch * length, "head": heads, "dim": dim}
@@ -224,7 +214,7 @@ def per_plane(
 
 
 def mla(axes: str, *, bt: int = 4, blocks: int = 7) -> Lab:
-    """One latent vector per token, one head."""
+    """Multi-head latent attention: one latent vector per token, one head."""
     layers, latent = 3, 24
     names = axes.split()
     pool = "block" not in names
@@ -242,7 +232,7 @@ def mla(axes: str, *, bt: int = 4, blocks: int = 7) -> Lab:
 
 
 def ambiguous(which: str) -> Lab:
-    """`[block, slot, 2, 2·dim]` with two kv heads: heads of K‖V, or K and V of heads. Same shape, other bytes."""
+    """`[block, slot, 2, 2·dim]` with two kv heads: either K‖V per head, or all heads per K and V. Same shape, other bytes."""
     layers, dim, bt, blocks, heads = 3, 8, 4, 6, 2
     views = [torch.zeros(blocks, bt, 2, 2 * dim, dtype=torch.float16) for _ in range(layers)]
 
@@ -257,7 +247,7 @@ def ambiguous(which: str) -> Lab:
 
 
 def unequal() -> Lab:
-    """V has fewer elements than K, both in one tensor, `(kv dim)` with parts of different size."""
+    """K and V in one tensor with fewer elements in V: `(kv dim)` with parts of different sizes."""
     layers, dk, dv, bt, blocks, heads = 3, 12, 8, 4, 6, 2
     views = [torch.zeros(blocks, bt, heads, dk + dv, dtype=torch.bfloat16) for _ in range(layers)]
 
@@ -299,7 +289,7 @@ def state() -> Lab:
 
 
 def factored_pool() -> Lab:
-    """A pool without a block axis whose slots are split: the quotient is the page."""
+    """A pool without a block axis whose slot axis is split; the quotient is the page."""
     layers, dim, heads, groups = 3, 8, 2, 7
     tensors = {p: [torch.zeros(groups, heads, 4, dim, dtype=torch.int8) for _ in range(layers)] for p in "kv"}
 
@@ -340,7 +330,7 @@ LABS: dict[str, Callable[[], Lab]] = {
 
 
 class LabLayoutTests(LayoutTests):
-    """The suite over every engine's memory above."""
+    """The layout suite for every engine layout above."""
 
     variants = tuple(LABS)
 

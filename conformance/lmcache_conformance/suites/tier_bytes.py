@@ -1,4 +1,4 @@
-"""A tier in good health: bytes, keys (ids never mix), reset (removal, listing, accounting)."""
+"""A tier without faults: bytes, keys (ids are never confused), reset (removal, listing, accounting)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmcache.plan import Status
 from lmcache.spec import Rect
 from lmcache.tiers.base import Found, Range, Read, Tier, Write
 from lmcache_conformance.contract import Level
-from lmcache_conformance.labs.tierlab import (
+from lmcache_conformance.labs.tier_objects import (
     FORM,
     NAMESPACE,
     OTHER_NAMESPACE,
@@ -25,16 +25,16 @@ from lmcache_conformance.labs.tierlab import (
     stored_form,
 )
 from lmcache_conformance.runner.marks import level, requires
-from lmcache_conformance.suites.tierfactory import TierFactory
+from lmcache_conformance.suites.tier_factory import TierFactory
 
 
 class TierBytesTests(TierFactory):
     """Bytes, keys, reset."""
 
-    # ---------------------------------------------------------------- bytes: what goes in comes out
+    # ---------------------------------------------------------------- bytes
 
     @level(Level.BYTES)
-    def test_it_fulfils_the_protocol(self, tier: Tier) -> None:
+    def test_it_implements_the_protocol(self, tier: Tier) -> None:
         assert isinstance(tier, Tier)
         assert tier.name
         assert isinstance(tier.shared, bool)
@@ -78,7 +78,7 @@ class TierBytesTests(TierFactory):
         assert b"".join(buffers) == data
 
     @level(Level.BYTES)
-    def test_a_range_past_the_end_tells_how_much_there_was(self, tier: Tier) -> None:
+    def test_a_read_past_the_end_reports_the_bytes_that_were_there(self, tier: Tier) -> None:
         data = pattern("x", 1000)
         put(tier, object_id(0), data)
         buffers = [bytearray(b"?" * 600), bytearray(b"?" * 600), bytearray(b"?" * 10)]
@@ -106,7 +106,7 @@ class TierBytesTests(TierFactory):
 
     @level(Level.BYTES)
     @requires("raw")
-    def test_what_was_written_lies_there_unchanged(self, tier: Tier, place: Path) -> None:
+    def test_the_stored_bytes_are_those_written(self, tier: Tier, place: Path) -> None:
         for number in range(3):
             put(tier, object_id(number))
         tier.flush()
@@ -118,7 +118,7 @@ class TierBytesTests(TierFactory):
             )
         assert self.raw_get(tier, place, object_id(3)) is None
 
-    # ---------------------------------------------------------------- keys: ids never mix
+    # ---------------------------------------------------------------- keys
 
     @level(Level.KEYS)
     def test_ids_that_differ_in_one_field_are_different_objects(self, tier: Tier) -> None:
@@ -137,14 +137,14 @@ class TierBytesTests(TierFactory):
             base._replace(depth=11),
         ]
         for number, id in enumerate(ids):
-            assert tier.contains([id])[0].status is Status.MISSING, f"{id} is another object than those before"
+            assert tier.contains([id])[0].status is Status.MISSING, f"{id} was never written, but is found"
             assert put(tier, id, pattern(number, 64)).nbytes == 64
         assert [get(tier, id, 64)[1] for id in ids] == [pattern(number, 64) for number in range(len(ids))]
         assert {found.id for found in tier.scan()} == set(ids)
 
     @level(Level.KEYS)
     def test_what_is_served_under_an_id_is_that_object(self, tier: Tier) -> None:
-        """Right stored forms name themselves: a tier that confuses two requests is found by whoever reads them."""
+        """Object files contain their own id, so a tier that confuses two requests is detected by reading them."""
         ids = [object_id(number) for number in range(12)]
         for id in ids:
             assert put(tier, id).status is Status.OK
@@ -156,7 +156,7 @@ class TierBytesTests(TierFactory):
             payload = load(tier, id)
         except FormatError as error:
             raise AssertionError(f"what is served as chunk {id.depth} is not that object: {error}") from None
-        assert payload is not None, f"chunk {id.depth} was written, and is not there"
+        assert payload is not None, f"chunk {id.depth} was written, but is missing"
         assert payload == payload_of(id)
 
     @level(Level.KEYS)
@@ -178,13 +178,13 @@ class TierBytesTests(TierFactory):
         assert buffers == [pattern(0, 100), bytes(100), pattern(2, 100)]
 
     @level(Level.KEYS)
-    def test_an_empty_batch_has_an_empty_answer(self, tier: Tier) -> None:
+    def test_an_empty_batch_returns_an_empty_list(self, tier: Tier) -> None:
         assert tier.contains([]) == tier.read_into([]) == tier.write([]) == tier.delete([]) == []
 
-    # ---------------------------------------------------------------- reset: removal, listing, accounting
+    # ---------------------------------------------------------------- reset
 
     @level(Level.RESET)
-    def test_what_is_deleted_is_gone_and_may_be_written_anew(self, tier: Tier) -> None:
+    def test_deleted_objects_are_gone_and_may_be_written_again(self, tier: Tier) -> None:
         put(tier, object_id(0), b"first")
         assert [r.status for r in tier.delete([object_id(0), object_id(1), object_id(0)])] == [Status.OK] * 3
         assert tier.contains([object_id(0)])[0].status is Status.MISSING
@@ -199,7 +199,7 @@ class TierBytesTests(TierFactory):
         put(tier, object_id(0, namespace=OTHER_NAMESPACE), b"y")
         assert tier.clear(NAMESPACE) == 4
         for number in range(4):
-            assert get(tier, object_id(number), 1)[0].status is Status.MISSING, "served after it was cleared"
+            assert get(tier, object_id(number), 1)[0].status is Status.MISSING, "served after clear()"
         assert list(tier.scan()) == [Found(object_id(0, namespace=OTHER_NAMESPACE), 1)]
         assert {r.status for r in tier.contains([object_id(number) for number in range(4)])} == {Status.MISSING}
         assert tier.clear() == 1
@@ -209,7 +209,7 @@ class TierBytesTests(TierFactory):
 
     @level(Level.RESET)
     @requires("raw")
-    def test_after_clear_and_delete_nothing_is_left_behind(self, tier: Tier, place: Path) -> None:
+    def test_clear_and_delete_leave_nothing_behind(self, tier: Tier, place: Path) -> None:
         for number in range(4):
             put(tier, object_id(number))
         assert len(self.raw_files(tier, place)) == 4
@@ -219,7 +219,7 @@ class TierBytesTests(TierFactory):
         assert not self.raw_files(tier, place)
 
     @level(Level.RESET)
-    def test_scan_and_used_bytes_know_every_object(self, tier: Tier) -> None:
+    def test_scan_and_used_bytes_include_every_object(self, tier: Tier) -> None:
         sizes = {object_id(number): 100 * number + 1 for number in range(10)}
         for id, size in sizes.items():
             put(tier, id, bytes(size))

@@ -1,4 +1,4 @@
-"""Skips tests of claims that the class under test does not make, with the reason in the report."""
+"""Skips tests of capabilities that the class under test does not claim, with the reason in the report."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NO_ADAPTER = "no adapter was chosen: --lmcache-adapter NAME"
 
 
 def apply_claims(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
-    """Mark the tests to be skipped.
+    """Marks the tests to be skipped.
 
-    What a class claims is its attribute `capabilities`. A class with an attribute `adapter` and no capabilities of its
-    own (an engine suite) claims what that adapter does, or, where that is None, the one that `--lmcache-adapter` names.
+    A class claims its attribute `capabilities`. A class with an attribute `adapter` and no capabilities of its own (an
+    engine suite) claims those of that adapter or, if it is None, of the one given by `--lmcache-adapter`.
 
     Raises:
-        pytest.UsageError: a test requires an unknown capability, or the adapter is not to be found.
+        pytest.UsageError: a test requires an unknown capability, or the adapter cannot be found.
     """
     adapters: dict[str, EngineAdapter] = {}
     for item in items:
@@ -42,12 +42,12 @@ def apply_claims(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
 def _adapter(
     config: pytest.Config, own: object, known: dict[str, EngineAdapter]
 ) -> tuple[EngineAdapter | None, str | None]:
-    """The adapter, and why its tests can't run."""
+    """Returns the adapter, and why its tests cannot run (None if they can)."""
     reference = own or config.option.lmcache_adapter
     if not reference:
         return None, NO_ADAPTER
     if not isinstance(reference, str):
-        raise pytest.UsageError(f"`adapter` of an engine suite is its name, as a string, but it is {reference!r}")
+        raise pytest.UsageError(f"`adapter` of an engine suite must be a name (a string), not {reference!r}")
     if reference not in known:
         try:
             known[reference] = find_adapter(reference)

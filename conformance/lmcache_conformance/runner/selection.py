@@ -1,4 +1,4 @@
-"""From what the user asks for to the jobs that answer it."""
+"""Turns the user's selection of targets and adapters into jobs."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ FULL_LIMITS = Limits(test=1800.0, start=600.0, job=7200.0)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What to run. Nothing named means everything.
+class Selection:
+    """What to run. Without any name, everything runs.
 
     Attributes:
         adapters: engine adapters, by entry point or `module:attribute`.
         tiers, targets: by name.
-        levels: only tests of these.
-        budget: how thorough.
+        levels: restricts the run to tests of these levels.
+        budget: thoroughness of the tests.
         seed: Hypothesis' seed, for all tests.
-        xfails: the list of known failures.
+        xfails: file with the list of known failures.
     """
 
     adapters: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Wish:
         return FULL_LIMITS if self.budget == "full" else QUICK_LIMITS
 
     def options(self) -> tuple[str, ...]:
-        """For each child pytest."""
+        """Options for each child pytest."""
         found = [f"--lmcache-budget={self.budget}", f"--hypothesis-seed={self.seed}"]
         if self.levels:
             found.append(f"--lmcache-level={','.join(self.levels)}")
@@ -61,40 +61,42 @@ class Wish:
         return tuple(found)
 
 
-def jobs_for(wish: Wish) -> list[Job]:
-    """One job per target, and one per adapter.
+def jobs_for(selection: Selection) -> list[Job]:
+    """Returns one job per target, and one per adapter.
 
     Raises:
-        DiscoveryError: a name is unknown; with the nearest one.
+        DiscoveryError: a name is unknown; the message suggests the nearest one.
         XfailError: the list of known failures is malformed.
     """
     known = [level.value for level in Level]
-    for level in wish.levels:
+    for level in selection.levels:
         if level not in known:
-            raise DiscoveryError(f"no level is called {level!r}{nearest(level, known)} There are: {', '.join(known)}")
-    if wish.xfails is not None:
-        read_xfails(wish.xfails)  # said once, here, and not by every child
+            raise DiscoveryError(f"unknown level {level!r}{nearest(level, known)} Available: {', '.join(known)}")
+    if selection.xfails is not None:
+        read_xfails(selection.xfails)  # to report errors once, here, rather than in every child
     found = targets()
-    chosen = choose_targets(found, wish.tiers, kind="tier") + choose_targets(found, wish.targets)
-    if not (wish.adapters or wish.tiers or wish.targets):
+    chosen = choose_targets(found, selection.tiers, kind="tier") + choose_targets(found, selection.targets)
+    if not (selection.adapters or selection.tiers or selection.targets):
         chosen = list(found)
     engine = next((t for t in found if t.name == ENGINE_TARGET), None)
-    adapters: Sequence[str] = wish.adapters
+    adapters: Sequence[str] = selection.adapters
     if engine in chosen and not adapters:
         adapters = adapter_names()
-    jobs = [Job(t.name, file_of(t), wish.options()) for t in dict.fromkeys(chosen) if t != engine]
+    jobs = [Job(t.name, file_of(t), selection.options()) for t in dict.fromkeys(chosen) if t != engine]
     if adapters and engine is None:
         raise DiscoveryError(f"adapters cannot be tested: there is no target {ENGINE_TARGET!r} in this release")
     rows = {job.row for job in jobs}
-    return jobs + [_adapter_job(engine, name, wish, rows) for name in dict.fromkeys(adapters) if engine is not None]
+    return jobs + [
+        _adapter_job(engine, name, selection, rows) for name in dict.fromkeys(adapters) if engine is not None
+    ]
 
 
-def _adapter_job(engine: Target, name: str, wish: Wish, taken: set[str]) -> Job:
+def _adapter_job(engine: Target, name: str, selection: Selection, taken: set[str]) -> Job:
     if ":" not in name and name not in adapter_names():
         names = adapter_names()
         raise DiscoveryError(
-            f"no adapter is called {name!r}{nearest(name, names)} Installed: {', '.join(names) or 'none'}; "
+            f"unknown adapter {name!r}{nearest(name, names)} Installed: {', '.join(names) or 'none'}; "
             "or name one as module:attribute"
         )
     row = f"adapter {name}" if name in taken else name
-    return Job(row, file_of(engine), (f"--lmcache-adapter={name}", *wish.options()))
+    return Job(row, file_of(engine), (f"--lmcache-adapter={name}", *selection.options()))

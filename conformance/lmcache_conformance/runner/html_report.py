@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: to be attached to a bug report and opened anywhere."""
+"""The report as one self-contained HTML file, e.g. to attach to a bug report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ summary { cursor: pointer } code { font-size: .9em }
 
 
 def as_html(report: Report) -> str:
-    """The whole page. Everything that tests said is escaped."""
+    """Returns the whole page. All output of tests is escaped."""
     failures = list(report.failures())
     tests = sum(len(row.results) for row in report.rows)
     seconds = sum(row.seconds for row in report.rows)
@@ -94,7 +94,7 @@ def _failure(row: str, result: TestResult) -> str:
 <summary><b>{escape(row)}</b> · level {escape(result.level)} · <code>{escape(result.case)}</code>{seed}</summary>
 <pre class="failed">{escape(result.message)}</pre>
 {again}
-<details><summary>everything it said</summary><pre>{escape(result.detail)}</pre></details>
+<details><summary>full output</summary><pre>{escape(result.detail)}</pre></details>
 </details>"""
 
 
@@ -115,5 +115,5 @@ def _environment(report: Report) -> str:
 
 
 def escape(text: str) -> str:
-    """As text, whatever it holds."""
+    """Escapes text for HTML and replaces characters that HTML cannot represent."""
     return html.escape(clean(text))

@@ -1,4 +1,4 @@
-"""Runs a method of a suite in a fresh interpreter with another hash seed: what a restart, or another host, would see."""
+"""Runs a method of a suite in a fresh interpreter with another hash seed, as after a restart or on another host."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CODE = """
 import importlib.util, json, sys
 file, name, method, arguments, path = json.loads(sys.argv[1])
 sys.path[:] = path
-spec = importlib.util.spec_from_file_location("suite_elsewhere", file)
+spec = importlib.util.spec_from_file_location("suite_in_new_process", file)
 module = importlib.util.module_from_spec(spec)
-sys.modules["suite_elsewhere"] = module
+sys.modules["suite_in_new_process"] = module
 spec.loader.exec_module(module)
 target = module
 for part in name.split("."):
@@ -26,13 +26,13 @@ print("ANSWER" + json.dumps(getattr(target(), method)(*arguments)))
 """
 
 
-def elsewhere(suite: object, method: str, *arguments: Any, seed: int = 4242, timeout: float = 180.0) -> Any:
-    """What `type(suite)().method(*arguments)` returns in another process.
+def in_new_process(suite: object, method: str, *arguments: Any, seed: int = 4242, timeout: float = 180.0) -> Any:
+    """Returns what `type(suite)().method(*arguments)` returns in another process.
 
-    Arguments and answer are JSON. The class must be importable from its file, not defined inside a function.
+    Arguments and result are passed as JSON. The class must be importable from its file, not defined inside a function.
 
     Raises:
-        AssertionError: the child failed or took longer than `timeout` seconds; with its output.
+        AssertionError: the child failed or took longer than `timeout` seconds; the message includes its output.
     """
     cls = type(suite)
     command, environ = _command(suite, method, arguments, seed)
@@ -43,12 +43,12 @@ def elsewhere(suite: object, method: str, *arguments: Any, seed: int = 4242, tim
     where = f"{Path(inspect.getfile(cls)).name}, {cls.__name__}.{method} in another process"
     assert done.returncode == 0, f"{where} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
     answers = [line.removeprefix("ANSWER") for line in done.stdout.splitlines() if line.startswith("ANSWER")]
-    assert answers, f"{where} gave no answer:\n{done.stdout[-1000:]}"
+    assert answers, f"{where} returned nothing:\n{done.stdout[-1000:]}"
     return json.loads(answers[-1])
 
 
-def started(suite: object, method: str, *arguments: Any) -> subprocess.Popen[str]:
-    """The same, without waiting: a process whose output can be read, and which can be killed."""
+def start_in_new_process(suite: object, method: str, *arguments: Any) -> subprocess.Popen[str]:
+    """Starts the same without waiting. The caller reads the process's output and kills it."""
     command, environ = _command(suite, method, arguments, seed=1)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
 
