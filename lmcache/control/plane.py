@@ -131,15 +131,13 @@ class Plane(Index):
             stop: why the hit ends.
             local: leading tokens already resident in the engine; they count neither as requested nor as hit.
         """
-        metrics, chunk = self.metrics, self.state.chunk_tokens
-        metrics.requested(total - local)
-        for tier, hit in by_tier.items():
-            metrics.hit(tier, hit)
-        whole, tokens = total - total % chunk, max(tokens, local)
+        missed: dict[str, int] = {}
+        whole, tokens = total - total % self.state.chunk_tokens, max(tokens, local)
         if tokens < whole:
-            metrics.missed(stop.metric, whole - tokens)
+            missed[stop.metric] = whole - tokens
         if (tail := total - max(whole, tokens)) > 0:
-            metrics.missed("tail", tail)
+            missed["tail"] = missed.get("tail", 0) + tail
+        self.metrics.looked_up(total - local, by_tier, missed)
 
     def close(self) -> None:
         """Closes the recorded trace."""

@@ -16,7 +16,7 @@ import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 import xxhash
@@ -38,7 +38,7 @@ from lmcache.format.header import (
     header_bytes,
 )
 from lmcache.keys import ObjectId
-from lmcache.layout import ObjectLayout
+from lmcache.layout import ObjectLayout, SegmentSpan
 from lmcache.spec import KVSpec, Rect, host_isa
 
 __all__ = [
@@ -78,15 +78,6 @@ _SAFETENSORS_DTYPES: Mapping[str, str] = {
 }
 
 
-class SegmentSpan(NamedTuple):
-    """A contiguous run of the payload: `planes` of the group's local layer `layer`, bytes [offset, offset + length)."""
-
-    planes: tuple[str, ...]
-    layer: int
-    offset: int
-    length: int
-
-
 class Form:
     """The common part of all objects with one layout, with the constant text of their headers prepared.
 
@@ -114,7 +105,7 @@ class Form:
         self.planes = tuple(planes)
         self.spans = tuple(spans)
         self.isa = host_isa() if isa is None else isa
-        self.nbytes = covered((span.offset, span.length) for span in self.spans)
+        self.nbytes = covered((span.offset, span.nbytes) for span in self.spans)
         names = {plane.name for plane in self.planes}
         for span in self.spans:
             if not span.planes or not set(span.planes) <= names:
@@ -136,8 +127,8 @@ class Form:
         # The text before each segment's checksum, and after the last one.
         pieces, glue = [], ',"segments":['
         for span in self.spans:
-            fields = {"planes": span.planes, "layer": span.layer, "offset": span.offset, "raw": span.length}
-            text = json.dumps(fields | {"stored": span.length, "codec": "raw", "xxh3": ""}, separators=(",", ":"))
+            fields = {"planes": span.planes, "layer": span.layer, "offset": span.offset, "raw": span.nbytes}
+            text = json.dumps(fields | {"stored": span.nbytes, "codec": "raw", "xxh3": ""}, separators=(",", ":"))
             pieces.append(_escape(glue + text[:-2]))
             glue = '"},'
         self._pieces = tuple(pieces)
@@ -170,7 +161,7 @@ class Form:
         if self.order == "canonical":
             at = 0
             for plane in self.planes:
-                size = sum(span.length for span in self.spans if span.planes == (plane.name,))
+                size = sum(span.nbytes for span in self.spans if span.planes == (plane.name,))
                 elements = math.prod(plane.shape)
                 if not elements or size % elements or not plane.shape:
                     raise FormatError(f"plane {plane.name!r} of shape {plane.shape} can't fill {size} bytes")
@@ -248,7 +239,7 @@ def form_of(layout: ObjectLayout, *, isa: str | None = None) -> Form:
     return Form(
         order=layout.order,
         planes=[PlaneForm(p.name, p.dtype, (*shape, p.elems), p.axes, p.block_tokens) for p in layout.planes],
-        spans=[SegmentSpan(s.planes, s.layer, s.offset, s.nbytes) for s in layout.segments()],
+        spans=layout.segments(),
         isa=isa,
     )
 

@@ -7,7 +7,7 @@ from lmcache.layout.axes import Axes
 from lmcache.layout.bound import BoundGroup, BoundKV
 from lmcache.layout.description import Layout
 from lmcache.layout.move import gather, scatter, translate
-from lmcache.layout.objects import ObjectLayout, ObjectPlane, Segment
+from lmcache.layout.objects import ObjectLayout, ObjectPlane, SegmentSpan
 from lmcache.layout.paged import PagedKV
 from lmcache.layout.slots import validate_slots
 
@@ -19,7 +19,7 @@ __all__ = [
     "ObjectLayout",
     "ObjectPlane",
     "PagedKV",
-    "Segment",
+    "SegmentSpan",
     "gather",
     "scatter",
     "translate",

@@ -140,9 +140,9 @@ def _moves(
     for job in work:
         mine = buffers if len(job.objects) == len(buffers) else [buffers[number] for number in job.objects]
         for chosen, memory, distance in _batches(mine):
-            alignment = width_of(_alignment([memory]), distance)
+            alignment = _alignment([memory], distance)
             for part, numbers in zip(job.parts, job.numbers, strict=True):
-                width = width_of(part.width, alignment)
+                width = min(part.width, alignment)  # both are powers of two
                 copy = Copy(part, numbers[chosen], bound.storages[part.storage], memory, distance, width)
                 moves += _puts(copy, job.partial) if into_paged else _takes(copy)
     return moves
@@ -236,8 +236,8 @@ def _check_buffers(buffers: Sequence[torch.Tensor], layout: ObjectLayout) -> Non
             )
 
 
-def _alignment(buffers: Sequence[torch.Tensor]) -> int:
-    return width_of(*(b.data_ptr() for b in buffers), *(int(b.storage_offset()) for b in buffers))
+def _alignment(buffers: Sequence[torch.Tensor], distance: int = 0) -> int:
+    return width_of(distance, *(b.data_ptr() for b in buffers), *(int(b.storage_offset()) for b in buffers))
 
 
 def _translation(a: ObjectLayout, b: ObjectLayout) -> tuple[Strip, ...]:

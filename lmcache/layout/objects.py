@@ -21,7 +21,7 @@ _MAX = 1 << 40
 _MAX_LAYERS = 1 << 16
 
 
-class Segment(NamedTuple):
+class SegmentSpan(NamedTuple):
     """A contiguous run of an object: `planes` of local layer `layer`, bytes [offset, offset + nbytes)."""
 
     planes: tuple[str, ...]
@@ -206,13 +206,13 @@ class ObjectLayout:
             raise LayoutError(f"the object has {self.nbytes} bytes, but its axes cover {start}")
         return {p.name: out[p.name] for p in self.planes}
 
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[SegmentSpan, ...]:
         """Returns the contiguous runs of (planes, layer), ascending; together they cover the whole object."""
         out, start = [], 0
         for region in self.regions:
             size = self.places[region[0]].layer
             for layer in range(self.layers):
-                out.append(Segment(region, layer, start, size))
+                out.append(SegmentSpan(region, layer, start, size))
                 start += size
         return tuple(out)
 

@@ -8,7 +8,7 @@ Calls are cheap (label children are cached) and thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Final, Literal, NamedTuple, TypeVar
@@ -98,6 +98,14 @@ class Metrics:
             "kernel_fallbacks", "Device types on which the kernels cannot run, so that torch copies instead."
         )
         self._children: dict[tuple[object, ...], Counter | Gauge] = {}
+
+    def looked_up(self, tokens: int, found: Mapping[str, int], missed: Mapping[str, int]) -> None:
+        """Counts a lookup of `tokens` tokens: those found, by tier, and those not found, by reason."""
+        self.requested(tokens)
+        for tier, count in found.items():
+            self.hit(tier, count)
+        for reason, count in missed.items():
+            self.missed(reason, count)
 
     def requested(self, tokens: int) -> None:
         """Counts `tokens` tokens requested by a lookup."""
