@@ -1,4 +1,4 @@
-"""The control plane: decides what exists where, what is leased, and what leaves; see `lmcache.control.index`."""
+"""The control plane: decides what is cached where, what is leased and what is evicted; see `lmcache.control.index`."""
 
 from lmcache.control.index import Index
 from lmcache.control.outcomes import Finished, Lookup, Owner, Store, TierInfo

@@ -1,9 +1,9 @@
-"""Extents: stretches of consecutive objects of one chain that arrived together, are used together and leave together.
+"""Extents: consecutive objects of one chain that are stored, used and evicted together.
 
-An arena keeps its books by extent, not by object, so that what it does for a prompt costs as much as the prompt has extents. A
-extent is *split* where a part of it goes its own way: a request uses only its beginning, another chain branches off, one of
-its objects fails. Extents are never joined, and the first part stays the old object, so whoever holds an extent finds all that
-came of it by following `rest` (see `ExtentPin`).
+An arena does its bookkeeping per extent, not per object, so the cost of a prompt is proportional to the number of its
+extents. An extent is *split* where its parts are treated differently: a request uses only its beginning, another chain
+branches off, or one of its objects fails. Extents are never joined. After a split, the first part is the same `Extent`, and
+`rest` links to the other, so a pin of the extent still reaches all of its objects (see `ExtentPin`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from lmcache.control.eviction import Tracked
 
 WRITING, READY, EVICTING = 1, 2, 3
 LONGEST = 256
-"""Objects of an extent, at most: what a split, or the search for one object in its extent, may cost."""
+"""Most objects of an extent; bounds the cost of a split and of finding an object in its extent."""
 
 
 class Extent(Tracked):
     """Objects in slots of an arena, parents first; object i has generation `generation + i`, depth `depth + step * i`.
 
     Attributes:
-        parent: digest without which the first one is of no use. In a `tied` extent each of the others has the one before.
-        refs: leases and jobs that hold the extent, always all of it.
-        children: extents whose parent is the *last* object of this one. Nothing hangs off the others.
-        rest: what was split off this extent while somebody held it.
+        parent: digest of the object that the first one needs. In a `tied` extent each other object needs the one before it.
+        refs: number of pins; a pin covers the whole extent.
+        children: number of extents whose parent is the *last* object of this one. Its other objects have no child extents.
+        rest: the extent that was split off this one while it was pinned.
     """
 
     __slots__ = (
@@ -63,7 +63,7 @@ class Extent(Tracked):
         self.depth = depth
         self.step = step
         self.state = WRITING
-        self.refs = 1  # whoever writes it
+        self.refs = 1  # the job that writes it
         self.children = 0
         self.rest: Extent | None = None
 
@@ -79,29 +79,29 @@ class Extent(Tracked):
 
     @property
     def size(self) -> int:
-        """Objects."""
+        """Number of objects."""
         return len(self.digests)
 
     def find(self, digest: bytes, depth: int) -> int:
-        """Where an object of this extent is in it."""
+        """Returns the position of an object in this extent."""
         at = depth - self.depth
         if 0 <= at < len(self.digests) and self.digests[at] == digest:
             return at
         return self.digests.index(digest)
 
     def objects(self) -> Iterator[tuple[bytes, int, int, int]]:
-        """Digest, slot, generation and depth of each."""
+        """Yields digest, slot, generation and depth of each object."""
         depths = range(self.depth, self.depth + len(self.digests)) if self.step else repeat(self.depth)
         return zip(self.digests, self.slots, count(self.generation), depths)
 
     def split(self, at: int) -> Extent:
-        """Cut off the objects from `at` on; returns them as an extent that is held by the same and may go no sooner."""
+        """Splits off the objects from `at` on; returns them as an extent with the same pins and the same eviction state."""
         parent = self.digests[at - 1] if self.tied else None
         generation, depth = self.generation + at, self.depth + self.step * at
         rest = Extent(self.space, self.digests[at:], self.slots[at:], generation, parent, depth, self.step)
         del self.digests[at:], self.slots[at:]
         rest.state, rest.refs = self.state, self.refs
-        rest.freq, rest.place = self.freq, self.place  # what the policy knows of it
+        rest.freq, rest.place = self.freq, self.place  # the policy's own state
         rest.children, self.children = self.children, 1 if parent is not None else 0
         if self.refs:
             rest.rest, self.rest = self.rest, rest
@@ -110,9 +110,12 @@ class Extent(Tracked):
 
 
 class NamespaceTable:
-    """The objects of one namespace: `held`, ready or being written. `chained`: objects need their parents.
+    """The resident objects of one namespace.
 
-    `orphans`: parent digest → extents that are resident, for parents that are not.
+    Attributes:
+        chained: whether objects need their parents.
+        held: digest → extent, of objects that are ready or being written.
+        orphans: digest of a parent that is not resident → number of its child extents that are.
     """
 
     __slots__ = ("chained", "held", "namespace", "orphans")
@@ -124,26 +127,26 @@ class NamespaceTable:
         self.orphans: dict[bytes, int] = {}
 
     def walk(self, digests: list[bytes], start: int, stop: int) -> Iterator[ExtentSlice]:
-        """Where `digests[start:stop]` lie, up to the first that is not ready. One dict lookup per extent.
+        """Yields the slices that hold `digests[start:stop]`, up to the first that is not ready. One dict lookup per extent.
 
-        What the walk has yielded may be split before it goes on.
+        The caller may split a yielded extent before it continues the iteration.
         """
         get = self.held.get
         while start < stop:
             extent = get(digests[start])
             if extent is None or extent.state != READY:
                 return
-            mine = extent.digests
-            at = 0 if mine[0] == digests[start] else mine.index(digests[start])
-            length = min(len(mine) - at, stop - start)
-            if mine[at : at + length] != digests[start : start + length]:
-                length = next(i for i in range(1, length) if mine[at + i] != digests[start + i])
+            own = extent.digests
+            at = 0 if own[0] == digests[start] else own.index(digests[start])
+            length = min(len(own) - at, stop - start)
+            if own[at : at + length] != digests[start : start + length]:
+                length = next(i for i in range(1, length) if own[at + i] != digests[start + i])
             yield ExtentSlice(start, extent, at, length)
             start += length
 
 
 class ExtentSlice(NamedTuple):
-    """Objects [at, at + size) of an extent, found at `start` in a chain. Good until the extent is split."""
+    """Objects [at, at + size) of an extent, at position `start` of a chain. Valid until the extent is split."""
 
     start: int
     extent: Extent
@@ -152,24 +155,24 @@ class ExtentSlice(NamedTuple):
 
 
 class ResidentObject(NamedTuple):
-    """One object: number `at` of its extent. Good until the extent is split."""
+    """The object at position `at` of its extent. Valid until the extent is split."""
 
     extent: Extent
     at: int
 
     @property
     def digest(self) -> bytes:
-        """Its name."""
+        """Its digest."""
         return self.extent.digests[self.at]
 
     @property
     def part(self) -> ExtentSlice:
-        """Just this one."""
+        """The slice of this object alone."""
         return ExtentSlice(0, self.extent, self.at, 1)
 
     @property
     def namespace(self) -> bytes:
-        """Whose name it is."""
+        """The namespace of its name."""
         return self.extent.space.namespace
 
     @property
@@ -179,12 +182,12 @@ class ResidentObject(NamedTuple):
 
     @property
     def slot(self) -> int:
-        """Where it lies."""
+        """Its arena slot."""
         return self.extent.slots[self.at]
 
     @property
     def generation(self) -> int:
-        """The how-manieth assignment of a slot this one is."""
+        """Generation of its slot assignment (grows with each assignment of any slot)."""
         return self.extent.generation + self.at
 
     @property
@@ -194,12 +197,12 @@ class ResidentObject(NamedTuple):
 
 
 ExtentPin = tuple[Extent, int]
-"""What a lease or a job holds: so many objects, those of the extent as it was and of what was split off it since."""
+"""A reference of a lease or a job: (extent, number of its objects when it was pinned). Covers what was split off it since."""
 
 
-def pieces(spans: Iterable[ExtentPin]) -> Iterator[Extent]:
-    """The extents that the objects of spans are in now. An extent may be split or let go of before the next is asked for."""
-    for first, left in spans:
+def extents_of(pins: Iterable[ExtentPin]) -> Iterator[Extent]:
+    """Yields the extents that the pinned objects are in now. The caller may split or unpin each before it goes on."""
+    for first, left in pins:
         extent: Extent | None = first
         while extent is not None and left > 0:
             left -= len(extent.digests)

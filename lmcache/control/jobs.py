@@ -1,7 +1,7 @@
-"""Jobs under way, the plan that goes out and the reports that come back.
+"""Jobs under way: the plans that carry them and the reports that end them.
 
-Reports may be lost, doubled, late or out of order. They are cumulative, so the newest one of a rank says all that older
-ones said and no plan has acknowledged; older ones are ignored, as is everything of another epoch.
+Reports may be lost, duplicated, late or reordered. They are cumulative: a rank's newest report repeats everything in its
+older ones that no plan has acknowledged. So older reports are ignored, as are reports of another epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from lmcache.plan import Job, JobKind, JobReport, Op, Plan, Report, Status
 
 
 class LoadTarget:
-    """What a load is for: chunks [first, chunks) beyond `skip` tokens; `targets[i]` = (op, group, position)."""
+    """What a load brings into the engine: chunks [0, `chunks`) but for the first `skip` tokens, which are there already.
+
+    `targets`: (index of the op, group, position in the chain) of each copy into the engine.
+    """
 
     __slots__ = ("chunks", "skip", "targets")
 
@@ -27,11 +30,12 @@ class LoadTarget:
 
 
 class TrackedJob:
-    """One job and everything it holds on to until every rank called it final."""
+    """A job and everything it pins until it is final on every rank."""
 
     __slots__ = (
         "cleared",
-        "final",
+        "concluded",
+        "final_ranks",
         "id",
         "inserted",
         "kind",
@@ -40,12 +44,11 @@ class TrackedJob:
         "ops",
         "owner",
         "pins",
-        "reported",
+        "reported_ranks",
         "results",
-        "told",
-        "told_final",
+        "returned_final",
+        "target",
         "until",
-        "wanted",
     )
 
     def __init__(self, kind: JobKind, owner: Owner | None, namespace: bytes) -> None:
@@ -55,67 +58,66 @@ class TrackedJob:
         self.namespace = namespace
         self.ops: list[Op] = []
         self.results: list[Status] = []  # per op: the first status on any rank that was not OK, else OK
-        self.reported = 0  # bit mask of ranks
-        self.final = 0  # bit mask of ranks
-        self.until = math.inf  # when a rank that has said nothing counts as late
+        self.reported_ranks = 0  # bit mask
+        self.final_ranks = 0  # bit mask
+        self.until = math.inf  # when a rank that has not reported counts as late
         self.pins: list[tuple[SlotPool, list[ExtentPin]]] = []
-        self.inserted: dict[
-            int, list[ExtentPin]
-        ] = {}  # group → what it copies into slots, parents first; `pins` has it too
-        self.wanted: LoadTarget | None = None
+        # Group → the extents that the job copies into, parents first; they are in `pins` too.
+        self.inserted: dict[int, list[ExtentPin]] = {}
+        self.target: LoadTarget | None = None
         self.ok_tokens = 0
-        self.cleared = False  # its namespace was cleared meanwhile: nothing it did may become known
-        self.told = False
-        self.told_final = False
+        self.cleared = False  # its namespace was cleared meanwhile: what it stored or wrote must not become visible
+        self.concluded = False  # every rank has reported
+        self.returned_final = False  # returned to the caller as `Finished` with `final=True`
 
 
 class JobTable:
-    """All jobs of this epoch. Ids are never used twice, in any epoch."""
+    """All jobs of this epoch. Ids are never reused, in any epoch."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.everyone = (1 << ranks) - 1
+        self.everyone = (1 << ranks) - 1  # the bit mask of all ranks
         self.epoch = 0
         self.live: dict[int, TrackedJob] = {}
         self._acked = [0] * ranks
         self._outgoing: list[Job] = []
         self._last_id = 0
 
-    def start(self, work: TrackedJob, deadline: float = 0.0) -> int:
-        """Queue the job for the next plan. `deadline`: seconds the data plane has, 0 = no limit."""
+    def start(self, job: TrackedJob, deadline: float = 0.0) -> int:
+        """Queues the job for the next plan; returns its id. `deadline`: time limit on the ranks in seconds, 0 = none."""
         self._last_id += 1
-        work.id = self._last_id
-        work.results = [Status.OK] * len(work.ops)
-        self.live[work.id] = work
-        self._outgoing.append(Job(work.id, work.kind, tuple(work.ops), deadline))
-        return work.id
+        job.id = self._last_id
+        job.results = [Status.OK] * len(job.ops)
+        self.live[job.id] = job
+        self._outgoing.append(Job(job.id, job.kind, tuple(job.ops), deadline))
+        return job.id
 
-    def withdraw(self, work: TrackedJob) -> bool:
-        """Take back a job that no plan has carried yet; False if one has."""
-        kept = [job for job in self._outgoing if job.id != work.id]
+    def withdraw(self, job: TrackedJob) -> bool:
+        """Withdraws a job that no plan has carried yet; False if one has."""
+        kept = [queued for queued in self._outgoing if queued.id != job.id]
         if len(kept) == len(self._outgoing):
             return False
         self._outgoing = kept
-        del self.live[work.id]
+        del self.live[job.id]
         return True
 
     def take_plan(self) -> Plan:
-        """What has accumulated since the last call."""
+        """Returns the jobs queued since the last call, and acknowledges reports."""
         jobs, self._outgoing = tuple(self._outgoing), []
         return Plan(self.epoch, jobs, tuple(self._acked))
 
-    def news(self, report: Report) -> Iterator[tuple[TrackedJob, JobReport]]:
-        """The job reports in it that may be news; the report counts as applied."""
+    def updates(self, report: Report) -> Iterator[tuple[TrackedJob, JobReport]]:
+        """Yields the reports on live jobs, unless the report is stale; it counts as applied."""
         if report.epoch != self.epoch or not 0 <= report.rank < self.ranks or report.seq <= self._acked[report.rank]:
             return
         self._acked[report.rank] = report.seq
-        for job in report.jobs:
-            work = self.live.get(job.job)
-            if work is not None:
-                yield work, job
+        for update in report.jobs:
+            job = self.live.get(update.job)
+            if job is not None:
+                yield job, update
 
     def reset(self) -> list[TrackedJob]:
-        """A new epoch without jobs; returns the old ones."""
+        """Starts an epoch without jobs; returns the old ones."""
         void = list(self.live.values())
         self.epoch += 1
         self.live = {}

@@ -1,8 +1,8 @@
-"""The longest hit of a chain: which chunk boundaries are legal, where each object lies, and why the hit ends.
+"""Finds the longest hit of a chain: its legal boundary, the place of each object, and why it ends.
 
-Positions are chunk indices, boundaries count chunks: a hit of `n` chunks ends before chunk n. Boundary 0 (no hit) is always
-legal. Which boundaries are legal is a pure function of which objects are present: one rule per layer group, and the fixpoint
-over all groups.
+Positions are chunk indices; boundaries are numbers of chunks: a hit of `n` chunks ends before chunk n. Boundary 0 (no hit) is
+always legal. Legal boundaries depend only on which objects are present: each layer group has a rule, and the hit ends at the
+largest boundary that is legal for all groups.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ from lmcache.plan import Chain
 from lmcache.spec import HitRule
 
 Longest = Callable[[int], int]
-"""Largest boundary ≤ the given one that is legal for one group."""
+"""Boundary → the largest boundary up to it that is legal for one group."""
 
 
-class Found:
-    """A hit of `chunks` chunks. `below[group]`: position → tier, for those objects in `needs[group]` that are not in DRAM."""
+class FoundHit:
+    """A hit, valid until the index changes.
 
-    __slots__ = ("_chain", "_state", "_walked", "below", "chunks", "limiter", "needs")
+    Attributes:
+        chunks: its length, in chunks.
+        limiter: the group that ends it, -1 if none does.
+        needs: per group, positions of the objects that are needed.
+        below: per group, position → tier of the needed objects that are not in DRAM.
+    """
+
+    __slots__ = ("_chain", "_slices_by_group", "_state", "below", "chunks", "limiter", "needs")
 
     def __init__(
         self,
@@ -32,7 +39,7 @@ class Found:
         chunks: int,
         limiter: int,
         below: list[dict[int, int]],
-        walked: list[list[ExtentSlice] | None],
+        slices_by_group: list[list[ExtentSlice] | None],
     ) -> None:
         self.chunks = chunks
         self.limiter = limiter
@@ -40,90 +47,95 @@ class Found:
         self.below = below
         self._state = state
         self._chain = chain
-        self._walked = walked
+        self._slices_by_group = slices_by_group
 
     def slices(self, group: int) -> Iterable[ExtentSlice]:
-        """Where the needed objects of a group that are in DRAM lie, parents first; to be used before the arena changes."""
-        walked, stop = self._walked[group], self.chunks
-        if walked is None:
+        """Returns the needed objects of a group that are in DRAM, parents first; valid until the arena changes."""
+        slices, stop = self._slices_by_group[group], self.chunks
+        if slices is None:
             need, chain = self.needs[group], self._chain
-            return self._state.pools[group].present(chain.namespace, listed(chain), need.start, need.stop)
-        if walked and walked[-1].start + walked[-1].size > stop:
-            walked = [part._replace(size=min(part.size, stop - part.start)) for part in walked if part.start < stop]
-        return walked
+            return self._state.pools[group].present(chain.namespace, as_list(chain), need.start, need.stop)
+        if slices and slices[-1].start + slices[-1].size > stop:
+            slices = [part._replace(size=min(part.size, stop - part.start)) for part in slices if part.start < stop]
+        return slices
 
     def resident(self, group: int) -> int:
-        """How many objects from the first one of the chain on are in DRAM, in a row; 0 if the first is not needed."""
+        """Returns how many leading objects of the chain are in DRAM; 0 if the first is not needed."""
         need = self.needs[group]
         return min(self.below[group], default=need.stop) if 0 in need else 0
 
 
-def find(state: State, chain: Chain, limit: int, *, near: int | None = None) -> Found:
-    """The longest hit of at most `limit` chunks that is legal for every group. Changes nothing.
+def find(state: State, chain: Chain, limit: int, *, near: int | None = None) -> FoundHit:
+    """Returns the longest hit of at most `limit` chunks that is legal for every group. Does not modify the state.
 
     With `near`, chunks from this position on count only if they are in DRAM.
     """
-    distant = limit if near is None else near
+    dram_from = limit if near is None else near
     longests: list[Longest] = []
     below: list[dict[int, int]] = []
-    walked: list[list[ExtentSlice] | None] = []
+    slices_by_group: list[list[ExtentSlice] | None] = []
     for group, rule in enumerate(state.rules):
         places: dict[int, int] = {}
         below.append(places)
         if rule.kind == "all":
-            parts, count = _prefix(state, chain, limit, group, distant, places)
+            slices, count = _prefix(state, chain, limit, group, dram_from, places)
             longests.append(partial(min, count))
-            # Names that mean something each on their own may repeat or come in any order: they are looked up anew.
-            walked.append(parts if chain.linked else None)
+            # Unlinked digests may repeat, in any order: their slices are looked up again when they are used.
+            slices_by_group.append(slices if chain.linked else None)
         else:
-            longests.append(_seeker(state, chain, group, places, distant))
-            walked.append(None)
+            longests.append(_sparse_longest(state, chain, group, places, dram_from))
+            slices_by_group.append(None)
     chunks, limiter = fixpoint(longests, limit)
-    found = Found(state, chain, chunks, limiter, below, walked)
+    hit = FoundHit(state, chain, chunks, limiter, below, slices_by_group)
     for group, places in enumerate(below):
         if places:
-            need = found.needs[group]
+            need = hit.needs[group]
             below[group] = {i: place for i, place in places.items() if place != DRAM and i in need}
-    return found
+    return hit
 
 
-def listed(chain: Chain) -> list[bytes]:
-    """Its digests as a list, which slices of lists compare with."""
+def as_list(chain: Chain) -> list[bytes]:
+    """Returns the digests as a list, so that a slice of them compares equal to a slice of another list."""
     return chain.digests if isinstance(chain.digests, list) else list(chain.digests)
 
 
 def _prefix(
-    state: State, chain: Chain, limit: int, group: int, distant: int, below: dict[int, int]
+    state: State, chain: Chain, limit: int, group: int, dram_from: int, below: dict[int, int]
 ) -> tuple[list[ExtentSlice], int]:
-    """Where the first objects of a chain lie in DRAM, and how many there are up to the first that cannot be had. Notes in
-    `below` which come from a tier. A few steps per extent where all is in DRAM.
+    """Returns the slices in DRAM of a chain's prefix, and its length: the number of objects before the first that is absent.
+
+    Adds to `below` the position and tier of those that are not in DRAM. In DRAM, the cost is per extent, not per object.
     """
-    pool, digests = state.pools[group], listed(chain)
-    parts = list(pool.walk(chain.namespace, digests, 0, limit))
-    count = parts[-1].start + parts[-1].size if parts else 0
-    if count < min(limit, distant) and state.directories:
+    pool, digests = state.pools[group], as_list(chain)
+    slices = list(pool.walk(chain.namespace, digests, 0, limit))
+    count = slices[-1].start + slices[-1].size if slices else 0
+    if count < min(limit, dram_from) and state.directories:
         full = state.jobs.everyone
-        tiers = [known.masks(chain.namespace, group) for known in state.directories]
-        while count < min(limit, distant):
+        tiers = [directory.masks(chain.namespace, group) for directory in state.directories]
+        while count < min(limit, dram_from):
             source = next((t for t, masks in enumerate(tiers) if masks.get(digests[count]) == full), None)
             if source is None:
                 break
             below[count] = source
             count += 1
             for part in pool.walk(chain.namespace, digests, count, limit):
-                parts.append(part)
+                slices.append(part)
                 count += part.size
-    return parts, count
+    return slices, count
 
 
-def _seeker(state: State, chain: Chain, group: int, seen: dict[int, int], distant: int) -> Longest:
+def _sparse_longest(state: State, chain: Chain, group: int, seen: dict[int, int], dram_from: int) -> Longest:
+    """Returns the `Longest` of a group that needs few objects of a hit.
+
+    It looks up only those, and adds position and place of each one found to `seen`.
+    """
     rule = state.rules[group]
 
     def present(i: int) -> bool:
         if i in seen:
             return True
         source = state.source(chain.namespace, chain.digests[i], group, chain.depth(i))
-        if source is None or (source != DRAM and i >= distant):
+        if source is None or (source != DRAM and i >= dram_from):
             return False
         seen[i] = source
         return True
@@ -131,23 +143,25 @@ def _seeker(state: State, chain: Chain, group: int, seen: dict[int, int], distan
     return lambda n: longest(rule, n, state.chunk_tokens, present)
 
 
-def stretches(positions: Iterable[int]) -> list[tuple[int, int]]:
-    """[first, last) of each stretch of neighbours among rising positions."""
-    found: list[tuple[int, int]] = []
+def consecutive(positions: Iterable[int]) -> list[tuple[int, int]]:
+    """Returns [first, last) of each run of consecutive numbers among ascending positions."""
+    ranges: list[tuple[int, int]] = []
     for i in positions:
-        if found and found[-1][1] == i:
-            found[-1] = found[-1][0], i + 1
+        if ranges and ranges[-1][1] == i:
+            ranges[-1] = ranges[-1][0], i + 1
         else:
-            found.append((i, i + 1))
-    return found
+            ranges.append((i, i + 1))
+    return ranges
 
 
-def by_tier(state: State, found: Found) -> dict[str, int]:
-    """Tokens of a hit per source. A chunk counts for the farthest place that one of its objects comes from; chunks of
-    which nothing is needed (before the window of sliding layers) count for the farthest place of the whole hit.
+def by_tier(state: State, hit: FoundHit) -> dict[str, int]:
+    """Returns the tokens of a hit per source, "dram" or a tier's name.
+
+    A chunk counts for the farthest source of its objects. Chunks of which no object is needed (those before the window of
+    sliding layers) count for the farthest source of the whole hit.
     """
-    farthest = [-2] * found.chunks
-    for need, below in zip(found.needs, found.below, strict=True):
+    farthest = [-2] * hit.chunks
+    for need, below in zip(hit.needs, hit.below, strict=True):
         for i in need:
             farthest[i] = max(farthest[i], below.get(i, DRAM))
     rest = max(farthest, default=DRAM)
@@ -160,19 +174,19 @@ def by_tier(state: State, found: Found) -> dict[str, int]:
 
 
 def stop_of(
-    state: State, chain: Chain, found: Found, limit: int, max_tokens: int, late: bool
+    state: State, chain: Chain, hit: FoundHit, limit: int, max_tokens: int, late: bool
 ) -> tuple[StopReason, str]:
-    """Why the hit ends where it ends; for `StopReason.GROUP` also which group ends it."""
-    if found.chunks == limit:
+    """Returns why the hit ends, and, for `StopReason.GROUP`, the name of the group that ends it. `late`: a probe was late."""
+    if hit.chunks == limit:
         if limit < len(chain.digests):
             return StopReason.MAX_TOKENS, ""
         return (StopReason.END if max_tokens <= limit * state.chunk_tokens else StopReason.TAIL), ""
-    group = found.limiter
+    group = hit.limiter
     if state.rules[group].kind != "all":
         return StopReason.GROUP, state.names[group]
-    digest = chain.digests[found.chunks]
+    digest = chain.digests[hit.chunks]
     pool = state.pools[group]
-    if pool.find(chain.namespace, digest, chain.depth(found.chunks)) is not None:
+    if pool.find(chain.namespace, digest, chain.depth(hit.chunks)) is not None:
         return StopReason.WRITING, ""
     return pool.gone.get(digest) or (StopReason.LATE if late else StopReason.ABSENT), ""
 
@@ -181,7 +195,7 @@ def stop_of(
 
 
 def needed(rule: HitRule, chunks: int, chunk_tokens: int) -> range:
-    """Positions of the objects that a hit of `chunks` chunks needs of a group."""
+    """Returns the positions of the objects that a hit of `chunks` chunks needs from a group."""
     if chunks == 0:
         return range(0)
     if rule.kind == "all":
@@ -194,11 +208,11 @@ def needed(rule: HitRule, chunks: int, chunk_tokens: int) -> range:
 
 
 def longest(rule: HitRule, chunks: int, chunk_tokens: int, present: Callable[[int], bool]) -> int:
-    """Largest boundary ≤ `chunks` for which every needed object is present. O(chunks) calls of `present`."""
+    """Returns the largest boundary ≤ `chunks` for which every needed object is present. O(chunks) calls of `present`."""
     if rule.kind == "all":
         return next((i for i in range(chunks) if not present(i)), chunks)
     while chunks:
-        # A missing object rules out every boundary from the one just after it up to this one: each of them needs it.
+        # A missing object rules out every boundary after it up to this one: each of them needs the object.
         # (trailing: windows that end in between all cover it; state_at: there is none in between; whole: always.)
         missing = next((i for i in reversed(needed(rule, chunks, chunk_tokens)) if not present(i)), None)
         if missing is None:
@@ -208,9 +222,10 @@ def longest(rule: HitRule, chunks: int, chunk_tokens: int, present: Callable[[in
 
 
 def fixpoint(groups: Sequence[Longest], chunks: int) -> tuple[int, int]:
-    """Largest boundary ≤ `chunks` legal for every group, and the group that lowered it last (−1: none did).
+    """Returns the largest boundary ≤ `chunks` legal for every group, and the group that lowered it last (-1: none did).
 
-    Each pass can only lower the boundary, and a boundary no group lowers is legal for all; so it ends, at the largest.
+    Each pass can only lower the boundary, and a boundary that no group lowers is legal for all of them, so this terminates
+    with the largest.
     """
     limiter = -1
     while True:

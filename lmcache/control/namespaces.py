@@ -1,4 +1,4 @@
-"""The namespaces of one model's KV, by tenant and LoRA, and the chains of prompts in them."""
+"""Namespaces of one model's KV, by tenant and LoRA, and chains of prompts in them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lmcache.plan import Chain
 from lmcache.spec import KVSpec
 
 _KEPT = 1 << 16
-"""Namespaces remembered at most; a salt per request must not fill the memory."""
+"""Most namespaces that are remembered; bounds the memory of callers that use a new salt per request."""
 
 
 class Namespaces:
-    """Makes and remembers namespaces. Thread-safe.
+    """Computes and remembers namespaces. Thread-safe.
 
     Args:
         spec: the model.
@@ -33,15 +33,15 @@ class Namespaces:
         self._outdated: list[tuple[str, bytes]] = []  # (salt, namespace) of earlier weights versions
 
     def of(self, salt: str = "", lora: str = "", scope: str = "") -> bytes:
-        """The namespace of a tenant and LoRA under the current weights version.
+        """Returns the namespace of a tenant and LoRA under the current weights version.
 
-        `scope` separates names that are not made from tokens, see `lmcache.keyed`.
+        `scope` separates names that are not computed from tokens, see `lmcache.keyed`.
         """
         key = (salt, lora, scope)
-        found = self._known.get(key)
-        if found is None:
-            with self._lock:  # a name made for earlier weights must not be remembered once they have changed
-                found = namespace_of(
+        namespace = self._known.get(key)
+        if namespace is None:
+            with self._lock:  # so that no namespace of earlier weights is remembered after a change
+                namespace = namespace_of(
                     self._spec,
                     chunk_tokens=self._chunk,
                     salt=salt,
@@ -50,27 +50,27 @@ class Namespaces:
                     share=self._share,
                 )
                 if scope:
-                    found = scoped(found, scope)
+                    namespace = scoped(namespace, scope)
                 if len(self._known) >= _KEPT:
                     self._known.pop(next(iter(self._known)))
-                self._known[key] = found
-        return found
+                self._known[key] = namespace
+        return namespace
 
     def chain(self, tokens: TokenArray, salt: str = "", lora: str = "", extras: Sequence[Extra] = ()) -> Chain:
-        """Names of every full chunk of a prompt; `tokens` comes from `lmcache.keys.as_tokens`."""
+        """Returns the chain of the full chunks of a prompt; `tokens`: from `lmcache.keys.as_tokens`."""
         return chain_of(self.of(salt, lora), tokens, self._chunk, extras)
 
     def of_tenant(self, salt: str) -> list[bytes]:
-        """Every namespace of this salt that this process has used, whatever the LoRA, scope and weights version."""
+        """Returns every namespace of this salt that this process has used, of any LoRA, scope and weights version."""
         self.of(salt)
         with self._lock:
-            names = [found for (owner, *_), found in self._known.items() if owner == salt]
-            return names + [found for owner, found in self._outdated if owner == salt]
+            names = [namespace for (owner, *_), namespace in self._known.items() if owner == salt]
+            return names + [namespace for owner, namespace in self._outdated if owner == salt]
 
     def set_weights_version(self, version: str) -> None:
-        """The weights changed under one name (RL step, hot reload): from here on other namespaces are used."""
+        """Switches to other namespaces, after weights changed under the same model name (RL step, hot reload)."""
         with self._lock:
             self._version = version
-            self._outdated += [(salt, found) for (salt, *_), found in self._known.items()]
+            self._outdated += [(salt, namespace) for (salt, *_), namespace in self._known.items()]
             del self._outdated[:-_KEPT]
             self._known.clear()

@@ -1,4 +1,4 @@
-"""What the index returns: plain values."""
+"""Values that the index takes and returns."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ Owner = Hashable
 
 
 class StopReason(StrEnum):
-    """Why a hit ends where it ends. Compares equal to its text; `metric` is its label in `lmcache_miss_tokens_total`."""
+    """Why a hit ends. Compares equal to its text; `metric` is its label in `lmcache_miss_tokens_total`."""
 
     metric: str
 
     def __new__(cls, text: str, metric: str) -> StopReason:
-        """A member of that text and metric label."""
+        """Creates a member from its text and metric label."""
         member = str.__new__(cls, text)
         member._value_ = text
         member.metric = metric
         return member
 
     END = "end", "tail"
-    """Everything that was asked for is a hit."""
+    """All of the requested tokens are a hit."""
     TAIL = "tail", "tail"
     """Every full chunk is a hit; the rest is shorter than a chunk."""
     MAX_TOKENS = "max_tokens", "tail"
     """The next chunk boundary lies beyond `max_tokens`."""
     ABSENT = "absent", "absent"
-    """No tier holds the next object: it was never stored under this name (other tokens, another salt), or long ago."""
+    """No tier has the next object: it was never stored under this name (other tokens, another salt), or long ago."""
     EVICTED = "evicted", "evicted"
     """The next object was evicted."""
     CORRUPT = "corrupt", "corrupt"
-    """A tier held other bytes than those of the next object."""
+    """A tier returned wrong bytes for the next object."""
     FAILED = "failed", "failed"
     """Storing or reading the next object failed."""
     WRITING = "writing", "pending"
     """The next object is being stored; not all ranks have acknowledged it yet."""
     LATE = "late", "failed"
-    """A shared tier did not answer the probe in time."""
+    """The probe of a shared tier timed out."""
     FAILED_BEFORE = "failed_before", "failed"
     """An earlier load of this owner failed; it gets no hit again until `Index.forget`."""
     PROBING = "probing", "pending"
-    """A shared tier has not answered yet (status `pending`)."""
+    """A shared tier is being probed (status `pending`)."""
     GROUP = "group", "group"
     """A layer group's rule allows no later boundary; `Lookup.group` names it."""
 
 
 class TierInfo(NamedTuple):
-    """What the control plane knows of a tier.
+    """Facts about a tier that the control plane uses.
 
     Attributes:
         name: as in `by_tier`.
-        shared: other processes may add objects, so that it is probed.
-        usable_bytes: bytes that it holds before it evicts; None: no limit.
+        shared: whether other processes may add objects, so that it has to be probed.
+        usable_bytes: its capacity; None: no limit.
     """
 
     name: str
@@ -65,13 +65,13 @@ class TierInfo(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """The longest hit.
+    """The result of a lookup: the longest hit.
 
     Attributes:
         status: `pending`: a shared tier is being probed, look up again later.
         tokens: length of the hit, a multiple of `chunk_tokens`.
         by_tier: tokens per source, "dram" or a tier's name.
-        stop: why the hit ends there.
+        stop: why the hit ends.
         group: the layer group that ends it, for `StopReason.GROUP`.
     """
 
@@ -83,13 +83,13 @@ class Lookup(NamedTuple):
 
 
 class Store(NamedTuple):
-    """What became of a store.
+    """The result of beginning a store.
 
     Attributes:
         job: job id, None if there is nothing to copy.
-        accepted: tokens of the chunks of which something is being copied; what was there before does not count.
-        skipped: objects not copied, by reason: `present` (already in DRAM), `resident` (not whole in engine memory),
-            `parent` (the chunk before it is nowhere, so nobody could reach it), `full` (no slot can be freed now).
+        accepted: tokens of the chunks of which at least one object is being copied.
+        skipped: number of objects not copied, by reason: `present` (already in DRAM), `resident` (not all of it is in engine
+            memory), `parent` (the chunk before it is not cached, so no lookup could find it), `full` (no slot can be freed).
     """
 
     job: int | None
@@ -98,14 +98,14 @@ class Store(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A job ended.
+    """A job that ended.
 
     Attributes:
-        ok_tokens: load: tokens usable from the start of the request (what was `skip`ped included), on every rank and
-            for every group; store, prefetch: tokens of the objects copied, one group's worth each.
+        ok_tokens: load: leading tokens of the request (those skipped included) that are usable on every rank and for every
+            group; store, prefetch: tokens of the chunks of which an object was copied.
         statuses: per op, the first status that was not OK on any rank, else OK.
-        final: nothing of the job touches memory any more, on any rank. A load that is late is told twice: at first with
-            `final=False` (the engine may go on elsewhere, but not reuse this memory), and again when it is final.
+        final: the job no longer touches memory, on any rank. A load that is late is returned twice: first with
+            `final=False` (the request may continue, but must not reuse the memory), and again when it is final.
     """
 
     job: int

@@ -1,8 +1,7 @@
-"""One engine's control plane: an `Index` with names, admission, recording and counting around it.
+"""The control plane of one engine: an `Index` with namespaces, admission, trace recording and metrics.
 
-Whoever serves an engine opens the data plane of each rank (`lmcache.transfer.rank`), hands what the ranks reported about
-themselves to a `Plane`, and passes plans and reports between the two: `lmcache.driver` in one process, vLLM's connector across
-processes.
+An integration opens the data plane of each rank (`lmcache.transfer.rank`), creates a `Plane` from the slots and tiers that the
+ranks report, and passes plans and reports between them: `lmcache.driver` within a process, vLLM's connector across processes.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from lmcache.spec import KVSpec
 
 
 class Plane(Index):
-    """Decides for one engine, on all of its ranks. Single-threaded, as `Index`; `names` may be used from any thread.
+    """The control plane of one engine, for all of its ranks. Single-threaded like `Index`; `names` is thread-safe.
 
     Args:
         config: settings.
-        specs: what the KV of each rank is.
+        specs: the spec of each rank.
         slots: arena slots of each group, the same on every rank.
         tiers: the tiers below DRAM, nearest first.
-        metrics: where requests, stores and evictions are counted.
-        chunk_tokens: tokens per chunk, where the engine's blocks require another number than `config.chunk_tokens`.
+        metrics: counts requests, stores and evictions.
+        chunk_tokens: tokens per chunk, if the engine's blocks require another number than `config.chunk_tokens`.
         patience: see `Index`.
 
     Attributes:
@@ -68,7 +67,7 @@ class Plane(Index):
             admit=self.admission if self.admission.active else None,
         )
 
-    # ---------------------------------------------------------------- decisions, counted
+    # ---------------------------------------------------------------- with metrics
 
     def begin_store(
         self,
@@ -80,7 +79,7 @@ class Plane(Index):
         now: float,
         resident: Sequence[Sequence[bool]] | None = None,
     ) -> Store:
-        """See `Index.begin_store`. Counts what was accepted, and what was skipped and why."""
+        """See `Index.begin_store`. Counts accepted tokens, and skipped objects by reason."""
         store = super().begin_store(owner, chain, first=first, last=last, now=now, resident=resident)
         for reason, objects in store.skipped.items():
             self.metrics.skipped_store(reason, objects)
@@ -89,7 +88,7 @@ class Plane(Index):
         return store
 
     def apply(self, reports: Iterable[Report], facts: Mapping[int, Sequence[TierFacts]], now: float) -> list[Finished]:
-        """Applies reports of ranks and what the ranks measured of their tiers; returns the jobs that ended."""
+        """Applies reports and tier measurements of the ranks; returns the jobs that ended."""
         for rank, measured in facts.items():
             self.admission.measured(rank, measured)
         return [finished for report in reports for finished in self.report(report, now)]
@@ -97,9 +96,9 @@ class Plane(Index):
     def advance(
         self, reports: Iterable[Report], facts: Mapping[int, Sequence[TierFacts]], now: float
     ) -> tuple[list[Finished], Plan]:
-        """Lets leases and deadlines expire, then `apply`; returns the jobs that ended, and the plan for the ranks.
+        """Calls `tick` and `apply`; returns the jobs that ended, and the plan for the ranks.
 
-        Counts evictions and refused write-backs since the last call.
+        Also counts evictions and refused write-backs since the last call.
         """
         finished = [*self.tick(now), *self.apply(reports, facts, now)]
         evicted, refused = 0, self.state.counts["refused"]
@@ -113,24 +112,24 @@ class Plane(Index):
             self._counted_refusals = refused
         return finished, self.state.jobs.take_plan()
 
-    # ---------------------------------------------------------------- seeing
+    # ---------------------------------------------------------------- trace and request metrics
 
     def record(self, tokens: int, chain: Chain) -> None:
-        """Appends a request of so many prompt tokens to the recorded trace, if there is one."""
+        """Appends a request of `tokens` prompt tokens to the recorded trace, if `record_trace` is set."""
         if self._recorder is not None:
             self._recorder.record(tokens, chain.digests)
 
     def count_request(
         self, total: int, tokens: int, by_tier: Mapping[str, int], stop: StopReason, *, local: int = 0
     ) -> None:
-        """Counts what a request asked for and what it got.
+        """Counts the requested tokens and the hit and missed tokens of a request.
 
         Args:
             total: tokens of the prompt.
-            tokens: length of the hit, the engine's own tokens included.
+            tokens: length of the hit, including `local`.
             by_tier: tokens of the hit beyond `local`, by source.
             stop: why the hit ends.
-            local: leading tokens that the engine has itself; they count neither as asked for nor as found.
+            local: leading tokens already resident in the engine; they count neither as requested nor as hit.
         """
         missed: dict[str, int] = {}
         whole, tokens = total - total % self.state.chunk_tokens, max(tokens, local)
@@ -141,6 +140,6 @@ class Plane(Index):
         self.metrics.looked_up(total - local, by_tier, missed)
 
     def close(self) -> None:
-        """Ends the recording."""
+        """Closes the recorded trace."""
         if self._recorder is not None:
             self._recorder.close()

@@ -1,4 +1,4 @@
-"""Building jobs: which ops a load, a prefetch or a store of a chain needs, and which slots they get."""
+"""Builds jobs: the ops that a load, a prefetch or a store of a chain needs, and their slots."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 
-from lmcache.control.extents import Extent, ExtentPin, pieces
+from lmcache.control.extents import Extent, ExtentPin, extents_of
 from lmcache.control.jobs import LoadTarget, TrackedJob
-from lmcache.control.lookup import Found, stretches
+from lmcache.control.lookup import FoundHit, consecutive
 from lmcache.control.outcomes import Owner
 from lmcache.control.slot_pool import SlotPool
 from lmcache.control.state import State
@@ -18,48 +18,48 @@ from lmcache.plan import ArenaSlot, Chain, Copy, Engine, Name, Place, Tier
 ENGINE = Engine()
 
 
-def load(state: State, work: TrackedJob, chain: Chain, found: Found, skip: int) -> None:
-    """Fills `work`, which holds `found`, with the ops that bring chunks [skip, hit) into the engine."""
+def load(state: State, job: TrackedJob, chain: Chain, hit: FoundHit, skip: int) -> None:
+    """Adds the ops that load chunks [skip, hit) into the engine to `job`, which pins `hit`."""
     chunk, namespace, digests = state.chunk_tokens, chain.namespace, chain.digests
-    near = _resident(work, found)
-    hops = _hops(state, work, chain, found, skip // chunk)
+    near = _resident(job, hit)
+    promoted = _promotion_slots(state, job, chain, hit, skip // chunk)
     targets: list[tuple[int, int, int]] = []
-    ops = work.ops
-    for i in range(skip // chunk, found.chunks):
+    ops = job.ops
+    for i in range(skip // chunk, hit.chunks):
         depth = i if chain.linked else 0
-        for group, need in enumerate(found.needs):
+        for group, need in enumerate(hit.needs):
             if i not in need:
                 continue
             name = Name(namespace, digests[i], group, chunk, depth)
             source: Place | None = near[group].get(i)
-            if source is None:  # straight into the engine if no slot can be freed, or another job is filling one
-                source = Tier(found.below[group][i])
-                if i in hops[group]:
-                    ops.append(Copy(name, source, hops[group][i]))
-                    source = hops[group][i]
+            if source is None:  # directly into the engine if no slot can be freed, or another job promotes the object
+                source = Tier(hit.below[group][i])
+                if i in promoted[group]:
+                    ops.append(Copy(name, source, promoted[group][i]))
+                    source = promoted[group][i]
             ops.append(Copy(name, source, ENGINE, i * chunk))
             targets.append((len(ops) - 1, group, i))
-    work.wanted = LoadTarget(found.chunks, skip, targets)
+    job.target = LoadTarget(hit.chunks, skip, targets)
 
 
-def prefetch(state: State, work: TrackedJob, chain: Chain, found: Found, skip: int) -> None:
-    """Fills `work`, which holds `found`, with the ops that copy what the hit needs from tiers into DRAM, as far as slots
-    can be freed; possibly none.
+def prefetch(state: State, job: TrackedJob, chain: Chain, hit: FoundHit, skip: int) -> None:
+    """Adds the ops that copy what the hit needs from tiers into DRAM to `job`, which pins `hit`, as far as slots can be
+    freed; possibly none.
     """
     first = skip // state.chunk_tokens
-    hops = _hops(state, work, chain, found, first)
-    for i in range(first, found.chunks):
-        for group, slots in enumerate(hops):
+    promoted = _promotion_slots(state, job, chain, hit, first)
+    for i in range(first, hit.chunks):
+        for group, slots in enumerate(promoted):
             if i in slots:
                 name = state.name(chain.namespace, chain.digests[i], group, chain.depth(i))
-                work.ops.append(Copy(name, Tier(found.below[group][i]), slots[i]))
+                job.ops.append(Copy(name, Tier(hit.below[group][i]), slots[i]))
 
 
-def pins_of(state: State, found: Found) -> list[tuple[SlotPool, list[ExtentPin]]]:
-    """Pins what is in DRAM of a hit, one entry for each group; must happen before a slot for anything else is taken."""
+def pins_of(state: State, hit: FoundHit) -> list[tuple[SlotPool, list[ExtentPin]]]:
+    """Pins the part of a hit that is in DRAM, one entry per group; to be called before any slot is taken."""
     pins = []
     for group, pool in enumerate(state.pools):
-        pins.append((pool, pool.pin(pool.carve(found.slices(group)))))
+        pins.append((pool, pool.pin(pool.carve(hit.slices(group)))))
     return pins
 
 
@@ -71,34 +71,34 @@ def store(
     last: int,
     resident: Sequence[Sequence[bool]] | None,
 ) -> tuple[TrackedJob, set[int], Counter[str]]:
-    """A job that copies chunks [first, last) into DRAM; the positions it copies something of; skipped objects by reason."""
-    work = TrackedJob("store", owner, chain.namespace)
+    """Returns a job that copies chunks [first, last) into DRAM, the positions it copies, and skipped objects by reason."""
+    job = TrackedJob("store", owner, chain.namespace)
     skipped: Counter[str] = Counter()
     ops: list[tuple[int, Copy]] = []
-    gaps: set[int] = set()  # positions of which a group of rule `all` has nothing: nobody can reach what lies behind it
+    missing: set[int] = set()  # positions that no hit can contain: a group of rule `all` does not have them
     digests, chunk = list(chain.digests[:last]), state.chunk_tokens
     for group in sorted(range(len(state.pools)), key=lambda g: not state.pools[g].chained):
         pool = state.pools[group]
         end = min(last, 1) if state.rules[group].kind == "whole" else last
-        barred = [i for i in range(first, end) if i in gaps or (resident is not None and not resident[group][i])]
-        barred.append(end)
+        stops = [i for i in range(first, end) if i in missing or (resident is not None and not resident[group][i])]
+        stops.append(end)
         touched: list[bytes] = []
         i = first
         while i < end:
             ready = next(pool.walk(chain.namespace, digests, i, end), None)
             if ready is not None or pool.find(chain.namespace, digests[i], chain.depth(i)) is not None:
-                there = ready.size if ready else 1
-                skipped["present"] += there
-                touched += digests[i : i + there]
-                i += there
+                size = ready.size if ready else 1
+                skipped["present"] += size
+                touched += digests[i : i + size]
+                i += size
                 continue
-            if i in gaps or (pool.chained and chain.parent(i) and not _reachable(state, chain, group, i - 1)):
+            if i in missing or (pool.chained and chain.parent(i) and not _reachable(state, chain, group, i - 1)):
                 skipped["parent"] += 1
             elif resident is not None and not resident[group][i]:
                 skipped["resident"] += 1
             else:
-                stop = barred[bisect_left(barred, i)]
-                slots = _take(state, work, chain, group, i, pool.absent(chain, i, stop))
+                stop = stops[bisect_left(stops, i)]
+                slots = _take_slots(state, job, chain, group, i, pool.absent(chain, i, stop))
                 for slot in slots:
                     name = Name(chain.namespace, digests[i], group, chunk, i if chain.linked else 0)
                     ops.append((i, Copy(name, ENGINE, slot, i * chunk)))
@@ -107,12 +107,12 @@ def store(
                     continue
                 skipped["full"] += 1
             if pool.chained and chain.linked and state.tier_with(chain.namespace, digests[i], group) is None:
-                gaps.add(i)
+                missing.add(i)
             i += 1
         pool.touch(pool.carve(pool.present(chain.namespace, touched, 0, len(touched))))
     ops.sort(key=itemgetter(0))
-    work.ops.extend(op for _, op in ops)
-    return work, {i for i, _ in ops}, skipped
+    job.ops.extend(op for _, op in ops)
+    return job, {i for i, _ in ops}, skipped
 
 
 def _reachable(state: State, chain: Chain, group: int, i: int) -> bool:
@@ -122,36 +122,41 @@ def _reachable(state: State, chain: Chain, group: int, i: int) -> bool:
     return state.tier_with(chain.namespace, digest, group) is not None
 
 
-def _resident(work: TrackedJob, found: Found) -> list[dict[int, ArenaSlot]]:
-    """Per group, the arena slot of each position of the hit that is in DRAM, from the first pins that the job holds."""
+def _resident(job: TrackedJob, hit: FoundHit) -> list[dict[int, ArenaSlot]]:
+    """Per group, the arena slot of each position of the hit that is in DRAM, from the first pins of the job."""
     resident = []
-    for (_, pins), need, below in zip(work.pins, found.needs, found.below, strict=False):
+    for (_, pins), need, below in zip(job.pins, hit.needs, hit.below, strict=False):
         positions = [i for i in need if i not in below] if below else need
-        resident.append(dict(zip(positions, _slots(pieces(pins)), strict=True)))
+        resident.append(dict(zip(positions, _slots(extents_of(pins)), strict=True)))
     return resident
 
 
-def _hops(state: State, work: TrackedJob, chain: Chain, found: Found, first: int) -> list[dict[int, ArenaSlot]]:
-    """Per group, slots for what lies in tiers from chunk `first` on, as far as there are any and no other job fills one."""
-    hops: list[dict[int, ArenaSlot]] = []
+def _promotion_slots(
+    state: State, job: TrackedJob, chain: Chain, hit: FoundHit, first: int
+) -> list[dict[int, ArenaSlot]]:
+    """Per group, position → new slot for objects that come from tiers, from chunk `first` on.
+
+    Without objects for which no slot can be freed, or for which another job already fills one.
+    """
+    promoted: list[dict[int, ArenaSlot]] = []
     for group, pool in enumerate(state.pools):
         slots: dict[int, ArenaSlot] = {}
-        for start, stop in stretches(sorted(i for i in found.below[group] if i >= first)):
+        for start, stop in consecutive(sorted(i for i in hit.below[group] if i >= first)):
             while start < stop:
                 end = pool.absent(chain, start, stop)
-                slots.update(enumerate(_take(state, work, chain, group, start, end), start))
+                slots.update(enumerate(_take_slots(state, job, chain, group, start, end), start))
                 start = end + 1
-        hops.append(slots)
-    return hops
+        promoted.append(slots)
+    return promoted
 
 
-def _take(state: State, work: TrackedJob, chain: Chain, group: int, first: int, last: int) -> list[ArenaSlot]:
-    """Slots that the job fills with as much of the beginning of chunks [first, last), which are absent, as can be freed."""
+def _take_slots(state: State, job: TrackedJob, chain: Chain, group: int, first: int, last: int) -> list[ArenaSlot]:
+    """Takes slots for chunks [first, last), which are absent, or as many of the first ones as can be freed."""
     pool = state.pools[group]
-    spans = pool.insert(chain, first, last)
-    work.inserted.setdefault(group, []).extend(spans)
-    work.pins.append((pool, spans))
-    return list(_slots(pieces(spans)))
+    pins = pool.insert(chain, first, last)
+    job.inserted.setdefault(group, []).extend(pins)
+    job.pins.append((pool, pins))
+    return list(_slots(extents_of(pins)))
 
 
 def _slots(extents: Iterable[Extent]) -> Iterator[ArenaSlot]:

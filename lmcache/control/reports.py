@@ -1,7 +1,8 @@
-"""What a report means: objects become ready, leave, or are known to be in a tier; jobs conclude and let go.
+"""Applies reports: objects become ready, leave, or enter a tier directory; jobs conclude and release their pins.
 
-A rank's statuses count once, the first time they come. A failure acts at once; success waits for all ranks. What a job
-holds on to is freed only when every rank called it final, that is, when no hung call can touch the memory any more.
+Only the first report of a rank on a job counts for its statuses. A failure takes effect at once, success when all ranks have
+reported. The pins of a job are released when it is final on every rank: when no call, however slow, can touch the memory any
+more.
 """
 
 from __future__ import annotations
@@ -21,51 +22,51 @@ _REASONS = {Status.MISSING: StopReason.EVICTED, Status.CORRUPT: StopReason.CORRU
 
 
 def apply(state: State, report: Report) -> list[Finished]:
-    """Apply a report of one rank; returns the jobs it ended."""
+    """Applies a report of one rank; returns the jobs that it ended."""
     finished: list[Finished] = []
-    for work, job in state.jobs.news(report):
-        if job.final:
-            work.final |= 1 << report.rank
-        if not work.reported >> report.rank & 1:
-            _statuses(state, work, job, report.rank)
-        _advance(state, work, finished)
+    for job, update in state.jobs.updates(report):
+        if update.final:
+            job.final_ranks |= 1 << report.rank
+        if not job.reported_ranks >> report.rank & 1:
+            _apply_statuses(state, job, update, report.rank)
+        _advance(state, job, finished)
     return finished
 
 
-def overdue(state: State, work: TrackedJob) -> list[Finished]:
-    """Ranks that have said nothing by now count as late; what they still send matters only for its finality."""
+def overdue(state: State, job: TrackedJob) -> list[Finished]:
+    """Counts ranks that have not reported as late; of what they report afterwards, only `final` matters."""
     for rank in range(state.jobs.ranks):
-        if not work.reported >> rank & 1:
-            _statuses(state, work, JobReport(work.id, (int(Status.LATE),) * len(work.ops), False), rank)
+        if not job.reported_ranks >> rank & 1:
+            _apply_statuses(state, job, JobReport(job.id, (int(Status.LATE),) * len(job.ops), False), rank)
     finished: list[Finished] = []
-    _advance(state, work, finished)
+    _advance(state, job, finished)
     return finished
 
 
-def release(work: TrackedJob) -> None:
-    """Let go of everything the job held."""
-    for pool, spans in work.pins:
-        pool.unpin(spans)
-    work.pins = []
+def release(job: TrackedJob) -> None:
+    """Releases the pins of the job."""
+    for pool, pins in job.pins:
+        pool.unpin(pins)
+    job.pins = []
 
 
-def _statuses(state: State, work: TrackedJob, job: JobReport, rank: int) -> None:
-    work.reported |= 1 << rank
-    statuses = job.statuses if len(job.statuses) == len(work.ops) else (int(Status.FAILED),) * len(work.ops)
+def _apply_statuses(state: State, job: TrackedJob, update: JobReport, rank: int) -> None:
+    job.reported_ranks |= 1 << rank
+    statuses = update.statuses if len(update.statuses) == len(job.ops) else (int(Status.FAILED),) * len(job.ops)
     for i, code in enumerate(statuses):
         status = Status(code)
         if status is Status.PENDING:
             status = Status.LATE
-        if status is not Status.OK and work.results[i] is Status.OK:
-            work.results[i] = status
-        _observe(state, work, i, status, rank)
+        if status is not Status.OK and job.results[i] is Status.OK:
+            job.results[i] = status
+        _apply_status(state, job, i, status, rank)
 
 
-def _observe(state: State, work: TrackedJob, i: int, status: Status, rank: int) -> None:
-    """One op on one rank: what it says about the places involved."""
-    op = work.ops[i]
+def _apply_status(state: State, job: TrackedJob, i: int, status: Status, rank: int) -> None:
+    """Updates the places of op `i` after its status on one rank."""
+    op = job.ops[i]
     if isinstance(op, Probe):
-        if not work.cleared and status is Status.OK:
+        if not job.cleared and status is Status.OK:
             state.directories[op.tier].add(op.name, rank)
         elif status is Status.MISSING:
             state.directories[op.tier].remove(op.name, rank)
@@ -73,7 +74,7 @@ def _observe(state: State, work: TrackedJob, i: int, status: Status, rank: int) 
     if not isinstance(op, Copy):
         return
     if status is Status.OK:
-        if isinstance(op.dst, Tier) and not work.cleared:
+        if isinstance(op.dst, Tier) and not job.cleared:
             state.directories[op.dst.index].add(op.name, rank)
         return
     reason = _REASONS.get(status, StopReason.FAILED)
@@ -81,14 +82,14 @@ def _observe(state: State, work: TrackedJob, i: int, status: Status, rank: int) 
         _drop(state, op.name, op.dst, reason)
         state.counts["dropped"] += 1
     if isinstance(op.src, Tier) and status in _GONE:
-        known = state.directories[op.src.index]
-        if known.remove(op.name, None if status is Status.CORRUPT else rank):
+        directory = state.directories[op.src.index]
+        if directory.remove(op.name, None if status is Status.CORRUPT else rank):
             state.pools[op.name.group].gone.put(op.name.chain, reason)
             if status is Status.CORRUPT:
                 state.counts["corrupt"] += 1
                 state.delete(op.src.index, [op.name])
     elif isinstance(op.src, ArenaSlot) and isinstance(op.dst, Engine) and (status in _GONE or status is Status.SKIPPED):
-        # A rank whose slot does not hold the object (any more) says SKIPPED.
+        # SKIPPED: the slot does not hold the object on this rank (any more).
         _drop(state, op.name, op.src, reason)
 
 
@@ -96,73 +97,73 @@ def _drop(state: State, name: Name, slot: ArenaSlot, reason: StopReason) -> None
     state.pools[name.group].drop(name.namespace, name.chain, name.depth, slot.generation, reason)
 
 
-def _advance(state: State, work: TrackedJob, finished: list[Finished]) -> None:
+def _advance(state: State, job: TrackedJob, finished: list[Finished]) -> None:
     everyone = state.jobs.everyone
-    final = work.final == everyone
-    if work.reported == everyone and not work.told:
-        work.told = True
-        _conclude(state, work)
-        if work.kind == "load":
-            work.told_final = final
-            finished.append(_finished(work, final))
-    if final and work.told:
-        release(work)
-        del state.jobs.live[work.id]
-        for op in work.ops:
+    final = job.final_ranks == everyone
+    if job.reported_ranks == everyone and not job.concluded:
+        job.concluded = True
+        _conclude(state, job)
+        if job.kind == "load":
+            job.returned_final = final
+            finished.append(_finished(job, final))
+    if final and job.concluded:
+        release(job)
+        del state.jobs.live[job.id]
+        for op in job.ops:
             if isinstance(op, Delete):
                 state.deleted(op.tier, op.name)
-        if work.kind == "write_back" and work.cleared:
-            for tier, name in written(work):  # it came back after the clear: away with it
+        if job.kind == "write_back" and job.cleared:
+            for tier, name in written(job):  # written after the clear: delete it again
                 state.delete(tier, [name])
-        if not work.told_final:
-            finished.append(_finished(work, True))
+        if not job.returned_final:
+            finished.append(_finished(job, True))
 
 
-def _conclude(state: State, work: TrackedJob) -> None:
-    """Every rank has spoken."""
+def _conclude(state: State, job: TrackedJob) -> None:
+    """Publishes what the job stored, and computes its result; called when every rank has reported."""
     below = len(state.tiers)
-    for op, status in zip(work.ops, work.results, strict=True):
-        # What came from a tier is promoted to the nearer ones only.
+    for op, status in zip(job.ops, job.results, strict=True):
+        # What was promoted from a tier is written only to the tiers nearer than that one.
         if status is Status.OK and isinstance(op, Copy) and isinstance(op.dst, ArenaSlot) and isinstance(op.src, Tier):
             below = min(below, op.src.index)
-    for group, spans in work.inserted.items():  # what failed has left
-        state.write_back(work.namespace, group, state.pools[group].publish(spans), range(below))
-    if work.wanted is not None:
-        work.ok_tokens = _loaded(state, work)
-        failed = any(status is not Status.OK for status in work.results)
+    for group, pins in job.inserted.items():  # objects that failed have been dropped
+        state.write_back(job.namespace, group, state.pools[group].publish(pins), range(below))
+    if job.target is not None:
+        job.ok_tokens = _loaded(state, job)
+        failed = any(status is not Status.OK for status in job.results)
         state.counts["failed_loads"] += failed
-        state.load_ended(work.owner, work.id, failed)
+        state.load_ended(job.owner, job.id, failed)
     else:
-        chunks = {op.name.chain for i, op in enumerate(work.ops) if work.results[i] is Status.OK}
-        work.ok_tokens = len(chunks) * state.chunk_tokens
+        chunks = {op.name.chain for i, op in enumerate(job.ops) if job.results[i] is Status.OK}
+        job.ok_tokens = len(chunks) * state.chunk_tokens
 
 
-def _loaded(state: State, work: TrackedJob) -> int:
-    """Largest boundary up to which every group has what its rule needs, of what was loaded and what the engine had."""
-    wanted = work.wanted
-    assert wanted is not None
+def _loaded(state: State, job: TrackedJob) -> int:
+    """Tokens up to the largest boundary for which every group has what its rule needs, loaded or skipped."""
+    target = job.target
+    assert target is not None
     chunk = state.chunk_tokens
-    if all(status is Status.OK for status in work.results):
-        return max(wanted.skip, wanted.chunks * chunk)
-    own = wanted.skip // chunk
-    arrived: list[set[int]] = [set() for _ in state.rules]
-    for op, group, position in wanted.targets:
-        if work.results[op] is Status.OK:
-            arrived[group].add(position)
+    if all(status is Status.OK for status in job.results):
+        return max(target.skip, target.chunks * chunk)
+    skipped = target.skip // chunk
+    loaded: list[set[int]] = [set() for _ in state.rules]
+    for op, group, position in target.targets:
+        if job.results[op] is Status.OK:
+            loaded[group].add(position)
 
     def shorten(group: int, chunks: int) -> int:
-        return longest(state.rules[group], chunks, chunk, lambda i: i < own or i in arrived[group])
+        return longest(state.rules[group], chunks, chunk, lambda i: i < skipped or i in loaded[group])
 
     groups = [partial(shorten, group) for group in range(len(state.rules))]
-    chunks, _ = fixpoint(groups, wanted.chunks)
-    return max(wanted.skip, chunks * chunk)
+    chunks, _ = fixpoint(groups, target.chunks)
+    return max(target.skip, chunks * chunk)
 
 
-def written(work: TrackedJob) -> list[tuple[int, Name]]:
-    """Tier and name of what a spill may have written."""
-    copies = [op for op in work.ops if isinstance(op, Copy)]
+def written(job: TrackedJob) -> list[tuple[int, Name]]:
+    """Tier and name of what a write-back may have written."""
+    copies = [op for op in job.ops if isinstance(op, Copy)]
     return [(op.dst.index, op.name) for op in copies if isinstance(op.dst, Tier)]
 
 
-def _finished(work: TrackedJob, final: bool) -> Finished:
-    return Finished(work.id, work.kind, work.owner, work.ok_tokens, tuple(work.results), final)
+def _finished(job: TrackedJob, final: bool) -> Finished:
+    return Finished(job.id, job.kind, job.owner, job.ok_tokens, tuple(job.results), final)

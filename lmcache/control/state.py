@@ -1,4 +1,4 @@
-"""What the parts of the index share: the arenas, what the tiers hold, the jobs, and whose load failed."""
+"""The state that the parts of the index share: arenas, tier directories, jobs, and owners whose load failed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,27 @@ from lmcache.plan import ArenaSlot, Copy, Delete, Name, Tier
 from lmcache.spec import HitRule
 
 DRAM = -1
-"""The place nearer than the first tier, where places are numbered."""
+"""The number of DRAM where places are numbered: one below the nearest tier, which is 0."""
 
 Admit = Callable[[int, Name], bool]
-"""Whether an object that became ready in DRAM should be written to a tier."""
+"""(tier, object) → whether an object that became ready in DRAM should be written to a tier."""
 
 WRITE_BACK_BATCH = 16
-"""Objects per spill job. Its slots are freed together, when the last of them is written."""
+"""Objects per write-back job. Its slots stay pinned until the last of them is written."""
 
 
 class State:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        names, rules: of each group.
+        pools: the arena of each group.
+        directories: what each tier holds.
+        failed: owners that get no hit because a load of theirs failed.
+        loading: owner → load jobs whose failure counts against it.
+        counts: events since the start, see `Index.stats`.
+        deleting: (tier, object) → deletes that have not ended.
+    """
 
     def __init__(
         self,
@@ -48,14 +58,14 @@ class State:
         self.directories = [TierDirectory(ranks) for _ in tiers]
         self.jobs = JobTable(ranks)
         self.failed: set[Owner] = set()
-        self.loading: dict[Owner, set[int]] = {}  # load jobs whose failure counts against their owner
+        self.loading: dict[Owner, set[int]] = {}
         self.counts: Counter[str] = Counter()
-        self.deleting: Counter[tuple[int, Name]] = Counter()  # (tier, object) of removals that have not ended
+        self.deleting: Counter[tuple[int, Name]] = Counter()
         self._admit = admit
 
     @property
     def version(self) -> int:
-        """Grows whenever the contents of an arena or of a tier directory change: a lookup of equal version finds the same."""
+        """Grows with every change of an arena or a tier directory: at the same version, a lookup finds the same hit."""
         version = 0
         for pool in self.pools:
             version += pool.changes
@@ -64,39 +74,41 @@ class State:
         return version
 
     def name(self, namespace: bytes, digest: bytes, group: int, depth: int) -> Name:
-        """The full name of a full chunk's object."""
+        """Returns the name of a chunk's object in a group."""
         return Name(namespace, digest, group, self.chunk_tokens, depth)
 
     def source(self, namespace: bytes, digest: bytes, group: int, depth: int) -> int | None:
-        """The nearest place from which every rank can load the object: `DRAM` or the index of a tier."""
+        """Returns the nearest place from which every rank can load the object, `DRAM` or the index of a tier; None: nowhere."""
         found = self.pools[group].find(namespace, digest, depth)
         if found is not None and found.ready:
             return DRAM
         return self.tier_with(namespace, digest, group)
 
     def tier_with(self, namespace: bytes, digest: bytes, group: int) -> int | None:
-        """The nearest tier that is known to hold the object on every rank."""
-        return next((t for t, known in enumerate(self.directories) if known.has(namespace, group, digest)), None)
+        """Returns the nearest tier that has the object on every rank, according to its directory."""
+        return next(
+            (t for t, directory in enumerate(self.directories) if directory.has(namespace, group, digest)), None
+        )
 
     def write_back(self, namespace: bytes, group: int, extents: Sequence[Extent], tiers: Sequence[int]) -> None:
-        """Queue write-behind of ready objects to those of `tiers` that are not known to hold them.
+        """Queues write-back of ready objects to those of `tiers` that do not have them yet.
 
-        An object whose damaged copy is being removed waits for that: see `deleted`.
+        An object whose corrupt copy is being deleted is written after the delete, see `deleted`.
         """
         pool = self.pools[group]
         for t in tiers:
             objects = self.to_write_back(namespace, group, extents, t)
             for first in range(0, len(objects), WRITE_BACK_BATCH):
                 batch = objects[first : first + WRITE_BACK_BATCH]
-                work = TrackedJob("write_back", None, namespace)
-                work.ops.extend(Copy(name, slot, Tier(t)) for _, name, slot in batch)
-                work.pins.append((pool, pool.pin(list(dict.fromkeys(extent for extent, _, _ in batch)))))
-                self.jobs.start(work)
+                job = TrackedJob("write_back", None, namespace)
+                job.ops.extend(Copy(name, slot, Tier(t)) for _, name, slot in batch)
+                job.pins.append((pool, pool.pin(list(dict.fromkeys(extent for extent, _, _ in batch)))))
+                self.jobs.start(job)
 
     def to_write_back(
         self, namespace: bytes, group: int, extents: Sequence[Extent], t: int
     ) -> list[tuple[Extent, Name, ArenaSlot]]:
-        """Those objects of `extents` that tier `t` should hold and does not."""
+        """Returns the objects of `extents` that tier `t` does not have and `admit` admits."""
         wanted = [
             (extent, name, ArenaSlot(slot, generation))
             for extent in extents
@@ -107,12 +119,12 @@ class State:
         ]
         if self._admit is None:
             return wanted
-        admitted = [found for found in wanted if self._admit(t, found[1])]
+        admitted = [entry for entry in wanted if self._admit(t, entry[1])]
         self.counts["refused"] += len(wanted) - len(admitted)
         return admitted
 
     def load_ended(self, owner: Owner, job: int, failed: bool) -> None:
-        """A failed load bars its owner from further hits, unless the owner was forgotten in the meantime."""
+        """Ends a load. After a failed one, its owner gets no more hits, unless the owner was forgotten meanwhile."""
         jobs = self.loading.get(owner)
         if jobs is None or job not in jobs:
             return
@@ -123,15 +135,18 @@ class State:
             self.failed.add(owner)
 
     def delete(self, tier: int, names: Sequence[Name]) -> None:
-        """Queue the removal of objects from a tier."""
-        work = TrackedJob("delete", None, names[0].namespace)
-        work.ops.extend(Delete(name, tier) for name in names)
+        """Queues the deletion of objects from a tier."""
+        job = TrackedJob("delete", None, names[0].namespace)
+        job.ops.extend(Delete(name, tier) for name in names)
         self.deleting.update((tier, name) for name in names)
-        self.jobs.start(work)
+        self.jobs.start(job)
 
     def deleted(self, tier: int, name: Name) -> None:
-        """A removal has ended on every rank. A good copy that became ready meanwhile may be written now, not before: the
-        write would have met the damaged one and kept it, and the removal would have followed."""
+        """Ends a delete on every rank, and queues write-back of a good copy that became ready meanwhile.
+
+        Not earlier: a write keeps an object that is already there, so the corrupt copy would have stayed until deleted, and
+        the tier would have neither.
+        """
         self.deleting[tier, name] -= 1
         if self.deleting[tier, name] > 0:
             return

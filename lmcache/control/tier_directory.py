@@ -1,4 +1,4 @@
-"""What the tiers are known to hold. Knowledge, not truth: every load verifies, and a wrong belief is a miss."""
+"""The directory of a tier: which objects it is assumed to hold. Every load verifies; an object that is not there is a miss."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ _NOTHING: Mapping[bytes, int] = MappingProxyType({})
 
 
 class TierDirectory:
-    """Contents of one tier: per namespace and group, digest → bit mask of the ranks that hold their part."""
+    """Contents of one tier: per namespace and group, digest → bit mask of the ranks that have their part.
+
+    Attributes:
+        changes: grows with every change.
+        notice: called with (True, namespace, group, digest) when an object becomes usable on all ranks, with False when it
+            ceases to be.
+    """
 
     __slots__ = ("_full", "_masks", "changes", "notice")
 
     def __init__(self, ranks: int) -> None:
         self._full = (1 << ranks) - 1
-        self.changes = 0  # grows with every change
-        self.notice: Callable[[bool, bytes, int, bytes], None] | None = None  # (there, namespace, group, digest)
+        self.changes = 0
+        self.notice: Callable[[bool, bytes, int, bytes], None] | None = None
         self._masks: dict[tuple[bytes, int], dict[bytes, int]] = {}
 
     def masks(self, namespace: bytes, group: int) -> Mapping[bytes, int]:
-        """digest → ranks, for a walk over many digests; an object is usable when all ranks have it."""
+        """Returns digest → bit mask of ranks, for lookups of many digests; an object is usable when all ranks have it."""
         return self._masks.get((namespace, group), _NOTHING)
 
     def has(self, namespace: bytes, group: int, digest: bytes) -> bool:
@@ -30,7 +36,7 @@ class TierDirectory:
         return self.masks(namespace, group).get(digest) == self._full
 
     def add(self, name: Name, rank: int) -> None:
-        """`rank` has its part of the object."""
+        """Records that `rank` has its part of the object."""
         masks = self._masks.setdefault((name.namespace, name.group), {})
         before = masks.get(name.chain, 0)
         masks[name.chain] = after = before | 1 << rank
@@ -39,7 +45,7 @@ class TierDirectory:
             self.notice(True, name.namespace, name.group, name.chain)
 
     def remove(self, name: Name, rank: int | None = None) -> bool:
-        """`rank` (None: any rank) no longer has it; returns whether it was believed to."""
+        """Records that `rank` (None: no rank) has it any more; returns whether that is a change."""
         key = (name.namespace, name.group)
         masks = self._masks.get(key)
         before = masks.get(name.chain, 0) if masks else 0
@@ -58,13 +64,13 @@ class TierDirectory:
         return after != before
 
     def clear(self, namespace: bytes | None) -> None:
-        """Forget everything (of one namespace)."""
+        """Removes everything (of one namespace)."""
         self.changes += 1
         for key in [k for k in self._masks if namespace is None or k[0] == namespace]:
             masks = self._masks.pop(key)
             for digest in (d for d, mask in masks.items() if self.notice is not None and mask == self._full):
-                self.notice(False, *key, digest)  # type: ignore[misc]  # there is one
+                self.notice(False, *key, digest)  # type: ignore[misc]  # it is not None
 
     def __len__(self) -> int:
-        """Objects usable on every rank."""
+        """Number of objects usable on every rank."""
         return sum(sum(mask == self._full for mask in masks.values()) for masks in self._masks.values())

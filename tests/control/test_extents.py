@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lmcache.control import invariants
 from lmcache.control import slot_pool as arenas
 from lmcache.control.eviction import POLICIES, Lru, S3Fifo, policy_factory
-from lmcache.control.extents import READY, Extent, ExtentPin, pieces
+from lmcache.control.extents import READY, Extent, ExtentPin, extents_of
 from lmcache.control.slot_pool import SlotPool
 from lmcache.plan import Chain
 from lmcache.spec import HitRule
@@ -64,7 +64,7 @@ class Arena:
         self.pin(pins, list(names), writes=True)
 
     def pin(self, pins: list[ExtentPin], names: list[bytes], *, writes: bool) -> None:
-        held = {digest: (slot, gen) for extent in pieces(pins) for digest, slot, gen, _ in extent.objects()}
+        held = {digest: (slot, gen) for extent in extents_of(pins) for digest, slot, gen, _ in extent.objects()}
         assert sorted(held) == sorted(set(names)), "other objects were pinned"
         self.pinned.append((pins, held, writes))
 
@@ -77,12 +77,12 @@ class Arena:
 
     def check(self) -> None:
         for pins, held, _ in self.pinned:
-            now = {digest: (slot, gen) for extent in pieces(pins) for digest, slot, gen, _ in extent.objects()}
+            now = {digest: (slot, gen) for extent in extents_of(pins) for digest, slot, gen, _ in extent.objects()}
             assert now == held, "a pin covers other objects than at first"
         slots = [slot for slot, _ in {held for _, mine, _ in self.pinned for held in mine.values()}]
         assert len(slots) == len(set(slots)), "a slot was reused while it was pinned"
         assert not set(slots) & set(self.pool.free), "a slot is free while it is pinned"
-        refs = Counter(extent for pins, _, _ in self.pinned for extent in pieces(pins))
+        refs = Counter(extent for pins, _, _ in self.pinned for extent in extents_of(pins))
         invariants.check_pool("pool", self.pool, refs)
         ready = {held.digest for held in self.pool.residents() if held.ready}
         assert ready == self.there, "notifications differ from what is ready"

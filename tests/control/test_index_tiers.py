@@ -167,6 +167,6 @@ def test_probes_of_forgotten_requests_and_old_probes_are_dropped() -> None:
     for owner in ("a", "b"):
         cluster.lookup(owner=owner)
     cluster.index.forget("a")
-    assert list(cluster.index._questions) == ["b"]
+    assert list(cluster.index._probes) == ["b"]
     cluster.index.tick(11.0)
-    assert not cluster.index._questions
+    assert not cluster.index._probes

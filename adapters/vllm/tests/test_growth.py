@@ -59,7 +59,7 @@ def found():
         "requests": len(half._requests), "views": len(half._views),
         **{name: value for name, value in half._plane.stats().items() if name in ("jobs", "leases", "failed_owners")},
         "references": sum(held.extent.refs for p in half._plane.state.pools for held in p.residents()),
-        "questions": len(half._plane._questions),
+        "questions": len(half._plane._probes),
         "observed": len(core.model_executor.driver_worker.worker.model_runner.requests),
         "hits": half.stats()["lmcache_loaded_tokens_total"],
     }

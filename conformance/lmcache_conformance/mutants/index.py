@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from lmcache.control import Finished, Index, Lookup, Owner, Store
-from lmcache.control.extents import Extent, ExtentPin, pieces
+from lmcache.control.extents import Extent, ExtentPin, extents_of
 from lmcache.plan import Chain, JobReport, Plan, Report, Status
 from lmcache.spec import HitRule
 from lmcache_conformance.labs.indexlab import CHUNK
@@ -165,7 +165,7 @@ class _AnyEpoch(Index):
 
     def reset(self, now: float) -> list[Finished]:
         fills = [spans for work in self.state.jobs.live.values() for spans in work.inserted.values()]
-        lost = [extent for spans in fills for extent in pieces(spans)]
+        lost = [extent for spans in fills for extent in extents_of(spans)]
         ended = super().reset(now)
         self.__dict__["_lost"] = lost
         return ended
@@ -217,8 +217,8 @@ class _PinsNothing(Index):
             def pin(extents: Sequence[Extent]) -> list[ExtentPin]:
                 return [(extent, len(extent.digests)) for extent in extents]
 
-            def release(spans: Iterable[ExtentPin], unpin: Any = unpin) -> None:
-                unpin([(extent, len(extent.digests)) for extent in pieces(spans) if extent.refs > 0])
+            def release(pins: Iterable[ExtentPin], unpin: Any = unpin) -> None:
+                unpin([(extent, len(extent.digests)) for extent in extents_of(pins) if extent.refs > 0])
 
             pool.pin = pin  # type: ignore[method-assign]
             pool.unpin = release  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
-"""What goes to the tiers, as configured: the rule, and what it has to know of the tiers' room and speed.
+"""Admission to the tiers: the configured rule, and the tiers' used bytes and speed that it depends on.
 
-The rules are in `lmcache.control.admission.rules`; their figures come from the data plane, as `TierFacts`. In between, what
-was let through is counted on top.
+The rules are in `lmcache.control.admission.rules`. Used bytes and speed are measured by the data plane (`TierFacts`); between
+two measurements, admitted bytes are added to the used bytes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from lmcache.plan import Name, TierFacts
 from lmcache.spec import KVSpec
 
 _HEADER_BYTES = 4096
-"""Of an object in a file, at least: its payload is aligned to that."""
+"""Least size of the header of an object's file: the payload is aligned to it."""
 
 _SAMPLE_BYTES = 8 << 20
-"""Loads are one measurement of a tier's speed when they come to so much together."""
+"""Loaded bytes that make up one measurement of a tier's speed."""
 
 
 class Admission:
@@ -27,10 +27,10 @@ class Admission:
 
     Args:
         config: `admission`, `prefill_tokens_per_s`.
-        specs: what the KV of each rank is that this engine decides for. The objects of all ranks of the model, its own or
-            those of its peers, are taken to lie in one folder.
+        specs: the spec of each rank of this engine. The objects of all ranks of the model, of this engine or others, are
+            assumed to be in one folder.
         chunk_tokens: tokens per object.
-        capacities: usable bytes of each tier, nearest first; None: no limit, so there is always room.
+        capacities: usable bytes of each tier, nearest first; None: no limit.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Admission:
         chunks = {tier: max(1, size // sum(self._sizes)) for tier, size in self._bounds.items()}
         rule: Admit | None = None
         if config.admission == "second":
-            # Each group has marks of its own; they share one memory.
+            # One Bloom filter for all groups, hence as many objects per chunk.
             rule = SecondHit(self.has_room, {tier: n * len(groups) for tier, n in chunks.items()})
         elif config.admission == "adaptive":
             lead = next((g for g in groups if whole.groups[g].rule.kind == "all"), 0)
             rule = Adaptive(self.has_room, chunks, group=lead, groups=len(groups))
         if config.prefill_tokens_per_s is not None:
-            # Every rank loads its own part of a chunk, all groups of it, while the others load theirs.
+            # Each rank loads its own part of a chunk, all groups of it; the ranks load at the same time.
             part = max(sum(spec.object_bytes(g, chunk_tokens) for g in groups) for spec in specs)
             rule = self._pace = BreakEven(lambda group: part, rule)
             for _ in range(BreakEven.FEW):
@@ -61,7 +61,7 @@ class Admission:
 
     @property
     def bounded(self) -> list[int]:
-        """Tiers whose room has to be known; none if nobody asks."""
+        """Tiers whose used bytes have to be measured; none if the rule does not use them."""
         return list(self._bounds) if self.active else []
 
     @property
@@ -78,19 +78,19 @@ class Admission:
 
     def asked(self, digests: Sequence[bytes], near: int, found: int) -> None:
         """See `lmcache.control.admission.rules.Learns`."""
-        told = getattr(self._rule, "asked", None)
-        if told is not None:
-            told(digests, near, found)
+        learn = getattr(self._rule, "asked", None)
+        if learn is not None:
+            learn(digests, near, found)
 
     def has_room(self, tier: int) -> bool:
-        """Whether another object fits without the janitor evicting one for it."""
+        """Whether another object fits without an eviction from the tier."""
         bound = self._bounds.get(tier)
         return bound is None or self._used[tier] + max(self._sizes) <= bound
 
     def measured(self, rank: int, facts: Sequence[TierFacts]) -> None:
-        """What a rank found out about its tiers."""
+        """Applies a rank's measurements of its tiers."""
         for tier, new in enumerate(facts):
-            self._used[tier] = new.used  # ranks share the folder, or have folders that fill alike
+            self._used[tier] = new.used  # ranks share the folder, or have folders that fill equally
             old = self._facts.setdefault((rank, tier), new)
             if new.loaded - old.loaded >= _SAMPLE_BYTES:
                 if self._pace is not None:

@@ -1,8 +1,8 @@
-"""A tier in the mind: names only, to find out what another rule of admission would have brought. Bounded and deterministic.
+"""Ghost caches: keys without data, to measure the hit rate that another admission rule would have had. Bounded, deterministic.
 
-Two shadows of one tier see the same requests. One takes everything in, as write-through does; the other, once it is full, only
-what became ready before. Large tiers are judged by a sample of their names, with shadows smaller in the same proportion
-(Waldspurger et al., "SHARDS", FAST 2015).
+Two ghost caches of a tier receive the same requests. One admits everything (write-through); the other, once it is full, only
+objects that became ready before. For large tiers, both follow a sample of the digests, with capacities scaled down in the same
+proportion (Waldspurger et al., "SHARDS", FAST 2015).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ _WORD = (1 << 64) - 1
 
 
 def sampled(digest: bytes, share: int) -> bool:
-    """Whether it is part of the sample; `share` of 65536 are."""
+    """Whether the digest is in the sample, which has `share` of 65536 digests."""
     return int.from_bytes(digest, "little") % _PRIME * _MIX & _WORD < share << 48
 
 
 class BloomFilter:
-    """Which digests were marked lately: at least the last `size`, at most twice as many. 4 bytes each, once there is one.
+    """The set of the most recently added digests: at least the last `size`, at most twice as many.
 
-    A Bloom filter (Bloom 1970) in two generations. It never forgets one of them, and takes one stranger in 400 for one.
+    A Bloom filter (Bloom 1970) in two generations: no false negatives, one false positive in 400. Takes 4 bytes per digest,
+    allocated when the first one is added.
     """
 
     __slots__ = ("_bits", "_count", "_new", "_old", "_size")
@@ -39,7 +40,7 @@ class BloomFilter:
         self._count = 0
 
     def add(self, digest: bytes, salt: int = 0) -> bool:
-        """Mark it; returns whether it was marked. Other `salt`, other thing."""
+        """Adds a digest; returns whether it was in the set. The same digest with another `salt` is another element."""
         word = (int.from_bytes(digest, "little") % _PRIME + salt) * _MIX & _WORD
         at, step = word >> 32, word & 0xFFFF_FFFF | 1
         if not self._new:
@@ -62,8 +63,11 @@ class BloomFilter:
 
 
 class GhostCache:
-    """A tier of `capacity` names, the least recently used out first. `memory`: names it remembers to have seen; None: it takes
-    everything in.
+    """An LRU cache of digests.
+
+    Args:
+        capacity: number of digests.
+        memory: how many computed digests it remembers; when full, it admits only those of them; None: it admits all.
     """
 
     __slots__ = ("_capacity", "_names", "_seen", "written")
@@ -78,7 +82,7 @@ class GhostCache:
         return len(self._names)
 
     def request(self, digests: Sequence[bytes]) -> int:
-        """A request for `digests`: how many leading ones are found. A use."""
+        """Returns how many leading `digests` are in the cache, and marks them as used."""
         names = self._names
         found = 0
         for digest in digests:
@@ -89,7 +93,7 @@ class GhostCache:
         return found
 
     def ready(self, digest: bytes) -> None:
-        """It was computed, and may be taken in."""
+        """Offers a digest that was computed, for admission."""
         seen = self._seen is None or self._seen.add(digest)
         if digest in self._names or (not seen and len(self._names) >= self._capacity):
             return
@@ -100,11 +104,13 @@ class GhostCache:
 
 
 class Verdict:
-    """Whether to be choosy: while that finds at least as much as write-through, as far as is remembered.
+    """Whether to be selective (`choosy`): while that has had at least as many hits as write-through.
 
-    Hits are summed up with a slowly fading past. Being choosy, which costs the device less, is given up when it has found
-    less by `MARGIN`, or when it lost beyond chance just now (hits of one request come together, so it is requests that are
-    counted, each with its difference as the variance); then what it had gained is forgotten too.
+    Hits are summed with exponential decay `FADE` per request. Being selective, which writes less, ends when it has had fewer
+    hits by `MARGIN`, or when it recently lost significantly. For significance, requests are counted, not hits, since the hits
+    of one request are not independent: each adds the square root of its difference, so that the variance grows by the
+    difference (decay `RECENT`), and a loss beyond `ALARM` standard deviations is significant. Then the hits that being
+    selective had gained before are discarded too.
     """
 
     FADE, RECENT, MARGIN, ALARM = 0.998, 0.95, 0.005, 2.0
@@ -117,7 +123,7 @@ class Verdict:
         self._recent = self._variance = 0.0
 
     def see(self, everything: float, some: float) -> None:
-        """The hits of one request in either shadow."""
+        """Adds the hits of a request with write-through, and with the selective rule."""
         self._all = self._all * self.FADE + everything
         self._some = self._some * self.FADE + some
         difference = some - everything

@@ -1,6 +1,6 @@
-"""What is worth writing to a tier: rules for `Index(admit=…)`. Asked once for each object that became ready in DRAM.
+"""Admission rules: which objects are written to a tier, for `Index(admit=…)`. Called once per object that became ready in DRAM.
 
-A rule that has a method `asked` is also told of every request, once: see `Learns`.
+If a rule has a method `asked`, that is called once per request: see `Learns`.
 """
 
 from __future__ import annotations
@@ -16,41 +16,43 @@ from lmcache.control.state import Admit
 from lmcache.plan import Name
 
 HasRoom = Callable[[int], bool]
-"""Whether a tier can take an object without giving one up."""
+"""Tier → whether it can store an object without evicting one."""
 
 MEMORY = 8
-"""How many objects a rule remembers to have seen, in multiples of what the tier holds."""
+"""Number of objects that a rule remembers as seen, in multiples of the tier's capacity."""
 
 MOST = 1 << 21
-"""Objects remembered at most: 8 MiB, and enough for a disk of 250 thousand."""
+"""Most objects remembered as seen: 8 MiB, enough for a tier of 250 thousand objects."""
 
 SAMPLE = 4096
-"""Names a shadow holds, at most."""
+"""Most digests of a ghost cache."""
 
 WARM_UP = 1.5
-"""Turnovers of a write-through tier before there is a verdict: once it is full, and what follows has had time to matter."""
+"""Objects written to the write-through ghost cache before the verdict counts, in multiples of its capacity: it has been full
+for a while, so that evictions have had an effect."""
 
-_ASKS = 4
-"""Requests remembered as told: an engine that asks whether a prompt is there and then loads it has one request."""
+_REMEMBERED_REQUESTS = 4
+"""Most recent requests, of which repetitions are ignored: a lookup and the load that follows it are one request."""
 
 
 class Learns(Protocol):
-    """A rule that wants to know what is asked for."""
+    """A rule that learns from requests."""
 
     def asked(self, digests: Sequence[bytes], near: int, found: int) -> None:
-        """A request for this chain; the first `near` of it are in DRAM, the first `found` in some place."""
+        """Called for each request. Of the digests of its chain, the first `near` are in DRAM, the first `found` in some place."""
 
     def __call__(self, tier: int, name: Name) -> bool:
         """See `Admit`."""
 
 
 class SecondHit:
-    """While a tier has room, everything. When it is full, an object whose writing costs another its place: only what became
-    ready before and so was evicted from DRAM, and computed again, since. (Most chunks of a prompt never come again.)
+    """Admits everything while a tier has room. When it is full, only objects that became ready before.
+
+    Those were evicted from DRAM and computed again since; most chunks of prompts never recur, and would evict others.
 
     Args:
-        has_room: see there.
-        capacities: objects that the tiers which have a bound hold; those without one get everything.
+        has_room: see `HasRoom`.
+        capacities: objects that fit into each tier that has a limit; the other tiers get everything.
     """
 
     def __init__(self, has_room: HasRoom, capacities: Mapping[int, int]) -> None:
@@ -59,25 +61,25 @@ class SecondHit:
 
     def __call__(self, tier: int, name: Name) -> bool:
         """See `Admit`."""
-        marks = self._seen.get(tier)
-        if marks is None:
+        bloom = self._seen.get(tier)
+        if bloom is None:
             return True
-        seen = marks.add(name.chain, name.group)
+        seen = bloom.add(name.chain, name.group)
         return seen or self._has_room(tier)
 
 
 class Adaptive:
-    """Everything, or by the second sight: whichever was measured to find more of late; at equal hits, that which writes less.
+    """Admits everything, or as `SecondHit`: whichever has had more hits lately; at equal hits, `SecondHit`, which writes less.
 
-    Both are followed by shadows of the tier that see what is really asked for. So a small disk is not washed out by chunks
-    that never come again, and a large one, where they do come, takes them in. Until the shadows have been filled and
-    turned over by half, it is everything.
+    The hits of both are measured with ghost caches of the tier that receive the actual requests. So chunks that never recur
+    do not flush a small disk, and a large one, on which they recur before they are evicted, stores them. Admits everything
+    until the ghost caches are warm (`WARM_UP`).
 
     Args:
-        has_room: see there.
-        capacities: chunks, that is, objects of one group.
-        group: the layer group whose objects the shadows follow; all `groups` have the same verdict.
-        sample: names a shadow holds, at most.
+        has_room: see `HasRoom`.
+        capacities: chunks (objects of one group) that fit into each tier that has a limit.
+        group: the layer group whose objects the ghost caches follow; the verdict holds for all `groups`.
+        sample: most digests of a ghost cache.
     """
 
     def __init__(
@@ -92,16 +94,16 @@ class Adaptive:
         self._second = SecondHit(has_room, {tier: chunks * groups for tier, chunks in capacities.items()})
         self._group = group
         self._trials = {tier: _Trial(max(1, objects), sample) for tier, objects in capacities.items()}
-        self._told: dict[tuple[bytes, int], None] = {}
+        self._observed: dict[tuple[bytes, int], None] = {}
 
     def asked(self, digests: Sequence[bytes], near: int, found: int) -> None:
         """See `Learns`."""
-        about = digests[-1], len(digests)
-        if about in self._told:
+        request = digests[-1], len(digests)
+        if request in self._observed:
             return
-        self._told[about] = None
-        if len(self._told) > _ASKS:
-            del self._told[next(iter(self._told))]
+        self._observed[request] = None
+        if len(self._observed) > _REMEMBERED_REQUESTS:
+            del self._observed[next(iter(self._observed))]
         for trial in self._trials.values():
             trial.asked(digests, near, found)
 
@@ -115,13 +117,13 @@ class Adaptive:
         return self._second(tier, name) or not trial.choosy
 
     def choosy(self, tier: int) -> bool:
-        """Whether a full tier takes in only what is seen again, at present."""
+        """Whether the rule is `SecondHit` for this tier at present."""
         trial = self._trials.get(tier)
         return trial is not None and trial.choosy
 
 
 class _Trial:
-    """The two shadows of one tier."""
+    """The two ghost caches of one tier."""
 
     def __init__(self, capacity: int, sample: int) -> None:
         self._share = 65536 if capacity <= sample else max(1, 65536 * sample // capacity)
@@ -141,10 +143,10 @@ class _Trial:
             picked = [i for i, digest in enumerate(rest) if sampled(digest, self._share)]
             rest, loaded = [rest[i] for i in picked], bisect_left(picked, loaded)
         both = self._everything, self._some
-        hits = [shadow.request(rest) for shadow in both]
-        for shadow, first in zip(both, hits, strict=True):  # what is loaded now, a tier without it would see computed
+        hits = [ghost.request(rest) for ghost in both]
+        for ghost, first in zip(both, hits, strict=True):  # with this rule, the engine would compute these
             for digest in rest[first:loaded]:
-                shadow.ready(digest)
+                ghost.ready(digest)
         common = near * self._share / 65536
         if rest or common:
             self._verdict.see(common + hits[0], common + hits[1])
@@ -156,11 +158,12 @@ class _Trial:
 
 
 class BreakEven:
-    """Never what recomputes faster than it loads, at the rates measured so far; `inner` decides about the rest.
+    """Refuses objects that are slower to load than to recompute, at the measured rates; `inner` decides about the others.
 
-    A rate is the median of the last measurements, of which there must be some, so that one slow read changes nothing. What
-    begins at `START` times break-even ends at break-even. Of what is refused, now and then the beginning of what is new of a
-    prompt is let through all the same: without anything to load, nobody would find out that the tier has become faster.
+    A rate is the median of the last `LAST` measurements, of which there must be `FEW`, so that one slow read has no effect.
+    Refusal begins when loading takes `START` times as long as recomputing, and ends when loading is faster (hysteresis). After
+    `EVERY` refusals, the next `TRIED` objects from the first new chunk of a prompt on are admitted all the same: without
+    loads, the rule could not measure that the tier has become faster.
     """
 
     START = 1.25
@@ -174,15 +177,15 @@ class BreakEven:
         self._load: dict[int, deque[float]] = {}  # tier → seconds per byte
         self._slower: dict[tuple[int, int], bool] = {}
         self._refused: dict[int, int] = {}
-        self._next: dict[tuple[int, int], int] = {}  # depth at which the same stretch of a prompt would go on
+        self._next: dict[tuple[int, int], int] = {}  # (tier, group) → depth of the next object of the same prompt
 
     def computed(self, tokens: int, seconds: float) -> None:
-        """A prefill of so many tokens took so long."""
+        """Adds a measurement: a prefill of `tokens` took `seconds`."""
         if tokens > 0 and seconds > 0:
             self._compute.append(seconds / tokens)
 
     def loaded(self, tier: int, nbytes: int, seconds: float) -> None:
-        """A load of so many bytes from a tier took so long."""
+        """Adds a measurement: a load of `nbytes` from a tier took `seconds`."""
         if nbytes > 0 and seconds > 0:
             self._load.setdefault(tier, deque(maxlen=self.LAST)).append(seconds / nbytes)
 
@@ -194,9 +197,9 @@ class BreakEven:
 
     def __call__(self, tier: int, name: Name) -> bool:
         """See `Admit`."""
-        stretch = tier, name.group
-        begins = name.depth != self._next.get(stretch)  # not depth 0: what many prompts begin with is never new again
-        self._next[stretch] = name.depth + 1
+        key = tier, name.group
+        begins = name.depth != self._next.get(key)  # not `depth == 0`: a common prefix is present already
+        self._next[key] = name.depth + 1
         wanted = self._inner is None or self._inner(tier, name)
         if not wanted or not self._is_slower(tier, name):
             return wanted
