@@ -281,7 +281,7 @@ class CacheEngine:
     def stats(self) -> dict[str, float]:
         """All metrics by name, and the index's own counts as `index_*`."""
         index, arenas = self._driver.stats()
-        self.metrics.queue(*self._rank.transfer.queue())
+        self.metrics.queue(*self._rank.transfer.tier_copier.queue())
         for tier in self._rank.tiers:
             self.metrics.tier(tier.name, tier.used_bytes())
         for group, states in zip(self.spec.groups, arenas, strict=True):

@@ -55,11 +55,11 @@ class Rank:
         """Asks every tier that evicts how full it is; `facts` counts from there. Takes as long as the tiers take."""
         for position, tier in enumerate(self.tiers):
             if usable_bytes(tier) is not None:
-                self.transfer.measure(position)
+                self.transfer.tier_copier.measure(position)
 
     def facts(self) -> list[TierFacts]:
         """What is known of each tier's room and speed, without asking it."""
-        return self.transfer.facts()
+        return self.transfer.tier_copier.facts()
 
     def flush(self, *, durable: bool = False) -> None:
         """Returns when all that was written to the tiers is visible and safe from kill −9 (`durable`: and power loss)."""
@@ -83,7 +83,7 @@ class Rank:
                     "stop whoever is writing to it, or make it writable, and clear again"
                 )
             if usable_bytes(tier) is not None:
-                self.transfer.measure(position)
+                self.transfer.tier_copier.measure(position)
         return removed
 
     def close(self, timeout: float = CLOSE_S) -> None:

@@ -100,7 +100,7 @@ def test_a_load_that_no_thread_could_carry_out_holds_nothing(monkeypatch) -> Non
     with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
         with engine.lookup(tokens[: 2 * CHUNK]) as hit:
             assert engine.retrieve(hit, pool.kv, torch.arange(2 * CHUNK)) == 2 * CHUNK  # these are in memory now
-        engine._rank.transfer._readers = [Workers("none", 2)]
+        engine._rank.transfer.tier_copier._readers = [Workers("none", 2)]
         with engine.lookup(tokens) as hit, monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", none_left)
             assert engine.retrieve(hit, pool.kv, torch.arange(4 * CHUNK)) == 2 * CHUNK, "what is in DRAM, and no more"

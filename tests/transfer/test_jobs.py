@@ -257,10 +257,10 @@ def test_the_write_behind_queue_is_bounded_in_bytes() -> None:
     ops = tuple(Copy(name(i), Engine(), ArenaSlot(i, 1), i * CHUNK) for i in range(4))
     machine.execute(plan(Job(1, "store", ops)), {1: view})
     machine.execute(plan(Job(2, "write_back", tuple(Copy(name(i), ArenaSlot(i, 1), Tier(0)) for i in range(4)))))
-    assert machine.queue()[1] == 2 * size
+    assert machine.tier_copier.queue()[1] == 2 * size
     go.set()
     assert sorted(wait_for(machine, 2)) == [Status.OK, Status.OK, Status.SKIPPED, Status.SKIPPED]
-    assert machine.queue()[1] == 0
+    assert machine.tier_copier.queue()[1] == 0
     assert machine.close()
 
 

@@ -375,7 +375,7 @@ class MisreadsTheDisk(Broken):
             super()._open(caches)
             assert self._rank is not None
             assert self._spec is not None
-            self._rank.transfer._io = _TakesItForNative(self, self._spec, self._chunk)
+            self._rank.transfer.tier_copier._codec = _TakesItForNative(self, self._spec, self._chunk)
 
     worker = _Worker
 
