@@ -66,7 +66,7 @@ class Warmer:
                 size = min(_PIECE_BYTES, self._wanted - start)
             try:
                 size = self._populate(start, size)
-            except (MemoryError, RuntimeError):  # out of memory: whoever uses the slots will report it
+            except (MemoryError, RuntimeError):  # out of memory: reported when the slots are used
                 size = 0
             with self._lock:
                 self._done = start + size if size else self._total

@@ -80,7 +80,7 @@ class Rank:
             if kept:
                 raise TierError(
                     f"{kept} objects are still on tier {tier.name!r} and may be served: "
-                    "stop whoever is writing to it, or make it writable, and clear again"
+                    "stop other processes that write to it, or make it writable, and clear again"
                 )
             if usable_bytes(tier) is not None:
                 self.transfer.tier_copier.measure(position)

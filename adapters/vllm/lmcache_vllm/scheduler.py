@@ -1,8 +1,8 @@
 """The connector's scheduler side: decides for one engine. Plans go to the workers with each step, reports come back.
 
 It never blocks. A hit is offered to vLLM only when all of it is verified and in DRAM on every rank, so that its load cannot fail
-on a tier: objects on lower tiers are prefetched first, while vLLM is told to call again later. What a forward pass computes is
-stored in the same step, before vLLM can reuse its blocks.
+on a tier: objects on lower tiers are prefetched first, and until then the answer to vLLM is to call again later. What a forward
+pass computes is stored in the same step, before vLLM can reuse its blocks.
 """
 
 from __future__ import annotations

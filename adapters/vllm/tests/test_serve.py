@@ -137,7 +137,7 @@ class First:
 class Second:
     server: Server
     its_first: Answer
-    told: list[Answer]
+    answers: list[Answer]
     read_by_first: Answer
 
 
@@ -190,10 +190,10 @@ def second(story: Story, first: First) -> Second:
     server = story.start("--shutdown-timeout", "60")
     its_first = ask(server, first.rounds[-1].messages)
     held = len(object_files(story.disk))
-    told = chat(server, "windmill", rounds=2)
-    expected = held + told[-1].whole // CHUNK
+    answers = chat(server, "windmill", rounds=2)
+    expected = held + answers[-1].whole // CHUNK
     await_true(lambda: len(object_files(story.disk)) >= expected, f"{expected} objects are written")
-    return Second(server, its_first, told, ask(first.server, told[-1].messages))
+    return Second(server, its_first, answers, ask(first.server, answers[-1].messages))
 
 
 @pytest.fixture(scope="module")
@@ -278,10 +278,10 @@ def test_a_new_server_serves_its_first_request_from_the_folder(first: First, sec
 
 
 def test_what_one_server_has_computed_is_a_hit_in_another_that_shares_its_folder(second: Second) -> None:
-    told, read = second.told[-1], second.read_by_first
-    assert told.grew(EXTERNAL) > 0  # its own second round
-    assert read.grew(FROM_DISK) == read.grew(OUR_DISK) == read.whole == told.whole
-    assert read.text == told.text
+    answer, read = second.answers[-1], second.read_by_first
+    assert answer.grew(EXTERNAL) > 0  # its own second round
+    assert read.grew(FROM_DISK) == read.grew(OUR_DISK) == read.whole == answer.whole
+    assert read.text == answer.text
 
 
 def test_a_neighbours_death_disturbs_nobody(first: First, third: Third) -> None:

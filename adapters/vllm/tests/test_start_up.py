@@ -109,7 +109,7 @@ def test_vllm_finds_the_connector_by_its_name_alone_or_by_its_module(module: str
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """Returns the cache's warnings so far."""
     caplog.set_level(logging.INFO, "lmcache")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "lmcache" and r.levelno >= logging.WARNING]
@@ -149,16 +149,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("what", BAD)
 def test_a_setting_that_cannot_be_right_is_said_once_and_the_engine_goes_on_uncached(
-    what: str, said: Callable[[], list[str]]
+    what: str, warnings: Callable[[], list[str]]
 ) -> None:
     cache, message = BAD[what]
     made = connectors(engine_config(cache))
-    [line] = said()
+    [line] = warnings()
     assert line.startswith("cache-disabled reason=")
     assert message in line
     for connector in made:
         assert_passive(connector)
-    assert said() == [line]
+    assert warnings() == [line]
 
 
 def assert_passive(connector: LMCacheConnector) -> None:
@@ -203,10 +203,10 @@ UNSUPPORTED = {
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("option", UNSUPPORTED)
 def test_an_unsupported_option_is_named_and_the_engine_goes_on_uncached(
-    option: str, said: Callable[[], list[str]]
+    option: str, warnings: Callable[[], list[str]]
 ) -> None:
     made = connectors(engine_config(**{option: 2}))
-    [line] = said()
+    [line] = warnings()
     assert line.startswith("cache-disabled")
     assert UNSUPPORTED[option] in line
     for connector in made:
@@ -232,12 +232,12 @@ def test_other_unsupported_engines_are_named() -> None:
 
 @pytest.mark.usefixtures("one_rank")
 def test_an_old_vllm_is_refused_and_an_untested_one_warned_of(
-    monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+    monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
 ) -> None:
     monkeypatch.setattr(compat, "TESTED", ("0.30", "0.32"))
     monkeypatch.setattr(compat.vllm, "__version__", "0.27.1+cpu")
     connectors(engine_config())
-    assert said() == ['cache-disabled reason="vLLM 0.27.1+cpu is too old; the connector needs 0.28 or newer"']
+    assert warnings() == ['cache-disabled reason="vLLM 0.27.1+cpu is too old; the connector needs 0.28 or newer"']
     monkeypatch.setattr(compat.vllm, "__version__", "0.99.0")
     assert "vLLM 0.99.0 was never tested with this connector, only 0.30, 0.32;" in compat.check_version()
     monkeypatch.setattr(compat.vllm, "__version__", "0.32.5+cu129")
@@ -245,35 +245,35 @@ def test_an_old_vllm_is_refused_and_an_untested_one_warned_of(
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_vllm_with_other_internals_is_no_reason_to_crash(said: Callable[[], list[str]]) -> None:
+def test_a_vllm_with_other_internals_is_no_reason_to_crash(warnings: Callable[[], list[str]]) -> None:
     config = engine_config()
     del config.parallel_config.pipeline_parallel_size
     for connector in connectors(config):
         assert_passive(connector)
-    [line] = said()
+    [line] = warnings()
     assert "AttributeError" in line
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_worker_that_fails_alone_tells_the_scheduler_why(said: Callable[[], list[str]]) -> None:
+def test_a_worker_that_fails_alone_tells_the_scheduler_why(warnings: Callable[[], list[str]]) -> None:
     caches = kv_config(["model.layers.0.self_attn"])
     worker = LMCacheConnector(engine_config({"dram_bytes": "4G"}), KVConnectorRole.WORKER, caches)
-    assert said() == []
+    assert warnings() == []
     scheduler = LMCacheConnector(engine_config(), KVConnectorRole.SCHEDULER, caches)
     scheduler.set_xfer_handshake_metadata({0: worker.get_handshake_metadata()})
-    [line] = said()
+    [line] = warnings()
     assert line.startswith('cache-disabled reason="rank 0: dram_bytes (from engine JSON)')
     assert scheduler.get_num_new_matched_tokens(Plain(request_id="1"), 0) == (0, False)
 
 
-def test_a_half_that_raises_is_switched_off_and_says_so_once(said: Callable[[], list[str]]) -> None:
+def test_a_half_that_raises_is_switched_off_and_says_so_once(warnings: Callable[[], list[str]]) -> None:
     scheduler = LMCacheConnector(engine_config(), KVConnectorRole.SCHEDULER, kv_config(["model.layers.0.self_attn"]))
     assert scheduler._scheduler is not None
     metrics = scheduler._scheduler.metrics
     scheduler._scheduler._plane = Plain()  # type: ignore[assignment]  # every access to it raises
     for _ in range(3):
         assert scheduler.get_num_new_matched_tokens(request(tokens=[1, 2, 3]), 0) == (0, False)
-    [line] = said()
+    [line] = warnings()
     assert line.startswith("cache-off reason=")
     assert "AttributeError" in line
     assert metrics.snapshot()['lmcache_failures_total{op="connector",reason="internal"}'] == 1
@@ -305,14 +305,14 @@ def scheduler_of(*offers: Offer) -> ConnectorScheduler:
 
 
 def test_a_worker_with_everything_right_offers_what_it_holds(
-    worker: Callable[..., Any], said: Callable[[], list[str]], tmp_path: Path
+    worker: Callable[..., Any], warnings: Callable[[], list[str]], tmp_path: Path
 ) -> None:
     connector_worker, offer = worker(disk_path=str(tmp_path / "kv"))
     assert offer.disabled == ""
     assert [tier[:2] for tier in offer.tiers] == [("disk", True)]
     assert offer.slots == (4 * 2**20 // (3 * 2 * 2 * 32 * 4 * CHUNK),)
     assert scheduler_of(offer).disabled == ""
-    assert said() == []
+    assert warnings() == []
     connector_worker.shutdown()
 
 
@@ -343,12 +343,12 @@ def failing(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: 
     ],
 )
 def test_a_backend_that_is_not_understood_disables_the_cache_with_one_line(
-    write: Callable[..., None], impl: str, message: str, worker: Callable[..., Any], said: Callable[[], list[str]]
+    write: Callable[..., None], impl: str, message: str, worker: Callable[..., Any], warnings: Callable[[], list[str]]
 ) -> None:
     connector_worker, offer = worker(write, impl)
     assert connector_worker.metrics.snapshot()['lmcache_failures_total{op="open",reason="unsupported"}'] == 1
     scheduler = scheduler_of(offer)
-    [line] = said()
+    [line] = warnings()
     assert line.startswith("cache-disabled")
     assert message in line
     assert scheduler.get_num_new_matched_tokens(request(tokens=list(range(512))), 0) == 0
@@ -364,12 +364,12 @@ def test_a_backend_that_is_not_understood_disables_the_cache_with_one_line(
 
 
 def test_a_folder_that_cannot_be_opened_leaves_a_cache_in_memory(
-    worker: Callable[..., Any], said: Callable[[], list[str]], tmp_path: Path
+    worker: Callable[..., Any], warnings: Callable[[], list[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     folder = str(tmp_path / "file" / "kv")
     connector_worker, offer = worker(disk_path=folder)
-    [line] = said()
+    [line] = warnings()
     assert line.startswith("tier-disabled tier=disk reason=")
     assert folder in line
     assert offer.disabled == ""
