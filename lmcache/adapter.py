@@ -1,5 +1,5 @@
-"""What every engine adapter needs besides the cache: refusing what cannot be cached, checking the engine's version, sharing
-its log, and keeping the cache's exceptions away from it.
+"""Common parts of the engine adapters: refusing what cannot be cached, checking the engine's version, sharing its log, and
+containing exceptions of the cache.
 
 Imports neither an engine nor a tensor library.
 """
@@ -21,7 +21,7 @@ _RELEASE: Final = re.compile(r"\d+(\.\d+)*")
 
 
 class UnsupportedError(Exception):
-    """This engine release, model, option or call cannot be cached; the message says why.
+    """This engine release, model, option or call cannot be cached; the message contains the reason.
 
     Attributes:
         reason: short slug for metrics and logs, e.g. `beams`.
@@ -42,7 +42,7 @@ def check_version(
         version: as the engine reports it, e.g. `0.32.1+cu129`.
         tested: releases (`0.5.23`) or series (`0.32`, which covers `0.32.1`).
         oldest: first release that can work at all, e.g. `(0, 28)`.
-        component: what the engine calls this adapter.
+        component: the engine's term for the adapter.
 
     Returns:
         A warning if this release is untested, else an empty string.
@@ -66,38 +66,38 @@ def check_version(
 
 
 def join_log(engine: str = "") -> None:
-    """Sends the cache's log lines where the engine's go, at the engine's level, unless the application has configured logging.
+    """Sends the cache's log lines to the engine's log, at the engine's level, unless the application has configured logging.
 
     Args:
-        engine: name of the engine's logger; empty if it configures the root logger, which the cache's lines reach anyway:
-            then only the level is set.
+        engine: name of the engine's logger; empty if the engine configures the root logger, which receives the cache's lines
+            anyway: then only the level is set.
     """
-    root, theirs = logging.getLogger(), logging.getLogger(engine)
-    if LOGGER.level != logging.NOTSET or not theirs.isEnabledFor(logging.INFO):
+    root, logger = logging.getLogger(), logging.getLogger(engine)
+    if LOGGER.level != logging.NOTSET or not logger.isEnabledFor(logging.INFO):
         return
-    if theirs is root:
+    if logger is root:
         LOGGER.setLevel(logging.INFO)
     elif not LOGGER.handlers and not root.handlers:
-        LOGGER.setLevel(theirs.level)
-        LOGGER.propagate = theirs.propagate
-        for handler in theirs.handlers:
+        LOGGER.setLevel(logger.level)
+        LOGGER.propagate = logger.propagate
+        for handler in logger.handlers:
             LOGGER.addHandler(handler)
 
 
 def describe(error: BaseException) -> str:
-    """Returns type and message of an exception."""
+    """Returns an exception's type and message."""
     return f"{type(error).__name__}: {error}"
 
 
 def reason_of(error: Exception) -> str:
-    """Returns why caching is off: the message alone of an expected error, preceded by the type of any other exception."""
+    """Returns why caching is off: the message of an expected error; for other exceptions, type and message."""
     return str(error) if isinstance(error, (LMCacheError, UnsupportedError)) else describe(error)
 
 
 def guarded(call: Callable[[], T], default: T, on_error: Callable[[Exception], object]) -> T:
     """Returns `call()`; if it raises, runs `on_error` with the exception and returns `default`.
 
-    The engine's request goes on without the cache. An exception raised by `on_error` itself is not caught.
+    The engine's request continues without the cache. An exception raised by `on_error` itself is not caught.
     """
     try:
         return call()

@@ -15,10 +15,9 @@ from lmcache.transfer.rank import Rank
 
 
 class Driver:
-    """Thread-safe. Has no thread of its own: every call also does what has become due.
+    """Drives a `Plane` and a `Rank`. Thread-safe; has no thread of its own, so every call also processes what has become due.
 
-    A decision and the plan that follows from it are taken under one lock, so that no other caller executes a plan whose engine
-    memory only this one has.
+    A decision and its plan are taken under one lock: only the deciding caller has the engine memory that the plan needs.
     """
 
     def __init__(self, plane: Plane, rank: Rank, *, probe_timeout: float) -> None:
@@ -30,7 +29,7 @@ class Driver:
         self._selective = plane.admission.active
         self._lock = threading.RLock()
         self._owners = itertools.count(1)
-        self._seen = -1  # the tracker's news when its report was last applied
+        self._seen = -1  # the tracker's `news` when its report was last applied
         self._awaited: set[int] = set()
         self._finished: dict[int, Finished] = {}
         if self._selective:
@@ -40,7 +39,7 @@ class Driver:
     # ---------------------------------------------------------------- requests
 
     def lookup(self, chain: Chain, max_tokens: int) -> tuple[Owner, Lookup]:
-        """The longest hit, leased to a new owner. Waits for shared tiers, at most as long as a probe may take."""
+        """Returns the longest hit, leased to a new owner. Waits for probes of shared tiers, up to the probe timeout."""
         owner = next(self._owners)
         self.pump()
         while True:
@@ -51,11 +50,11 @@ class Driver:
             if plan is None:
                 return owner, found
             self._execute(plan)
-            self._tracker.wait(seen, self._probe_timeout)  # after it, the plane no longer waits for the answer
+            self._tracker.wait(seen, self._probe_timeout)  # afterwards the plane no longer waits for the probe
             self.pump()
 
     def release(self, owner: Owner) -> None:
-        """Ends an owner's lease and forgets the owner."""
+        """Ends an owner's lease and removes the owner."""
         with self._lock:
             self._plane.forget(owner)
 
@@ -73,7 +72,7 @@ class Driver:
     def load(self, owner: Owner, view: EngineView, skip: int = 0) -> int:
         """Loads what `owner` leased into the engine and waits for it; returns how many leading tokens are in place.
 
-        Whatever goes wrong here, the job writes no engine memory afterwards.
+        Once this has returned or raised, the job writes no engine memory.
         """
         with self._lock:
             job = self._plane.begin_load(owner, time.monotonic(), skip=skip)
@@ -95,9 +94,9 @@ class Driver:
                         break
                 self._tracker.wait(seen, 1.0)
         except BaseException:
-            self._tracker.fence([job], None)  # whoever catches this may use the memory for something else
+            self._tracker.fence([job], None)  # the caller may reuse the memory
             raise
-        if not finished.final:  # it was too slow: the caller's memory must not change from here on
+        if not finished.final:  # late: the caller's memory must not change after return
             self._tracker.fence([job], None)
         self._plane.metrics.loaded(finished.ok_tokens)
         return finished.ok_tokens
@@ -110,41 +109,41 @@ class Driver:
             plan = self._plane.take_plan()
         self._execute(plan)
 
-    # ---------------------------------------------------------------- everything else
+    # ---------------------------------------------------------------- maintenance
 
     def announce(self, tier: int, names: Iterable[Name]) -> None:
-        """A tier was found to hold these objects."""
+        """Adds objects found on a tier to the index."""
         with self._lock:
             self._plane.announce(tier, 0, names, True, time.monotonic())
 
     def clear(self, namespaces: Sequence[bytes] | None) -> int:
-        """Forgets everything (of these namespaces) in DRAM, and what the tiers hold; returns how many objects left DRAM."""
+        """Removes everything (of these namespaces) from the index; returns how many objects were in DRAM."""
         with self._lock:
             now = time.monotonic()
             wanted: Sequence[bytes | None] = [None] if namespaces is None else namespaces
             return sum(self._plane.clear(namespace, now) for namespace in wanted)
 
     def stats(self) -> tuple[dict[str, int], list[dict[str, int]]]:
-        """The index's counts, and per group how many arena slots are in each state."""
+        """Returns the index's counts, and per group the number of arena slots in each state."""
         self.pump()
         with self._lock:
             return self._plane.stats(), self._plane.arenas()
 
     def drain(self, timeout: float, *kinds: JobKind) -> bool:
-        """Waits until no job of these kinds is under way; False after `timeout` seconds."""
+        """Waits until no job of these kinds is in progress; False after `timeout` seconds."""
         until = time.monotonic() + timeout
         while True:
             seen = self._tracker.news
             self.pump()
             busy = any(self._tracker.running(kind) for kind in kinds)
-            if not busy and self._tracker.news == seen:  # else what has just ended may have something to follow it
+            if not busy and self._tracker.news == seen:  # otherwise a job that has just ended may cause another
                 return True
             if (left := until - time.monotonic()) <= 0:
                 return False
             self._tracker.wait(seen, left)
 
     def pump(self) -> None:
-        """Applies new reports and expired deadlines, and executes the plans that follow, until nothing is new."""
+        """Applies new reports and expired deadlines, and executes the resulting plans, until there are none."""
         plane, tracker = self._plane, self._tracker
         while True:
             news = tracker.news
@@ -166,6 +165,6 @@ class Driver:
                 return
 
     def _execute(self, plan: Plan, job: int | None = None, view: EngineView | None = None) -> None:
-        """Starts what a plan contains; `view` is the engine memory of `job`."""
+        """Executes a plan; `view` is the engine memory of `job`."""
         if plan.jobs:
             self._transfer.execute(plan, {job: view} if job is not None and view is not None else {})

@@ -1,8 +1,8 @@
-"""`CacheEngine`: a tiered KV cache for one model on one rank, thread-safe, with blocking convenience.
+"""`CacheEngine`: a tiered KV cache for one model on one rank, with a blocking, thread-safe API.
 
-A store gathers the caller's KV into DRAM and returns; writing it to lower tiers happens in the background. A lookup leases
-what it found, so that it stays until it is retrieved or released. A retrieve copies it into the caller's KV and returns how
-many tokens arrived. Whatever fails inside is a miss, a counter and one log line; only wrong calls raise.
+A store gathers the caller's KV into DRAM and returns; write-back to lower tiers happens in the background. A lookup leases what
+it found, which protects it from eviction until it is released. A retrieve copies it into the caller's KV and returns how many
+tokens are in place. Internal failures are misses, counted and logged; only wrong calls raise.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Slots = torch.Tensor | Mapping[int, torch.Tensor]
 """int64, one slot per token; with several groups a mapping group → such a tensor. −1 = not resident."""
 
 _WRITING: tuple[JobKind, ...] = ("store", "write_back", "delete")
-"""Jobs that change the tiers below. A delete may be followed by the write-back that had to wait for it."""
+"""Jobs that change the tiers below DRAM, including deletes, after which a deferred write-back may follow."""
 
 _FAILED = Lookup("miss", 0, {}, StopReason.FAILED)
 
 
 class Hit:
-    """What a lookup found. Use it as a context manager, or call `release`: until then it is kept from eviction.
+    """Result of a lookup, leased until it is released: use it as a context manager, or call `release`.
 
     Attributes:
         tokens: how many leading tokens can be retrieved; a multiple of `chunk_tokens`.
@@ -84,11 +84,11 @@ class LayerLoad:
         self._whole = loaded == expected
 
     def wait(self, layer: int, *, group: int = 0, timeout: float | None = None) -> bool:
-        """Whether this layer of all of the hit is in place."""
+        """Returns whether this layer is in place for all tokens of the hit."""
         return self._whole
 
     def finish(self) -> int:
-        """Tokens loaded. If fewer than the hit, the slots beyond are undefined: recompute from there."""
+        """Returns the number of tokens loaded. If fewer than the hit, the slots beyond are undefined: recompute from there."""
         return self._loaded
 
 
@@ -97,11 +97,11 @@ class CacheEngine:
 
     Args:
         config: settings; `Config.load()` (environment and file) by default.
-        spec: what the KV is.
-        tiers: the tiers below DRAM, nearest first; by default those that `config` names (disk).
+        spec: groups, layers, heads and dtypes of the KV.
+        tiers: the tiers below DRAM, nearest first; by default those in `config` (disk).
 
     Raises:
-        ConfigError, SpecError: impossible settings.
+        ConfigError, SpecError: invalid settings or spec.
         TierError: a tier cannot be opened and `config.strict` is set; otherwise the cache runs without it.
     """
 
@@ -120,7 +120,7 @@ class CacheEngine:
         self._driver = Driver(self._plane, self._rank, probe_timeout=self.config.probe_timeout_s)
         self._closed = False
         for position, tier in enumerate(self._rank.tiers):
-            if not tier.shared:  # no other process adds to it: what it holds now is all there is to know
+            if not tier.shared:  # no other process adds objects: the index can list its contents once
                 ids = (found.id for found in tier.scan())
                 self._driver.announce(position, [Name(i.namespace, i.chain, i.group, i.tokens, i.depth) for i in ids])
         info("cache-open", memory=self.memory, slots=list(self._rank.slots), tiers=[t.name for t in self._rank.tiers])
@@ -128,14 +128,14 @@ class CacheEngine:
     # ---------------------------------------------------------------- names
 
     def namespace(self, *, salt: str = "", lora: str = "", scope: str = "") -> bytes:
-        """The namespace of this model's KV for a tenant and LoRA, under the current weights version.
+        """Returns the namespace of this model's KV for a tenant and LoRA, under the current weights version.
 
-        `scope` separates names that are not made from tokens, see `lmcache.keyed`.
+        `scope` separates names that are not derived from tokens, see `lmcache.keyed`.
         """
         return self._names.of(salt, lora, scope)
 
     def set_weights_version(self, version: str | int) -> None:
-        """The weights changed under one name (RL step, hot reload): nothing stored before is found from here on."""
+        """Call when the weights change under one model name (RL step, hot reload): nothing stored before is found again."""
         self._names.set_weights_version(str(version))
 
     # ---------------------------------------------------------------- store
@@ -150,26 +150,26 @@ class CacheEngine:
         lora: str = "",
         extras: Sequence[Extra] = (),
     ) -> int:
-        """Stores the KV of `tokens`; on return the engine may overwrite it. Lower tiers are written in the background.
+        """Stores the KV of `tokens`; on return the engine may overwrite it. Write-back to lower tiers is asynchronous.
 
         Args:
             tokens: the whole sequence from its first token.
             kv: the engine's live tensors.
-            slots: where each token's KV lies; chunks with a −1 among their slots are left out of that group.
+            slots: slot of each token; a chunk with a −1 among its slots is not stored for that group.
             salt, lora, extras: see `lmcache.keys`.
 
         Returns:
-            Tokens newly accepted: 0 if all of them were held already, or there was no room. See
-            `lmcache_skipped_stores_total` for why chunks were left out.
+            Number of tokens newly accepted: 0 if all were cached already, or nothing could be evicted for them.
+            `lmcache_skipped_stores_total` counts why chunks were skipped.
 
         Raises:
-            TokenError, SlotError, LayoutError, SpecError: a wrong call; nothing was moved.
+            TokenError, SlotError, LayoutError, SpecError: a wrong call; nothing was copied.
         """
         with self.metrics.timed("store"):
             return self._store(self._names.chain(as_tokens(tokens), salt, lora, extras), kv, slots)
 
     def store_chain(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
-        """`store` for an engine that brings its own names, see `lmcache.keyed`."""
+        """Like `store`, for an engine with its own names, see `lmcache.keyed`."""
         with self.metrics.timed("store"):
             return self._store(chain, kv, slots)
 
@@ -194,10 +194,10 @@ class CacheEngine:
         extras: Sequence[Extra] = (),
         max_tokens: int | None = None,
     ) -> Hit:
-        """How many leading tokens of `tokens` can be retrieved.
+        """Finds how many leading tokens of `tokens` can be retrieved, and leases them.
 
-        `max_tokens` limits it: an engine that must compute the last prompt token itself passes `len(tokens) - 1`.
-        Tiers that other processes share are probed, for at most `probe_timeout_s`.
+        `max_tokens` limits the hit: an engine that must compute the last prompt token itself passes `len(tokens) - 1`.
+        Tiers shared with other processes are probed, for at most `probe_timeout_s`.
         """
         with self.metrics.timed("lookup"):
             ids = as_tokens(tokens)
@@ -206,7 +206,7 @@ class CacheEngine:
             return self._lookup(chain, total, total if max_tokens is None else max_tokens)
 
     def lookup_chain(self, chain: Chain) -> Hit:
-        """`lookup` for an engine that brings its own names, see `lmcache.keyed`."""
+        """Like `lookup`, for an engine with its own names, see `lmcache.keyed`."""
         with self.metrics.timed("lookup"):
             total = len(chain.digests) * self._chunk
             return self._lookup(chain, total, total)
@@ -226,15 +226,15 @@ class CacheEngine:
         Args:
             hit: from `lookup` of this engine, not released yet.
             kv: the engine's live tensors.
-            slots: where each of the first `hit.tokens` tokens goes; −1 = leave this token out.
-            skip: leading tokens that the engine has already: chunks that lie wholly within them are not read.
+            slots: target slot of each of the first `hit.tokens` tokens; −1 = skip this token.
+            skip: number of leading tokens already resident in the engine; chunks entirely within them are not loaded.
 
         Returns:
-            Leading tokens that are in place, those of `skip` among them: 0..hit.tokens. The slots beyond are undefined:
+            Number of leading tokens in place, including those of `skip`: 0..hit.tokens. The slots beyond are undefined:
             compute from there.
 
         Raises:
-            SlotError, LayoutError, SpecError: a wrong call; nothing was moved.
+            SlotError, LayoutError, SpecError: a wrong call; nothing was copied.
         """
         with self.metrics.timed("retrieve"):
             bound = kv.bind(self.spec)
@@ -244,20 +244,20 @@ class CacheEngine:
             return self._safely("retrieve", 0, partial(self._driver.load, hit.owner, view, skip))
 
     def retrieve_layers(self, hit: Hit, kv: PagedKV, slots: Slots) -> LayerLoad:
-        """Deprecated: `retrieve`, as an object that is asked layer by layer."""
+        """Deprecated: calls `retrieve`, and returns its result as a `LayerLoad`."""
         warnings.warn("CacheEngine.retrieve_layers is deprecated: call retrieve", DeprecationWarning, stacklevel=2)
         return LayerLoad(self.retrieve(hit, kv, slots), hit.tokens)
 
     def prefetch(self, hit: Hit, *, skip: int = 0) -> None:
-        """Starts to load what `hit` found on lower tiers into DRAM; returns at once. `skip` as in `retrieve`."""
+        """Starts to load what `hit` found on lower tiers into DRAM, without waiting. `skip` as in `retrieve`."""
         self._safely("prefetch", None, partial(self._driver.prefetch, hit.owner, skip))
 
-    # ---------------------------------------------------------------- the rest
+    # ---------------------------------------------------------------- flush, clear, stats, close
 
     def flush(self, *, durable: bool = False, timeout: float = 60.0) -> bool:
-        """Waits until everything stored so far is visible in the tiers below and safe from kill −9.
+        """Waits until everything stored so far is visible in the tiers below DRAM and survives kill −9.
 
-        `durable=True` also survives power loss. False if a tier was too slow.
+        With `durable=True`, it also survives power loss. False if a tier failed or took longer than `timeout` seconds.
         """
         done = self._driver.drain(timeout, *_WRITING)
         for tier in self._rank.tiers:
@@ -267,21 +267,21 @@ class CacheEngine:
     def clear(self, salt: str | None = None) -> int:
         """Removes everything (of one tenant) from every tier; returns how many objects. None of it is served again.
 
-        Without `salt` the tiers are emptied, other models' objects in a shared folder included. With it, everything goes
-        that this process has stored or looked up under that salt, whatever the LoRA and weights version.
+        Without `salt` the tiers are emptied, including other models' objects in a shared folder. With it, everything is removed
+        that this process has stored or looked up under that salt, for every LoRA and weights version.
 
         Raises:
-            TierError: a tier could not remove some of them; they may still be served.
+            TierError: a tier could not remove some objects; they may still be served.
         """
         namespaces = None if salt is None else self._names.of_tenant(salt)
         removed = self._driver.clear(namespaces)
-        self._driver.drain(30.0, *_WRITING)  # what is being written now would come back
+        self._driver.drain(30.0, *_WRITING)  # objects being written now would reappear
         return removed + self._rank.clear(namespaces)
 
     def stats(self) -> dict[str, float]:
-        """All metrics by name, and the index's own counts as `index_*`."""
+        """Returns all metrics by name, and the index's own counts as `index_*`."""
         index, arenas = self._driver.stats()
-        self.metrics.queue(*self._rank.transfer.queue())
+        self.metrics.queue(*self._rank.transfer.tier_copier.queue())
         for tier in self._rank.tiers:
             self.metrics.tier(tier.name, tier.used_bytes())
         for group, states in zip(self.spec.groups, arenas, strict=True):
@@ -289,7 +289,7 @@ class CacheEngine:
         return self.metrics.snapshot() | {f"index_{name}": float(value) for name, value in index.items()}
 
     def close(self) -> None:
-        """Finishes write-back, ends all threads, releases the tiers. Idempotent; a hung tier is left behind after seconds."""
+        """Finishes write-back, ends all threads, closes the tiers. Idempotent; abandons a hung tier after a few seconds."""
         if self._closed:
             return
         self._closed = True
@@ -318,7 +318,7 @@ class CacheEngine:
         return {group: validate_slots(slots[group], kv.num_slots(group), tokens, unique=unique) for group in groups}
 
     def _safely(self, op: str, default: T, call: Callable[[], T]) -> T:
-        """Turns a failure of the cache into a miss: only errors about the call itself leave this engine."""
+        """Returns `call()`, or `default` if the cache fails; only errors about the caller's arguments are raised."""
         try:
             return call()
         except LMCacheError:

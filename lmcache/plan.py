@@ -1,9 +1,9 @@
-"""The messages between control plane and data plane: plain data, serialisable with msgspec, no behaviour.
+"""Messages between control plane and data plane: plain data, serialisable with msgspec.
 
-The index (one per engine scheduler) emits a `Plan`; every rank's transfer executes the same plan and answers with
-`Report`s. A report is *cumulative*: it repeats every job report that no plan has acknowledged yet, so a lost, doubled or
-reordered report is harmless. Each op is one hop between two places; ops of one arena slot run in plan order, so
-"disk → slot 7" followed by "slot 7 → engine" needs no further dependency.
+The index (one per engine scheduler) emits a `Plan`; every rank's transfer executes the same plan and returns `Report`s. A report
+is *cumulative*: it repeats every job report that no plan has acknowledged yet, so lost, duplicated or reordered reports are
+harmless. Each op is one hop between two places; ops on one arena slot run in plan order, so "disk → slot 7" followed by
+"slot 7 → engine" needs no explicit dependency.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from lmcache.moved import renamed
 
 
 class Name(NamedTuple):
-    """An object without its rank: what the index knows. A rank adds its rect and gets an `ObjectId`."""
+    """Name of an object, the same on all ranks; with a rank's rect it becomes an `ObjectId`.
+
+    Attributes:
+        namespace: everything besides tokens that determines the values.
+        chain: digest of the tokens up to and including this object.
+        group: index of the layer group.
+        tokens: tokens in the object.
+        depth: position in the chain; 0 for unlinked names.
+    """
 
     namespace: bytes
     chain: bytes
@@ -28,13 +36,13 @@ class Name(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """A sequence of objects as the index sees it: by default a token sequence, one 32-byte digest per full chunk.
+    """A sequence of object names: by default of a token sequence, one 32-byte digest per full chunk.
 
     Attributes:
-        namespace: what decides the values beside the tokens.
-        digests: names, in order.
-        linked: each digest covers everything before it, so that an object is of no use without those before. False for
-            names that an engine brought along and that mean something each on their own; they have depth 0 and no parent.
+        namespace: everything besides tokens that determines the values.
+        digests: digests, in order.
+        linked: each digest covers everything before it, so that an object is useless without its predecessors. False for
+            an engine's own keys, each of which is independent of the others; they have depth 0 and no parent.
     """
 
     namespace: bytes
@@ -42,27 +50,27 @@ class Chain(NamedTuple):
     linked: bool = True
 
     def depth(self, position: int) -> int:
-        """The depth in the object's name."""
+        """Returns the `depth` of the name at `position`."""
         return position if self.linked else 0
 
     def parent(self, position: int) -> bytes | None:
-        """The digest without which this one is of no use."""
+        """Returns the digest that the one at `position` depends on, if any."""
         return self.digests[position - 1] if self.linked and position else None
 
 
 class Engine(msgspec.Struct, frozen=True, tag="engine", array_like=True):
-    """The engine's own KV memory, at the slots passed along with the plan for this job."""
+    """The engine's KV memory, at the slots that are passed with the plan for this job."""
 
 
 class ArenaSlot(msgspec.Struct, frozen=True, tag="slot", array_like=True):
-    """An arena slot of the object's group. `generation` grows each time the index assigns the slot anew."""
+    """An arena slot of the object's group. `generation` grows each time the index assigns the slot to another object."""
 
     index: int
     generation: int
 
 
 class Tier(msgspec.Struct, frozen=True, tag="tier", array_like=True):
-    """A tier below the arena, by its position in the configured list (0 = nearest)."""
+    """A tier below DRAM, by its position in the configured list (0 = nearest)."""
 
     index: int
 
@@ -71,7 +79,7 @@ Place = Engine | ArenaSlot | Tier
 
 
 class Copy(msgspec.Struct, frozen=True, tag="copy", array_like=True):
-    """Move one object one hop. `start` is the offset of its first token in the job's engine slots (Engine places only)."""
+    """Copies one object one hop. `start`: offset of its first token in the job's engine slots (if a place is `Engine`)."""
 
     name: Name
     src: Place
@@ -80,14 +88,14 @@ class Copy(msgspec.Struct, frozen=True, tag="copy", array_like=True):
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe", array_like=True):
-    """Does this tier hold the object? `OK` = yes, `MISSING` = no."""
+    """Checks whether a tier holds the object: `OK` = yes, `MISSING` = no."""
 
     name: Name
     tier: int
 
 
 class Delete(msgspec.Struct, frozen=True, tag="delete", array_like=True):
-    """Remove the object from a tier; removing what is not there is `OK`."""
+    """Removes the object from a tier; `OK` also if the tier did not hold it."""
 
     name: Name
     tier: int
@@ -97,7 +105,7 @@ Op = Copy | Probe | Delete
 
 
 class Status(IntEnum):
-    """How an op ended (per rank). Everything but `PENDING` and `OK` is a failure, and a failure is a miss."""
+    """Result of an op on one rank. All but `PENDING` and `OK` are failures, which the index treats as misses."""
 
     PENDING = 0
     OK = 1
@@ -105,8 +113,8 @@ class Status(IntEnum):
     CORRUPT = 3  # the source holds bytes that are not this object
     FAILED = 4  # the tier raised (EIO, connection lost, …)
     FULL = 5  # no space left at the destination
-    LATE = 6  # its deadline passed; if the job is not final, the memory it uses may still be written
-    SKIPPED = 7  # dropped by back-pressure, or an op before it on the same slot failed
+    LATE = 6  # its deadline passed; until the job is final, the memory it uses may still be written
+    SKIPPED = 7  # dropped by back-pressure, or because an earlier op on the same slot failed
     CANCELLED = 8
 
 
@@ -114,7 +122,7 @@ JobKind = Literal["store", "load", "prefetch", "write_back", "probe", "delete"]
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True):
-    """Ops that are reported together. `deadline` is in seconds from the start of execution, 0 = none."""
+    """Ops that are reported together. `deadline`: seconds from the start of execution, 0 = none."""
 
     id: int
     kind: JobKind
@@ -123,7 +131,7 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Plan(msgspec.Struct, frozen=True, array_like=True):
-    """What the ranks do next. A new `epoch` voids everything older. `acked[rank]` = newest report sequence applied."""
+    """Work for all ranks. A new `epoch` voids everything older. `acked[rank]`: newest report `seq` that was applied."""
 
     epoch: int
     jobs: tuple[Job, ...]
@@ -131,9 +139,9 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
 
 
 class JobReport(msgspec.Struct, frozen=True, array_like=True):
-    """The state of one job on one rank. Sent when every op has a status; `final` = nothing of it touches memory any more.
+    """Result of one job on one rank, sent once every op has a status. `final`: none of its ops touches memory any more.
 
-    A job with late ops is reported twice: at its deadline (`final=False`), and when the hung calls have returned.
+    A job with late ops is reported twice: at its deadline (`final=False`), and when its hung calls have returned.
     """
 
     job: int
@@ -144,7 +152,7 @@ class JobReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):
-    """All job reports of one rank that no plan has acknowledged. `seq` grows with each report of this rank and epoch."""
+    """All job reports of one rank that no plan has acknowledged. `seq` grows with each report of a rank and epoch."""
 
     epoch: int
     rank: int
@@ -153,12 +161,12 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TierFacts(NamedTuple):
-    """One tier, as one rank sees it. `loaded` and `busy` only grow, so that a message lost or doubled changes nothing.
+    """One rank's measurements of a tier. `loaded` and `busy` only grow, so that lost or duplicated messages are harmless.
 
     Attributes:
-        used: bytes that the tier occupies, whoever wrote them.
-        loaded: bytes read from it, of verified objects.
-        busy: seconds in which at least one object was being read.
+        used: bytes that the tier occupies, including those written by other processes.
+        loaded: bytes of verified objects read from it.
+        busy: seconds during which at least one object was being read.
     """
 
     used: int

@@ -18,7 +18,7 @@ from lmcache_kernels.address import (
 from lmcache_kernels.checks import CopyError
 from lmcache_kernels.dispatch import copy_by_kernel, fallbacks
 from lmcache_kernels.hostrows import copy_rows_on_host, worth_it
-from lmcache_kernels.planner import DMA_BYTES, CopyPlan, plan, some_layers, some_objects
+from lmcache_kernels.planner import DMA_BYTES, CopyPlan, plan, some_objects
 from lmcache_kernels.reference import (
     ELEMENTS,
     Rows,
@@ -61,7 +61,6 @@ __all__ = [
     "prepared_put",
     "put_rows",
     "refine",
-    "some_layers",
     "some_objects",
     "table",
     "take_rows",

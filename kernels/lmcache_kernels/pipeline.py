@@ -4,9 +4,9 @@ A store gathers on the engine's own stream, at device memory bandwidth, and copi
 call returns, work that the engine enqueues later may overwrite the pages. The engine's stream waits for the host link only if
 one call stores more than the ring holds; if too many bytes are waiting for the link, the store is refused.
 
-A load starts once the engine's stream has finished using the pages, and records one event per layer, so that layer *i + 1* is
-loaded while layer *i* computes. From pinned memory, the copy engine writes pieces that are long on both sides directly into the
-pages, and the kernel reads the rest; from pageable memory, everything passes through the ring.
+A load starts once the engine's stream has finished using the pages. From pinned memory, the copy engine writes pieces that are
+long on both sides directly into the pages, and the kernel reads the rest; from pageable memory, everything passes through the
+ring.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class Piece:
         return len(self.objects) * self.span[1]
 
 
-def pieces(shape: ObjectShape, objects: int, most: int, layers: range) -> Iterator[Piece]:
+def pieces(shape: ObjectShape, objects: int, most: int) -> Iterator[Piece]:
     """Cuts objects into pieces of at most `most` bytes (but at least one layer of one object), ordered by layer, then object."""
     at_once = max(1, most // (objects * max(size for _, size in shape.regions)))
-    for start in range(layers.start, layers.stop, at_once):
-        some = range(start, min(start + at_once, layers.stop))
-        for offset, layer_bytes in shape.regions:  # a layer is complete once it is complete in every region
+    for start in range(0, shape.layers, at_once):
+        some = range(start, min(start + at_once, shape.layers))
+        for offset, layer_bytes in shape.regions:
             step = max(1, most // (len(some) * layer_bytes))
             for first in range(0, objects, step):
                 yield Piece(range(first, min(first + step, objects)), offset, layer_bytes, some)
@@ -112,10 +112,9 @@ def of_piece(copies: Sequence[RowCopy], shape: ObjectShape, piece: Piece, starts
 class Completion:
     """Completion of one store or load."""
 
-    def __init__(self, streams: Streams, event: Any, layers: dict[int, Any]) -> None:
+    def __init__(self, streams: Streams, event: Any) -> None:
         self._streams = streams
         self._event = event
-        self._layers = layers
 
     def done(self) -> bool:
         """Whether all bytes have been copied."""
@@ -124,10 +123,6 @@ class Completion:
     def wait(self) -> None:
         """Blocks this thread until all bytes have been copied."""
         self._streams.synchronise(self._event)
-
-    def wait_layer(self, layer: int) -> None:
-        """Makes the engine's stream wait for one layer of a load; does not block this thread."""
-        self._streams.wait(self._streams.compute(), self._layers[layer])
 
 
 _ALIGN = 256  # bytes, of each part of a ring
@@ -230,7 +225,7 @@ class Pipeline:
                 return None
             compute, side = self._streams.compute(), self._streams.side("store")
             ring = self._ring("store", shape)
-            for piece in pieces(shape, len(outs), ring.part_bytes, range(shape.layers)):
+            for piece in pieces(shape, len(outs), ring.part_bytes):
                 part, address = ring.take()
                 if ring.free[part] is not None:
                     self._streams.wait(compute, ring.free[part])
@@ -240,7 +235,7 @@ class Pipeline:
                 ring.free[part] = self._streams.record(side)
             event = self._streams.record(side)
             self._stores.append((event, total, outs))
-            return Completion(self._streams, event, {})
+            return Completion(self._streams, event)
 
     def _release_done(self, in_flight: deque[tuple[Any, int, object]]) -> None:
         while in_flight and self._streams.done(in_flight[0][0]):
@@ -269,8 +264,6 @@ class Pipeline:
         *,
         pages: Sequence[torch.Tensor],
         after: Any = None,
-        layers: range | None = None,
-        by_layer: bool = False,
         direct: bool = False,
     ) -> Completion:
         """Copies objects into pages.
@@ -280,29 +273,21 @@ class Pipeline:
             srcs: uint8 `(shape.nbytes,)` host tensors; must not change before completion.
             pages: tensors whose storages hold the pages.
             after: an event from `now`, after which the pages may be overwritten; default: now.
-            layers: range of layers to load, default all.
-            by_layer: load layer by layer and record one event per layer.
             direct: the device can read `srcs` (pinned memory), so that staging memory is not needed.
         """
         after = self.now() if after is None else after
-        wanted = range(shape.layers) if layers is None else layers
         with self._load_lock:
             self._release_done(self._loads)
             h2d, scatter = self._streams.side("h2d"), self._streams.side("load")
             self._streams.wait(scatter, after)
             if direct:  # otherwise `h2d` only writes staging memory, which the engine never accesses
                 self._streams.wait(h2d, after)
-            events: dict[int, Any] = {}
-            for some in [range(i, i + 1) for i in wanted] if by_layer else [wanted]:
-                if direct:
-                    self._load_direct(h2d, scatter, copies, shape, srcs, pages, some)
-                else:
-                    self._load_staged(h2d, scatter, copies, shape, srcs, some)
-                event = self._streams.record(scatter)
-                events |= dict.fromkeys(some, event)
+                self._load_direct(h2d, scatter, copies, shape, srcs, pages)
+            else:
+                self._load_staged(h2d, scatter, copies, shape, srcs)
             event = self._streams.record(scatter)
             self._loads.append((event, 0, srcs))
-            return Completion(self._streams, event, events)
+            return Completion(self._streams, event)
 
     def _load_direct(
         self,
@@ -312,7 +297,6 @@ class Pipeline:
         shape: ObjectShape,
         srcs: Sequence[torch.Tensor],
         pages: Sequence[torch.Tensor],
-        layers: range,
     ) -> None:
         """Copies long pieces with the copy engine and short ones with a kernel that reads host memory, concurrently."""
         a: list[Ints] = []
@@ -320,7 +304,7 @@ class Pipeline:
         nbytes: list[Ints] = []
         rest: list[RowCopy] = []
         for offset, layer_bytes in shape.regions:
-            piece = Piece(range(len(srcs)), offset, layer_bytes, layers)
+            piece = Piece(range(len(srcs)), offset, layer_bytes, range(shape.layers))
             starts = np.array([src.data_ptr() + piece.span[0] for src in srcs], dtype=np.int64)
             for rows in of_piece(copies, shape, piece, starts):
                 divided = plan(rows, dma_bytes=self._dma_bytes)
@@ -340,11 +324,10 @@ class Pipeline:
         copies: Sequence[RowCopy],
         shape: ObjectShape,
         srcs: Sequence[torch.Tensor],
-        layers: range,
     ) -> None:
         """Copies pieces into the ring, then scatters them into the pages."""
         ring = self._ring("load", shape)
-        for piece in pieces(shape, len(srcs), ring.part_bytes, layers):
+        for piece in pieces(shape, len(srcs), ring.part_bytes):
             part, address = ring.take()
             if ring.free[part] is not None:
                 self._streams.wait(h2d, ring.free[part])

@@ -100,11 +100,6 @@ def plan(
     return CopyPlan(d_a, d_b, d_length, tuple(_rest(flat, object_of, unit_of, left)))
 
 
-def some_layers(copy: RowCopy, layers: slice) -> RowCopy:
-    """Restricts a copy to some layers."""
-    return replace(copy, a_base=copy.a_base[layers], b_layers=copy.b_layers[layers])
-
-
 def some_objects(copy: RowCopy, objects: slice | Ints) -> RowCopy:
     """Restricts a copy to some objects."""
     return replace(copy, a_units=copy.a_units[objects], b_base=copy.b_base[objects])

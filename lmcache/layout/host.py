@@ -9,7 +9,7 @@ from math import gcd
 
 import numpy as np
 
-from lmcache.layout.plan import Copy
+from lmcache.layout.plan import Copy, joined
 from lmcache_kernels import ELEMENTS, Rows, prepared_assignment, table
 
 _LONG_ROW = 32 << 10  # bytes; above this, restarting the prefetcher takes a negligible part of the time
@@ -40,7 +40,8 @@ def apart(copy: Copy) -> Iterator[Copy]:
             rows = replace(rows, offset=rows.offset + skip * part.step)
             piece, layer_rows = piece - skip, layer_rows - skip  # negative (skipped) rows stay negative
         back = replace(part.back, offset=part.back.offset + layers[0] * part.layer)
-        moved = part._replace(rows=rows, back=back, layer_rows=layer_rows)
+        lead = joined([(len(layers), part.layer), *part.units])
+        moved = part._replace(rows=rows, back=back, layer_rows=layer_rows, lead=lead)
         yield copy._replace(
             part=moved,
             numbers=piece.reshape(len(numbers), *(size for size, _ in moved.lead)),

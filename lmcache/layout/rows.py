@@ -12,9 +12,7 @@ from lmcache.layout.plan import Ints, Units, units_of
 from lmcache_kernels import SKIP, RowCopy, table
 
 
-def row_copies(
-    bound: BoundGroup, layout: ObjectLayout, ids: Ints, starts: Sequence[int], layers: slice | None = None
-) -> list[RowCopy]:
+def row_copies(bound: BoundGroup, layout: ObjectLayout, ids: Ints, starts: Sequence[int]) -> list[RowCopy]:
     """Returns the copies between slots `ids` (side A) and objects at addresses `starts` (side B).
 
     Args:
@@ -22,11 +20,10 @@ def row_copies(
         layout: layout of the objects.
         ids: int64 `(objects × tokens,)`, checked slots; −1 = skip.
         starts: address of each object's first byte.
-        layers: range of local layers, default all.
     """
-    wanted = range(*(layers or slice(None)).indices(layout.layers))
+    layers = range(layout.layers)
     return [
-        copy for units in units_of(bound, layout, ids, len(starts)) for copy in rows_of(units, bound, starts, wanted)
+        copy for units in units_of(bound, layout, ids, len(starts)) for copy in rows_of(units, bound, starts, layers)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The data plane of one rank: executes plans, moves bytes, decides nothing."""
+"""The data plane of one rank: executes plans, copies bytes, makes no decisions."""
 
 from lmcache.transfer.jobs import EngineView
 from lmcache.transfer.transfer import Transfer

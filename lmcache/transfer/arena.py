@@ -1,8 +1,8 @@
-"""Arenas: equal slots of device or host memory, one arena per layer group.
+"""Arenas: memory divided into slots of equal size, one arena per layer group.
 
-The index decides which slot holds what; an arena only owns the bytes. Equal slots mean O(1) reuse and no fragmentation.
-Memory grows in slabs as slots are first used, from a *provider*: anonymous pages (huge pages asked for where the kernel has
-them), pinned host memory for GPU copies, or any device.
+The index decides which slot holds which object; an arena only owns the memory. Equal sizes allow O(1) reuse without
+fragmentation. Memory is allocated in slabs when slots are first used, by a *provider*: anonymous pages (huge pages where the
+kernel has them), pinned host memory for GPU copies, or memory of any device.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Arena:
     """`slots` slots of `slot_bytes` bytes each, allocated in slabs on first use. Thread-safe.
 
     Args:
-        slots: how many slots there are; 0 is allowed.
-        slot_bytes: bytes per slot; rounded up to 4 KiB inside, so that every slot is page-aligned.
-        provider: where slabs come from.
+        slots: number of slots; 0 is allowed.
+        slot_bytes: bytes per slot; slots start at multiples of 4 KiB, so that each is page-aligned.
+        provider: allocates slabs.
         slab_bytes: size of a slab (at least one slot).
-        ahead_bytes: so much memory beyond what is in use is made present in the background, see `lmcache.transfer.prefault`.
-        reserve: take all slabs now. For pinned memory, of which a GiB takes up to a second under a lock of the driver.
+        ahead_bytes: bytes beyond the slots in use that are prefaulted in the background, see `lmcache.transfer.prefault`.
+        reserve: allocate all slabs now. For pinned memory: a GiB takes up to a second under a lock of the driver.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class Arena:
         self._views: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
         if reserve:
-            with contextlib.suppress(MemoryError):  # then slots of what could not be had fail when they are used
+            with contextlib.suppress(MemoryError):  # slots of the missing slabs fail when they are used
                 for slab in range(-(-slots // self._per_slab)):
                     self._slab(slab)
-        self._warmer = Warmer(ahead_bytes, slots * self.stride, self._from) if ahead_bytes and slots else None
+        self._warmer = Warmer(ahead_bytes, slots * self.stride, self._memory_from) if ahead_bytes and slots else None
 
     def view(self, slot: int) -> torch.Tensor:
-        """The slot's bytes: uint8, shape `(slot_bytes,)`. Neighbouring slots of one slab are `stride` bytes apart.
+        """Returns the slot's memory: uint8 `(slot_bytes,)`. Adjacent slots of one slab are `stride` bytes apart.
 
         Raises:
-            MemoryError: the slab that holds this slot cannot be allocated.
+            MemoryError: the slab that contains this slot cannot be allocated.
             IndexError: there is no such slot.
         """
         found = self._views.get(slot)
@@ -97,24 +97,24 @@ class Arena:
                 self._slabs[slab] = memory
             return memory
 
-    def _from(self, offset: int) -> torch.Tensor:
-        """The memory from an offset into all slots on, up to its slab's end."""
+    def _memory_from(self, offset: int) -> torch.Tensor:
+        """Returns the memory from `offset`, counted over all slots, to the end of its slab."""
         slab, inside = divmod(offset, self._per_slab * self.stride)
         return self._slab(slab)[inside:]
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all slabs so far."""
+        """Bytes of all allocated slabs."""
         with self._lock:
             return sum(slab.numel() for slab in self._slabs.values())
 
 
 def share_out(budget: int, sizes: Sequence[int]) -> list[int]:
-    """Arena slots per group: as many chunks as `budget` bytes hold of *all* groups together, and a few way stations.
+    """Returns the slots of each group's arena: the number of chunks, of all groups together, that fit into `budget` bytes.
 
-    `sizes` are bytes per object of each group. However small the budget, some slots exist towards the tiers below.
+    `sizes` are bytes per object of each group. There are always a few slots, because tiers are read and written through them.
     """
-    return [max(_WAY_STATIONS, budget // sum(sizes))] * len(sizes)
+    return [max(_MIN_SLOTS, budget // sum(sizes))] * len(sizes)
 
 
-_WAY_STATIONS = 8
+_MIN_SLOTS = 8

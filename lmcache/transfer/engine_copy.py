@@ -1,4 +1,4 @@
-"""How a transfer gets bytes in and out of engine memory: at once on the host, by streams on a device."""
+"""Copies objects between engine memory and host buffers: synchronously on the host, in stream order on a device."""
 
 from __future__ import annotations
 
@@ -13,40 +13,48 @@ from lmcache.layout.rows import row_copies
 from lmcache.layout.slots import check_slots
 from lmcache.observe.log import info
 from lmcache_kernels import DMA_BYTES, RowCopy
-from lmcache_kernels import pipeline as arrivals
 from lmcache_kernels.dispatch import copy_one, give_up, served_by_torch
 from lmcache_kernels.dma import Dma, Memory, find_driver
+from lmcache_kernels.pipeline import Completion as PipelineCompletion
 from lmcache_kernels.pipeline import CopyEngine, ObjectShape, Pipeline
 from lmcache_kernels.rowcopy import Ints
 from lmcache_kernels.streams import TorchStreams
 
 Completion = Callable[[], None]
-"""Blocks until the bytes are there. Called once, on a thread that may wait; raises what went wrong underway."""
+"""Blocks until all bytes have been copied. Called once, on a thread that may block; raises the copy's error."""
 
-
-_ALONE_BYTES = 1 << 20
+_MIN_SINGLE_COPY_BYTES = 1 << 20
+"""Minimum bytes of a copy by the copy engine where it copies pieces one by one, each by a call of its own."""
 
 
 class StagingFullError(Exception):
-    """There is no room to store through now; the caller counts a skipped store and goes on."""
+    """No staging memory is available for a store at the moment; nothing was copied."""
 
 
 class EngineCopier(Protocol):
-    """Moves objects between engine memory and host buffers. No call waits for a device."""
+    """Copies objects between engine memory and host buffers. No call waits for a device."""
 
     def now(self) -> object:
-        """This point of the engine's stream, for `load(after=…)`."""
+        """Returns the current point of the engine's stream, for `load(after=…)`."""
         ...
 
     def store(
         self, kv: BoundKV, group: int, slots: torch.Tensor, outs: Sequence[torch.Tensor], layout: ObjectLayout
     ) -> Completion | None:
-        """Engine → `outs`. On return, work enqueued later on the engine's stream may overwrite the source.
+        """Copies objects out of engine memory. Afterwards work enqueued on the engine's stream may overwrite the source.
 
-        None: the bytes are there. Otherwise `outs` must not be read before the arrival.
+        Args:
+            kv: the engine's memory.
+            group: index of the layer group.
+            slots: int64 `(objects × layout.tokens,)`, object after object; all resident.
+            outs: one uint8 `(layout.nbytes,)` tensor per object.
+            layout: layout of the objects.
+
+        Returns:
+            None if all bytes have been copied; otherwise `outs` must not be read before completion.
 
         Raises:
-            StagingFullError: nothing was moved.
+            StagingFullError: nothing was copied.
         """
         ...
 
@@ -59,15 +67,20 @@ class EngineCopier(Protocol):
         slots: torch.Tensor,
         after: object = None,
     ) -> Completion | None:
-        """`srcs` → engine, once its stream has passed `after` (default: now), from when on the pages are free.
+        """Copies objects into engine memory, skipping tokens whose slot is −1.
 
-        None: the bytes are there; otherwise `srcs` must stay as they are until the arrival.
+        Args:
+            srcs, layout, kv, group, slots: as for `store`; slots are distinct, or −1.
+            after: point of the engine's stream after which the pages are free; default: now.
+
+        Returns:
+            None if all bytes have been copied; otherwise `srcs` must not change before completion.
         """
         ...
 
 
 class HostCopier:
-    """Engine memory that the host reaches: `gather` and `scatter`, done when they return."""
+    """Copies engine memory that the host can access, with `gather` and `scatter`; complete on return."""
 
     def now(self) -> None:
         """See `EngineCopier`."""
@@ -92,19 +105,19 @@ class HostCopier:
 
 
 class DeviceCopier:
-    """Engine memory of an accelerator: in stream order, through `lmcache_kernels.pipeline`.
+    """Copies engine memory of an accelerator in stream order, through `lmcache_kernels.pipeline`.
 
-    Where kernels turn out not to run, `gather` and `scatter` do the work by tensor operations, and wait for it.
+    If kernels do not run on the device, `gather` and `scatter` copy with tensor operations, and block.
 
     Args:
-        device: where the engine's memory lies.
-        pipeline: of that device.
+        device: the engine's device.
+        pipeline: the device's pipeline.
     """
 
     def __init__(self, device: torch.device, pipeline: Pipeline) -> None:
         self._device = device
         self._pipeline = pipeline
-        self._plain = HostCopier()
+        self._fallback = HostCopier()
 
     def now(self) -> object:
         """See `EngineCopier`."""
@@ -114,21 +127,21 @@ class DeviceCopier:
         self, kv: BoundKV, group: int, slots: torch.Tensor, outs: Sequence[torch.Tensor], layout: ObjectLayout
     ) -> Completion | None:
         """See `EngineCopier`."""
-        self._here()
+        self._use_device()
         if not served_by_torch(self._device):
             copies = self._copies(kv, group, slots, len(outs), layout, missing=False)
             try:
-                arrival = self._pipeline.store(copies, shape_of(layout), outs)
+                completion = self._pipeline.store(copies, shape_of(layout), outs)
             except torch.OutOfMemoryError as error:
                 self._pipeline.drain()
                 raise StagingFullError("no device memory for staging") from error
             except Exception as error:
                 self._give_up(error)
             else:
-                if arrival is None:
+                if completion is None:
                     raise StagingFullError("copies to the host are too far behind")
-                return self._arrival(arrival)
-        self._plain.store(kv, group, slots, outs, layout)
+                return self._completion(completion)
+        self._fallback.store(kv, group, slots, outs, layout)
         return None
 
     def load(
@@ -141,11 +154,11 @@ class DeviceCopier:
         after: object = None,
     ) -> Completion | None:
         """See `EngineCopier`."""
-        self._here()
+        self._use_device()
         if not served_by_torch(self._device):
             copies = self._copies(kv, group, slots, len(srcs), layout, missing=True)
             try:
-                arrival = self._pipeline.load(
+                completion = self._pipeline.load(
                     copies,
                     shape_of(layout),
                     srcs,
@@ -159,47 +172,47 @@ class DeviceCopier:
             except Exception as error:
                 self._give_up(error)
             else:
-                return self._arrival(arrival)
+                return self._completion(completion)
         if after is not None:
             self._pipeline.wait_for(after)
-        self._plain.load(srcs, layout, kv, group, slots)
+        self._fallback.load(srcs, layout, kv, group, slots)
         self._pipeline.wait_for(self._pipeline.now())  # tensor operations only enqueue
         return None
 
     def _give_up(self, error: Exception) -> None:
-        """Kernels do not run here. What was enqueued before that was found out must not come later than what replaces it."""
+        """Switches to tensor operations. Work that was enqueued before the error must end before its replacement begins."""
         give_up(self._device, error)
         self._pipeline.drain()
 
-    def _arrival(self, arrival: arrivals.Completion) -> Completion:
+    def _completion(self, event: PipelineCompletion) -> Completion:
         def wait() -> None:
-            self._here()
-            arrival.wait()
+            self._use_device()
+            event.wait()
 
         return wait
 
-    def _here(self) -> None:
-        """Threads of the cache begin on device 0, and would open a context of half a GiB there by touching an event."""
+    def _use_device(self) -> None:
+        """Selects the engine's device on the cache's threads, which would create a context of half a GiB on device 0."""
         if self._device.index is not None and threading.current_thread().name.startswith("lmcache-"):
             torch.accelerator.set_device_index(self._device.index)
 
     def _copies(
         self, kv: BoundKV, group: int, slots: torch.Tensor, objects: int, layout: ObjectLayout, *, missing: bool
     ) -> list[RowCopy]:
-        """Checked; object i begins at address `i × layout.nbytes`."""
+        """Checks the slots and returns the copies; object i starts at address `i × layout.nbytes`."""
         bound = kv.groups[group]
         ids = check_slots(slots, bound.num_slots, objects * layout.tokens, missing=missing, unique=missing)
         return row_copies(bound, layout, ids, [i * layout.nbytes for i in range(objects)])
 
 
 def shape_of(layout: ObjectLayout) -> ObjectShape:
-    """How an object's bytes fall into layers."""
+    """Returns the division of an object's bytes into layers."""
     first = [segment for segment in layout.segments() if segment.layer == 0]
     return ObjectShape(layout.nbytes, layout.layers, tuple((s.offset, s.nbytes) for s in first))
 
 
 def copy_engine(copies: Dma, device: torch.device) -> CopyEngine:
-    """`copies` between `device` and the host, as a pipeline calls for them."""
+    """Returns `copies` as a pipeline's copy engine, between `device` and the host."""
 
     def engine(
         dst: Ints,
@@ -220,20 +233,19 @@ def copy_engine(copies: Dma, device: torch.device) -> CopyEngine:
 def open_copier(
     device: torch.device, *, staging_bytes: int = 256 << 20, copy_engine_bytes: int = DMA_BYTES
 ) -> EngineCopier:
-    """What moves bytes in and out of this device's memory.
+    """Opens the copier for a device's memory.
 
     Args:
-        device: where the engine's memory lies.
+        device: the engine's device.
         staging_bytes, copy_engine_bytes: see `lmcache.Config`.
     """
     if device.type == "cpu":
         return HostCopier()
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         info("copy-engine", detail=line)
 
-    copies = Dma(find_driver(device, say), say=say)
-
+    copies = Dma(find_driver(device, log), say=log)
     pipeline = Pipeline(
         TorchStreams(device),
         device,
@@ -241,7 +253,7 @@ def open_copier(
         copy_engine(copies, device),
         staging=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device),
         staging_bytes=staging_bytes,
-        # The limit is that of batched copies; one by one, every piece costs a call.
-        dma_bytes=copy_engine_bytes if copies.driver is not None else max(copy_engine_bytes, _ALONE_BYTES),
+        # `copy_engine_bytes` assumes batched copies.
+        dma_bytes=copy_engine_bytes if copies.driver is not None else max(copy_engine_bytes, _MIN_SINGLE_COPY_BYTES),
     )
     return DeviceCopier(device, pipeline)

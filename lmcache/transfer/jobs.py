@@ -1,8 +1,8 @@
-"""What a transfer was asked to do, how far it is, what each slot holds, and what the index has acknowledged.
+"""State of a transfer's jobs and arena slots, and the reports that the index has not acknowledged yet.
 
-Two guards live here that make a stale instruction harmless. Each slot carries the name and generation of what was put into
-it, and nothing is read from a slot whose tag is not exactly what the op says. And an op past its deadline can no longer
-*begin* to write engine memory: the check and the mark are one step under one lock.
+Two guards make stale plans harmless. Each slot is tagged with the name and generation of its object, and an op reads a slot only
+if the tag matches exactly. And an op past its deadline cannot *begin* to write engine memory: the check, and the mark that it is
+writing, are one step under one lock.
 """
 
 from __future__ import annotations
@@ -10,25 +10,33 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from lmcache.keys import Name
 from lmcache.layout import BoundKV, ObjectLayout
+from lmcache.observe.log import Throttle
+from lmcache.observe.metrics import Metrics
 from lmcache.plan import ArenaSlot, Copy, Job, JobReport, Op, Plan, Report, Status
+from lmcache.transfer.workers import Workers
 
 SlotKey = tuple[int, int]
 """(group, slot index)"""
 
 
+_WARNED = frozenset({Status.CORRUPT, Status.FAILED, Status.FULL, Status.LATE})
+"""Statuses that are counted and logged; a missing object or a cancelled op is normal operation."""
+
+
 class EngineView(NamedTuple):
-    """The engine memory a job copies from or to.
+    """The engine memory that a job copies from or to.
 
     Attributes:
         kv: the live tensors.
-        slots: group → int64 tensor, one slot per token of the request (−1 = not resident, never read or written).
+        slots: group → int64 `(tokens,)`, one slot per token of the request; −1 = not resident, never read or written.
     """
 
     kv: BoundKV
@@ -36,7 +44,7 @@ class EngineView(NamedTuple):
 
 
 class ActiveJob:
-    """One job under way. Only the ledger changes it."""
+    """A job in progress. Only `JobTracker` changes it, except for `after`."""
 
     __slots__ = (
         "after",
@@ -55,18 +63,18 @@ class ActiveJob:
     def __init__(self, job: Job, view: EngineView | None, epoch: int, now: float) -> None:
         self.job = job
         self.view = view
-        self.after: object = None  # the point of the engine's stream at which it was begun
+        self.after: object = None  # point of the engine's stream after which it may write pages
         self.epoch = epoch
         self.deadline = now + job.deadline if job.deadline else None
         self.statuses = [Status.PENDING] * len(job.ops)
         self.unfinished = set(range(len(job.ops)))  # ops that may still touch memory
-        self.moving = 0  # ops writing engine memory at this moment
-        self.late = False  # no op may begin to write engine memory any more
+        self.moving = 0  # ops that are writing engine memory now
+        self.late = False  # no op may begin to write engine memory
         self.nbytes = 0
         self.detail = ""
 
     def copy(self, index: int) -> Copy:
-        """Op `index`, which the caller knows to be a copy."""
+        """Returns op `index`, which must be a copy."""
         op = self.job.ops[index]
         assert isinstance(op, Copy)
         return op
@@ -79,7 +87,11 @@ class _Tag(NamedTuple):
 
 
 class JobTracker:
-    """Thread-safe bookkeeping of one rank's jobs and slot contents."""
+    """Tracks one rank's jobs and slot contents. Thread-safe.
+
+    Attributes:
+        news: grows whenever a job report is added or changes; read without the lock.
+    """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -91,13 +103,13 @@ class JobTracker:
         self._reports: dict[int, JobReport] = {}
         self._first_sent: dict[int, int] = {}
         self._tags: dict[SlotKey, _Tag] = {}
-        self._stale: Counter[SlotKey] = Counter()  # slots that calls from before the last reset still use
+        self._stale: Counter[SlotKey] = Counter()  # slot → ops from before a reset that still use it
         self.news = 0
 
     # ---------------------------------------------------------------- plans and reports
 
     def begin(self, plan: Plan, views: Mapping[int, EngineView]) -> list[ActiveJob]:
-        """Take up the jobs of `plan` that are new; a plan may come twice. A new epoch voids everything older."""
+        """Registers and returns the new jobs of `plan`; a plan may be delivered twice. A new epoch voids everything older."""
         now = time.monotonic()
         started = []
         with self._lock:
@@ -112,7 +124,7 @@ class JobTracker:
         return started
 
     def report(self) -> Report:
-        """Everything the index has not acknowledged, deadlines applied."""
+        """Applies deadlines, and returns all job reports that the index has not acknowledged."""
         with self._lock:
             self._expire(time.monotonic())
             self._seq += 1
@@ -123,11 +135,11 @@ class JobTracker:
     def finish(
         self, active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
     ) -> None:
-        """Record how ops ended. From here on they touch no memory."""
+        """Records how ops ended. The caller guarantees that they touch no memory any more."""
         with self._lock:
             for index in indices:
                 active.unfinished.discard(index)
-                if active.statuses[index] is Status.PENDING:  # else it was declared late
+                if active.statuses[index] is Status.PENDING:  # otherwise it was reported as late
                     active.statuses[index] = status
                 if active.epoch != self._epoch and (key := slot_of(active.job.ops[index])) is not None:
                     self._stale[key] -= 1
@@ -138,7 +150,7 @@ class JobTracker:
                 self._publish(active)
 
     def wait(self, seen: int, timeout: float) -> None:
-        """Return when `news` is no longer `seen`, when a deadline passes, or after `timeout` seconds."""
+        """Blocks until `news` differs from `seen`, a deadline passes, or `timeout` seconds have passed."""
         with self._lock:
             if self.news != seen:
                 return
@@ -148,14 +160,14 @@ class JobTracker:
             self._changed.wait(timeout)
 
     def running(self, kind: str | None = None) -> int:
-        """How many jobs (of one kind) are under way."""
+        """Returns the number of jobs (of one kind) in progress."""
         with self._lock:
             return sum(1 for active in self._running.values() if kind is None or active.job.kind == kind)
 
     # ---------------------------------------------------------------- engine memory
 
     def begin_engine_write(self, active: ActiveJob) -> bool:
-        """From here until `end_engine_write` the job counts as writing; False once it is late or fenced."""
+        """Marks the job as writing until `end_engine_write`. Returns False if it is late or fenced: it must not write."""
         with self._lock:
             if active.late or (active.deadline is not None and time.monotonic() >= active.deadline):
                 return False
@@ -163,14 +175,14 @@ class JobTracker:
             return True
 
     def end_engine_write(self, active: ActiveJob) -> None:
-        """See `begin_engine_write`."""
+        """Ends what `begin_engine_write` began."""
         with self._lock:
             active.moving -= 1
             if active.moving == 0:
                 self._changed.notify_all()
 
     def fence(self, jobs: Sequence[int], timeout: float | None) -> bool:
-        """Forbid new writes of `jobs` to engine memory and wait for the current ones; False after `timeout` seconds."""
+        """Forbids new writes of `jobs` to engine memory and waits for the current ones; False after `timeout` seconds."""
         with self._lock:
             started = [self._running[job] for job in jobs if job in self._running]
             for active in started:
@@ -180,10 +192,10 @@ class JobTracker:
     # ---------------------------------------------------------------- slot contents
 
     def claim(self, group: int, slot: int) -> None:
-        """Take a slot's memory for writing: whatever it held is gone.
+        """Removes the slot's tag, so that its memory may be written.
 
         Raises:
-            MemoryError: a call from before the last reset still reads or writes it.
+            MemoryError: a call from before the last reset still reads or writes the slot.
         """
         with self._lock:
             self._tags.pop((group, slot), None)
@@ -191,7 +203,7 @@ class JobTracker:
                 raise MemoryError(f"slot {slot} of group {group} is still used by a call from before the last reset")
 
     def tag(self, active: ActiveJob, indices: Sequence[int], layout: ObjectLayout) -> None:
-        """The destination slots of these ops now hold their objects, in `layout`."""
+        """Tags the destination slots of these ops with their objects, which are in `layout`."""
         with self._lock:
             if active.epoch != self._epoch:
                 return
@@ -200,14 +212,14 @@ class JobTracker:
                 self._tags[copy.name.group, copy.dst.index] = _Tag(copy.name, copy.dst.generation, layout)
 
     def layouts(self, active: ActiveJob, indices: Sequence[int]) -> list[ObjectLayout | None]:
-        """In which layout the source slot of each op holds its object; None where it does not hold exactly that object."""
+        """Returns for each op the layout of the object in its source slot; None if the slot does not hold exactly that object."""
         with self._lock:
             found: list[ObjectLayout | None] = []
             for copy in map(active.copy, indices):
                 assert isinstance(copy.src, ArenaSlot)
                 tag = self._tags.get((copy.name.group, copy.src.index))
-                right = tag is not None and tag.name == copy.name and tag.generation == copy.src.generation
-                found.append(tag.layout if right and tag is not None and active.epoch == self._epoch else None)
+                exact = tag is not None and tag.name == copy.name and tag.generation == copy.src.generation
+                found.append(tag.layout if exact and tag is not None and active.epoch == self._epoch else None)
             return found
 
     # ---------------------------------------------------------------- lock held
@@ -237,7 +249,7 @@ class JobTracker:
             self._publish(active)
 
     def _publish(self, active: ActiveJob) -> None:
-        if self._running.get(active.job.id) is not active:  # of an epoch that is over
+        if self._running.get(active.job.id) is not active:  # from an earlier epoch
             return
         final = not active.unfinished
         statuses = tuple(int(status) for status in active.statuses)
@@ -250,9 +262,45 @@ class JobTracker:
 
 
 def slot_of(op: Op) -> SlotKey | None:
-    """The slot an op reads or writes."""
+    """Returns the arena slot that an op reads or writes, if any."""
     if isinstance(op, Copy):
         for place in (op.src, op.dst):
             if isinstance(place, ArenaSlot):
                 return op.name.group, place.index
     return None
+
+
+class JobRunner:
+    """Runs tasks that execute ops of a job. Thread-safe.
+
+    Args:
+        tracker: where the ops' statuses are recorded.
+        metrics, log: where failures are counted and logged.
+    """
+
+    def __init__(self, tracker: JobTracker, metrics: Metrics, log: Throttle) -> None:
+        self.tracker = tracker
+        self._metrics = metrics
+        self._log = log
+
+    def finish(
+        self, active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
+    ) -> None:
+        """Records how ops ended; see `JobTracker.finish`."""
+        self.tracker.finish(active, indices, status, nbytes, detail)
+        if indices and status in _WARNED:
+            self._metrics.failed(active.job.kind, status.name.lower(), len(indices))
+            self._log.warning(f"{active.job.kind}-{status.name.lower()}", objects=len(indices), detail=detail)
+
+    def guard(self, active: ActiveJob, indices: Sequence[int], task: Callable[[], object]) -> None:
+        """Runs `task`; if it raises, those of its ops `indices` that are unfinished fail. No other place catches everything."""
+        try:
+            task()
+        except Exception as error:
+            left = [i for i in indices if i in active.unfinished]
+            self.finish(active, left, Status.FAILED, detail=f"{type(error).__name__}: {error}")
+
+    def submit(self, workers: Workers, active: ActiveJob, indices: Sequence[int], task: Callable[[], object]) -> None:
+        """Runs `task` on a thread of `workers`, guarded. If none can run it, its ops `indices` are cancelled."""
+        if not workers.submit(partial(self.guard, active, indices, task)):
+            self.finish(active, indices, Status.CANCELLED, detail="the cache is closed, or no thread can be started")

@@ -1,7 +1,7 @@
-"""Memory made present before it is needed: the first touch of a page costs more than copying into it.
+"""Prefaults memory in the background, because the first write to a page costs more than copying into it.
 
-A kernel hands out zeroed pages when they are first written, and a virtual machine's host may have to find them first: filling
-fresh memory then runs at a tenth of memcpy's speed. A thread of its own touches the pages ahead of whoever fills them.
+The kernel provides and zeroes a page on its first write, and under virtualisation the host may have to provide it too: filling
+fresh memory then runs at a tenth of memcpy's speed. A separate thread populates the pages ahead of their use.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Callable
 import torch
 
 _POPULATE_WRITE = 23
-"""`MADV_POPULATE_WRITE`: Linux 5.14 and newer; elsewhere nothing is warmed, and nothing else changes."""
+"""`MADV_POPULATE_WRITE`, Linux 5.14 and newer; elsewhere nothing is prefaulted."""
 
 _PIECE_BYTES = 32 << 20
 _PAGE = 4096
 
 
 class Warmer:
-    """Keeps the next `ahead` bytes of a growing use of memory present.
+    """Keeps `ahead` bytes beyond the memory in use prefaulted.
 
     Args:
         ahead: bytes.
-        total: bytes there are.
-        memory: `memory(offset)` → the uint8 tensor from this offset to the end of its allocation; it may allocate.
+        total: total bytes of the memory.
+        memory: `memory(offset)` → uint8 tensor from this offset to the end of its allocation; it may allocate.
     """
 
     def __init__(self, ahead: int, total: int, memory: Callable[[int], torch.Tensor]) -> None:
@@ -41,11 +41,11 @@ class Warmer:
         self.reached(0)
 
     def reached(self, offset: int) -> None:
-        """Memory is in use up to `offset`."""
+        """Reports that memory is in use up to `offset`."""
         wanted = min(self._total, offset + self._ahead)
         with self._lock:
-            # Not for every little step: a thread is started when half of the lead is gone.
-            if self._libc is None or wanted <= self._wanted or (wanted < self._total and self._lead(wanted)):
+            # Starts a thread only once half of the prefaulted memory is used up.
+            if self._libc is None or wanted <= self._wanted or (wanted < self._total and self._enough(wanted)):
                 return
             self._wanted = wanted
             if self._running:
@@ -53,7 +53,7 @@ class Warmer:
             self._running = True
         threading.Thread(target=self._run, name="lmcache-warm", daemon=True).start()
 
-    def _lead(self, wanted: int) -> bool:
+    def _enough(self, wanted: int) -> bool:
         return self._wanted > 0 and wanted - self._wanted < self._ahead // 2
 
     def _run(self) -> None:
@@ -65,14 +65,14 @@ class Warmer:
                 start = self._done
                 size = min(_PIECE_BYTES, self._wanted - start)
             try:
-                size = self._touch(start, size)
-            except (MemoryError, RuntimeError):  # there is not as much memory as was hoped for: not our concern
+                size = self._populate(start, size)
+            except (MemoryError, RuntimeError):  # out of memory: reported when the slots are used
                 size = 0
             with self._lock:
                 self._done = start + size if size else self._total
 
-    def _touch(self, start: int, size: int) -> int:
-        """Bytes made present; 0 where that is not possible."""
+    def _populate(self, start: int, size: int) -> int:
+        """Returns how many bytes were prefaulted; 0 if that is not possible."""
         memory = self._memory(start)
         first = memory.data_ptr()
         size = min(size, memory.numel())

@@ -1,4 +1,4 @@
-"""The data plane of one rank, opened from the settings: its tiers, its arenas, and the transfer between them and the engine."""
+"""Opens the data plane of one rank from the settings: tiers, arenas, and the transfer between them and the engine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lmcache.transfer.engine_copy import open_copier
 from lmcache.transfer.transfer import Transfer
 
 CLOSE_S = 5.0
-"""Seconds that closing waits for threads before it leaves a hung tier call behind."""
+"""Seconds that closing waits for threads before it abandons a hung tier call."""
 
 _AHEAD_BYTES = 256 << 20
-"""Pageable host memory that is made present before it is needed, all groups together."""
+"""Bytes of pageable host memory that are prefaulted ahead of use, all groups together."""
 
 
 class Rank:
@@ -34,7 +34,7 @@ class Rank:
         transfer: executes plans.
         tiers: nearest first.
         arenas: one per group.
-        memory: which host memory the arenas use and why, for the log.
+        memory: the kind of host memory that the arenas use and why, for the log.
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class Rank:
         return tuple(arena.slots for arena in self.arenas)
 
     def measure(self) -> None:
-        """Asks every tier that evicts how full it is; `facts` counts from there. Takes as long as the tiers take."""
+        """Measures the used bytes of every tier that evicts (blocking); `facts` adds later writes."""
         for position, tier in enumerate(self.tiers):
             if usable_bytes(tier) is not None:
-                self.transfer.measure(position)
+                self.transfer.tier_copier.measure(position)
 
     def facts(self) -> list[TierFacts]:
-        """What is known of each tier's room and speed, without asking it."""
-        return self.transfer.facts()
+        """Returns fill level and throughput of each tier, without calling it."""
+        return self.transfer.tier_copier.facts()
 
     def flush(self, *, durable: bool = False) -> None:
-        """Returns when all that was written to the tiers is visible and safe from kill −9 (`durable`: and power loss)."""
+        """Waits until everything written to the tiers is visible and survives kill −9 (`durable`: and power loss)."""
         for tier in self.tiers:
             tier.flush(durable=durable)
 
@@ -70,7 +70,7 @@ class Rank:
         """Removes every object (of these namespaces) from the tiers; returns how many.
 
         Raises:
-            TierError: some could not be removed and may still be served.
+            TierError: some objects could not be removed and may still be served.
         """
         wanted: Sequence[bytes | None] = [None] if namespaces is None else namespaces
         removed = 0
@@ -80,14 +80,14 @@ class Rank:
             if kept:
                 raise TierError(
                     f"{kept} objects are still on tier {tier.name!r} and may be served: "
-                    "stop whoever is writing to it, or make it writable, and clear again"
+                    "stop other processes that write to it, or make it writable, and clear again"
                 )
             if usable_bytes(tier) is not None:
-                self.transfer.measure(position)
+                self.transfer.tier_copier.measure(position)
         return removed
 
     def close(self, timeout: float = CLOSE_S) -> None:
-        """Finishes queued work, ends the threads, releases the tiers. What still hangs after `timeout` seconds is left behind."""
+        """Finishes queued work, ends the threads, closes the tiers; after `timeout` seconds abandons calls that still hang."""
         until = time.monotonic() + timeout
         if self.transfer.close(max(0.0, until - time.monotonic())):
             for tier in self.tiers:
@@ -110,15 +110,15 @@ def open_rank(
     """Opens the data plane of one of `ranks` ranks.
 
     Args:
-        config: settings. Memory and queue are for all ranks of this host together.
-        spec: what this rank's KV is.
+        config: settings. Memory and queue sizes are for all ranks of this host together.
+        spec: spec of this rank's KV.
         metrics, log: where failures are counted and logged.
         rank, ranks: this rank's number, and how many there are.
-        chunk_tokens: tokens per chunk, where the engine's blocks require another number than `config.chunk_tokens`.
-        tiers: the tiers below DRAM, nearest first; by default those that `config` names.
+        chunk_tokens: tokens per chunk, if the engine's blocks require another number than `config.chunk_tokens`.
+        tiers: the tiers below DRAM, nearest first; by default those in `config`.
 
     Raises:
-        ConfigError: memory cannot be pinned, and `config.pin_memory` demands it.
+        ConfigError: memory cannot be pinned, and `config.pin_memory` requires it.
         TierError: a tier cannot be opened and `config.strict` is set; otherwise the rank runs without it.
     """
     chunk = chunk_tokens or config.chunk_tokens

@@ -1,4 +1,4 @@
-"""What the data plane measures about a tier, for those who decide what goes there."""
+"""Measures the read throughput of a tier, for admission."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 
 class Meter:
-    """Throughput of loads: bytes, and the time in which any of them was under way. Thread-safe.
+    """Throughput of loads: bytes loaded, and the time during which at least one load was in progress. Thread-safe.
 
-    Objects that load at the same time share that time, so that `bytes / busy` is what all threads together get.
+    Concurrent loads share that time, so that `bytes / busy` is the throughput of all threads together.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -24,7 +24,7 @@ class Meter:
 
     @contextmanager
     def load(self) -> Iterator[Callable[[int], None]]:
-        """The body reads one object, and calls what it is given with the bytes that were good."""
+        """Times the load of one object. The body calls the returned function with the bytes loaded and verified."""
         with self._lock:
             now = self._clock()
             if not self._active:
@@ -39,9 +39,9 @@ class Meter:
                     self._busy += self._clock() - self._since
 
     def read(self) -> tuple[int, float]:
-        """(bytes, seconds) of all loads, up to now."""
+        """Returns (bytes, seconds) of all loads up to now."""
         with self._lock:
-            if self._active:  # time is counted up to now, as the bytes are
+            if self._active:  # includes the time of loads in progress, because their bytes may be counted already
                 now = self._clock()
                 self._busy += now - self._since
                 self._since = now

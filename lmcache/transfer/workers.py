@@ -1,7 +1,7 @@
 """A pool of daemon threads for blocking tier calls.
 
-Why not `concurrent.futures`: its threads are joined at interpreter exit, so one call that hangs in a dead remote would keep
-the engine's process from ending. These threads are started on demand and may be left behind.
+`concurrent.futures` joins its threads at interpreter exit, so a call that hangs in a dead remote would keep the engine's process
+from ending. These threads are started on demand and may be abandoned.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Workers:
 
     @property
     def queued(self) -> int:
-        """Tasks that no thread has begun."""
+        """Number of tasks that no thread has started."""
         with self._lock:
             return self._queued
 
     def submit(self, task: Task) -> bool:
-        """Runs `task` soon; False if it will never run: the pool is closed, or has no thread and cannot start one."""
+        """Queues `task`. Returns False if it will never run: the pool is closed, or has no thread and cannot start one."""
         with self._lock:
             if self._closed:
                 return False
@@ -42,7 +42,7 @@ class Workers:
                 thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:  # the system has no more; those that run will do
+                except RuntimeError:  # the system has no more threads; those of the pool suffice
                     if not self._threads:
                         return False
                 else:
@@ -52,7 +52,7 @@ class Workers:
         return True
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Let queued tasks finish and end the threads; False if `timeout` seconds are not enough for that."""
+        """Finishes queued tasks and ends the threads; False if that takes longer than `timeout` seconds."""
         with self._lock:
             self._closed = True
             threads = list(self._threads)

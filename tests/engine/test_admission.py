@@ -1,4 +1,4 @@
-"""What goes to a real, small, full disk: fewer writes, no fewer hits, and what a restart finds of it."""
+"""Admission to a real, small, full disk: fewer writes, no fewer hits, also after a restart."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.janitor import Timing
 from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
-CAPACITY = 1 << 20  # some 140 objects
+CAPACITY = 1 << 20  # about 140 objects
 PROMPT = 4 * CHUNK
 
 
 def disk(path: Path) -> DiskTier:
-    """Uses are told apart to the hundredth of a second."""
+    """A disk tier that records times of use to a hundredth of a second."""
     return DiskTier(path, CAPACITY, timing=Timing(grain=0.01))
 
 
@@ -33,13 +33,13 @@ def prompt(seed: int) -> torch.Tensor:
 
 
 def traffic() -> list[int]:
-    """Eight prompts that come back, among a thousand that do not."""
+    """Returns seeds of prompts: eight that recur, among hundreds that do not."""
     rng = random.Random(5)
     return [rng.randrange(8) if i % 8 == 0 else 100 + i for i in range(1000)]
 
 
 def serve(cache: CacheEngine, seeds: list[int], pool: Pool) -> int:
-    """As an engine would: look up, load what is there, store all of it. Tokens that were loaded."""
+    """Looks up, loads and stores each prompt, as an engine does; returns how many tokens were loaded."""
     slots = scattered(PROMPT, pool)
     loaded = 0
     for seed in seeds:
@@ -57,7 +57,7 @@ def written(cache: CacheEngine) -> float:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, float, float, int]]:
-    """admission → tokens loaded, bytes written, objects refused, tokens a new process finds of the eight."""
+    """Returns admission → tokens loaded, bytes written, objects refused, tokens of the eight found after a restart."""
     found = {}
     for admission in ("all", "second", "adaptive"):
         path = tmp_path_factory.mktemp(admission)
@@ -79,10 +79,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, flo
 def test_on_a_full_disk_less_is_written_and_no_less_found(served: dict[str, tuple[int, float, float, int]]) -> None:
     everything = served["all"]
     assert everything[2] == 0
-    for choosy in (served["second"], served["adaptive"]):
-        assert choosy[0] >= everything[0]
-        assert choosy[1] <= 0.4 * everything[1]
-        assert choosy[2] > 1000
+    for selective in (served["second"], served["adaptive"]):
+        assert selective[0] >= everything[0]
+        assert selective[1] <= 0.4 * everything[1]
+        assert selective[2] > 1000
 
 
 def test_after_a_restart_what_comes_back_is_there(served: dict[str, tuple[int, float, float, int]]) -> None:
@@ -128,24 +128,24 @@ def test_objects_under_an_engines_own_keys_are_subject_to_it_too(tmp_path: Path)
             assert objects.store([f"{i}-{k}" for k in range(4)], pool.kv, slots) == 4
             cache.flush()
         assert cache.stats()["index_refused"] > 100
-        assert objects.store(["79-0"], pool.kv, slots[:CHUNK]) == 0, "it is in memory"
-        for i in range(100, 110):  # until it is not
+        assert objects.store(["79-0"], pool.kv, slots[:CHUNK]) == 0, "it is in DRAM"
+        for i in range(100, 110):  # evicts it from DRAM
             objects.store([f"{i}-{k}" for k in range(4)], pool.kv, slots)
         before = written(cache)
         assert objects.store([f"79-{k}" for k in range(4)], pool.kv, slots) == 4
         cache.flush()
-        assert written(cache) > before, "it had to be stored again"
+        assert written(cache) > before, "it was not written when stored again"
 
 
 def test_a_tier_that_loads_slower_than_its_kv_is_computed_is_written_no_more(tmp_path: Path) -> None:
     pool = Pool("packed", 100, seed=1)
     with engine(tmp_path, "all", prefill_tokens_per_s=1e12) as cache:
         serve(cache, list(range(20)), pool)
-        assert cache.stats().get("index_refused", 0) == 0, "its speed is not known yet"
+        assert cache.stats().get("index_refused", 0) == 0, "its throughput is not measured yet"
         pace = cache._plane.admission._pace
         assert pace is not None
         rounds = 0
-        while not pace._load.get(0) or len(pace._load[0]) < pace.FEW:  # a measurement is 8 MiB
+        while not pace._load.get(0) or len(pace._load[0]) < pace.FEW:  # one measurement takes 8 MiB
             serve(cache, list(range(20)), pool)
             rounds += 1
             assert rounds < 2000

@@ -1,4 +1,4 @@
-"""kill −9 in the middle of storing: a restart serves only right bits, and everything that was flushed."""
+"""kill −9 during stores: after a restart only correct bytes are served, and everything that was flushed is found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole cache over engine memory that is reached by streams: the contract of caches, on a device that is put off."""
+"""The contract of caches with engine memory on a simulated device, whose streams run as late as possible."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ CPU = torch.device("cpu")
 
 
 class Opened:
-    """`open_copier` of a device whose work is put off; `movers` counts what was opened."""
+    """`open_copier` for a device with deferred streams; `copiers` counts the calls."""
 
     def __init__(self, kernel: Kernel = copy_rows, *, direct: bool = False) -> None:
         self.kernel = kernel
         self.direct = direct
-        self.movers = 0
+        self.copiers = 0
 
     def __call__(self, device: torch.device, *, staging_bytes: int, copy_engine_bytes: int) -> DeviceCopier:
-        self.movers += 1
-        streams = Deferred(random.Random(self.movers).randrange)
+        self.copiers += 1
+        streams = Deferred(random.Random(self.copiers).randrange)
         pipeline = Pipeline(
             streams,
             CPU,
             self.kernel,
             copy_engine(Dma(), CPU),
             staging=lambda nbytes: torch.full((nbytes,), 0xAA, dtype=torch.uint8),
-            staging_bytes=20_000,  # so that its parts are used again and again
+            staging_bytes=20_000,  # small, so that its parts are reused
             dma_bytes=64,
         )
         if self.direct:
@@ -61,7 +61,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class PatientEngine(CacheEngine):
-    """The contract asks for what was stored a line before: wait until it has arrived, as `flush` would."""
+    """Waits for each store: the contract's tests look up what they have just stored."""
 
     def _store(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
         accepted = super()._store(chain, kv, slots)
@@ -70,7 +70,7 @@ class PatientEngine(CacheEngine):
 
 
 class OnADevice:
-    """`open_cache` over memory that is reached by streams."""
+    """Opens caches on the simulated device."""
 
     direct = False
 

@@ -1,4 +1,4 @@
-"""What the engine adds to the contract of caches (which is in the conformance suite): wrong calls, places, small print."""
+"""Properties of `CacheEngine` beyond the contract of caches, which the conformance suite tests."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_name_made_while_the_weights_change_is_not_remembered_for_the_new_ones
             named = namespace_of(*args, **kwargs)
             changing.append(threading.Thread(target=engine.set_weights_version, args=(1,)))
             changing[-1].start()
-            changing[-1].join(0.1)  # it has to wait until this name is made
+            changing[-1].join(0.1)  # it must wait until this name is complete
             return named
 
         with monkeypatch.context() as patch:
@@ -68,7 +68,7 @@ def test_a_load_for_which_no_thread_could_be_started_never_writes(monkeypatch, d
     first, second = tokens_of(4 * CHUNK), tokens_of(CHUNK, seed=1)
     pool = Pool("nhd", 40, seed=1)
     config, tier = tiny_config(dram_bytes=dram_bytes), MemoryTier()
-    monkeypatch.setattr(tier, "close", lambda: None)  # it is used again
+    monkeypatch.setattr(tier, "close", lambda: None)  # the tier is reused
     with CacheEngine(config, tiny_spec(), tiers=[tier]) as engine:
         for tokens in (first, second):
             engine.store(tokens, pool.kv, scattered(len(tokens), pool))
@@ -90,7 +90,7 @@ def test_a_load_for_which_no_thread_could_be_started_never_writes(monkeypatch, d
 
 def test_a_load_that_no_thread_could_carry_out_holds_nothing(monkeypatch) -> None:
     tokens, pool, tier = tokens_of(4 * CHUNK), Pool("nhd", 40, seed=1), MemoryTier()
-    monkeypatch.setattr(tier, "close", lambda: None)  # it is used again
+    monkeypatch.setattr(tier, "close", lambda: None)  # the tier is reused
     with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
         engine.store(tokens, pool.kv, scattered(4 * CHUNK, pool))
 
@@ -99,11 +99,11 @@ def test_a_load_that_no_thread_could_carry_out_holds_nothing(monkeypatch) -> Non
 
     with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
         with engine.lookup(tokens[: 2 * CHUNK]) as hit:
-            assert engine.retrieve(hit, pool.kv, torch.arange(2 * CHUNK)) == 2 * CHUNK  # these are in memory now
-        engine._rank.transfer._readers = [Workers("none", 2)]
+            assert engine.retrieve(hit, pool.kv, torch.arange(2 * CHUNK)) == 2 * CHUNK  # these are in DRAM now
+        engine._rank.transfer.tier_copier._readers = [Workers("none", 2)]
         with engine.lookup(tokens) as hit, monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", none_left)
-            assert engine.retrieve(hit, pool.kv, torch.arange(4 * CHUNK)) == 2 * CHUNK, "what is in DRAM, and no more"
+            assert engine.retrieve(hit, pool.kv, torch.arange(4 * CHUNK)) == 2 * CHUNK, "not exactly what is in DRAM"
         assert engine._driver.drain(10, "load")
         assert engine.stats()["index_jobs"] == 0
 
@@ -160,7 +160,7 @@ def test_what_the_engine_has_already_is_neither_fetched_nor_loaded(tmp_path: Pat
 
 
 class TestWrongCalls:
-    """Each raises a typed error that names the value, before anything moved."""
+    """Each raises a typed error that contains the value, before anything is copied."""
 
     @pytest.fixture
     def engine(self) -> CacheEngine:
@@ -168,7 +168,7 @@ class TestWrongCalls:
             yield engine
 
     @pytest.mark.parametrize(
-        ("slots", "says"),
+        ("slots", "message"),
         [
             (torch.full((2 * CHUNK,), 10**6), "1000000"),
             (torch.full((2 * CHUNK,), -2), "-2"),
@@ -178,9 +178,9 @@ class TestWrongCalls:
             ({1: torch.arange(2 * CHUNK)}, "group 0"),
         ],
     )
-    def test_slots(self, engine: CacheEngine, slots: object, says: str) -> None:
+    def test_slots(self, engine: CacheEngine, slots: object, message: str) -> None:
         pool = Pool("packed", 40)
-        with pytest.raises(SlotError, match=says):
+        with pytest.raises(SlotError, match=message):
             engine.store(tokens_of(2 * CHUNK), pool.kv, slots)
         assert engine.lookup(tokens_of(2 * CHUNK)).tokens == 0
 
@@ -232,7 +232,7 @@ class TestWrongCalls:
 
 
 def test_a_good_copy_is_written_after_the_damaged_one_is_removed() -> None:
-    """In the other order the write would keep the damaged copy, and the removal would take it: nothing on the tier."""
+    """In the other order, the write would keep the damaged copy and the removal would delete it: the tier would be empty."""
 
     class Slow(FaultyTier):
         def __init__(self) -> None:
@@ -254,7 +254,7 @@ def test_a_good_copy_is_written_after_the_damaged_one_is_removed() -> None:
         with engine.lookup(tokens) as hit:
             assert engine.retrieve(hit, Pool("packed", 40).kv, slots) == 0
         assert engine.store(tokens, pool.kv, slots) == 4 * CHUNK
-        assert not engine.flush(timeout=0.2), "the removal hangs, so nothing is below yet, and flush says so"
+        assert not engine.flush(timeout=0.2), "the removal hangs, so nothing is written yet"
         tier.may_delete.set()
         assert engine.flush()
         assert len(tier.contents()) == 4

@@ -1,4 +1,4 @@
-"""Faults beyond those every cache must bear (these are in the conformance suite), and a long life without leaks."""
+"""Faults beyond those of the conformance suite, and many cycles without leaks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TestFaults(FaultyTierFactory):
         pool = Pool("packed", 40, seed=9)
         accepted = [case.cache.store(TOKENS + n, pool.kv, case.slots) for n in range(1, 40)]
         assert accepted[0] == len(TOKENS)
-        assert 0 in accepted, "slots that wait to be written are not given away: the store is dropped"
+        assert 0 in accepted, "slots waiting for write-back are not evicted: the store is skipped"
         assert case.cache.stats()['lmcache_skipped_stores_total{reason="full"}'] > 0
         case.tier.answers.set()
         case.assert_idle()
@@ -58,7 +58,7 @@ def test_ten_thousand_cycles_leave_everything_where_it_began(tmp_path: Path) -> 
             with engine.lookup(tokens) as hit:
                 engine.retrieve(hit, pool.kv, slots)
             if n % 5 == 0:
-                engine.lookup(tokens)  # a request that dies without releasing its lease
+                engine.lookup(tokens)  # a request that ends without releasing its lease
         assert engine.flush()
 
     try:

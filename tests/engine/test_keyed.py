@@ -1,4 +1,4 @@
-"""Engines that bring their own keys get the same promise: each object for itself, under a namespace of its own."""
+"""`KeyedCache`: independent objects under an engine's own keys, in a namespace of their own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_objects_come_back_in_any_grouping_and_from_disk(tmp_path: Path) -> None
     with CacheEngine(config, tiny_spec()) as engine:
         objects = KeyedCache(engine, scope="test")
         assert objects.exists(KEYS) == 0
-        assert objects.store(KEYS[3:], source.kv, slots[3 * CHUNK :]) == 3, "later pages may come first"
+        assert objects.store(KEYS[3:], source.kv, slots[3 * CHUNK :]) == 3, "later pages may be stored first"
         assert objects.store(KEYS[:3], source.kv, slots) == 3
         assert objects.exists(KEYS) == 6
         assert objects.exists([*KEYS[:2], "other", *KEYS[2:]]) == 2

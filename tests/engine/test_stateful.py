@@ -1,4 +1,4 @@
-"""Longer random histories of the cache than the conformance suite takes time for."""
+"""Random histories of the cache, longer than in the conformance suite."""
 
 from __future__ import annotations
 

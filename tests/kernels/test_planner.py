@@ -10,7 +10,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from rowlab import byte_pairs, copies, pairs_of
 
-from lmcache_kernels import RowCopy, plan, some_layers, some_objects
+from lmcache_kernels import RowCopy, plan, some_objects
 from lmcache_kernels.planner import DMA_BYTES, ranges, union
 
 
@@ -177,9 +177,6 @@ def test_the_union_of_nested_and_touching_ranges() -> None:
 @given(copy=copies(), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_parts_of_a_copy_are_together_the_copy(copy: RowCopy, data: st.DataObject) -> None:
-    cut = data.draw(st.integers(0, copy.layers))
-    parts = [some_layers(copy, slice(0, cut)), some_layers(copy, slice(cut, None))]
-    assert sorted(p for part in parts if part.layers for p in pairs_of(part)) == pairs_of(copy)
     cut = data.draw(st.integers(0, copy.objects))
     parts = [some_objects(copy, slice(0, cut)), some_objects(copy, slice(cut, None))]
     assert sorted(p for part in parts if part.objects for p in pairs_of(part)) == pairs_of(copy)

@@ -1,4 +1,4 @@
-"""Arenas own equal slots and nothing else; memory comes as it is needed, from what works on this machine."""
+"""Arenas: slots of equal size, slabs allocated on demand, and the choice of host memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_slots_of_a_slab_are_one_stride_apart() -> None:
     assert arena.view(3).data_ptr() - arena.view(2).data_ptr() == arena.stride == 4096
 
 
-def test_there_are_no_other_slots() -> None:
+def test_slots_out_of_range_are_refused() -> None:
     arena = Arena(2, 100)
     for slot in (-1, 2):
         with pytest.raises(IndexError):
@@ -45,15 +45,15 @@ def test_there_are_no_other_slots() -> None:
         Arena(-1, 100)
 
 
-def test_memory_that_cannot_be_had_is_a_memory_error_and_leaves_the_rest_usable() -> None:
-    def stingy(nbytes: int) -> torch.Tensor:
+def test_memory_that_cannot_be_allocated_is_a_memory_error_and_the_rest_stays_usable() -> None:
+    def one_slab(nbytes: int) -> torch.Tensor:
         if allocated:
             raise RuntimeError("out of memory")
         allocated.append(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8)
 
     allocated: list[int] = []
-    arena = Arena(2, 4096, stingy, slab_bytes=4096)
+    arena = Arena(2, 4096, one_slab, slab_bytes=4096)
     arena.view(0).fill_(3)
     with pytest.raises(MemoryError, match="out of memory"):
         arena.view(1)
@@ -62,7 +62,9 @@ def test_memory_that_cannot_be_had_is_a_memory_error_and_leaves_the_rest_usable(
         anonymous(1 << 60)
 
 
-def test_where_memory_cannot_be_pinned_pageable_memory_serves_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_memory_cannot_be_pinned_pageable_memory_is_used_and_the_reason_is_returned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(arenas, "why_not_pinned", lambda: "pinned allocation failed: WSL2")
     provider, reason = host_provider("auto")
     assert provider is anonymous
@@ -74,17 +76,17 @@ def test_where_memory_cannot_be_pinned_pageable_memory_serves_and_says_why(monke
     assert host_provider("auto")[0] is arenas.pinned
 
 
-def test_memory_that_is_slow_to_get_is_taken_at_once_and_what_cannot_be_had_fails_later() -> None:
-    asked: list[int] = []
+def test_reserved_memory_is_allocated_at_once_and_what_cannot_be_allocated_fails_when_used() -> None:
+    requested: list[int] = []
 
     def provider(nbytes: int) -> torch.Tensor:
-        asked.append(nbytes)
-        if len(asked) > 2:
+        requested.append(nbytes)
+        if len(requested) > 2:
             raise RuntimeError("out of pinned memory")
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     arena = Arena(5, 4096, provider, slab_bytes=4096, reserve=True)
-    assert asked == [4096] * 3
+    assert requested == [4096] * 3
     assert arena.view(1).shape == (4096,)
     with pytest.raises(MemoryError):
         arena.view(2)

@@ -1,4 +1,4 @@
-"""Reports are repeated until acknowledged; what is late cannot begin to write; a reset voids everything, safely."""
+"""Reports are repeated until acknowledged; late ops cannot begin to write; a reset voids all older jobs and slots safely."""
 
 from __future__ import annotations
 
@@ -37,68 +37,68 @@ def plan(*jobs: Job, epoch: int = 0, acked: int = 0) -> Plan:
 
 def test_a_report_is_repeated_until_a_plan_acknowledges_it() -> None:
     tracker = JobTracker(0)
-    [run] = tracker.begin(plan(Job(1, "prefetch", (fill(1, 0),))), {})
+    [active] = tracker.begin(plan(Job(1, "prefetch", (fill(1, 0),))), {})
     assert tracker.report().jobs == ()
-    tracker.finish(run, [0], Status.OK, 10)
+    tracker.finish(active, [0], Status.OK, 10)
     first, second = tracker.report(), tracker.report()
     assert first.jobs == second.jobs
     assert [j.job for j in first.jobs] == [1]
     assert (first.jobs[0].final, first.jobs[0].nbytes) == (True, 10)
     tracker.begin(plan(acked=first.seq - 1), {})
-    assert tracker.report().jobs, "an older acknowledgement says nothing about it"
+    assert tracker.report().jobs, "it was reported after what this acknowledges"
     tracker.begin(plan(acked=second.seq), {})
     assert not tracker.report().jobs
 
 
-def test_a_plan_that_comes_twice_is_executed_once() -> None:
+def test_a_plan_that_is_delivered_twice_is_executed_once() -> None:
     tracker = JobTracker(0)
     job = Job(1, "prefetch", (fill(1, 0),))
-    [run] = tracker.begin(plan(job), {})
+    [active] = tracker.begin(plan(job), {})
     assert tracker.begin(plan(job), {}) == []
-    tracker.finish(run, [0], Status.OK)
-    assert tracker.begin(plan(job), {}) == [], "not after it is done either, as long as the report may be lost"
+    tracker.finish(active, [0], Status.OK)
+    assert tracker.begin(plan(job), {}) == [], "nor after it has ended, while its report may still be lost"
 
 
-def test_what_is_late_is_reported_twice_and_cannot_begin_to_write() -> None:
+def test_a_late_job_is_reported_twice_and_cannot_begin_to_write() -> None:
     tracker = JobTracker(0)
-    [run] = tracker.begin(plan(Job(1, "load", (fill(1, 0), fill(2, 1)), deadline=0.01)), {})
-    tracker.finish(run, [0], Status.OK)
+    [active] = tracker.begin(plan(Job(1, "load", (fill(1, 0), fill(2, 1)), deadline=0.01)), {})
+    tracker.finish(active, [0], Status.OK)
     time.sleep(0.02)
-    assert not tracker.begin_engine_write(run), "the deadline alone decides, whether or not somebody polled"
+    assert not tracker.begin_engine_write(active), "the deadline counts even if no report was made since"
     [late] = tracker.report().jobs
     assert (late.statuses, late.final) == ((Status.OK, Status.LATE), False)
     tracker.begin(plan(acked=tracker.report().seq), {})
-    tracker.finish(run, [1], Status.OK)
+    tracker.finish(active, [1], Status.OK)
     [end] = tracker.report().jobs
     assert (end.statuses, end.final) == ((Status.OK, Status.LATE), True)
 
 
-def test_a_job_that_writes_engine_memory_is_not_called_late_in_the_middle() -> None:
+def test_a_job_is_not_reported_late_while_it_writes_engine_memory() -> None:
     tracker = JobTracker(0)
-    [run] = tracker.begin(plan(Job(1, "load", (fill(1, 0),), deadline=0.01)), {})
-    assert tracker.begin_engine_write(run)
+    [active] = tracker.begin(plan(Job(1, "load", (fill(1, 0),), deadline=0.01)), {})
+    assert tracker.begin_engine_write(active)
     time.sleep(0.02)
     assert tracker.report().jobs == ()
-    tracker.finish(run, [0], Status.OK)
-    tracker.end_engine_write(run)
+    tracker.finish(active, [0], Status.OK)
+    tracker.end_engine_write(active)
     assert tracker.report().jobs[0].statuses == (Status.OK,)
 
 
-def test_a_fence_waits_for_the_copy_under_way_and_forbids_the_next() -> None:
+def test_a_fence_waits_for_the_current_copy_and_forbids_the_next() -> None:
     tracker = JobTracker(0)
-    [run] = tracker.begin(plan(Job(1, "load", (fill(1, 0), fill(2, 1)))), {})
-    assert tracker.begin_engine_write(run)
+    [active] = tracker.begin(plan(Job(1, "load", (fill(1, 0), fill(2, 1)))), {})
+    assert tracker.begin_engine_write(active)
     assert not tracker.fence([1], 0.01)
-    threading.Timer(0.05, lambda: tracker.end_engine_write(run)).start()
+    threading.Timer(0.05, lambda: tracker.end_engine_write(active)).start()
     assert tracker.fence([1], 30)
-    assert not tracker.begin_engine_write(run)
+    assert not tracker.begin_engine_write(active)
     assert tracker.fence([99], 0), "unknown jobs write nothing"
 
 
 def test_tags_are_exact_and_a_claim_removes_them() -> None:
     tracker = JobTracker(0)
-    [run] = tracker.begin(plan(Job(1, "prefetch", (fill(1, 0, 7),))), {})
-    tracker.tag(run, [0], LAYOUT)
+    [active] = tracker.begin(plan(Job(1, "prefetch", (fill(1, 0, 7),))), {})
+    tracker.tag(active, [0], LAYOUT)
 
     def held(n: int, slot: int, generation: int) -> bool:
         [reader] = tracker.begin(
@@ -126,7 +126,7 @@ def test_after_a_reset_a_slot_waits_for_the_call_that_still_uses_it() -> None:
         tracker.claim(0, 0)
     tracker.tag(old, [0], LAYOUT)
     tracker.finish(old, [0], Status.OK)
-    assert tracker.report().jobs == (), "the old job is nobody's business any more"
+    assert tracker.report().jobs == (), "jobs of an earlier epoch are not reported"
     tracker.claim(0, 0)
     tracker.tag(new, [0], LAYOUT)
     tracker.finish(new, [0], Status.OK)
@@ -143,11 +143,11 @@ class Hanging(MemoryTier):
         return super().read_into(reads)
 
 
-def transfer(tier: MemoryTier) -> tuple[Transfer, Arena]:
+def open_transfer(tier: MemoryTier) -> tuple[Transfer, Arena]:
     spec = tiny_spec()
     arena = Arena(4, spec.object_bytes(0, CHUNK))
     io = ObjectCodec(spec, CHUNK)
-    machine = Transfer(
+    transfer = Transfer(
         spec,
         CHUNK,
         [arena],
@@ -159,47 +159,47 @@ def transfer(tier: MemoryTier) -> tuple[Transfer, Arena]:
         write_threads=1,
         queue_bytes=1 << 30,
     )
-    return machine, arena
+    return transfer, arena
 
 
-def wait_for(machine: Transfer, job: int) -> tuple[int, ...]:
+def wait_for(transfer: Transfer, job: int) -> tuple[int, ...]:
     for _ in range(1000):
-        seen = machine.tracker.news
-        for report in machine.tracker.report().jobs:
+        seen = transfer.tracker.news
+        for report in transfer.tracker.report().jobs:
             if report.job == job and report.final:
                 return report.statuses
-        machine.tracker.wait(seen, 0.05)
+        transfer.tracker.wait(seen, 0.05)
     raise AssertionError(f"job {job} never ended")
 
 
-def test_a_hung_read_from_before_a_reset_cannot_spoil_what_is_stored_after_it() -> None:
+def test_a_hung_read_from_before_a_reset_cannot_damage_what_is_stored_after_it() -> None:
     tier = Hanging()
-    machine, _ = transfer(tier)
+    transfer, _ = open_transfer(tier)
     pool, target = Pool("packed", 8, seed=1), Pool("packed", 8, seed=2)
     slots = scattered(CHUNK, pool)
     view = EngineView(pool.kv.bind(tiny_spec()), {0: slots})
-    machine.execute(plan(Job(1, "prefetch", (fill(1, 0),))))
+    transfer.execute(plan(Job(1, "prefetch", (fill(1, 0),))))
     store = Job(2, "store", (Copy(name(2), Engine(), ArenaSlot(0, 2)),))
-    machine.execute(plan(store, epoch=1), {2: view})
-    assert wait_for(machine, 2) == (Status.FULL,), "the hung call may still write this slot"
+    transfer.execute(plan(store, epoch=1), {2: view})
+    assert wait_for(transfer, 2) == (Status.FULL,), "the hung call may still write this slot"
     tier.go.set()
     for epoch in range(2, 1000):
         again = Job(3, "store", (Copy(name(3), Engine(), ArenaSlot(0, 3)),))
-        machine.execute(plan(again, epoch=epoch), {3: view})
-        if wait_for(machine, 3) == (Status.OK,):
+        transfer.execute(plan(again, epoch=epoch), {3: view})
+        if wait_for(transfer, 3) == (Status.OK,):
             break
         time.sleep(0.005)
     back = EngineView(target.kv.bind(tiny_spec()), {0: slots})
     load = Job(4, "load", (Copy(name(3), ArenaSlot(0, 3), Engine()),))
-    machine.execute(plan(load, epoch=epoch), {4: back})
-    assert wait_for(machine, 4) == (Status.OK,)
+    transfer.execute(plan(load, epoch=epoch), {4: back})
+    assert wait_for(transfer, 4) == (Status.OK,)
     assert target.sequence(slots) == pool.sequence(slots)
-    assert machine.close()
+    assert transfer.close()
 
 
-def test_ops_that_make_no_sense_fail_one_by_one() -> None:
+def test_impossible_ops_fail_one_by_one() -> None:
     tier = MemoryTier()
-    machine, _ = transfer(tier)
+    transfer, _ = open_transfer(tier)
     pool = Pool("packed", 8)
     view = EngineView(pool.kv.bind(tiny_spec()), {0: scattered(CHUNK, pool)})
     jobs = (
@@ -213,7 +213,7 @@ def test_ops_that_make_no_sense_fail_one_by_one() -> None:
             7, "load", (Copy(name(7), Tier(0), ArenaSlot(2, 1)), Copy(name(7), ArenaSlot(2, 1), Engine()))
         ),  # not there
     )
-    machine.execute(plan(*jobs), {job.id: view for job in jobs if job.id != 1})
+    transfer.execute(plan(*jobs), {job.id: view for job in jobs if job.id != 1})
     expected = {
         1: (Status.FAILED,),
         2: (Status.SKIPPED,),
@@ -223,10 +223,10 @@ def test_ops_that_make_no_sense_fail_one_by_one() -> None:
         6: (Status.MISSING,),
         7: (Status.MISSING, Status.SKIPPED),
     }
-    assert {job: wait_for(machine, job) for job in expected} == expected
-    assert machine.close()
-    machine.execute(plan(Job(8, "probe", (Probe(name(8), 0),))))
-    assert wait_for(machine, 8) == (Status.CANCELLED,)
+    assert {job: wait_for(transfer, job) for job in expected} == expected
+    assert transfer.close()
+    transfer.execute(plan(Job(8, "probe", (Probe(name(8), 0),))))
+    assert wait_for(transfer, 8) == (Status.CANCELLED,)
 
 
 def test_the_write_behind_queue_is_bounded_in_bytes() -> None:
@@ -240,7 +240,7 @@ def test_the_write_behind_queue_is_bounded_in_bytes() -> None:
             return super().write(writes)
 
     arena = Arena(4, size)
-    machine = Transfer(
+    transfer = Transfer(
         spec,
         CHUNK,
         [arena],
@@ -255,24 +255,24 @@ def test_the_write_behind_queue_is_bounded_in_bytes() -> None:
     pool = Pool("packed", 40)
     view = EngineView(pool.kv.bind(spec), {0: scattered(4 * CHUNK, pool)})
     ops = tuple(Copy(name(i), Engine(), ArenaSlot(i, 1), i * CHUNK) for i in range(4))
-    machine.execute(plan(Job(1, "store", ops)), {1: view})
-    machine.execute(plan(Job(2, "write_back", tuple(Copy(name(i), ArenaSlot(i, 1), Tier(0)) for i in range(4)))))
-    assert machine.queue()[1] == 2 * size
+    transfer.execute(plan(Job(1, "store", ops)), {1: view})
+    transfer.execute(plan(Job(2, "write_back", tuple(Copy(name(i), ArenaSlot(i, 1), Tier(0)) for i in range(4)))))
+    assert transfer.tier_copier.queue()[1] == 2 * size
     go.set()
-    assert sorted(wait_for(machine, 2)) == [Status.OK, Status.OK, Status.SKIPPED, Status.SKIPPED]
-    assert machine.queue()[1] == 0
-    assert machine.close()
+    assert sorted(wait_for(transfer, 2)) == [Status.OK, Status.OK, Status.SKIPPED, Status.SKIPPED]
+    assert transfer.tier_copier.queue()[1] == 0
+    assert transfer.close()
 
 
 def test_slots_of_a_partial_job_need_not_be_consecutive() -> None:
-    machine, arena = transfer(MemoryTier())
+    transfer, arena = open_transfer(MemoryTier())
     pool = Pool("nhd", 40, seed=3)
     slots = scattered(4 * CHUNK, pool)
     view = EngineView(pool.kv.bind(tiny_spec()), {0: slots})
     ops = (Copy(name(0), Engine(), ArenaSlot(0, 1), 0), Copy(name(3), Engine(), ArenaSlot(1, 1), 3 * CHUNK))
-    machine.execute(plan(Job(1, "store", ops)), {1: view})
-    assert wait_for(machine, 1) == (Status.OK, Status.OK)
+    transfer.execute(plan(Job(1, "store", ops)), {1: view})
+    assert wait_for(transfer, 1) == (Status.OK, Status.OK)
     k = pool.tensors["k"]  # type: ignore[index]
     expected = torch.stack([layer[slots[3 * CHUNK :]] for layer in k]).view(torch.uint8).flatten()
     assert torch.equal(arena.view(1)[: expected.numel()], expected)
-    assert machine.close()
+    assert transfer.close()

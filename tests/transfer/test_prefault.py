@@ -1,4 +1,4 @@
-"""Memory that is made present ahead of its use: page tables say so, and what was written stays."""
+"""Prefaulting: pages are resident before their first use, and written data stays."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lmcache.transfer.arena import Arena
 MIB = 1 << 20
 PAGE = 4096
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is made present ahead on Linux only")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is prefaulted on Linux only")
 
 
 def present(memory: torch.Tensor) -> int:
-    """Bytes of a mapping that have a page behind them."""
+    """Returns the resident bytes of a mapping."""
     pages = memory.numel() // PAGE
     found = (ctypes.c_ubyte * pages)()
     failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(pages * PAGE), found)
@@ -40,7 +40,7 @@ def supported() -> bool:
 
 
 @pytest.mark.skipif(not supported(), reason="this kernel has no MADV_POPULATE_WRITE")
-def test_the_next_slots_are_present_before_anybody_uses_them() -> None:
+def test_the_next_slots_are_resident_before_they_are_used() -> None:
     slabs: list[torch.Tensor] = []
 
     def provider(nbytes: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_the_next_slots_are_present_before_anybody_uses_them() -> None:
     while not slabs and time.monotonic() < until:
         time.sleep(0.01)
     assert eventually(slabs[0], 8 * MIB) >= 8 * MIB
-    assert present(slabs[0]) < 64 * MIB, "all of it is present: that is memory nobody has asked for"
+    assert present(slabs[0]) < 64 * MIB, "everything is resident, far beyond the slots in use"
     arena.view(0).fill_(7)
     for slot in range(1, 33):
         arena.view(slot)
@@ -61,7 +61,7 @@ def test_the_next_slots_are_present_before_anybody_uses_them() -> None:
     assert bool((arena.view(35) == 0).all())
 
 
-def test_without_a_lead_nothing_is_allocated_before_its_use() -> None:
+def test_without_prefaulting_nothing_is_allocated_before_its_use() -> None:
     arena = Arena(16, MIB)
     assert arena.allocated_bytes == 0
     arena.view(3)

@@ -1,4 +1,4 @@
-"""Worker threads run tasks in order, start on demand, and never keep a process alive."""
+"""Worker threads run tasks in order, start on demand, and do not keep a process alive."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def test_tasks_run_in_order_on_one_thread_and_all_run_before_close_returns() -> 
     assert workers.close(), "closing twice is harmless"
 
 
-def test_threads_start_only_when_there_is_more_work_than_hands() -> None:
+def test_threads_start_only_if_all_others_are_busy() -> None:
     def threads() -> int:
-        return sum(thread.name.startswith("hands-") for thread in threading.enumerate())
+        return sum(thread.name.startswith("demand-") for thread in threading.enumerate())
 
-    workers = Workers("hands", 8)
+    workers = Workers("demand", 8)
     assert threads() == 0
     gate = threading.Event()
     for _ in range(3):

@@ -1,8 +1,8 @@
-"""The vLLM adapter: a KV connector that keeps prompts' KV in DRAM and on disk.
+"""The vLLM adapter: a KV connector that caches KV in DRAM and on disk.
 
     vllm serve MODEL --kv-transfer-config '{"kv_connector":"LMCacheConnector","kv_role":"kv_both"}'
 
-Importing this package imports nothing of vLLM; the connector does.
+Importing this package does not import vLLM; accessing the connector does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["LMCacheConnector"]
 
 
 def __getattr__(name: str) -> Any:
-    """vLLM looks the connector up here when it is given as `kv_connector_module_path`."""
+    """Loads the connector lazily, for a vLLM configured with this package as `kv_connector_module_path`."""
     if name == "LMCacheConnector":
         from lmcache_vllm.connector import LMCacheConnector
 

@@ -1,4 +1,4 @@
-"""Everything that differs between vLLM releases, in one place. The rest of the adapter asks here."""
+"""Everything that depends on the vLLM release."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 TESTED = ("0.28", "0.32")
-"""Releases that this adapter's tests run with."""
+"""Release series that the adapter is tested with."""
 
 OLDEST = (0, 28)
-"""Before it, the connector interface has no layouts and no handshake of the kind used here."""
+"""First supported release; before it, the connector interface lacks the layouts and the handshake used here."""
 
 
 def check_version() -> str:
@@ -33,17 +33,17 @@ def check_version() -> str:
 
 
 def join_log() -> None:
-    """Sends the cache's log lines where vLLM's go."""
+    """Sends the cache's log lines to vLLM's log."""
     adapter.join_log("vllm")
 
 
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults as _Results
-except ImportError:  # 0.28: `get_finished` gives two sets, and failed loads are told by block alone
+except ImportError:  # 0.28: `get_finished` returns two sets, and failed loads are reported by block only
 
     @dataclass
     class _Results:  # type: ignore[no-redef]
-        """What newer releases have."""
+        """Stands in for the class of newer releases."""
 
         finished_sending: set[str] = field(default_factory=set)
         finished_recving: set[str] = field(default_factory=set)
@@ -51,14 +51,14 @@ except ImportError:  # 0.28: `get_finished` gives two sets, and failed loads are
 
 
 TransferResults: Any = _Results
-"""How loads ended, by request."""
+"""Results of loads, by request."""
 
 SEVERAL_GROUPS = TransferResults.__module__ != __name__
-"""Whether this release can be told of failed loads, and of block tables, where there are several KV groups."""
+"""Whether this release supports connectors with several KV groups: failed loads by request, and block tables per group."""
 
 
 def hit_source(tier: str) -> Any:
-    """A tier in the words of vLLM's own metrics; None where this release has none."""
+    """Returns the label of a tier in vLLM's own metrics; None if this release has none."""
     try:
         from vllm.v1.metrics.cache_hit_source import CacheHitSource
     except ImportError:
@@ -67,10 +67,10 @@ def hit_source(tier: str) -> Any:
 
 
 def check_groups(kv_config: KVCacheConfig) -> None:
-    """Refuse several KV groups where this release cannot say what is needed.
+    """Checks that this release supports the number of KV groups.
 
     Raises:
-        UnsupportedError: with the number of groups.
+        UnsupportedError: several groups, and the release supports one.
     """
     groups = len(kv_config.kv_cache_groups)
     if groups > 1 and not SEVERAL_GROUPS:
@@ -80,10 +80,10 @@ def check_groups(kv_config: KVCacheConfig) -> None:
 
 
 def check_config(config: VllmConfig) -> None:
-    """Refuse what would make a hit something else than what was computed.
+    """Refuses options under which a hit could differ from what would be computed.
 
     Raises:
-        UnsupportedError: naming the option.
+        UnsupportedError: the message names the option.
     """
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1:
@@ -100,14 +100,14 @@ def check_config(config: VllmConfig) -> None:
 _NO_PREFIX = {
     "CPUMLAImpl": "vLLM's reference MLA for CPUs ignores what was computed before; with AMX it can go on from a prefix"
 }
-"""Attention implementations whose forward pass cannot continue from KV that is there already."""
+"""Attention implementations whose forward pass cannot continue from existing KV, and why."""
 
 
 def check_layers(layers: Mapping[str, Any]) -> None:
-    """Refuse backends for which no hit can be right.
+    """Refuses attention backends for which no hit can be correct.
 
     Raises:
-        UnsupportedError: naming the backend.
+        UnsupportedError: the message names the backend.
     """
     for layer in layers.values():
         name = type(getattr(layer, "impl", None)).__name__
@@ -116,21 +116,21 @@ def check_layers(layers: Mapping[str, Any]) -> None:
 
 
 class BlockTables:
-    """Requests' block ids per group, as they are in a step.
+    """Block tables of the scheduled requests, per group.
 
-    Newer releases can be asked, and answer with the null block where a sliding window has moved on. Older ones only say what
-    was added to a request's table, which is all there is to know with one group of full attention.
+    Newer releases return a request's table, with null blocks before a sliding window. Older ones only report the blocks added in
+    a step, which suffices for one group of full attention.
     """
 
     def __init__(self) -> None:
-        self._ask: Any = None
+        self._resolve: Any = None
         self._tables: dict[str, tuple[list[int], ...]] = {}
 
     def update(self, output: SchedulerOutput) -> None:
-        """A step begins."""
+        """Takes the changes of a step."""
         state: Any = getattr(output, "kv_connector_block_state", None)
-        self._ask = None if state is None else state.resolve_block_ids
-        if self._ask is not None:
+        self._resolve = None if state is None else state.resolve_block_ids
+        if self._resolve is not None:
             return
         for new in output.scheduled_new_reqs:
             self._tables[new.req_id] = tuple(list(ids) for ids in new.block_ids)
@@ -145,25 +145,25 @@ class BlockTables:
                     table.extend(ids)
 
     def of(self, request_id: str) -> tuple[list[int], ...] | None:
-        """A scheduled request's blocks, from its first token on."""
-        if self._ask is not None:
-            found: tuple[list[int], ...] = self._ask(request_id)
+        """Returns a scheduled request's block ids per group, from its first token on."""
+        if self._resolve is not None:
+            found: tuple[list[int], ...] = self._resolve(request_id)
             return found
         table = self._tables.get(request_id)
         return None if table is None else tuple(list(ids) for ids in table)
 
     def forget(self, request_id: str) -> None:
-        """The request is over."""
+        """Removes a finished request."""
         self._tables.pop(request_id, None)
 
 
 def worker_rank() -> tuple[int, int]:
-    """This worker's rank in its tensor-parallel group, and that group's size."""
+    """Returns this worker's rank in its tensor-parallel group, and the group's size."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     return int(get_tensor_model_parallel_rank()), int(get_tensor_model_parallel_world_size())
 
 
 def attention_layers(config: VllmConfig) -> dict[str, Any]:
-    """Layer name → attention module, in the worker that runs them."""
+    """Returns layer name → attention module; works in a worker process only."""
     return dict(config.compilation_config.static_forward_context)

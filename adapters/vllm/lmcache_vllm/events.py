@@ -1,4 +1,4 @@
-"""KV events: what this cache holds, in the words of vLLM's own event stream, so that cache-aware routers see it."""
+"""KV events: publishes this cache's contents in vLLM's own event stream, for cache-aware routers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 _KEPT = 1 << 17
-"""Chunks whose blocks are remembered; what is forgotten leaves without an event."""
+"""Maximum chunks whose block hashes are kept; older chunks are removed without an event."""
 
 
 class Events:
-    """Collects events. A chunk is told as vLLM's blocks, by vLLM's hashes, which only a request that names it can tell.
+    """Collects events. They name a chunk by vLLM's hashes of its blocks, which are known from requests only.
 
     Args:
-        chunk_tokens: tokens of a chunk.
-        block_tokens: tokens that one of vLLM's block hashes covers.
+        chunk_tokens: tokens per chunk.
+        block_tokens: tokens per block hash of vLLM.
     """
 
     def __init__(self, chunk_tokens: int, block_tokens: int) -> None:
@@ -32,7 +32,7 @@ class Events:
         self._events: list[BlockStored | BlockRemoved] = []
 
     def learn(self, request: Request, chain: Chain, first: int) -> None:
-        """How vLLM calls the chunks of a chain from position `first` on."""
+        """Records vLLM's block hashes of the chunks of a chain from position `first` on."""
         hashes, tokens = request.block_hashes, request.all_token_ids
         per = self._chunk // self._block
         for position in range(first, len(chain.digests)):
@@ -50,7 +50,7 @@ class Events:
             self._chunks.popitem(last=False)
 
     def notice(self, there: bool, place: str, namespace: bytes, group: int, digest: bytes) -> None:
-        """See `Index.on_change`."""
+        """Records that a chunk was added to (`there`) or removed from a place; see `Index.on_change`."""
         known = self._chunks.get(digest)
         if known is None:
             return
@@ -63,6 +63,6 @@ class Events:
             self._events.append(BlockRemoved(block_hashes=known["block_hashes"], medium=medium, group_idx=group))
 
     def take(self) -> list[BlockStored | BlockRemoved]:
-        """Those since the last call."""
+        """Returns the events since the last call."""
         taken, self._events = self._events, []
         return taken

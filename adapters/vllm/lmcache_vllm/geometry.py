@@ -1,4 +1,4 @@
-"""From what vLLM says about its KV cache to a `KVSpec`: groups, planes, windows, the rectangle of this rank."""
+"""Derives the `KVSpec` of vLLM's KV cache: groups, planes, windows, the rectangle of this rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def rounded_chunk(config: KVCacheConfig, chunk_tokens: int) -> int:
-    """`chunk_tokens`, up to the next multiple of every group's block."""
+    """Returns `chunk_tokens`, rounded up to a multiple of every group's block size."""
     block = lcm(*(int(group.kv_cache_spec.block_size) for group in config.kv_cache_groups))
     return -(-chunk_tokens // block) * block
 
@@ -37,13 +37,13 @@ def spec_of(
     ranks: int,
     identity: str,
 ) -> KVSpec:
-    """What one tensor-parallel rank holds.
+    """Returns the spec of one tensor-parallel rank.
 
     Args:
-        vllm_config, kv_config: as vLLM hands them to a connector.
+        vllm_config, kv_config: as vLLM passes them to a connector.
         layers: layer name → attention module.
         rank, ranks: of the tensor-parallel group.
-        identity: of the weights.
+        identity: identity of the weights, see `identity_of`.
 
     Raises:
         UnsupportedError: a group is of a kind that this adapter cannot cache.
@@ -98,7 +98,7 @@ def _group(
     total = int(vllm_config.model_config.get_total_num_kv_heads())
     if local * ranks == total or ranks == 1:
         heads, all_heads = (rank * local, (rank + 1) * local), local * ranks
-    elif local == 1 and ranks % total == 0:  # fewer heads than ranks: neighbours hold the same one
+    elif local == 1 and ranks % total == 0:  # fewer heads than ranks: adjacent ranks hold the same head
         held = rank // (ranks // total)
         heads, all_heads = (held, held + 1), total
     else:
@@ -107,7 +107,7 @@ def _group(
 
 
 def _plane_dtype(dtype: torch.dtype, cache_dtype: str) -> torch.dtype:
-    """vLLM keeps fp8 in uint8 tensors and says which fp8 in its own words."""
+    """Returns the dtype of the values: vLLM keeps fp8 in uint8 tensors and names the kind of fp8 in `cache_dtype`."""
     if dtype != torch.uint8:
         return dtype
     known = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -117,10 +117,10 @@ def _plane_dtype(dtype: torch.dtype, cache_dtype: str) -> torch.dtype:
 
 
 def layer_number(name: str) -> int:
-    """The layer's place in the model, from its module path.
+    """Returns the layer's index in the model, from its module path.
 
     Raises:
-        UnsupportedError: there is no number in it, or several.
+        UnsupportedError: the path contains no number, or several.
     """
     found = _NUMBER.findall(f".{name}.")
     if len(found) != 1:
@@ -129,7 +129,7 @@ def layer_number(name: str) -> int:
 
 
 def numerics_of(config: VllmConfig, layers: Mapping[str, Any], ranks: int) -> Numerics:
-    """Everything beside weights and tokens that decides the bits of KV in this worker."""
+    """Returns everything besides weights and tokens that determines the bits of KV in this worker."""
     backends = sorted({_backend(layer) for layer in layers.values() if hasattr(layer, "impl")})
     device = config.device_config.device_type
     extra = [
@@ -165,7 +165,7 @@ def _backend(layer: Any) -> str:
 
 
 def _scales(layers: Mapping[str, Any]) -> str:
-    """A digest of fixed quantisation scales, or empty where all are 1."""
+    """Returns a digest of fixed quantisation scales, or an empty string if all are 1."""
     found = [
         (name, float(getattr(layer, "_k_scale_float", 1.0)), float(getattr(layer, "_v_scale_float", 1.0)))
         for name, layer in sorted(layers.items())
@@ -176,7 +176,16 @@ def _scales(layers: Mapping[str, Any]) -> str:
 
 
 def identity_of(config: VllmConfig, given: str | None, fingerprint: Any) -> str:
-    """What the weights are, with everything that vLLM may have changed about the model's configuration."""
+    """Returns the identity of the weights, and of all changes that vLLM makes to the model's configuration.
+
+    Args:
+        config: vLLM's configuration.
+        given: the setting `model_identity`, returned as it is.
+        fingerprint: how to identify weight files, see `lmcache.identity.model_identity`.
+
+    Raises:
+        UnsupportedError: the weights have no identity, or the changes cannot be named.
+    """
     model = config.model_config
     if given:
         return given
@@ -189,12 +198,12 @@ def identity_of(config: VllmConfig, given: str | None, fingerprint: Any) -> str:
     identity = model_identity(f"{name}@{revision}" if revision else name, fingerprint=fingerprint)
     changed = model.hf_overrides
     if callable(changed):
-        raise UnsupportedError("hf_overrides is a function: nobody can tell what it changes; set model_identity")
+        raise UnsupportedError("hf_overrides is a function: its effect on the weights is unknown; set model_identity")
     if changed:
         identity += " overrides " + blake3(repr(sorted(changed.items(), key=str)).encode()).hexdigest()
     return identity
 
 
 def layer_order(group: Any) -> Sequence[str]:
-    """Layer names of a vLLM group, in the order of the spec's layers."""
+    """Returns the layer names of a vLLM group, in the order of the spec's layers."""
     return sorted(group.layer_names, key=layer_number)

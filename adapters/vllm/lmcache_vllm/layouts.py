@@ -1,7 +1,7 @@
-"""How vLLM arranges its pages: candidates in words, and a proof by vLLM's own cache-write path of which one is true.
+"""How vLLM arranges its pages: candidate layouts, and a proof through vLLM's own cache-write path of which one is correct.
 
-Shapes cannot tell. Each layer is a tensor `(block, head, slot, K‖V)` with strides, and on a GPU that is what it is; the CPU
-backend packs K and V of a block in the order that its instruction set likes, under the same shape.
+Shapes are not sufficient. Each layer is a tensor `(block, head, slot, K‖V)` with strides, which describes the memory on a GPU;
+the CPU backend packs K and V of a block in an order that depends on its instruction set, under the same shape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 
 from lmcache.errors import LMCacheError
 from lmcache.layout import Layout, PagedKV
-from lmcache.layout.bound import BoundKV
 from lmcache.layout.proof import Values, prove
 from lmcache.spec import KVSpec
 from lmcache_vllm.compat import UnsupportedError
@@ -26,21 +25,21 @@ _INSIDE_A_BLOCK = {
     "vec": {"k": "block head (kv dim slot)", "v": "block head (kv slot dim)"},
     "amx": {"k": "block head (kv slot/16 dim/2 slot%16 dim%2)", "v": "block head (kv dim/16 slot/2 dim%16 slot%2)"},
 }
-"""The CPU backend, by instruction set: all of a block's bytes of one head are one dimension."""
+"""Layouts of the CPU backend by instruction set: all bytes of one head in a block are one dimension."""
 
 _LATENT = "block one slot latent"
 _PACKED = "block head slot (kv dim)"
 _SCRATCH = (1, 2)
-"""Block 0 is vLLM's null block; at start-up nobody uses these."""
+"""Blocks that the proof overwrites: unused at start-up (block 0 is vLLM's null block)."""
 
 
 def prove_layout(
     spec: KVSpec, config: KVCacheConfig, caches: Mapping[str, torch.Tensor], layers: Mapping[str, Any]
 ) -> tuple[PagedKV, str]:
-    """The live KV under the layout that vLLM really writes, and that layout's name.
+    """Returns the live KV with the layout that vLLM actually writes, and that layout's name.
 
     Raises:
-        UnsupportedError: no layout known here is what vLLM does; with the nearest contradiction.
+        UnsupportedError: no known layout is the one that vLLM writes; the message has each candidate's contradiction.
     """
     blocks = int(config.num_blocks)
     if blocks < 3:
@@ -82,19 +81,19 @@ def _candidates(spec: KVSpec, tensors: list[list[torch.Tensor]], sizes: list[int
     found = [("packed", PagedKV(dict(enumerate(tensors)), packed))]
     try:
         flat = {g: [tensor.view(*tensor.shape[:2], -1) for tensor in group] for g, group in enumerate(tensors)}
-    except RuntimeError:  # slots of a head are not side by side: no CPU backend
+    except RuntimeError:  # slots of a head are not contiguous: not the CPU backend
         return found
     for label, axes in _INSIDE_A_BLOCK.items():
         try:
             layouts = {g: Layout.parse(axes, block_tokens=n) for g, n in enumerate(sizes)}
-        except LMCacheError:  # blocks that it cannot divide
+        except LMCacheError:  # the block size is not a multiple of the layout's tile
             continue
         found.append((label, PagedKV(dict(flat), layouts)))
     return found
 
 
 def _by_block(cache: torch.Tensor, blocks: int) -> torch.Tensor:
-    """`(block, head, slot, content)`, one row a block of the block table."""
+    """Returns a tensor `(block, head, slot, content)`; dimension 0 are the blocks of the block table."""
     if cache.dim() == 3:
         cache = cache.unsqueeze(1)
     if cache.dim() != 4 or cache.shape[0] != blocks:
@@ -106,7 +105,7 @@ def _by_block(cache: torch.Tensor, blocks: int) -> torch.Tensor:
 
 
 def write_as_vllm(layer: Any, cache: torch.Tensor, slots: torch.Tensor, values: Values) -> None:
-    """Store tokens the way vLLM's forward pass does it."""
+    """Writes tokens to the KV cache with the function that vLLM's forward pass uses."""
     slots = slots.to(torch.int64)
     if "latent" in values:
         latent = values["latent"][:, 0]
@@ -122,8 +121,3 @@ def write_as_vllm(layer: Any, cache: torch.Tensor, slots: torch.Tensor, values: 
         )
         return
     layer.impl.do_kv_cache_update(layer, values["k"].contiguous(), values["v"].contiguous(), cache, slots)
-
-
-def bound_of(kv: PagedKV, spec: KVSpec) -> BoundKV:
-    """Compiled addresses."""
-    return kv.bind(spec)

@@ -1,6 +1,6 @@
-"""The messages between scheduler and workers, carried by vLLM's own messages. Plain data; vLLM encodes it.
+"""Messages between scheduler and workers, plain data that vLLM encodes and sends inside its own messages.
 
-`StepMeta` rides on a step's `SchedulerOutput`, `RankMeta` on what a worker returns, `Handshake` is sent once at start-up.
+`StepMeta` is part of a step's `SchedulerOutput`, `RankMeta` of a worker's output; `Handshake` is sent once at start-up.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lmcache.spec import KVSpec
 
 
 class BlockView(msgspec.Struct, frozen=True, array_like=True):
-    """Where a request's tokens lie in vLLM's KV cache.
+    """Location of a request's tokens in vLLM's KV cache.
 
     Attributes:
         request: vLLM's request id.
-        blocks: per group, block ids from the request's first token on; 0 is vLLM's null block: not resident.
+        blocks: per group, block ids from the request's first token on; 0 is vLLM's null block (not resident).
         skip: number of leading tokens already resident in the engine; their slots are not written.
         tokens: length of the view, from the first token on.
     """
@@ -37,7 +37,7 @@ class BlockView(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ClearRequest(msgspec.Struct, frozen=True, array_like=True):
-    """Clear the tiers of these namespaces, or of everything. Numbered, and repeated until all ranks have done it."""
+    """A request to clear the tiers of these namespaces, or of everything; repeated until all ranks have completed it."""
 
     number: int
     namespaces: tuple[bytes, ...] | None
@@ -48,12 +48,12 @@ class StepMeta(KVConnectorMetadata):
     """What the workers do in one step.
 
     Attributes:
-        plan: for `Transfer`; loads and tier traffic run beside the forward pass, stores after it.
+        plan: for `Transfer`; loads and tier traffic run concurrently with the forward pass, stores after it.
         views: job id → engine memory of that job.
-        refused: loads that vLLM waits for and that could not be planned any more.
+        refused: loads that vLLM waits for but that could not be planned; the worker reports them as failed.
         clear_requests: oldest first.
         idle: the step has no forward pass.
-        quiet: nor is any request left; it may be the last step for long.
+        quiet: the step is idle and no request is left, so it may be the last one for a long time.
     """
 
     plan: Plan
@@ -66,11 +66,12 @@ class StepMeta(KVConnectorMetadata):
 
 @dataclass
 class RankMeta(KVConnectorWorkerMetadata):
-    """What one rank, or after aggregation several, report.
+    """The report of one rank or, after aggregation, of several.
 
     Attributes:
-        cleared: rank → number of the newest clear request that is done.
-        facts: rank → what it measured of each tier, if admission needs it.
+        reports: of each rank.
+        cleared: rank → number of the newest completed clear request.
+        facts: rank → measurements of each tier, if admission needs them.
     """
 
     reports: list[Report]
@@ -78,7 +79,7 @@ class RankMeta(KVConnectorWorkerMetadata):
     facts: dict[int, list[TierFacts]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> RankMeta:
-        """All of both. Reports are cumulative and carry their rank, so nothing has to be merged."""
+        """Concatenates both. Reports are cumulative and contain their rank, so nothing has to be merged."""
         assert isinstance(other, RankMeta)
         return RankMeta([*self.reports, *other.reports], self.cleared | other.cleared, self.facts | other.facts)
 
@@ -87,10 +88,11 @@ class Offer(msgspec.Struct, frozen=True):
     """What a worker has opened.
 
     Attributes:
-        spec: what its KV is; ranks must agree on all but the rects.
+        rank: the worker's tensor-parallel rank.
+        spec: spec of its KV; ranks must agree on all but the rects.
         slots: arena slots per group.
         tiers: nearest first.
-        facts: what the rank measured of each tier, if admission needs it.
+        facts: measurements of each tier, if admission needs them.
         disabled: why this worker caches nothing, or empty.
     """
 
@@ -110,16 +112,16 @@ class Handshake(KVConnectorHandshakeMetadata):
 
     @staticmethod
     def of(offer: Offer) -> Handshake:
-        """Encode."""
+        """Encodes an offer."""
         return Handshake(msgspec.json.encode(offer))
 
     def read(self) -> Offer:
-        """Decode."""
+        """Decodes the offer."""
         return msgspec.json.decode(self.offer, type=Offer)
 
 
 def agreed(offers: Sequence[Offer]) -> str:
-    """Why these ranks cannot work together, or empty."""
+    """Returns why these ranks cannot work together, or an empty string."""
     for offer in offers:
         if offer.disabled:
             return f"rank {offer.rank}: {offer.disabled}"

@@ -1,4 +1,4 @@
-"""From a vLLM request to names: everything about it that changes KV values, or the reason why it has no name."""
+"""Derives names from a vLLM request: everything about it that affects KV values, or the reason why it cannot be named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Unnamed(Exception):  # noqa: N818  # not an error
-    """This request runs uncached; `reason` is a slug for metrics."""
+    """Raised for a request that runs uncached; `reason` is a slug for metrics."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
@@ -23,15 +23,15 @@ class Unnamed(Exception):  # noqa: N818  # not an error
 
 
 def salt_of(request: Request) -> str:
-    """The tenant."""
+    """Returns the request's tenant."""
     return request.cache_salt or ""
 
 
 def lora_of(request: Request) -> str:
-    """The adapter's weights, by content; empty without one.
+    """Returns the identity of the LoRA's weights, by content; empty without a LoRA.
 
     Raises:
-        Unnamed: they cannot be looked at.
+        Unnamed: the weights cannot be read.
     """
     lora = request.lora_request
     if lora is None:
@@ -48,7 +48,7 @@ def _no_lora(why: str) -> str:
 
 
 def extras_of(request: Request) -> tuple[Extra, ...]:
-    """Images, audio and the like behind placeholder tokens, by vLLM's content hash with its full width.
+    """Returns images, audio and other content behind placeholder tokens, named by vLLM's full content hash.
 
     Raises:
         Unnamed: content without a hash, prompt embeddings, or a prompt that may still change.

@@ -1,4 +1,4 @@
-"""What vLLM calls at start-up in each of its processes (entry point group `vllm.general_plugins`)."""
+"""Plugin that vLLM calls at start-up in each of its processes (entry point group `vllm.general_plugins`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ NAME = "LMCacheConnector"
 
 
 def register() -> None:
-    """Make the connector known by its short name. Called more than once in a process."""
+    """Registers the connector under its short name. May be called more than once per process."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if NAME not in KVConnectorFactory._registry:

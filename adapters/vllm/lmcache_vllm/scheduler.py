@@ -1,8 +1,8 @@
-"""The scheduler's side: decides for one engine; plans go to the workers with each step, reports come back.
+"""The connector's scheduler side: decides for one engine. Plans go to the workers with each step, reports come back.
 
-It never waits. A hit is offered to vLLM only when all of it is verified and in DRAM on every rank, so that the load cannot fail
-once vLLM counts on it: what lies on lower tiers is prefetched first, while vLLM is told to ask again later. What a forward pass
-computes is stored in the same step, before vLLM can reuse its blocks.
+It never blocks. A hit is offered to vLLM only when all of it is verified and in DRAM on every rank, so that its load cannot fail
+on a tier: objects on lower tiers are prefetched first, and until then the answer to vLLM is to call again later. What a forward
+pass computes is stored in the same step, before vLLM can reuse its blocks.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 _PATIENCE_S = 60.0
-"""Seconds that a probe's answer may travel: workers answer with the next step, and a step with a long prefill takes long."""
+"""Seconds to wait for the result of a probe: workers report with the next step, and a step with a long prefill takes long."""
 
 _STALLED_S = 30.0
-"""Seconds without news after which pending work no longer keeps an idle engine stepping."""
+"""Seconds without a plan or report after which pending work no longer keeps an idle engine stepping."""
 
 
 class Tracked:
-    """What is known of one request.
+    """State of one request.
 
     Attributes:
         chain: names of its full chunks so far.
-        local: tokens that vLLM has itself, as of the last query.
+        local: tokens that vLLM has computed itself, as of the last lookup.
         prefetch: the job that loads the hit into DRAM, 0 if there is none.
         prefetched: such a job was started; the request gets no second one.
         found: tokens of the hit before it was prefetched; `sources`: by tier.
         stop: why the hit ends.
-        stored: chunks handed over to be stored.
+        stored: number of chunks whose store was planned or skipped.
         counted: the request is in the metrics.
     """
 
@@ -85,10 +85,10 @@ class Tracked:
 
 
 class ConnectorScheduler:
-    """See the module. Its methods are called after those of vLLM's connector interface.
+    """See the module. Methods have the names of vLLM's connector interface.
 
     Args:
-        kv_config: as vLLM hands it to a connector.
+        kv_config: as vLLM passes it to a connector.
         config: settings.
         events: collect KV events.
 
@@ -112,14 +112,14 @@ class ConnectorScheduler:
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
         self._clear_requests: list[ClearRequest] = []
-        self._clears_asked = 0
+        self._clears = 0
         self._cleared: dict[int, int] = {}
-        self._news = 0.0
+        self._last_activity = 0.0
 
     # ---------------------------------------------------------------- start-up
 
     def open(self, offers: Iterable[Offer]) -> None:
-        """Takes what the workers opened; from here on there is something to decide about."""
+        """Opens the index for what the workers have opened. If they disagree, the cache stays disabled."""
         found = sorted(offers, key=lambda offer: offer.rank)
         self.disabled = agreed(found)
         if self.disabled:
@@ -141,16 +141,16 @@ class ConnectorScheduler:
             plane.on_change(self.events.notice)
         info("cache-ready", ranks=len(found), chunk_tokens=self._chunk, model=specs[0].model)
 
-    # ---------------------------------------------------------------- a request's way
+    # ---------------------------------------------------------------- requests
 
     def on_new_request(self, request: Request) -> None:
-        """Prefetches from lower tiers while the request queues."""
+        """Prefetches from lower tiers while the request is queued."""
         tracked = self._track(request)
         if tracked is not None and not request.skip_reading_prefix_cache:
             self._offer(tracked, 0, counted=False)
 
     def get_num_new_matched_tokens(self, request: Request, local: int) -> int | None:
-        """Tokens beyond the first `local` that can be loaded; None: ask again later."""
+        """Returns how many tokens beyond the first `local` can be loaded; None: call again later."""
         tracked = self._track(request)
         if tracked is None or request.skip_reading_prefix_cache:
             return 0
@@ -164,9 +164,9 @@ class ConnectorScheduler:
         owner, limit = tracked.request.request_id, tracked.request.num_tokens - 1
         if tracked.prefetch:
             if plane.awaited(tracked.prefetch) and local < tracked.found:
-                return None  # a tier that hangs is reported late after `load_timeout_s`
+                return None  # ends after `load_timeout_s` at the latest: then the job is reported as late
             tracked.prefetch = 0
-        if self._clear_requests:  # what is on the tiers is about to go: only DRAM counts
+        if self._clear_requests:  # the tiers are being cleared: only DRAM counts
             tracked.stop = StopReason.ABSENT
             near: int | None = local
         else:
@@ -190,7 +190,7 @@ class ConnectorScheduler:
         return tokens
 
     def update_state_after_alloc(self, request: Request, blocks: tuple[list[int], ...], tokens: int) -> None:
-        """vLLM has allocated blocks for the request and expects `tokens` of what was offered in them."""
+        """Plans the load of `tokens` of the offered tokens into the blocks that vLLM has allocated for the request."""
         plane, tracked = self._plane, self._requests.get(request.request_id)
         if plane is None or tracked is None:
             return
@@ -202,13 +202,13 @@ class ConnectorScheduler:
         view = BlockView(owner, blocks, tracked.local, whole)
         job = plane.begin_load(owner, time.monotonic(), tokens=whole, skip=tracked.local)
         if job is None:
-            self._log.warning("load-refused", request=owner, reason="what was offered is gone")
+            self._log.warning("load-refused", request=owner, reason="the offered hit is gone")
             self._refused.append(view)
         else:
             self._views[job] = view
 
     def sources(self, request: Request, tokens: int) -> dict[str, int]:
-        """By tier, where `tokens` loaded tokens came from: the last ones of the hit."""
+        """Returns, by tier, where the last `tokens` tokens of the request's hit were found."""
         tracked = self._requests.get(request.request_id)
         if tracked is None:
             return {}
@@ -232,10 +232,10 @@ class ConnectorScheduler:
                 stored_chunks=tracked.stored,
             )
 
-    # ---------------------------------------------------------------- a step
+    # ---------------------------------------------------------------- steps
 
     def build_connector_meta(self, output: SchedulerOutput) -> StepMeta:
-        """What the workers do in this step."""
+        """Returns what the workers do in this step."""
         plane = self._plane
         if plane is None:
             return StepMeta(plan=Plan(0, (), ()), refused=self._take_refused())
@@ -248,14 +248,14 @@ class ConnectorScheduler:
         finished, plan = plane.advance((), {}, now)
         self._count_loads(finished)
         if plan.jobs:
-            self._news = now
+            self._last_activity = now
         views, self._views = self._views, {}
         idle = output.total_num_scheduled_tokens == 0
         quiet = idle and not self._requests
         return StepMeta(plan, views, self._take_refused(), tuple(self._clear_requests), idle, quiet)
 
     def _store(self, plane: Plane, tracked: Tracked, scheduled: int, now: float) -> None:
-        """Stores the chunks whose last token is computed in this step, and whose token ids are all known."""
+        """Plans to store the chunks whose last token is computed in this step, if all their token ids are known."""
         request = tracked.request
         computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
         last = computed // self._chunk
@@ -275,7 +275,7 @@ class ConnectorScheduler:
             self._views[store.job] = BlockView(request.request_id, blocks, 0, last * self._chunk)
 
     def update_connector_output(self, meta: RankMeta) -> None:
-        """Applies what the workers report."""
+        """Applies the workers' reports."""
         self._cleared.update(meta.cleared)
         done = min(self._cleared.get(rank, 0) for rank in range(self._ranks))
         self._clear_requests = [request for request in self._clear_requests if request.number > done]
@@ -283,7 +283,7 @@ class ConnectorScheduler:
             return
         now = time.monotonic()
         if meta.reports:
-            self._news = now
+            self._last_activity = now
         self._count_loads(self._plane.apply(meta.reports, meta.facts, now))
 
     def _count_loads(self, jobs: Iterable[Finished]) -> None:
@@ -296,15 +296,15 @@ class ConnectorScheduler:
 
     @property
     def has_pending_push_work(self) -> bool:
-        """Whether there is work that goes on only while the engine steps."""
-        if self._plane is None or time.monotonic() - self._news > _STALLED_S:
+        """Whether there is work that continues only while the engine steps."""
+        if self._plane is None or time.monotonic() - self._last_activity > _STALLED_S:
             return False
         return bool(self._clear_requests) or self._plane.stats()["jobs"] > 0
 
-    # ---------------------------------------------------------------- the rest
+    # ---------------------------------------------------------------- clear, reset, stats
 
     def clear(self, salt: str | None = None) -> bool:
-        """Forgets everything (of one tenant) and has the workers clear their tiers; until they have, those are not read."""
+        """Forgets everything (of one tenant) and has the workers clear their tiers, which are not read until that is done."""
         plane = self._plane
         if plane is None:
             return True
@@ -312,25 +312,25 @@ class ConnectorScheduler:
         now = time.monotonic()
         for namespace in (None,) if namespaces is None else namespaces:
             plane.clear(namespace, now)
-        self._clears_asked += 1
-        self._clear_requests.append(ClearRequest(self._clears_asked, namespaces))
-        self._news = now
+        self._clears += 1
+        self._clear_requests.append(ClearRequest(self._clears, namespaces))
+        self._last_activity = now
         for tracked in self._requests.values():
             tracked.stored = 0
         return True
 
     def reset_cache(self) -> bool:
-        """vLLM resets its caches, as it does whenever weights may have changed under it (pause, sleep, update).
+        """Clears everything and renames what is computed from now on. vLLM calls this whenever weights may have changed.
 
-        What is computed from here on gets names that no other process has: files say nothing about weights in memory.
+        The new names are unique to this process: the identity of the weight files no longer describes the weights in memory.
         """
         if self._plane is not None:
             self._plane.names.set_weights_version(uuid.uuid4().hex)
-        self._requests.clear()  # those that run are no longer stored: with which weights they began is unknown
+        self._requests.clear()  # running requests are no longer stored: part of their KV has the old weights
         return self.clear()
 
     def stats(self) -> dict[str, float]:
-        """The metrics and the index's counts."""
+        """Returns the metrics, and the index's counts as `index_*`."""
         counts = self._plane.stats() if self._plane is not None else {}
         return self.metrics.snapshot() | {f"index_{name}": float(value) for name, value in counts.items()}
 
@@ -341,9 +341,9 @@ class ConnectorScheduler:
         try:
             found = Tracked(request, names.salt_of(request), names.lora_of(request), names.extras_of(request))
             chain = self._named(found)
-        except names.Unnamed as why:
-            self.metrics.uncached(why.reason)
-            self._log.warning("uncached", key=why.reason, request=request.request_id, reason=why)
+        except names.Unnamed as unnamed:
+            self.metrics.uncached(unnamed.reason)
+            self._log.warning("uncached", key=unnamed.reason, request=request.request_id, reason=unnamed)
             return None
         except TokenError as error:
             self.metrics.uncached("tokens")
@@ -354,7 +354,7 @@ class ConnectorScheduler:
         return found
 
     def _named(self, tracked: Tracked) -> Chain:
-        """Names of the request's full chunks, which grow with its tokens."""
+        """Returns the names of the request's full chunks; extends them as the request grows."""
         request, chain = tracked.request, tracked.chain
         known = len(chain.digests) if chain is not None else 0
         if chain is None or known < request.num_tokens // self._chunk:
@@ -370,7 +370,7 @@ class ConnectorScheduler:
         return refused
 
     def _count(self, tracked: Tracked, local: int, tokens: int, counted: bool) -> None:
-        """Counts a request once: what it asked for beyond vLLM's own hit, what it got, and why the hit ends."""
+        """Counts a request once: tokens requested beyond vLLM's own hit, tokens found, and why the hit ends."""
         if tracked.counted or not counted or self._plane is None:
             return
         tracked.counted = True
@@ -384,7 +384,7 @@ class ConnectorScheduler:
 
 
 def last_of(by_tier: Mapping[str, int], tokens: int) -> dict[str, int]:
-    """Of a hit's tokens by tier, nearest first, the last `tokens`."""
+    """Returns the last `tokens` tokens of a hit, by tier; `by_tier` is nearest first. Tokens beyond the hit count as DRAM."""
     found: dict[str, int] = {}
     for tier, count in reversed(list(by_tier.items())):
         if tokens > 0:
@@ -396,6 +396,6 @@ def last_of(by_tier: Mapping[str, int], tokens: int) -> dict[str, int]:
 
 
 def resident_chunks(blocks: list[int], block_tokens: int, chunk_tokens: int, chunks: int) -> list[bool]:
-    """Which of the first `chunks` chunks lie whole in blocks that are really there."""
+    """Returns for each of the first `chunks` chunks whether all its blocks are allocated and none is the null block."""
     per = chunk_tokens // block_tokens
     return [(i + 1) * per <= len(blocks) and all(blocks[i * per : (i + 1) * per]) for i in range(chunks)]

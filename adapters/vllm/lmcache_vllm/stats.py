@@ -1,4 +1,4 @@
-"""What both halves count, on its way to vLLM's `/metrics`."""
+"""Passes the counters of scheduler and workers to vLLM's `/metrics`."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from lmcache.observe.metrics import Metrics
 
 _EVERY_S = 1.0
+"""Minimum seconds between two reads of all counters, which take longer than a step should."""
 
 
 class CacheStats(KVConnectorStats):
-    """Counters, as increments: `name|label value|…` → amount."""
+    """Increments of counters: `name|label value|…` → amount."""
 
     data: dict[str, float]
 
     def reset(self) -> None:
-        """Forget."""
+        """Removes all increments."""
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> CacheStats:
-        """The sum of both."""
+        """Adds the increments of `other` and returns self."""
         for key, amount in other.data.items():
             self.data[key] = self.data.get(key, 0) + amount
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """For vLLM's log line: tokens."""
+        """Returns loaded and stored tokens, for vLLM's log line."""
         wanted = {"lmcache_loaded_tokens_total": "loaded tokens", "lmcache_stored_tokens_total": "stored tokens"}
         return {wanted[key]: amount for key, amount in self.data.items() if key in wanted}
 
     def is_empty(self) -> bool:
-        """Nothing has been counted."""
+        """Whether nothing has been counted."""
         return not self.data
 
 
 class Increments:
-    """What a half's counters have grown by; looked at now and then, for that costs more than a step may."""
+    """Computes how much counters have grown."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -47,7 +48,7 @@ class Increments:
         self._due = 0.0
 
     def take(self, quiet: bool = False) -> CacheStats | None:
-        """The growth since the last time, at most once a second; but all of it where an engine falls `quiet`."""
+        """Returns the growth since the last result, at most once a second unless `quiet` (no step may follow for long)."""
         now = time.monotonic()
         if now < self._due and not quiet:
             return None
@@ -65,7 +66,7 @@ class Increments:
 
 
 class PromMetrics(KVConnectorPromMetrics):
-    """`lmcache_*` counters, with vLLM's labels in front of ours."""
+    """`lmcache_*` counters, with vLLM's labels before ours."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class PromMetrics(KVConnectorPromMetrics):
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Add what was counted."""
+        """Adds increments."""
         for key, amount in transfer_stats_data.items():
             name, *labels = key.split("|")
             counter = self._counters.get(name)

@@ -1,7 +1,7 @@
-"""The worker's side: owns one rank's data plane and executes plans on the KV tensors that vLLM registered.
+"""The connector's worker side: owns one rank's data plane and executes plans on the KV tensors that vLLM registered.
 
-It decides nothing. Loads and tier traffic of a step run beside the forward pass, stores follow it; the reports go back with the
-step's output.
+It makes no decisions. Loads and tier traffic of a step run concurrently with the forward pass, stores after it; reports return
+with the step's output.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 _IDLE_WAIT_S = 0.002
-"""Seconds that a step without a forward pass waits for news, rather than spin."""
+"""Seconds that a step without a forward pass waits for a job to end, so that an idle engine does not spin."""
 
 
 class LoadResults:
-    """Loads that ended in the step: all of them, those that failed, and the blocks that hold nothing now."""
+    """Loads that ended in a step: all requests, the failed ones, and the blocks whose content is undefined."""
 
     __slots__ = ("blocks", "failed", "requests")
 
@@ -49,8 +49,8 @@ class LoadResults:
         self.failed: set[str] = set()
         self.blocks: set[int] = set()
 
-    def lost(self, view: BlockView, block_tokens: Sequence[int]) -> None:
-        """A load ended, and what it was for has to be computed. `block_tokens`: of each group."""
+    def add_failed(self, view: BlockView, block_tokens: Sequence[int]) -> None:
+        """Adds a load that failed: vLLM recomputes its tokens. `block_tokens`: tokens per block of each group."""
         self.requests.add(view.request)
         self.failed.add(view.request)
         for blocks, size in zip(view.blocks, block_tokens, strict=True):
@@ -59,40 +59,40 @@ class LoadResults:
 
 
 class Worker(Protocol):
-    """What a connector asks of a worker: the half, or its stand-in."""
+    """Interface of `ConnectorWorker` and `FailedWorker`."""
 
     metrics: Metrics
 
     def register_kv_caches(self, caches: Mapping[str, torch.Tensor]) -> None:
-        """Take up vLLM's KV tensors."""
+        """Opens the cache on vLLM's KV tensors."""
         ...
 
     def offer(self) -> Offer:
-        """For the scheduler half."""
+        """Returns what this rank has opened, for the scheduler."""
         ...
 
     def bind_connector_metadata(self, step: StepMeta) -> None:
-        """What this step is to do."""
+        """Takes the work of the next step."""
         ...
 
     def start_load_kv(self) -> None:
-        """Everything but stores."""
+        """Starts all jobs of the step but stores."""
         ...
 
     def wait_for_save(self) -> None:
-        """What the forward pass has computed."""
+        """Stores what the forward pass has computed."""
         ...
 
     def get_transfer_results(self) -> LoadResults:
-        """Loads that ended since the last call."""
+        """Returns the loads that ended since the last call."""
         ...
 
     def build_connector_worker_meta(self) -> RankMeta | None:
-        """For the scheduler half; None where there is nothing to say."""
+        """Returns this rank's report for the scheduler, or None if there is nothing to report."""
         ...
 
     def shutdown(self) -> None:
-        """Release everything."""
+        """Releases everything."""
         ...
 
 
@@ -100,7 +100,7 @@ class ConnectorWorker:
     """See the module.
 
     Args:
-        vllm_config, kv_config: as vLLM hands them to a connector.
+        vllm_config, kv_config: as vLLM passes them to a connector.
         config: settings.
     """
 
@@ -121,24 +121,24 @@ class ConnectorWorker:
         self._point: object = None
         self._loads: dict[int, BlockView] = {}
         self._reported: Report | None = None
-        self._seen = -1  # the transfer's news when its report was last taken
+        self._seen = -1  # the tracker's `news` when its report was last taken
         self._cleared = 0
         self._clearing: threading.Thread | None = None
 
     # ---------------------------------------------------------------- start-up
 
     def register_kv_caches(self, caches: Mapping[str, torch.Tensor]) -> None:
-        """Take up vLLM's KV tensors: describe, prove, allocate. Whatever is in the way disables this worker."""
+        """Opens the cache on vLLM's KV tensors: describes and proves their layout, allocates memory. Any failure disables it."""
         try:
             self._open(caches)
             self.disabled = ""
         except (UnsupportedError, LMCacheError) as error:
             self.disabled = str(error)
-        except Exception as error:  # vLLM's internals may have changed
+        except Exception as error:  # for example, vLLM's internals have changed
             self.disabled = f"{type(error).__name__}: {error}"
         if self.disabled:
             self.metrics.failed("open", "unsupported")
-            info("cache-disabled", rank=self.rank, reason=self.disabled)  # the scheduler half warns, once for all ranks
+            info("cache-disabled", rank=self.rank, reason=self.disabled)  # the scheduler warns, once for all ranks
             if self._config.strict:
                 raise RuntimeError(f"LMCache cannot cache here, and strict is set: {self.disabled}")
 
@@ -171,7 +171,7 @@ class ConnectorWorker:
         )
 
     def offer(self) -> Offer:
-        """What this rank has opened, for the scheduler."""
+        """Returns what this rank has opened, for the scheduler."""
         opened = self._rank
         if opened is None:
             return Offer(self.rank, self._spec, disabled=self.disabled)
@@ -181,25 +181,25 @@ class ConnectorWorker:
     def _facts(self) -> list[TierFacts]:
         return self._rank.facts() if self._rank is not None and self._config.selective else []
 
-    # ---------------------------------------------------------------- a step
+    # ---------------------------------------------------------------- steps
 
     def bind_connector_metadata(self, step: StepMeta) -> None:
-        """What this step is to do."""
+        """Takes the work of the next step."""
         self._step = step
         self._reported = None
-        # Before this step's forward pass, which computes other requests' blocks: a load need not wait for it.
+        # Loads may start from this point, before the step's forward pass, which computes other requests' blocks.
         self._point = None
         if self._rank is not None and self._kv is not None and step.plan.jobs:
             self._point = self._rank.transfer.point(self._kv)
 
     def start_load_kv(self) -> None:
-        """Everything but stores."""
+        """Starts all jobs of the step but stores."""
         if self._step is not None:
             self._execute(self._step, stores=False)
             self._clear(self._step.clear_requests)
 
     def wait_for_save(self) -> None:
-        """What the forward pass has computed. On return vLLM may overwrite it."""
+        """Stores what the forward pass has computed; on return vLLM may overwrite it."""
         if self._step is not None:
             self._execute(self._step, stores=True)
 
@@ -211,7 +211,7 @@ class ConnectorWorker:
         for job in jobs:
             block_view = step.views.get(job.id)
             if block_view is not None:
-                if job.kind == "load":  # vLLM waits for it from here on, whatever happens
+                if job.kind == "load":  # from here on vLLM waits for its result, even if it fails to start
                     self._loads[job.id] = block_view
                 views[job.id] = self._view(job, block_view)
         after = None if stores else self._point
@@ -226,14 +226,14 @@ class ConnectorWorker:
         }
         return EngineView(self._kv, slots)
 
-    # ---------------------------------------------------------------- what has come of it
+    # ---------------------------------------------------------------- results
 
     def get_transfer_results(self) -> LoadResults:
-        """Loads that ended since the last call. After it no call of theirs writes into vLLM's memory."""
+        """Returns the loads that ended since the last call; they do not write to vLLM's memory any more."""
         found = LoadResults()
         step = self._step
         for view in step.refused if step is not None else ():
-            self._lost(found, view)
+            self._mark_failed(found, view)
         if self._rank is None:
             return found
         tracker = self._rank.transfer.tracker
@@ -246,7 +246,7 @@ class ConnectorWorker:
             if not report.final:
                 tracker.fence([report.job], None)
             self._ended(found, self._loads[report.job], report)
-        for report in ended:  # not before all have been answered: until then they are owed
+        for report in ended:  # only once all are in the result: if this raises, `FailedWorker` reports them
             del self._loads[report.job]
         return found
 
@@ -255,22 +255,22 @@ class ConnectorWorker:
             found.requests.add(load.request)
         else:
             self._log.warning("load-failed", request=load.request, reason=_reason(report))
-            self._lost(found, load)
+            self._mark_failed(found, load)
 
-    def _lost(self, found: LoadResults, view: BlockView) -> None:
-        found.lost(view, self._sizes)
+    def _mark_failed(self, found: LoadResults, view: BlockView) -> None:
+        found.add_failed(view, self._sizes)
 
     def build_connector_worker_meta(self) -> RankMeta | None:
-        """For the scheduler half; None where there is nothing to say."""
+        """Returns this rank's report for the scheduler, or None if there is nothing to report."""
         reports = [self._reported] if self._reported is not None and self._reported.jobs else []
         cleared = {self.rank: self._cleared} if self._cleared else {}
         facts = {self.rank: known} if reports and (known := self._facts()) else {}
         return RankMeta(reports, cleared, facts) if reports or cleared else None
 
-    # ---------------------------------------------------------------- the rest
+    # ---------------------------------------------------------------- clear, flush, shutdown
 
     def _clear(self, clear_requests: Sequence[ClearRequest]) -> None:
-        """Empty the tiers in a thread of its own: a large folder takes a while."""
+        """Clears the tiers on a separate thread, because a large folder takes long."""
         new = [request for request in clear_requests if request.number > self._cleared]
         if not new or (self._clearing is not None and self._clearing.is_alive()):
             return
@@ -288,7 +288,7 @@ class ConnectorWorker:
             self._cleared = request.number
 
     def flush(self) -> None:
-        """Returns when what was written is visible to others."""
+        """Waits until everything written to the tiers is visible to other processes."""
         if self._rank is not None:
             self._rank.flush()
 
@@ -299,25 +299,25 @@ class ConnectorWorker:
             opened.close()
 
     def switch_off(self, step: StepMeta | None) -> FailedWorker:
-        """What replaces this worker once it has raised; with `step`, from within that step on."""
+        """Returns the replacement of this worker, which has raised; `step` is the step under way, if any."""
         tracker = self._rank.transfer.tracker if self._rank is not None else None
         if tracker is not None:
-            tracker.fence(tuple(self._loads), CLOSE_S)  # no load of ours may write what vLLM computes anew
+            tracker.fence(tuple(self._loads), CLOSE_S)  # its loads must not overwrite what vLLM recomputes
         return FailedWorker(self, self._loads, self._sizes, tracker, step)
 
 
 class FailedWorker:
-    """Replaces a worker that raised: everything asked of it fails at once, so that nothing in vLLM waits.
+    """Replaces a worker that raised: reports all work as failed, so that vLLM waits for nothing.
 
-    For vLLM, all loads that the worker has not answered, and those of later steps, have failed; for the scheduler, all jobs that
-    the tracker does not report. What they were to load, prefetch or store leaves the index, and soon nothing is offered.
+    To vLLM it reports as failed all loads without a result and those of later steps; to the scheduler, all jobs that the tracker
+    does not report. The index removes the objects that these were to load, prefetch or store, so that hits cease.
 
     Args:
         failed: the worker that raised.
         unanswered: its loads that vLLM still waits for.
         sizes: tokens per block of each group.
-        tracker: the worker's; its write-back goes on.
-        step: the step under way, if its loads were not answered yet.
+        tracker: the worker's; write-back continues.
+        step: the step under way, if its load results are not reported yet.
     """
 
     def __init__(
@@ -338,41 +338,41 @@ class FailedWorker:
             self.bind_connector_metadata(step)
 
     def register_kv_caches(self, caches: Mapping[str, torch.Tensor]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def offer(self) -> Offer:
-        """Nothing, and why."""
-        return Offer(self._failed.rank, None, disabled="the worker half is switched off; its log says why")
+        """Returns an offer that disables the cache."""
+        return Offer(self._failed.rank, None, disabled="the connector is switched off; see the worker's log")
 
     def bind_connector_metadata(self, step: StepMeta) -> None:
-        """A step; its loads are owed from here on."""
+        """Takes a step, whose loads will be reported as failed."""
         self._step = step
         loads = [job.id for job in step.plan.jobs if job.kind == "load"]
         self._unanswered.update({job: step.views[job] for job in loads if job in step.views})
 
     def start_load_kv(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def wait_for_save(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def get_transfer_results(self) -> LoadResults:
-        """All that is owed, as failed."""
+        """Returns all loads that vLLM waits for, as failed."""
         found = LoadResults()
         refused = self._step.refused if self._step is not None else ()
         for view in (*refused, *self._unanswered.values()):
-            found.lost(view, self._sizes)
+            found.add_failed(view, self._sizes)
         self._unanswered = {}
         return found
 
     def build_connector_worker_meta(self) -> RankMeta | None:
-        """What the transfer says, and of all other jobs of the step that they failed."""
+        """Returns the tracker's report, with all other jobs of the step as failed."""
         if self._tracker is None or self._step is None:
             return None
         report = self._tracker.report()
         known = {job.job for job in report.jobs}
         failed = [
-            JobReport(job.id, (int(Status.FAILED),) * len(job.ops), True, 0, "the worker half is switched off")
+            JobReport(job.id, (int(Status.FAILED),) * len(job.ops), True, 0, "the worker's connector is switched off")
             for job in self._step.plan.jobs
             if job.id not in known
         ]
@@ -380,12 +380,15 @@ class FailedWorker:
         return RankMeta([msgspec.structs.replace(report, jobs=jobs)]) if jobs else None
 
     def shutdown(self) -> None:
-        """As the half."""
+        """Shuts down the worker that failed."""
         self._failed.shutdown()
 
 
 def slots_of(blocks: list[int], block_tokens: int, tokens: int, skip: int) -> torch.Tensor:
-    """Slots of a request's first `tokens` tokens: int64, −1 for the first `skip`, null blocks, and what has no block."""
+    """Returns the slots of a request's first `tokens` tokens: int64 `(tokens,)`.
+
+    −1 = not resident: the first `skip` tokens, tokens in null blocks, and tokens without a block.
+    """
     ids = torch.tensor(blocks[: -(-tokens // block_tokens)], dtype=torch.int64)
     table = ids[:, None] * block_tokens + torch.arange(block_tokens)
     table[ids == 0] = -1

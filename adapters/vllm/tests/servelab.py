@@ -1,4 +1,4 @@
-"""A real `vllm serve`, as a user starts it: its process group, its log, its metrics, and chats through the OpenAI client."""
+"""Runs a real `vllm serve` in its own process group: its log, its metrics, and chats through the OpenAI client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lmcache_conformance.runner.processes import kill_group
 
 CHUNK = 256
-"""The default of `chunk_tokens`; vLLM's CPU blocks of 128 tokens divide it."""
+"""The default of `chunk_tokens`, a multiple of vLLM's CPU block size of 128 tokens."""
 
 WAIT_S = 120.0
 START_S = 400.0
@@ -29,7 +29,7 @@ _SETTLE_S = 0.2
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    "LMCACHE_LOAD_TIMEOUT_S": "100",  # what is late is a miss, and nobody knows how busy this machine is
+    "LMCACHE_LOAD_TIMEOUT_S": "100",  # late loads are misses, and this machine may be busy
     "LMCACHE_PROBE_TIMEOUT_S": "100",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -44,12 +44,12 @@ Message = dict[str, str]
 
 
 class Server:
-    """One server in a process group of its own; ready when made. Use it as a context manager.
+    """One server in its own process group; ready once constructed. Use it as a context manager.
 
     Args:
-        model: a folder.
-        disk: of the disk tier.
-        log: the file that takes what it prints.
+        model: folder of the model.
+        disk: folder of the disk tier.
+        log: file for the server's output.
         more: further options of `vllm serve`.
     """
 
@@ -69,7 +69,7 @@ class Server:
             "--host": "127.0.0.1",
             "--port": str(self._port),
             "--served-model-name": "model",
-            "--dtype": "float32",  # in which a hit and a recomputation agree in their tokens
+            "--dtype": "float32",  # hits and recomputation then give the same tokens
             "--max-model-len": "2048",
             "--max-num-seqs": "4",
             "--num-gpu-blocks-override": "48",
@@ -111,31 +111,31 @@ class Server:
         with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
             return str(answer.read().decode())
 
-    # ---------------------------------------------------------------- what it does
+    # ---------------------------------------------------------------- requests
 
     def chat(self, messages: Sequence[Message], *, stream: bool = True, salt: str = "", tokens: int = 24) -> str:
-        """Its answer, greedily."""
+        """Returns the server's response, sampled greedily."""
         if stream:
             return "".join(self.pieces(messages, salt=salt, tokens=tokens))
         answer = self.client.chat.completions.create(**_arguments(messages, salt, tokens))
         return answer.choices[0].message.content or ""
 
     def pieces(self, messages: Sequence[Message], *, salt: str = "", tokens: int = 24) -> Iterator[str]:
-        """Its answer, as it comes."""
+        """Yields the server's response as it is streamed."""
         for chunk in self.client.chat.completions.create(**_arguments(messages, salt, tokens), stream=True):
             if chunk.choices:
                 yield chunk.choices[0].delta.content or ""
 
     def drop_own_cache(self) -> None:
-        """Empty vLLM's own prefix cache. It refuses while blocks are in use, which may last a little longer than a request."""
+        """Empties vLLM's own prefix cache, which fails while blocks are in use: until a little after the end of a request."""
         await_true(
             lambda: bool(json.loads(self._ask("/reset_prefix_cache", "POST"))["success"]), "vLLM drops its own cache"
         )
 
-    # ---------------------------------------------------------------- what it says
+    # ---------------------------------------------------------------- metrics and log
 
     def metrics(self) -> Mapping[str, float]:
-        """`name{label="…"}` → value, vLLM's own labels left out."""
+        """Returns `name{label="…"}` → value, without vLLM's own labels."""
         found: dict[str, float] = {}
         for family in text_string_to_metric_families(self._ask("/metrics")):
             for sample in family.samples:
@@ -147,8 +147,8 @@ class Server:
         return found
 
     def settled(self) -> Mapping[str, float]:
-        """`metrics`, when all that past requests have counted is there: vLLM tells it a step after their answers."""
-        for _ in range(2):  # the engine has stepped before it does the second one
+        """Returns `metrics` once they include all past requests: vLLM publishes them a step after the response."""
+        for _ in range(2):  # the engine makes a step before the second call
             self.drop_own_cache()
         found: list[Mapping[str, float]] = [{}]
 
@@ -157,17 +157,17 @@ class Server:
             found.append({k: v for k, v in self.metrics().items() if k.startswith(("lmcache_", "vllm:"))})
             return found[-1] == found[-2]
 
-        await_true(same, "the metrics stand still")
+        await_true(same, "the metrics stop changing")
         return found[-1]
 
     def log(self) -> str:
-        """All that it has printed."""
+        """Returns the server's output."""
         return self._log.read_text(errors="replace")
 
-    # ---------------------------------------------------------------- its end
+    # ---------------------------------------------------------------- shutdown
 
     def stop(self) -> int:
-        """As a service manager stops it; the exit status."""
+        """Stops the server with SIGTERM, as a service manager does; returns the exit status."""
         self._process.send_signal(signal.SIGTERM)
         try:
             return self._process.wait(WAIT_S)
@@ -175,7 +175,7 @@ class Server:
             self.kill9()
 
     def kill9(self) -> None:
-        """All its processes at once."""
+        """Kills all its processes at once."""
         kill_group(self._process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(WAIT_S)
@@ -206,14 +206,14 @@ def _free_port() -> int:
 
 
 def await_true(done: Callable[[], bool], what: str) -> None:
-    """Wait for something that happens beside the requests."""
+    """Waits until `done()` is true; `what` describes it in the error."""
     until = time.monotonic() + WAIT_S
     while not done():
         if time.monotonic() > until:
-            raise AssertionError(f"waited in vain until {what}")
+            raise AssertionError(f"timed out waiting until {what}")
         time.sleep(0.05)
 
 
 def grown(before: Mapping[str, float], after: Mapping[str, float], name: str) -> float:
-    """By how much a series has grown."""
+    """Returns how much a series has grown."""
     return after.get(name, 0.0) - before.get(name, 0.0)

@@ -1,4 +1,4 @@
-"""What the scheduler half lets its workers write to a disk, by what they say of its room. Without an engine."""
+"""Admission to a disk in the connector's scheduler, by the fill levels that workers report. Without an engine."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ CHUNK, BLOCK, CHUNKS = 64, 32, 4
 RANKS = 2
 WHOLE = KVSpec.uniform("m", layers=3, kv_heads=2, head_dim=32, dtype="float32")
 OBJECT = WHOLE.object_bytes(0, CHUNK) + 4096
-"""A chunk on disk, of both ranks together."""
+"""Bytes of a chunk on disk, both ranks together."""
 ROOM = 40
-"""Chunks that the disk takes before its janitor evicts."""
+"""Chunks that fit on the disk before its janitor evicts."""
 CAPACITY = ROOM * OBJECT * 10 // 9 + 1000
 
 
 class Workers:
-    """Two ranks that do all they are told at once, and a disk that never forgets but says how full it would be."""
+    """Two ranks that execute all jobs immediately, and a disk that keeps everything but reports a limited fill level."""
 
     def __init__(self, admission: str, used: int = 0) -> None:
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -40,7 +40,7 @@ class Workers:
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
         groups = [KVCacheGroupSpec(["model.layers.0.self_attn"], spec)]
         kv_config = KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=groups)
-        self.half = ConnectorScheduler(kv_config, Config(chunk_tokens=CHUNK, admission=admission))
+        self.scheduler = ConnectorScheduler(kv_config, Config(chunk_tokens=CHUNK, admission=admission))
         self.used = used
         self.written: list[bytes] = []
         self._seq = 0
@@ -54,14 +54,14 @@ class Workers:
             )
             for rank in range(RANKS)
         ]
-        self.half.open(Handshake.of(offer).read() for offer in offers)
-        assert self.half.disabled == ""
+        self.scheduler.open(Handshake.of(offer).read() for offer in offers)
+        assert self.scheduler.disabled == ""
 
     def facts(self) -> TierFacts:
         return TierFacts(min(self.used, ROOM * OBJECT), 0, 0.0)
 
     def serve(self, number: int) -> None:
-        """One request: asked about, computed, stored, over."""
+        """Runs one request: lookup, computation, store, end."""
         tokens = list(range(1000 * number, 1000 * number + CHUNKS * CHUNK))
         request: Any = Plain(
             request_id=f"{number}",
@@ -75,18 +75,18 @@ class Workers:
             num_computed_tokens=0,
             all_token_ids=tokens,
         )
-        while self.half.get_num_new_matched_tokens(request, 0) is None:
+        while self.scheduler.get_num_new_matched_tokens(request, 0) is None:
             self.step({})
         blocks = ([1 + i for i in range(CHUNKS * CHUNK // BLOCK)],)
-        self.half.update_state_after_alloc(request, blocks, 0)
+        self.scheduler.update_state_after_alloc(request, blocks, 0)
         self.step({request.request_id: len(tokens)}, [Plain(req_id=request.request_id, block_ids=blocks)])
-        self.half.request_finished(request)
+        self.scheduler.request_finished(request)
         self.step({})
         self.step({})
 
     def step(self, scheduled: dict[str, int], new: Any = ()) -> None:
         nothing = Plain(req_ids=[], new_block_ids=[], resumed_req_ids=set())
-        meta = self.half.build_connector_meta(
+        meta = self.scheduler.build_connector_meta(
             Plain(
                 total_num_scheduled_tokens=sum(scheduled.values()),
                 num_scheduled_tokens=scheduled,
@@ -103,13 +103,13 @@ class Workers:
                 if isinstance(op, Copy) and isinstance(op.dst, Tier):
                     self.written.append(op.name.chain)
                     self.used += OBJECT
-        told = None
+        output = None
         for rank in range(RANKS):
-            meta_of = RankMeta([Report(meta.plan.epoch, rank, self._seq, tuple(jobs))], {}, {rank: [self.facts()]})
-            told = meta_of if told is None else told.aggregate(meta_of)
-        assert told is not None
-        assert set(told.facts) == set(range(RANKS))
-        self.half.update_connector_output(told)
+            of_rank = RankMeta([Report(meta.plan.epoch, rank, self._seq, tuple(jobs))], {}, {rank: [self.facts()]})
+            output = of_rank if output is None else output.aggregate(of_rank)
+        assert output is not None
+        assert set(output.facts) == set(range(RANKS))
+        self.scheduler.update_connector_output(output)
 
 
 def test_everything_is_written_while_the_disk_has_room_and_then_what_is_stored_again() -> None:
@@ -117,9 +117,9 @@ def test_everything_is_written_while_the_disk_has_room_and_then_what_is_stored_a
     for number in range(30):
         workers.serve(number)
     assert len(workers.written) == ROOM
-    stats = workers.half.stats()
+    stats = workers.scheduler.stats()
     assert stats["index_refused"] == stats['lmcache_skipped_stores_total{reason="admission"}'] == 30 * CHUNKS - ROOM
-    workers.serve(29 - 5)  # left memory, was never written
+    workers.serve(29 - 5)  # evicted from DRAM, never written
     assert len(workers.written) == ROOM + CHUNKS
 
 
@@ -134,7 +134,7 @@ def test_room_that_workers_report_is_used() -> None:
     workers = Workers("second", used=CAPACITY)
     workers.serve(0)
     assert workers.written == []
-    workers.used = 0  # somebody has emptied the folder
+    workers.used = 0  # the folder was emptied
     workers.step({})
     workers.serve(1)
     assert len(workers.written) == CHUNKS
@@ -151,13 +151,13 @@ def test_what_never_comes_again_soon_stays_off_a_full_disk() -> None:
     workers = Workers("adaptive")
     for number in range(60):
         workers.serve(number)
-    assert ROOM < len(workers.written) <= 2 * ROOM, "as long as it takes until there is a verdict"
+    assert ROOM < len(workers.written) <= 2 * ROOM, "until the rule has enough observations"
     assert len(workers.written) < 60 * CHUNKS / 2
 
 
 def test_workers_that_say_nothing_about_their_tiers_are_believed_to_have_room() -> None:
     workers = Workers("second", used=CAPACITY)
     spec = KVSpec.uniform("m", layers=3, kv_heads=2, head_dim=32, dtype="float32")
-    workers.half.open([Offer(0, spec, (8,), (TierInfo("disk", True),))])
-    assert workers.half._plane is not None
-    assert workers.half._plane.admission.has_room(0)
+    workers.scheduler.open([Offer(0, spec, (8,), (TierInfo("disk", True),))])
+    assert workers.scheduler._plane is not None
+    assert workers.scheduler._plane.admission.has_room(0)

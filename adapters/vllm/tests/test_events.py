@@ -1,4 +1,4 @@
-"""KV events, on the real engine."""
+"""KV events of a real engine."""
 
 from __future__ import annotations
 

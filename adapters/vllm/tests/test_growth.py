@@ -1,4 +1,4 @@
-"""Two thousand requests, many of them cancelled, leave nothing behind: no memory, no blocks, no pins, no bookkeeping."""
+"""Two thousand requests, many of them cancelled, leak nothing: no memory, blocks, pins or state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ llm = LLM(
     ),
 )
 engine, core = llm.llm_engine, llm.llm_engine.engine_core.engine_core
-half = core.scheduler.connector._scheduler
+scheduler = core.scheduler.connector._scheduler
 pool = core.scheduler.kv_cache_manager.block_pool
 rng = random.Random(0)
 trunks = [[rng.randrange(3, 1000) for _ in range(96)] for _ in range(40)]
@@ -56,12 +56,12 @@ def found():
     return {
         "rss": psutil.Process().memory_info().rss,
         "free": pool.get_num_free_blocks(),
-        "requests": len(half._requests), "views": len(half._views),
-        **{name: value for name, value in half._plane.stats().items() if name in ("jobs", "leases", "failed_owners")},
-        "references": sum(held.extent.refs for p in half._plane.state.pools for held in p.residents()),
-        "questions": len(half._plane._probes),
+        "requests": len(scheduler._requests), "views": len(scheduler._views),
+        **{name: value for name, value in scheduler._plane.stats().items() if name in ("jobs", "leases", "failed_owners")},
+        "references": sum(held.extent.refs for p in scheduler._plane.state.pools for held in p.residents()),
+        "questions": len(scheduler._plane._probes),
         "observed": len(core.model_executor.driver_worker.worker.model_runner.requests),
-        "hits": half.stats()["lmcache_loaded_tokens_total"],
+        "hits": scheduler.stats()["lmcache_loaded_tokens_total"],
     }
 
 serve(600)
@@ -80,9 +80,9 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
     [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
     first, last = json.loads(line.removeprefix("FOUND "))
     print(first, last)
-    assert last["hits"] > first["hits"] + 10_000, "hardly anything was loaded: nothing was shown"
-    assert last["free"] == first["free"], "blocks of vLLM's are still held"
+    assert last["hits"] > first["hits"] + 10_000, "hardly anything was loaded: the test shows nothing"
+    assert last["free"] == first["free"], "blocks of vLLM are still held"
     for name in ("requests", "views", "jobs", "leases", "failed_owners", "references", "questions"):
         assert last[name] == 0, f"{last[name]} {name} are left"
-    # vLLM itself keeps something for every new shape of a batch, some 20 KiB a request here.
+    # vLLM itself allocates memory per new batch shape, here about 20 KiB per request.
     assert last["rss"] - first["rss"] < 96 << 20, "memory grows"

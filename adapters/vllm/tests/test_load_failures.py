@@ -1,4 +1,4 @@
-"""Loads that fail though they were offered, and halves that raise: nobody waits, nothing loops, every answer is right."""
+"""Offered loads that fail, and schedulers and workers that raise: nothing hangs or loops, every response is correct."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lmcache_vllm.worker import slots_of
 
 CHUNK = 32
 PATIENCE_S = 60.0
-"""A request that waits for a load that nobody answers waits for ever; this is when we give up."""
+"""Seconds before a test fails: a request whose load is never reported waits forever."""
 
 MODELS = ("llama", "gemma3")
-"""One group, and several: vLLM takes failed loads by block in the first case, by request in the second."""
+"""One KV group, and several: vLLM takes failed loads by block in the first case, by request in the second."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
 @contextmanager
 def engine(model: str, connector: str, policy: str = "recompute", disk: Path | None = None) -> Iterator[RemoteSession]:
-    """A session with a connector of `brokenvllm`."""
+    """Opens a session with a connector of `lmcache_vllm.testing.broken`."""
     cache = {"chunk_tokens": CHUNK, "dram_bytes": "64MiB", **({"disk_path": str(disk)} if disk else {})}
     options = {"connector": f"lmcache_vllm.testing.broken:{connector}", "kv_load_failure_policy": policy}
     config = SessionConfig(model=str(model_folder(model)), cache=cache, options=options)
@@ -49,19 +49,19 @@ def prompts(model: str, count: int, chunks: int = 5) -> list[Request]:
 
 
 def ask(session: RemoteSession, requests: Sequence[Request]) -> list[Response]:
-    """At once, with nothing in vLLM's own cache."""
+    """Runs the requests at once, with an empty prefix cache in vLLM."""
     session.drop_device_cache()
     return session.generate(requests)
 
 
 def counted(session: RemoteSession, *names: str) -> list[int]:
-    """Of what the index counts."""
+    """Returns counts of the index."""
     stats = session.stats()
     return [int(stats.get(f"index_{name}", 0)) for name in names]
 
 
 def right(got: Sequence[Response], want: Sequence[Response]) -> None:
-    """In float32 a hit, a part of one, and none give the same greedy tokens."""
+    """Checks the responses. In float32, full hits, partial hits and misses give the same greedy tokens."""
     assert [response.error for response in got] == [""] * len(want)
     assert [response.tokens for response in got] == [response.tokens for response in want]
 
@@ -80,8 +80,8 @@ def test_a_load_that_fails_is_computed_anew_and_not_offered_again(model: str, co
             for request, answer in zip(requests, first, strict=True):
                 [again] = ask(session, [request])
                 right([again], [answer])
-                assert again.hit > 0, "nothing was offered: nothing was shown"
-            assert counted(session, "loads", "failed_loads") == [round * len(requests)] * 2, "not one load a request"
+                assert again.hit > 0, "nothing was offered: the test shows nothing"
+            assert counted(session, "loads", "failed_loads") == [round * len(requests)] * 2, "not one load per request"
         right(ask(session, requests), first)
         assert counted(session, "failed_loads", "jobs", "leases") == [3 * len(requests), 0, 0]
 
@@ -120,7 +120,7 @@ def test_an_offer_that_is_gone_when_it_is_taken_up_is_computed_anew(model: str) 
         for _ in range(3):
             again = ask(session, requests)
             right(again, first)
-            assert all(response.hit for response in again), "nothing was offered: nothing was shown"
+            assert all(response.hit for response in again), "nothing was offered: the test shows nothing"
         assert counted(session, "loads", "leases") == [0, 0]
 
 
@@ -134,7 +134,7 @@ def test_an_offer_that_is_gone_is_an_error_where_that_is_the_policy() -> None:
         right(ask(session, [structs.replace(request, salt="of its own")]), [first])
 
 
-# ---------------------------------------------------------------- halves that raise
+# ---------------------------------------------------------------- schedulers and workers that raise
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_scheduler_half_that_raises_is_switched_off(model: str, connector: str
         for _ in range(2):
             again = ask(session, requests)
             right(again, first)
-            assert not any(response.hit for response in again), "it still offers something"
+            assert not any(response.hit for response in again), "hits are still offered"
         assert "broken on purpose" in session.stderr()
 
 
@@ -177,20 +177,20 @@ def test_behind_a_worker_half_that_raises_nobody_waits(model: str, connector: st
         first = [ask(session, [request])[0] for request in requests]
         again = ask(session, requests)
         right(again, first)
-        assert all(response.hit for response in again), "nothing was offered: nothing was shown"
+        assert all(response.hit for response in again), "nothing was offered: the test shows nothing"
         for _ in range(4):
             again = ask(session, requests)
             right(again, first)
-        assert not any(response.hit for response in again), "what no worker can load is offered for ever"
+        assert not any(response.hit for response in again), "hits that no worker can load are still offered"
         assert counted(session, "jobs") == [0], "the index still waits for the worker"
         assert "broken on purpose" in session.stderr()
 
 
-# ---------------------------------------------------------------- what a load must leave alone
+# ---------------------------------------------------------------- what a load must not write
 
 
 def test_a_load_has_no_slots_in_what_vllm_has_itself_nor_in_the_null_block() -> None:
-    """Blocks before `skip` may be shared with other requests; block 0 stands for what a window has left behind."""
+    """Blocks before `skip` may be shared with other requests; block 0 stands for blocks before a sliding window."""
     slots = slots_of([5, 0, 7, 2], block_tokens=4, tokens=14, skip=2).tolist()
     assert slots == [-1, -1, 22, 23, -1, -1, -1, -1, 28, 29, 30, 31, 8, 9]
     assert slots_of([5], block_tokens=4, tokens=6, skip=0).tolist() == [20, 21, 22, 23, -1, -1]

@@ -1,4 +1,4 @@
-"""Resetting vLLM's caches together with ours: nothing from before is served, and new names are nobody else's."""
+"""Resetting vLLM's caches together with ours: nothing stored before is served, and new names are unique to the process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ assert llm.reset_prefix_cache(reset_connector=True)
 found["reset"] = ask()
 assert llm.reset_prefix_cache()
 found["after"] = ask()
-ask(203)  # by now the folder is empty again; what was written while it was being emptied may be gone
+ask(203)  # the folder has been cleared by now; objects written during clearing may be gone
 print("FOUND", json.dumps(found))
 llm.llm_engine.engine_core.shutdown()
 """
@@ -63,9 +63,9 @@ def test_after_a_reset_nothing_old_is_served_and_nothing_new_outlives_the_proces
     disk = tmp_path / "disk"
     for process in ("first", "second"):
         found = run(disk)
-        assert found["first"][0] == 0, f"{process} process: hits of what was computed after the other's reset"
-        assert found["again"][0] == 192, "no hit before the reset: nothing was shown"
+        assert found["first"][0] == 0, f"{process} process: hits objects that the other computed after its reset"
+        assert found["again"][0] == 192, "no hit before the reset: the test shows nothing"
         assert found["reset"][0] == 0, "served after a reset"
-        assert found["after"][0] == 192, "nothing is cached any more after a reset"
+        assert found["after"][0] == 192, "nothing is cached after a reset"
         assert len({tuple(tokens) for _, tokens in (found[name] for name in ("first", "again", "reset", "after"))}) == 1
-        assert list(disk.rglob("*.safetensors")), "nothing is written any more after a reset"
+        assert list(disk.rglob("*.safetensors")), "nothing is written after a reset"

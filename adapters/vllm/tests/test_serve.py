@@ -1,10 +1,10 @@
-"""`vllm serve` with the connector, as in production: chats through the OpenAI client, restarts, kills, neighbours on one folder.
+"""`vllm serve` with the connector, as in production: chats through the OpenAI client, restarts, kills, a shared folder.
 
-One story with three servers. Fixtures tell it, each part once, and note what happened; tests look at these notes.
+One scenario with three servers. Fixtures run each part once and record the results, which the tests check.
 
-    first    a chat in three rounds, vLLM's own cache dropped in between; then nobody asks for anything
+    first    a chat in three rounds, with vLLM's own cache dropped in between; then the server idles
     second   starts on the same folder while the first runs; each reads what the other has written
-    third    starts after the first was killed in the middle of an answer, and the second was stopped right after one
+    third    starts after the first was killed during a response, and the second was stopped right after one
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ROUNDS = (
 
 
 def opening(topic: str) -> list[Message]:
-    """The beginning of a chat: a report of some 600 tokens."""
+    """Returns the start of a chat: a report of about 600 tokens."""
     report = " ".join(
         f"On day {day} the keeper of {topic} number {day * 7 % 31} counted {day * day % 97} ships."
         for day in range(1, 31)
@@ -63,7 +63,7 @@ def opening(topic: str) -> list[Message]:
 
 @dataclass
 class Answer:
-    """One answer, what it was to, and the metrics around it."""
+    """One response, its request, and the metrics before and after it."""
 
     messages: list[Message]
     text: str
@@ -79,19 +79,19 @@ class Answer:
 
     @property
     def whole(self) -> int:
-        """Tokens of its prompt that a cache can know: whole chunks, and not the last token."""
+        """Tokens of its prompt that can be cached: whole chunks, without the last token."""
         return (self.prompt - 1) // CHUNK * CHUNK
 
 
 def ask(server: Server, messages: list[Message], *, stream: bool = True, salt: str = "", tokens: int = 24) -> Answer:
-    """vLLM's own cache is emptied before, so what is not computed comes from ours."""
+    """Sends a request after emptying vLLM's own cache, so that all hits are ours."""
     before = server.settled()
     text = server.chat(messages, stream=stream, salt=salt, tokens=tokens)
     return Answer(list(messages), text, before, server.settled())
 
 
 def chat(server: Server, topic: str, rounds: int = 3, salt: str = "") -> list[Answer]:
-    """A chat, streamed."""
+    """Runs a chat with streamed responses."""
     answers: list[Answer] = []
     messages = opening(topic)
     for question in ROUNDS[:rounds]:
@@ -101,12 +101,12 @@ def chat(server: Server, topic: str, rounds: int = 3, salt: str = "") -> list[An
     return answers
 
 
-# ---------------------------------------------------------------- the story
+# ---------------------------------------------------------------- the scenario
 
 
 @dataclass
 class Story:
-    """Where it takes place."""
+    """Folders of the scenario, and its servers."""
 
     folder: Path
     model: Path
@@ -137,7 +137,7 @@ class First:
 class Second:
     server: Server
     its_first: Answer
-    told: list[Answer]
+    answers: list[Answer]
     read_by_first: Answer
 
 
@@ -178,7 +178,7 @@ def first(story: Story) -> First:
     last = rounds[-1]
     whole = ask(server, last.messages, stream=False)
     recomputed = ask(server, last.messages, salt="another tenant")
-    # Nobody asks any more: what is stored is written all the same, even what the very last step has computed.
+    # The server idles from here on; it must still write everything stored, including what the last step has computed.
     brief = ask(server, [*opening("tower"), {"role": "user", "content": ROUNDS[0]}], tokens=1)
     expected = (2 * last.whole + brief.whole) // CHUNK
     await_true(lambda: len(object_files(story.disk)) >= expected, f"{expected} objects are written")
@@ -190,10 +190,10 @@ def second(story: Story, first: First) -> Second:
     server = story.start("--shutdown-timeout", "60")
     its_first = ask(server, first.rounds[-1].messages)
     held = len(object_files(story.disk))
-    told = chat(server, "windmill", rounds=2)
-    expected = held + told[-1].whole // CHUNK
+    answers = chat(server, "windmill", rounds=2)
+    expected = held + answers[-1].whole // CHUNK
     await_true(lambda: len(object_files(story.disk)) >= expected, f"{expected} objects are written")
-    return Second(server, its_first, told, ask(first.server, told[-1].messages))
+    return Second(server, its_first, answers, ask(first.server, answers[-1].messages))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def third(story: Story, first: First, second: Second) -> Third:
     )
 
 
-# ---------------------------------------------------------------- what it shows
+# ---------------------------------------------------------------- tests
 
 
 def test_the_log_says_what_the_cache_is(first: First) -> None:
@@ -238,7 +238,7 @@ def test_the_log_says_what_the_cache_is(first: First) -> None:
 
 def test_a_prompt_that_nobody_knows_is_computed(first: First) -> None:
     cold = first.rounds[0]
-    assert cold.whole >= 2 * CHUNK  # or it would show nothing
+    assert cold.whole >= 2 * CHUNK  # otherwise the test shows nothing
     assert cold.grew(EXTERNAL) == 0
     assert cold.grew('lmcache_miss_tokens_total{reason="absent"}') == cold.prompt
     assert cold.grew("lmcache_stored_tokens_total") >= cold.whole
@@ -247,7 +247,7 @@ def test_a_prompt_that_nobody_knows_is_computed(first: First) -> None:
 @pytest.mark.parametrize("number", [1, 2])
 def test_later_rounds_of_a_chat_are_hits_in_vllms_metrics_and_in_ours(first: First, number: int) -> None:
     before, now = first.rounds[number - 1 : number + 1]
-    assert now.grew(EXTERNAL) >= before.whole  # all of the round before, perhaps its answer too
+    assert now.grew(EXTERNAL) >= before.whole  # all of the previous round, possibly its response too
     assert now.grew(EXTERNAL) % CHUNK == 0
     assert now.grew(FROM_HOST) == now.grew(EXTERNAL) == now.grew(OUR_DRAM) == now.grew("lmcache_loaded_tokens_total")
     assert now.grew("lmcache_requested_tokens_total") == now.prompt
@@ -264,7 +264,7 @@ def test_a_whole_answer_is_the_streamed_one(first: First) -> None:
 def test_a_hit_says_what_recomputation_says_and_another_tenant_gets_no_hit(first: First) -> None:
     assert first.recomputed.grew(EXTERNAL) == 0
     assert first.recomputed.text == first.rounds[-1].text
-    assert len(set(first.rounds[-1].text.split())) > 3  # something was said
+    assert len(set(first.rounds[-1].text.split())) > 3  # the response is not trivial
 
 
 def test_an_idle_server_writes_all_that_it_has_stored(first: First) -> None:
@@ -278,10 +278,10 @@ def test_a_new_server_serves_its_first_request_from_the_folder(first: First, sec
 
 
 def test_what_one_server_has_computed_is_a_hit_in_another_that_shares_its_folder(second: Second) -> None:
-    told, read = second.told[-1], second.read_by_first
-    assert told.grew(EXTERNAL) > 0  # its own second round
-    assert read.grew(FROM_DISK) == read.grew(OUR_DISK) == read.whole == told.whole
-    assert read.text == told.text
+    answer, read = second.answers[-1], second.read_by_first
+    assert answer.grew(EXTERNAL) > 0  # its own second round
+    assert read.grew(FROM_DISK) == read.grew(OUR_DISK) == read.whole == answer.whole
+    assert read.text == answer.text
 
 
 def test_a_neighbours_death_disturbs_nobody(first: First, third: Third) -> None:

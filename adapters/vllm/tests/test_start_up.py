@@ -1,4 +1,4 @@
-"""What is wrong at start-up is said in one clear line, and the engine goes on uncached, or, if it is strict, does not start."""
+"""A problem at start-up is logged in one line and the engine runs without cache; with `strict` it does not start."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Plain = SimpleNamespace
 CHUNK, BLOCK = 64, 32
 
 
-# ---------------------------------------------------------------- vLLM's part, as plain records
+# ---------------------------------------------------------------- stand-ins for vLLM's objects
 
 
 def kv_config(names: list[str], *, blocks: int = 6, block: int = BLOCK, spec: Any = None) -> Any:
@@ -52,7 +52,7 @@ def kv_config(names: list[str], *, blocks: int = 6, block: int = BLOCK, spec: An
 
 
 def engine_config(cache: dict[str, Any] | None = None, **parallel: int) -> Any:
-    """As much of a `VllmConfig` as the connector looks at."""
+    """The parts of a `VllmConfig` that the connector reads."""
     sizes = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     return Plain(
         kv_transfer_config=Plain(kv_connector_extra_config=cache or {}),
@@ -72,7 +72,7 @@ def engine_config(cache: dict[str, Any] | None = None, **parallel: int) -> Any:
 
 
 class Layer:
-    """An attention module whose implementation writes by `write(key, value, cache, slots)`; a lie is another `write`."""
+    """An attention module whose implementation writes with `write(key, value, cache, slots)`."""
 
     def __init__(self, write: Callable[..., None], impl: str = "FakeImpl") -> None:
         def update(self: Any, layer: Any, key: Any, value: Any, cache: Any, slots: Any) -> None:
@@ -91,7 +91,7 @@ def packed_caches(dim: int = 32, heads: int = 2, blocks: int = 6) -> dict[str, t
     return {f"model.layers.{i}.self_attn": pool[i] for i in range(3)}
 
 
-# ---------------------------------------------------------------- it is found
+# ---------------------------------------------------------------- registration
 
 
 @pytest.mark.parametrize("module", [None, "lmcache_vllm"])
@@ -105,18 +105,18 @@ def test_vllm_finds_the_connector_by_its_name_alone_or_by_its_module(module: str
     assert KVConnectorFactory.get_connector_class(given) is LMCacheConnector
 
 
-# ---------------------------------------------------------------- settings that cannot be right
+# ---------------------------------------------------------------- invalid settings
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """Warnings of the cache so far."""
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Returns the cache's warnings so far."""
     caplog.set_level(logging.INFO, "lmcache")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "lmcache" and r.levelno >= logging.WARNING]
 
 
 def connectors(config: Any) -> tuple[LMCacheConnector, LMCacheConnector]:
-    """Both halves, made as vLLM makes them, and their handshake."""
+    """Returns (worker, scheduler) connectors, created as vLLM creates them, after their handshake."""
     caches = kv_config(["model.layers.0.self_attn"])
     worker = LMCacheConnector(config, KVConnectorRole.WORKER, caches)
     scheduler = LMCacheConnector(config, KVConnectorRole.SCHEDULER, caches)
@@ -138,7 +138,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a size in no unit": (
         {"dram_bytes": "4G"},
-        "dram_bytes (from engine JSON): '4G' has no unit known here; write 4GB or 4GiB",
+        "dram_bytes (from engine JSON): '4G' has an unknown unit; write 4GB or 4GiB",
     ),
     "more memory than there is": ({"dram_bytes": "900TiB"}, "dram_bytes (from engine JSON): 900TiB is beyond the"),
     "a file in the place of the folder": ({"disk_path": __file__}, "is a file; give a folder"),
@@ -149,40 +149,40 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("what", BAD)
 def test_a_setting_that_cannot_be_right_is_said_once_and_the_engine_goes_on_uncached(
-    what: str, said: Callable[[], list[str]]
+    what: str, warnings: Callable[[], list[str]]
 ) -> None:
     cache, message = BAD[what]
-    halves = connectors(engine_config(cache))
-    [line] = said()
+    made = connectors(engine_config(cache))
+    [line] = warnings()
     assert line.startswith("cache-disabled reason=")
     assert message in line
-    for half in halves:
-        assert_passive(half)
-    assert said() == [line]
+    for connector in made:
+        assert_passive(connector)
+    assert warnings() == [line]
 
 
-def assert_passive(half: LMCacheConnector) -> None:
-    """It answers everything that vLLM asks, and wants nothing."""
+def assert_passive(connector: LMCacheConnector) -> None:
+    """Checks that the connector answers every call of vLLM and requests nothing."""
     request = Plain(request_id="1", num_tokens=512)
     blocks = Plain(get_block_ids=lambda: ([1, 2],))
-    half.register_kv_caches({})
-    half.on_new_request(request)
-    assert half.get_num_new_matched_tokens(request, 0) == (0, False)
-    half.update_state_after_alloc(request, blocks, 0)
-    meta = half.build_connector_meta(Plain(num_scheduled_tokens={"1": 512}, total_num_scheduled_tokens=512))
+    connector.register_kv_caches({})
+    connector.on_new_request(request)
+    assert connector.get_num_new_matched_tokens(request, 0) == (0, False)
+    connector.update_state_after_alloc(request, blocks, 0)
+    meta = connector.build_connector_meta(Plain(num_scheduled_tokens={"1": 512}, total_num_scheduled_tokens=512))
     assert meta.plan.jobs == ()
-    half.bind_connector_metadata(meta)
-    half.start_load_kv(Plain())
-    half.wait_for_save()
-    results = half.get_transfer_results(set())
+    connector.bind_connector_metadata(meta)
+    connector.start_load_kv(Plain())
+    connector.wait_for_save()
+    results = connector.get_transfer_results(set())
     assert not results.finished_recving
     assert not results.failed_recving
-    assert half.get_block_ids_with_load_errors() == set()
-    assert half.build_connector_worker_meta() is None
-    assert half.request_finished(request, [1, 2]) == (False, None)
-    assert half.has_pending_push_work() is False
-    assert half.get_kv_connector_stats() is None
-    half.shutdown()
+    assert connector.get_block_ids_with_load_errors() == set()
+    assert connector.build_connector_worker_meta() is None
+    assert connector.request_finished(request, [1, 2]) == (False, None)
+    assert connector.has_pending_push_work() is False
+    assert connector.get_kv_connector_stats() is None
+    connector.shutdown()
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -203,14 +203,14 @@ UNSUPPORTED = {
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("option", UNSUPPORTED)
 def test_an_unsupported_option_is_named_and_the_engine_goes_on_uncached(
-    option: str, said: Callable[[], list[str]]
+    option: str, warnings: Callable[[], list[str]]
 ) -> None:
-    halves = connectors(engine_config(**{option: 2}))
-    [line] = said()
+    made = connectors(engine_config(**{option: 2}))
+    [line] = warnings()
     assert line.startswith("cache-disabled")
     assert UNSUPPORTED[option] in line
-    for half in halves:
-        assert_passive(half)
+    for connector in made:
+        assert_passive(connector)
 
 
 def test_strictness_may_be_asked_for_from_outside_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,12 +232,12 @@ def test_other_unsupported_engines_are_named() -> None:
 
 @pytest.mark.usefixtures("one_rank")
 def test_an_old_vllm_is_refused_and_an_untested_one_warned_of(
-    monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+    monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
 ) -> None:
     monkeypatch.setattr(compat, "TESTED", ("0.30", "0.32"))
     monkeypatch.setattr(compat.vllm, "__version__", "0.27.1+cpu")
     connectors(engine_config())
-    assert said() == ['cache-disabled reason="vLLM 0.27.1+cpu is too old; the connector needs 0.28 or newer"']
+    assert warnings() == ['cache-disabled reason="vLLM 0.27.1+cpu is too old; the connector needs 0.28 or newer"']
     monkeypatch.setattr(compat.vllm, "__version__", "0.99.0")
     assert "vLLM 0.99.0 was never tested with this connector, only 0.30, 0.32;" in compat.check_version()
     monkeypatch.setattr(compat.vllm, "__version__", "0.32.5+cu129")
@@ -245,79 +245,79 @@ def test_an_old_vllm_is_refused_and_an_untested_one_warned_of(
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_vllm_with_other_internals_is_no_reason_to_crash(said: Callable[[], list[str]]) -> None:
+def test_a_vllm_with_other_internals_is_no_reason_to_crash(warnings: Callable[[], list[str]]) -> None:
     config = engine_config()
     del config.parallel_config.pipeline_parallel_size
-    for half in connectors(config):
-        assert_passive(half)
-    [line] = said()
+    for connector in connectors(config):
+        assert_passive(connector)
+    [line] = warnings()
     assert "AttributeError" in line
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_worker_that_fails_alone_tells_the_scheduler_why(said: Callable[[], list[str]]) -> None:
+def test_a_worker_that_fails_alone_tells_the_scheduler_why(warnings: Callable[[], list[str]]) -> None:
     caches = kv_config(["model.layers.0.self_attn"])
     worker = LMCacheConnector(engine_config({"dram_bytes": "4G"}), KVConnectorRole.WORKER, caches)
-    assert said() == []
+    assert warnings() == []
     scheduler = LMCacheConnector(engine_config(), KVConnectorRole.SCHEDULER, caches)
     scheduler.set_xfer_handshake_metadata({0: worker.get_handshake_metadata()})
-    [line] = said()
+    [line] = warnings()
     assert line.startswith('cache-disabled reason="rank 0: dram_bytes (from engine JSON)')
     assert scheduler.get_num_new_matched_tokens(Plain(request_id="1"), 0) == (0, False)
 
 
-def test_a_half_that_raises_is_switched_off_and_says_so_once(said: Callable[[], list[str]]) -> None:
+def test_a_half_that_raises_is_switched_off_and_says_so_once(warnings: Callable[[], list[str]]) -> None:
     scheduler = LMCacheConnector(engine_config(), KVConnectorRole.SCHEDULER, kv_config(["model.layers.0.self_attn"]))
     assert scheduler._scheduler is not None
     metrics = scheduler._scheduler.metrics
-    scheduler._scheduler._plane = Plain()  # type: ignore[assignment]  # everything asked of it raises
+    scheduler._scheduler._plane = Plain()  # type: ignore[assignment]  # every access to it raises
     for _ in range(3):
         assert scheduler.get_num_new_matched_tokens(request(tokens=[1, 2, 3]), 0) == (0, False)
-    [line] = said()
+    [line] = warnings()
     assert line.startswith("cache-off reason=")
     assert "AttributeError" in line
     assert metrics.snapshot()['lmcache_failures_total{op="connector",reason="internal"}'] == 1
 
 
-# ---------------------------------------------------------------- a worker that cannot work
+# ---------------------------------------------------------------- workers that cannot cache
 
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch, one_rank: None) -> Callable[..., tuple[ConnectorWorker, Offer]]:
-    """Opens a worker half on fake layers."""
+    """Opens a worker on fake layers."""
 
     def opened(write: Callable[..., None] = write_packed, impl: str = "FakeImpl", **cache: Any) -> Any:
         caches = packed_caches()
         layers = {name: Layer(write, impl) for name in caches}
         monkeypatch.setattr(compat, "attention_layers", lambda config: layers)
         settings = {"dram_bytes": "4MiB", "model_identity": "m", "chunk_tokens": CHUNK, **cache}
-        half = ConnectorWorker(engine_config(), kv_config(list(caches)), Config(**settings))
-        half.register_kv_caches(caches)
-        return half, Handshake.of(half.offer()).read()
+        connector_worker = ConnectorWorker(engine_config(), kv_config(list(caches)), Config(**settings))
+        connector_worker.register_kv_caches(caches)
+        return connector_worker, Handshake.of(connector_worker.offer()).read()
 
     return opened
 
 
-def met(*offers: Offer) -> ConnectorScheduler:
-    half = ConnectorScheduler(kv_config(["model.layers.0.self_attn"]), Config(chunk_tokens=CHUNK))
-    half.open(offers)
-    return half
+def scheduler_of(*offers: Offer) -> ConnectorScheduler:
+    scheduler = ConnectorScheduler(kv_config(["model.layers.0.self_attn"]), Config(chunk_tokens=CHUNK))
+    scheduler.open(offers)
+    return scheduler
 
 
 def test_a_worker_with_everything_right_offers_what_it_holds(
-    worker: Callable[..., Any], said: Callable[[], list[str]], tmp_path: Path
+    worker: Callable[..., Any], warnings: Callable[[], list[str]], tmp_path: Path
 ) -> None:
-    half, offer = worker(disk_path=str(tmp_path / "kv"))
+    connector_worker, offer = worker(disk_path=str(tmp_path / "kv"))
     assert offer.disabled == ""
     assert [tier[:2] for tier in offer.tiers] == [("disk", True)]
     assert offer.slots == (4 * 2**20 // (3 * 2 * 2 * 32 * 4 * CHUNK),)
-    assert met(offer).disabled == ""
-    assert said() == []
-    half.shutdown()
+    assert scheduler_of(offer).disabled == ""
+    assert warnings() == []
+    connector_worker.shutdown()
 
 
 def lying(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """Heads in another order than they say."""
+    """Writes the heads in reverse order."""
     write_packed(key.flip(1), value, cache, slots)
 
 
@@ -343,39 +343,39 @@ def failing(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: 
     ],
 )
 def test_a_backend_that_is_not_understood_disables_the_cache_with_one_line(
-    write: Callable[..., None], impl: str, message: str, worker: Callable[..., Any], said: Callable[[], list[str]]
+    write: Callable[..., None], impl: str, message: str, worker: Callable[..., Any], warnings: Callable[[], list[str]]
 ) -> None:
-    half, offer = worker(write, impl)
-    assert half.metrics.snapshot()['lmcache_failures_total{op="open",reason="unsupported"}'] == 1
-    scheduler = met(offer)
-    [line] = said()
+    connector_worker, offer = worker(write, impl)
+    assert connector_worker.metrics.snapshot()['lmcache_failures_total{op="open",reason="unsupported"}'] == 1
+    scheduler = scheduler_of(offer)
+    [line] = warnings()
     assert line.startswith("cache-disabled")
     assert message in line
     assert scheduler.get_num_new_matched_tokens(request(tokens=list(range(512))), 0) == 0
     assert not scheduler.has_pending_push_work
-    half.bind_connector_metadata(
+    connector_worker.bind_connector_metadata(
         StepMeta(scheduler.build_connector_meta(Plain(num_scheduled_tokens={}, total_num_scheduled_tokens=0)).plan)
     )
-    half.start_load_kv()
-    half.wait_for_save()
-    assert not half.get_transfer_results().requests
+    connector_worker.start_load_kv()
+    connector_worker.wait_for_save()
+    assert not connector_worker.get_transfer_results().requests
     with pytest.raises(RuntimeError, match="LMCache cannot cache here, and strict is set"):
         worker(write, impl, strict=True)
 
 
 def test_a_folder_that_cannot_be_opened_leaves_a_cache_in_memory(
-    worker: Callable[..., Any], said: Callable[[], list[str]], tmp_path: Path
+    worker: Callable[..., Any], warnings: Callable[[], list[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     folder = str(tmp_path / "file" / "kv")
-    half, offer = worker(disk_path=folder)
-    [line] = said()
+    connector_worker, offer = worker(disk_path=folder)
+    [line] = warnings()
     assert line.startswith("tier-disabled tier=disk reason=")
     assert folder in line
     assert offer.disabled == ""
     assert offer.tiers == ()
     assert offer.slots[0] > 0
-    half.shutdown()
+    connector_worker.shutdown()
     with pytest.raises(RuntimeError, match="strict is set"):
         worker(disk_path=folder, strict=True)
 
@@ -400,7 +400,7 @@ def lab_caches(lab: Lab, shape: tuple[int, ...] | None = None) -> dict[str, torc
 
 
 def lab_layers(lab: Lab, *, lie: bool = False) -> dict[str, Any]:
-    """Each layer writes by the lab's own arithmetic; a lie swaps K and V of every second token."""
+    """Returns layers that write with the lab's own arithmetic; with `lie`, they swap K and V of every second token."""
 
     def writer(number: int) -> Callable[..., None]:
         k, v = lab.spec.groups[0].planes
@@ -495,16 +495,16 @@ def test_caches_of_another_shape_or_too_few_blocks_are_refused() -> None:
 
 def test_slots_follow_the_block_table_and_leave_out_what_is_not_there() -> None:
     assert slots_of([3, 1], 4, 6, 0).tolist() == [12, 13, 14, 15, 4, 5]
-    assert slots_of([3, 1], 4, 6, 5).tolist() == [-1] * 5 + [5]  # the first ones are somebody else's
+    assert slots_of([3, 1], 4, 6, 5).tolist() == [-1] * 5 + [5]  # `skip`: already resident
     assert slots_of([0, 1], 4, 8, 0).tolist() == [-1] * 4 + [4, 5, 6, 7]  # vLLM's null block
-    assert slots_of([3], 4, 6, 0).tolist() == [12, 13, 14, 15, -1, -1]  # no block yet
+    assert slots_of([3], 4, 6, 0).tolist() == [12, 13, 14, 15, -1, -1]  # not allocated yet
     assert slots_of([], 4, 2, 0).tolist() == [-1, -1]
     assert slots_of([2], 4, 4, 0).dtype == torch.int64
 
 
 def test_a_chunk_is_resident_where_all_its_blocks_are() -> None:
     assert resident_chunks([1, 2, 3, 4], 16, 32, 2) == [True, True]
-    assert resident_chunks([0, 2, 3, 4], 16, 32, 2) == [False, True]  # a window has moved on
+    assert resident_chunks([0, 2, 3, 4], 16, 32, 2) == [False, True]  # before a sliding window
     assert resident_chunks([1, 2, 3], 16, 32, 2) == [True, False]
     assert resident_chunks([], 16, 32, 1) == [False]
     assert resident_chunks([7], 32, 32, 1) == [True]
@@ -516,7 +516,7 @@ def test_the_last_tokens_of_a_hit_come_from_its_farthest_tiers() -> None:
     assert last_of(tiers, 600) == {"disk": 512, "dram": 88}
     assert last_of(tiers, 100) == {"disk": 100}
     assert last_of(tiers, 0) == {}
-    assert last_of({}, 10) == {"dram": 10}  # fetched since it was looked up
+    assert last_of({}, 10) == {"dram": 10}  # promoted since the lookup
 
 
 def test_a_layers_number_is_read_from_its_name_or_refused() -> None:
@@ -541,7 +541,7 @@ def test_ranks_work_together_only_if_they_hold_the_same_model_in_the_same_way() 
 
 
 def request(tokens: list[int] | None = None, **changes: Any) -> Any:
-    """As much of a vLLM request as is looked at."""
+    """The parts of a vLLM request that the connector reads."""
     tokens = [1, 2, 3] if tokens is None else tokens
     plain = {
         "request_id": "1",
@@ -597,24 +597,24 @@ def test_a_lora_is_named_by_its_weights_not_by_its_path(tmp_path: Path) -> None:
 
 
 def test_what_was_counted_is_told_now_and_then_and_all_of_it_when_the_engine_falls_quiet() -> None:
-    half = ConnectorScheduler(kv_config(["model.layers.0.self_attn"]), Config())
-    told = Increments(half.metrics)
-    half.metrics.requested(5)
-    first = told.take()
+    scheduler = ConnectorScheduler(kv_config(["model.layers.0.self_attn"]), Config())
+    increments = Increments(scheduler.metrics)
+    scheduler.metrics.requested(5)
+    first = increments.take()
     assert first is not None
     assert first.data == {"lmcache_requested_tokens_total": 5}
-    half.metrics.hit("disk", 3)
-    told._due = float("inf")
-    assert told.take() is None
-    last = told.take(quiet=True)
+    scheduler.metrics.hit("disk", 3)
+    increments._due = float("inf")
+    assert increments.take() is None
+    last = increments.take(quiet=True)
     assert last is not None
     assert last.data == {"lmcache_hit_tokens_total|disk": 3}
-    assert told.take(quiet=True) is None
+    assert increments.take(quiet=True) is None
 
 
 @contextmanager
 def bare_logs() -> Iterator[logging.Handler]:
-    """Nobody has configured logging but vLLM, whose handler this is."""
+    """Logging as it is when only vLLM has configured it; yields vLLM's handler."""
     handler = logging.NullHandler()
     root, theirs = logging.getLogger(), logging.getLogger("vllm")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The vLLM adapter passes the engine suite, and shares KV with Hugging Face transformers where it is asked to."""
+"""The vLLM adapter passes the engine suite, and shares KV with Hugging Face transformers if configured to."""
 
 from lmcache_conformance.engines import EngineTests
 from lmcache_conformance.suites.cross import CrossTests, Side

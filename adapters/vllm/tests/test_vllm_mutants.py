@@ -1,4 +1,4 @@
-"""The engine suite kills every broken vLLM connector of `lmcache_vllm.testing.mutants`."""
+"""The engine suite detects every broken vLLM connector of `lmcache_vllm.testing.mutants`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lmcache_conformance.runner.records import TestResult, read
 from lmcache_vllm.testing import mutants
 
 ACCIDENTS = ("EngineRaised: adapter", "EngineDied: adapter", "cache-off reason=", "cache-disabled reason=")
-"""A mutant that shows itself like this is broken in another way than it means to be. One may: its half is to raise."""
+"""Signs that a mutant fails for another reason than intended. Expected of one mutant only, whose scheduler raises."""
 
 RAISES = "MutantDeafToFullMemory"
 
 
 def kills(report: Path) -> dict[str, str]:
-    """Mutant class → the test that killed it, and in how many seconds."""
+    """Returns mutant class → the test that detected it, and the seconds it took."""
     killed: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for event in read(report):
@@ -30,10 +30,10 @@ def kills(report: Path) -> dict[str, str]:
         _, name, test = event.nodeid.split("::")
         seconds[name] = seconds.get(name, 0.0) + event.seconds
         if event.outcome == "failed":
-            said = f"{event.message}\n{event.detail}"
-            assert event.by_assertion, f"{event.nodeid} failed, but not by assertion:\n{said}"
-            accidents = [word for word in ACCIDENTS if word in said and name != RAISES]
-            assert not accidents, f"{event.nodeid}: {accidents}\n{said}"
+            output = f"{event.message}\n{event.detail}"
+            assert event.by_assertion, f"{event.nodeid} failed, but not by assertion:\n{output}"
+            accidents = [word for word in ACCIDENTS if word in output and name != RAISES]
+            assert not accidents, f"{event.nodeid}: {accidents}\n{output}"
             killed[name] = f"{test} ({seconds[name]:.0f} s)"
     return killed
 

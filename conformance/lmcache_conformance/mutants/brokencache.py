@@ -34,7 +34,7 @@ class _BrokenCache(CacheFactory):
             config = Config(**(given | changes))
         cache = self.cache_class(config, spec, tiers=tiers)
         if self.io_class is not None:
-            cache._rank.transfer._io = self.io_class(spec, config.chunk_tokens, order=config.disk_order)
+            cache._rank.transfer.tier_copier._codec = self.io_class(spec, config.chunk_tokens, order=config.disk_order)
         return cache
 
 

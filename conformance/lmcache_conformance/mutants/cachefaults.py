@@ -48,14 +48,14 @@ class _StoresSucceed(CacheEngine):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        finish = self._rank.transfer._finish
+        finish = self._rank.transfer._runner.finish
 
         def pretend(
             active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
         ) -> None:
             finish(active, indices, Status.OK if active.job.kind == "store" else status, nbytes, detail)
 
-        self._rank.transfer._finish = pretend  # type: ignore[method-assign]
+        self._rank.transfer._runner.finish = pretend  # type: ignore[method-assign]
 
 
 @mutant(row="a store that failed stays visible", project="LMCache #4991")
@@ -97,7 +97,7 @@ class MutantWaitsForEver(BrokenCacheFaultTests):
 class _LosesFull(CacheEngine):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        finish = self._rank.transfer._finish
+        finish = self._rank.transfer._runner.finish
 
         def forget(
             active: ActiveJob, indices: Sequence[int], status: Status, nbytes: int = 0, detail: str = ""
@@ -105,7 +105,7 @@ class _LosesFull(CacheEngine):
             if not (active.job.kind == "write_back" and status is Status.FULL):
                 finish(active, indices, status, nbytes, detail)
 
-        self._rank.transfer._finish = forget  # type: ignore[method-assign]
+        self._rank.transfer._runner.finish = forget  # type: ignore[method-assign]
 
 
 @mutant(row="ENOSPC leaves tasks stuck, phantom usage, and no store ever succeeds again", project="lmcache 0.5.6")

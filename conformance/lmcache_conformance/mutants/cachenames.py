@@ -124,7 +124,7 @@ class _RankBlind(CacheEngine):
         def object_id(name: Name) -> ObjectId:
             return ObjectId.of(name, Rect((0, 1), (0, 1)))
 
-        self._rank.transfer._object_id = object_id  # type: ignore[method-assign]
+        self._rank.transfer.tier_copier._object_id = object_id  # type: ignore[method-assign]
 
 
 @mutant(row=_KEY, project="SGLang #10969")

@@ -1,1 +1,1 @@
-"""What tests need of this adapter: the adapter for the conformance suite, sessions, broken connectors, mutants."""
+"""Test support of this adapter: its description for the conformance suite, sessions, broken connectors, mutants."""

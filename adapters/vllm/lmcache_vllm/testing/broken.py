@@ -112,8 +112,8 @@ class ReportsTooLittleLost(Broken):
     class _Worker(LosesSlots):
         lost = 2
 
-        def _lost(self, found: LoadResults, view: BlockView) -> None:
-            super()._lost(found, view)
+        def _mark_failed(self, found: LoadResults, view: BlockView) -> None:
+            super()._mark_failed(found, view)
             found.blocks = {view.blocks[0][-(-view.tokens // self._sizes[0]) - 1]}
 
     worker = _Worker
@@ -375,7 +375,7 @@ class MisreadsTheDisk(Broken):
             super()._open(caches)
             assert self._rank is not None
             assert self._spec is not None
-            self._rank.transfer._io = _LabelsAsNative(self, self._spec, self._chunk)
+            self._rank.transfer.tier_copier._codec = _LabelsAsNative(self, self._spec, self._chunk)
 
     worker = _Worker
 

@@ -1,4 +1,4 @@
-"""What this adapter claims, for the conformance suite. Light: nothing of vLLM is imported before a session opens."""
+"""Describes this adapter to the conformance suite. Imports nothing of vLLM before a session opens."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class VLLMAdapter:
 
     name = "vllm"
     preload = "lmcache_vllm.testing.preload"
-    """May be imported before forking: sessions of a test run then start in a fraction of the time."""
+    """Module to import before forking, so that the sessions of a test run start faster."""
 
     forks_ranks = True
 
     chunk_tokens = 32
-    """The CPU backend's smallest block."""
+    """The smallest block size of the CPU backend."""
 
     may_write = ("vllm/modelinfos/*.json",)
-    """vLLM remembers there what it has found out about model classes."""
+    """vLLM's cache of information about model classes."""
 
     capabilities = Capabilities(
         models=("llama", "gemma3", "smollm2"),
@@ -45,11 +45,11 @@ class VLLMAdapter:
     )
 
     def why_not(self) -> str | None:
-        """None where vLLM is installed."""
+        """Returns why sessions cannot be opened; None if vLLM is installed."""
         return None if importlib.util.find_spec("vllm") else "vllm is not installed"
 
     def open(self, config: SessionConfig) -> VLLMSession:
-        """Start the engine."""
+        """Starts an engine."""
         import lmcache_vllm.testing.environment  # noqa: F401  # before anything of vLLM
         from lmcache_vllm.testing.session import VLLMSession
 

@@ -1,4 +1,4 @@
-"""vLLM's environment for tests, on import: one process, a small cache, no telemetry, one quiet thread. Before vLLM's import."""
+"""Sets vLLM's environment for tests: one process, a small cache, no telemetry, one thread. Import it before vLLM."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ for _name, _value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "TORCHDYNAMO_DISABLE": "1",  # or every process compiles how log-probs are ranked, for seconds, to call it a few times
+    "TORCHDYNAMO_DISABLE": "1",  # otherwise each process spends seconds compiling the ranking of log-probs
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",  # tiny models, and threads that spin harm whoever shares the machine
+    "OMP_NUM_THREADS": "1",  # tiny models gain nothing, and spinning threads slow down other tests
 }.items():
     os.environ.setdefault(_name, _value)

@@ -1,4 +1,4 @@
-"""Imports everything that a session imports sooner or later, once, before many sessions fork. See `conformance`."""
+"""Imports all modules that a session needs, once, before sessions are forked. See `conformance`."""
 
 import gc
 from importlib import import_module
@@ -17,4 +17,4 @@ for _name in (
 ):
     import_module(_name)
 
-gc.freeze()  # vLLM collects garbage again and again as it starts, and a million objects of imports take it half a second
+gc.freeze()  # vLLM runs the garbage collector repeatedly at start-up: half a second for a million objects of imports

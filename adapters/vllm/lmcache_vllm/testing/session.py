@@ -1,7 +1,7 @@
-"""vLLM as the conformance suite drives it: one engine in this process, a connector that is watched, and recomputation.
+"""A vLLM session for the conformance suite: one engine in this process, a connector that is observed, and recomputation.
 
-Recomputation runs on the same engine with the connector bypassed: vLLM's own prefix cache, emptied before, plays back the
-passes in which a prompt's KV was computed, each beginning where it began.
+Recomputation runs on the same engine with the connector bypassed: after emptying vLLM's own prefix cache, it repeats the forward
+passes that computed a prompt's KV, each starting at the same token as before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lmcache_conformance.labs.splits import Pass, Splits, Start
 from lmcache_vllm.connector import LMCacheConnector
 
 _TOP = 20
-"""Log-probs compared per token: that of the token taken and of so many others."""
+"""Log-probs compared per token, beside that of the sampled token."""
 
 _BLOCK = 32
 _TOKENS = 16_384
@@ -38,7 +38,7 @@ _DRAIN_S = 60.0
 
 @dataclass
 class Observed:
-    """What one request took from where."""
+    """Sources of one request's KV: tokens from vLLM's own cache, from ours, and the latter by tier."""
 
     local: int = 0
     external: int = 0
@@ -46,7 +46,7 @@ class Observed:
 
 
 class ObservedConnector(LMCacheConnector):
-    """Notes what is loaded; changes nothing. While `bypassed`, the cache is neither read nor written."""
+    """Records what is loaded. While `bypassed`, the cache is neither read nor written."""
 
     bypassed = False
 
@@ -56,28 +56,28 @@ class ObservedConnector(LMCacheConnector):
         self._local: dict[str, int] = {}
 
     @property
-    def scheduler_half(self) -> Any:
-        """The half that decides; None in a worker, and where the cache is off."""
+    def connector_scheduler(self) -> Any:
+        """The `ConnectorScheduler`; None in a worker process, and if the cache is off."""
         return self._scheduler
 
     @property
-    def worker_half(self) -> Any:
-        """The half that moves."""
+    def connector_worker(self) -> Any:
+        """The `ConnectorWorker` or its replacement; None in the scheduler's process."""
         return self._worker
 
     def on_new_request(self, request: Any) -> None:
-        """As the connector does."""
+        """Prefetches, unless bypassed."""
         if not self.bypassed:
             super().on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """As the connector does, noted; but not what a preempted request gets when it resumes."""
+        """Looks up, unless bypassed. Records vLLM's own hit, except when a preempted request resumes."""
         if not request.num_preemptions:
             self._local[request.request_id] = num_computed_tokens
         return (0, False) if self.bypassed else super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """As the connector does, noted."""
+        """Plans the load, unless bypassed, and records its sources."""
         if self.bypassed:
             self.seen.setdefault(request.request_id, Observed(self._local.get(request.request_id, 0)))
             return
@@ -89,7 +89,7 @@ class ObservedConnector(LMCacheConnector):
 
 
 class VLLMSession:
-    """One engine. `connector` is what deliberately broken adapters replace."""
+    """One engine. Broken adapters replace `connector`."""
 
     connector = "lmcache_vllm.testing.session:ObservedConnector"
 
@@ -113,7 +113,7 @@ class VLLMSession:
             }
         else:
             more = {"max_num_batched_tokens": 8192}
-        # Or passes over sliding windows could not be played back in part. Older releases always keep all.
+        # Keeps all blocks of sliding windows: recomputation may start inside a pass. Older releases always keep all.
         interval = "prefix_cache_retention_interval"
         dense: dict[str, Any] = {interval: None} if interval in EngineArgs.__dataclass_fields__ else {}
         self._llm = LLM(
@@ -149,7 +149,7 @@ class VLLMSession:
         self._cap_own_hits()
 
     def _cap_own_hits(self) -> None:
-        """While playing back, vLLM's own prefix cache gives at most as many tokens as the pass had then."""
+        """Limits hits of vLLM's own prefix cache during recomputation to the length that the original pass had."""
         coordinator = self._core.scheduler.kv_cache_manager.coordinator
         plain = coordinator.find_longest_cache_hit
 
@@ -158,10 +158,10 @@ class VLLMSession:
 
         coordinator.find_longest_cache_hit = capped
 
-    # ---------------------------------------------------------------- the suite's calls
+    # ---------------------------------------------------------------- the session's interface
 
     def generate(self, requests: Sequence[Request], *, reuse: bool = True) -> list[Response]:
-        """All at once; recomputation runs one after another."""
+        """Runs all requests at once; with `reuse=False`, recomputes one after another."""
         if not reuse:
             return [self._recompute(request) for request in requests]
         answers = self._run(requests)
@@ -170,40 +170,40 @@ class VLLMSession:
         return [answer for answer, _ in answers]
 
     def forget_splits(self) -> None:
-        """Recompute in one shot from here on."""
+        """Recomputes in a single pass from now on."""
         self._one_shot = True
 
     def drop_device_cache(self) -> None:
-        """Empty vLLM's own prefix cache."""
-        self._settle()
+        """Empties vLLM's own prefix cache."""
+        self._step_until_idle()
         assert self._engine.reset_prefix_cache(), "vLLM refuses to reset its prefix cache"
 
     def flush(self) -> None:
-        """Step until nothing is left to be written."""
-        self._settle()
+        """Steps until nothing is left to be written."""
+        self._step_until_idle()
         if self._connector_worker is not None:
             self._connector_worker.flush()
 
     def clear(self, salt: str | None = None) -> None:
-        """Empty our cache (of one tenant)."""
-        self._settle()
-        if self._connector.scheduler_half is not None:
-            self._connector.scheduler_half.clear(salt)
-        self._settle()
+        """Empties our cache (of one tenant)."""
+        self._step_until_idle()
+        if self._connector.connector_scheduler is not None:
+            self._connector.connector_scheduler.clear(salt)
+        self._step_until_idle()
         self._splits.forget(salt)
 
     def stats(self) -> Mapping[str, float]:
-        """Of both halves; in the worker's, what only the scheduler counts is 0."""
+        """Returns the sums of the scheduler's and the worker's metrics, and the index's counts."""
         found: dict[str, float] = {}
-        for half in (self._connector.scheduler_half, self._connector_worker):
-            numbers = {} if half is None else (half.stats() if hasattr(half, "stats") else half.metrics.snapshot())
+        for side in (self._connector.connector_scheduler, self._connector_worker):
+            numbers = {} if side is None else (side.stats() if hasattr(side, "stats") else side.metrics.snapshot())
             for name, value in numbers.items():
                 found[name] = found.get(name, 0.0) + value
         return found
 
     def close(self) -> None:
-        """Write out what waits, end the engine. Its process ends right after, so nobody need look for garbage in it."""
-        self._settle()
+        """Finishes write-back and ends the engine, without garbage collection: its process ends right after."""
+        self._step_until_idle()
         with mock.patch("gc.unfreeze"), mock.patch("gc.collect"):
             self._core.shutdown()
 
@@ -211,16 +211,16 @@ class VLLMSession:
 
     @property
     def _connector_worker(self) -> Any:
-        """The worker half, where there is one in this process."""
+        """The connector's worker, if it is in this process."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-        return get_kv_transfer_group().worker_half if has_kv_transfer_group() else None
+        return get_kv_transfer_group().connector_worker if has_kv_transfer_group() else None
 
-    def _settle(self) -> None:
+    def _step_until_idle(self) -> None:
         until = time.monotonic() + _DRAIN_S
         while self._core.scheduler.has_requests():
             self._core.step()
-            assert time.monotonic() < until, "the engine has no requests left and still finds work"
+            assert time.monotonic() < until, "the engine has no requests left but still has work"
 
     def _run(self, requests: Sequence[Request], *, ignore_end: bool = True) -> list[tuple[Response, Observed]]:
         ids = []
@@ -271,25 +271,25 @@ class VLLMSession:
             seen,
         )
 
-    # ---------------------------------------------------------------- the same split again
+    # ---------------------------------------------------------------- recomputation with the same split
 
     def _learn(self, request: Request, answer: Response, seen: Observed) -> None:
         owner, columns = (request.salt, ""), seen.local + seen.external
         start = self._splits.began(owner, request.tokens, columns)
-        tokens = request.tokens + answer.tokens[:-1]  # of the last one there is no KV yet
+        tokens = request.tokens + answer.tokens[:-1]  # the last token has no KV yet
         done = Pass(tokens, len(request.tokens), start)
         first, last = columns, len(tokens) // self._chunk * self._chunk
         with self._splits.lock:
             held = self._splits.start_of(owner, (*request.tokens, 0))
             if held.columns == len(
                 request.tokens
-            ):  # its last chunk was there, and was only computed for its last token
+            ):  # its last chunk was cached, and recomputed only because of its last token
                 self._splits.wrote(owner, done, first, held.columns - self._chunk)
                 first = held.columns
             self._splits.wrote(owner, done, first, last)
 
     def _recompute(self, request: Request) -> Response:
-        self._settle()
+        self._step_until_idle()
         self._connector.bypassed = True
         try:
             self._engine.reset_prefix_cache()
@@ -302,11 +302,11 @@ class VLLMSession:
             self._engine.reset_prefix_cache()
 
     def _play(self, start: Start, prompt: Sequence[int], salt: str) -> None:
-        """Have vLLM's own cache hold the first `start.columns` tokens of `prompt`, computed as they were."""
+        """Fills vLLM's own cache with the first `start.columns` tokens of `prompt`, computed with the original split."""
         if start.columns == 0:
             return
         source = start.source
-        if source is None:  # an earlier process computed them, nobody knows how
+        if source is None:  # computed by an earlier process, with an unknown split
             self._pass(Request(tokens=tuple(prompt[: start.columns]), max_new_tokens=1, salt=salt), 0)
             return
         self._play(source.start, source.tokens, salt)
@@ -325,17 +325,17 @@ class VLLMSession:
 
 
 def _fork_ranks() -> None:
-    """Ranks inherit what is imported already, which saves each of them its imports. vLLM spawns them on a CPU."""
+    """Forks ranks on a CPU, where vLLM would spawn them, so that they inherit all imported modules."""
     if current_platform.is_cpu():
         multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
 def _groups(model: str) -> int:
-    """How many of vLLM's groups share the blocks, roughly."""
+    """Returns approximately how many of vLLM's groups share the blocks."""
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     return len(set(config.get("layer_types") or ("full_attention",)))
 
 
 def _bits(row: Mapping[int, Any]) -> bytes:
-    """Token ids and log-probs, in vLLM's order."""
+    """Returns token ids and log-probs as bytes, in vLLM's order."""
     return b"".join(struct.pack("<Id", token, found.logprob) for token, found in row.items())
