@@ -293,12 +293,16 @@ class JobRunner:
             self._log.warning(f"{active.job.kind}-{status.name.lower()}", objects=len(indices), detail=detail)
 
     def guard(self, active: ActiveJob, indices: Sequence[int], task: Callable[[], object]) -> None:
-        """Runs `task`; if it raises, those of its ops `indices` that are unfinished fail. No other place catches everything."""
+        """Runs `task`; if it raises, those of its ops `indices` that are unfinished fail."""
         try:
             task()
         except Exception as error:
-            left = [i for i in indices if i in active.unfinished]
-            self.finish(active, left, Status.FAILED, detail=f"{type(error).__name__}: {error}")
+            self.fail(active, indices, error)
+
+    def fail(self, active: ActiveJob, indices: Sequence[int], error: Exception) -> None:
+        """Records that those of these ops that are unfinished failed with `error`."""
+        left = [i for i in indices if i in active.unfinished]
+        self.finish(active, left, Status.FAILED, detail=f"{type(error).__name__}: {error}")
 
     def submit(self, workers: Workers, active: ActiveJob, indices: Sequence[int], task: Callable[[], object]) -> None:
         """Runs `task` on a thread of `workers`, guarded. If none can run it, its ops `indices` are cancelled."""

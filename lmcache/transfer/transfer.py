@@ -112,7 +112,10 @@ class Transfer:
             after: a `point` of the engine's stream after which the pages of the loads are free; default: now.
         """
         for active in self.tracker.begin(plan, views or {}):
-            self._runner.guard(active, range(len(active.job.ops)), partial(self._begin, active, after))
+            try:
+                self._begin(active, after)
+            except Exception as error:
+                self._runner.fail(active, range(len(active.job.ops)), error)
 
     def _begin(self, active: ActiveJob, after: object) -> None:
         if active.view is not None:
@@ -164,10 +167,10 @@ class Transfer:
                 write_backs.append(i)
             else:
                 unsupported.append(i)
-        self._runner.finish(active, unsupported, Status.FAILED, detail="this transfer has no such hop")
+        if unsupported:
+            self._runner.finish(active, unsupported, Status.FAILED, detail="this transfer has no such hop")
 
-        for group, indices in stores.items():
-            self._runner.guard(active, indices, partial(self._store, active, group, indices))
+        self._each(self._store, active, stores)
         for i in write_backs:
             self.tier_copier.queue_write_back(active, i)
         for tier, indices in probes.items():
@@ -182,8 +185,20 @@ class Transfer:
             self.tier_copier.submit_read(tier, active, [i, *loads], task)
         for tier, i in unbuffered:
             self.tier_copier.submit_read(tier, active, [i], partial(self._load_unbuffered, active, i))
-        for group, indices in ready.items():
-            self._runner.guard(active, indices, partial(self._scatter, active, group, indices))
+        self._each(self._scatter, active, ready)  # while tiers read
+
+    def _each(
+        self,
+        hop: Callable[[ActiveJob, int, Sequence[int]], None],
+        active: ActiveJob,
+        groups: Mapping[int, Sequence[int]],
+    ) -> None:
+        """Runs a hop for the ops of each group; one that raises fails only its own."""
+        for group, indices in groups.items():
+            try:
+                hop(active, group, indices)
+            except Exception as error:
+                self._runner.fail(active, indices, error)
 
     def _engine_copier(self, kv: BoundKV) -> EngineCopier:
         device = kv.device
@@ -243,7 +258,8 @@ class Transfer:
                 stale.append(i)
             else:
                 batches.setdefault(id(layout), (layout, []))[1].append(i)
-        self._runner.finish(active, stale, Status.SKIPPED, detail="the slot does not hold this object")
+        if stale:
+            self._runner.finish(active, stale, Status.SKIPPED, detail="the slot does not hold this object")
         if not self.tracker.begin_engine_write(active):
             self._runner.finish(active, [i for i in indices if i not in stale], Status.CANCELLED)
             return

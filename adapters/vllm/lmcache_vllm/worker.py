@@ -179,7 +179,8 @@ class ConnectorWorker:
         return Offer(self.rank, self._spec, opened.slots, tiers, tuple(self._facts()), self.disabled)
 
     def _facts(self) -> list[TierFacts]:
-        return self._rank.facts() if self._rank is not None and self._config.selective else []
+        opened = self._rank
+        return opened.facts() if opened is not None and opened.tiers and self._config.selective else []
 
     # ---------------------------------------------------------------- steps
 

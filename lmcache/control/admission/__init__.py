@@ -44,6 +44,7 @@ class Admission:
         self._facts: dict[tuple[int, int], TierFacts] = {}
         self._pace: BreakEven | None = None
         chunks = {tier: max(1, size // sum(self._sizes)) for tier, size in self._bounds.items()}
+        self._tiered = bool(capacities)
         rule: Admit | None = None
         if config.admission == "second":
             # One Bloom filter for all groups, hence as many objects per chunk.
@@ -66,8 +67,8 @@ class Admission:
 
     @property
     def active(self) -> bool:
-        """See `Config.selective`."""
-        return self._rule is not None
+        """Whether anything may be refused, see `Config.selective`; never without tiers."""
+        return self._rule is not None and self._tiered
 
     def __call__(self, tier: int, name: Name) -> bool:
         """See `Admit`."""
