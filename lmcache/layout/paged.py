@@ -13,7 +13,7 @@ from lmcache.layout.bound import BoundGroup, BoundKV
 from lmcache.layout.description import Layout
 from lmcache.layout.window import host_window
 from lmcache.spec import KVSpec, LayerGroup, Plane
-from lmcache_kernels import PlaneAddress
+from lmcache_kernels import PlaneAddress, on_host
 
 LayerTensors = torch.Tensor | Sequence[torch.Tensor]
 GroupTensors = LayerTensors | Mapping[str, LayerTensors]
@@ -119,7 +119,7 @@ def _in_one_window(
     storages: Sequence[torch.Tensor], addresses: Sequence[tuple[PlaneAddress, ...]]
 ) -> tuple[tuple[torch.Tensor, ...], list[tuple[PlaneAddress, ...]]]:
     """Addresses separately allocated host memory through one window, so that one copy covers all layers."""
-    if len(storages) == 1 or any(storage.device.type != "cpu" for storage in storages):
+    if len({storage.device for storage in storages}) > 1 or len(storages) == 1 or not on_host(storages[0]):
         return tuple(storages), list(addresses)
     window, offsets = host_window(storages)
     moved = [tuple(replace(a, storage=0, base=a.base + offsets[a.storage]) for a in layers) for layers in addresses]
