@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmcache.control.replay import Replay
-from lmcache.simulate.traces import SUITE, Trace, chats, documents, phases, stack, uniform
+from synthetic_traces import SUITE, Trace, chats, documents, phases, stack, uniform
 
 from lmcache.control import Index
 from lmcache.control.eviction import Adaptive, Lru, Policy, Tracked
 from lmcache.control.eviction import adaptive as module
 from lmcache.control.eviction.adaptive import KINDS, _Ghost
 from lmcache.plan import Chain
+from lmcache.simulate.replay import Replay
 from lmcache.spec import ALL
 
 
@@ -213,6 +213,26 @@ def test_a_significant_loss_makes_past_gains_void() -> None:
         losses += 1
     assert losses == 7  # the first for which 5 n > 2.5 × 5 √n
     assert ghost.gain <= 0
+
+
+def test_a_change_of_rivals_does_not_hide_a_loss() -> None:
+    one, other = ghost_with(*[5] * 100), ghost_with(*[5] * 100)
+    policy = experienced(one, other)
+    losses = 0
+    while policy._leader is not policy._lru or not losses:
+        one.hits, other.hits = (-5, -6) if policy._leader is other else (-6, -5)  # the leader is overtaken each time
+        policy._judge(1)
+        losses += 1
+        assert losses < 20
+    assert one.gain <= 0
+    assert other.gain <= 0
+    assert one.fall == other.fall == 0
+
+
+def test_a_change_of_traffic_before_lru_is_left_counts_as_a_loss() -> None:
+    trace = phases([documents(1000, 3), uniform(1000, 4, items=100)])
+    capacity = share(trace, 2)
+    assert hits_of("adaptive", trace, capacity) >= 0.99 * hits_of("lru", trace, capacity)
 
 
 def test_experience_is_waited_for() -> None:
