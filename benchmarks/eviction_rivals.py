@@ -104,6 +104,8 @@ class Duel(Policy):
         self._s3fifo.evicted(item.place[1], digests)  # type: ignore[index]
 
     def restore(self, item: Tracked) -> None:
+        if item.place is None or item.place[0].item is not item:  # type: ignore[index]  # split off while aside
+            item.place = _Proxy(item), _Proxy(item)
         item.stamp = 1
         for side, policy in enumerate(self._sides):
             policy.restore(item.place[side])  # type: ignore[index]
@@ -164,7 +166,7 @@ class Sessions(Policy):
 
     def touch(self, items: Sequence[Tracked]) -> None:
         for item in reversed(items):
-            self._push(item, max(self._deadline, item.place))  # type: ignore[type-var]
+            self._push(item, max(self._deadline, item.place or 0.0))  # type: ignore[type-var]
 
     def split(self, item: Tracked, rest: Tracked) -> None:
         self._push(rest, item.place)  # type: ignore[arg-type]
@@ -182,7 +184,7 @@ class Sessions(Policy):
         pass
 
     def restore(self, item: Tracked) -> None:
-        self._push(item, item.place)  # type: ignore[arg-type]
+        self._push(item, item.place or 0.0)  # type: ignore[arg-type]
 
     def discard(self, item: Tracked) -> None:
         item.stamp = 0

@@ -11,9 +11,9 @@ history that all ghost caches share: for each number of uses, the oldest request
 the same few steps for each of them, however long its prompt is and however large the arena.
 
 The order is LRU's for the first `EXPERIENCE` requests. The policy leaves LRU only for weights whose gain is statistically
-significant, and returns as soon as that gain has significantly fallen from its highest value, or is gone; it is then counted anew. A change of weights
-moves nothing: it changes only what is evicted from then on. The policy learns of requests through `asked`; where nobody calls
-that, the order is LRU's.
+significant. It returns when that gain is gone, or has significantly fallen from its highest value; all gains are then
+counted anew. A change of weights moves nothing: it changes only what is evicted from then on. The policy learns of requests
+through `asked`; where nobody calls that, the order is LRU's.
 """
 
 from __future__ import annotations
