@@ -6,7 +6,8 @@ python benchmarks/eviction_robustness.py --requests 2000 --seeds 7 13
 python benchmarks/eviction_robustness.py --trace mine.jsonl       # a file as well, whole and in variations
 
 Capacities are shares of the distinct blocks. In the table: hit rate of LRU in per cent, and the policy's hits over LRU's.
-Both run through the control plane that serves engines. Odd seeds were never looked at while constants were chosen.
+Both run through the control plane that serves engines. While the constants of `adaptive` were chosen, the seeds
+2, 3, 5, 7 and 9 were looked at; 11, 13 and 17 were not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from math import exp, log
 from typing import NamedTuple
 
+from eviction_rivals import RIVALS
 from synthetic_traces import SUITE, Request, Trace, join, phases, sample, shuffle, stack, stretch
 
 from lmcache.control import Index
@@ -48,7 +50,7 @@ class Case(NamedTuple):
 
 def hits_of(policy: str, trace: Trace, capacity: int) -> int:
     """Leading blocks found, over the whole trace."""
-    replay = Replay(Index([("kv", ALL)], 512, [capacity], policy=policy))
+    replay = Replay(Index([("kv", ALL)], 512, [capacity], policy=RIVALS.get(policy, policy)))
     names = {block: digest(block) for request in trace for block in request.blocks}
     return sum(replay.request(Chain(b"n" * 32, [names[block] for block in r.blocks])).dram for r in trace)
 

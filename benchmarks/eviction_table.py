@@ -2,6 +2,7 @@
 
 python benchmarks/eviction_table.py conversation_trace.jsonl agent_trace.jsonl
 python benchmarks/eviction_table.py trace.jsonl --policy lru adaptive --percent 5 --json
+python benchmarks/eviction_table.py trace.jsonl --rivals    # also the policies of eviction_rivals.py
 
 Capacities are per cent of the distinct chunks of a trace. Hit rate: chunks found, as part of the longest leading stretch of their
 prompt, of all chunks asked for, in per cent. Cost: CPU time per chunk asked for over that of `lru`, at the same capacity,
@@ -17,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from eviction_rivals import RIVALS
 
 from lmcache.control import Index
 from lmcache.control.eviction import POLICIES
@@ -49,7 +52,7 @@ def chains_of(trace: Trace) -> list[Chain]:
 
 def replay(policy: str, chains: list[Chain], tokens: int, capacity: int) -> tuple[int, float]:
     """Leading chunks found, and seconds of CPU time."""
-    index = Replay(Index([("kv", ALL)], tokens, [capacity], policy=policy))
+    index = Replay(Index([("kv", ALL)], tokens, [capacity], policy=RIVALS.get(policy, policy)))
     gc.collect()
     started = time.process_time()
     hits = sum(index.request(chain).dram for chain in chains)
@@ -98,15 +101,19 @@ def main() -> int:
     """Print the table of each trace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", nargs="+", metavar="FILE")
-    known = [*POLICIES, *BOUNDS]
-    parser.add_argument("--policy", nargs="+", choices=known, default=[p for p in known if p != "infinite"])
+    known = [*POLICIES, *RIVALS, *BOUNDS]
+    parser.add_argument("--policy", nargs="+", choices=known)
+    parser.add_argument(
+        "--rivals", action="store_true", help="without --policy: include the policies of eviction_rivals.py"
+    )
     parser.add_argument("--percent", nargs="+", type=float, default=list(PERCENT))
     parser.add_argument("--repeat", type=int, default=3, help="runs of each policy, of which the fastest counts")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    policies = options.policy or [p for p in known if p != "infinite" and (options.rivals or p not in RIVALS)]
     found: list[Cell] = []
     for path in options.traces:
-        cells = measure(path, options.policy, options.percent, options.repeat)
+        cells = measure(path, policies, options.percent, options.repeat)
         found += cells
         if not options.json:
             print(table(cells) + "\n", flush=True)

@@ -84,7 +84,8 @@ def simulate(
     from lmcache.simulate.run import ADMISSIONS, PLACES, known_policies, simulate
     from lmcache.simulate.trace import read_traces
 
-    for name in policy or ():
+    policy = ["adaptive" if name == "density" else name for name in policy or ()]  # the former name, as in `Config`
+    for name in policy:
         named(name, known_policies(), "policy")
     named(admit, ADMISSIONS, "admission")
     if plot is not None and plot.suffix != ".html":

@@ -11,9 +11,9 @@ history that all ghost caches share: for each number of uses, the oldest request
 the same few steps for each of them, however long its prompt is and however large the arena.
 
 The order is LRU's for the first `EXPERIENCE` requests. The policy leaves LRU only for weights whose gain is statistically
-significant, and returns as soon as that gain has significantly fallen from its highest value, or is gone. A change of weights
-moves nothing: it changes only what is evicted from then on. The policy learns of requests through `asked`; where nobody calls
-that, the order is LRU's.
+significant. It returns when that gain is gone, or has significantly fallen from its highest value; all gains are then
+counted anew. A change of weights moves nothing: it changes only what is evicted from then on. The policy learns of requests
+through `asked`; where nobody calls that, the order is LRU's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXPERIENCE = 1000
 EVIDENCE = 2.0
 """A gain is significant from so many standard deviations on. The gains of different requests are taken as independent."""
 DOUBT = 2.5
-"""The same for a loss, counted from the highest gain since LRU was left."""
+"""The same for a loss, counted from the highest gain."""
 HALF_LIFE = 32
 """A gain counts half when so many times the capacity has been asked for."""
 MEMORY = 4
@@ -65,7 +65,7 @@ class _Ghost:
         gone: names that left the batches that it holds: the names used, less these, are in it (all of `part` included).
         hits: since the last verdict, at which some ghost had more or fewer than LRU.
         gain: hits beyond LRU's, the past slowly fading; `variance` of that.
-        fall: hits lost to LRU since the gain was highest; `fall_variance` of that.
+        fall: hits lost to LRU since the gain was highest, or was set to zero; `fall_variance` of that.
     """
 
     __slots__ = ("fall", "fall_variance", "first", "gain", "gone", "hits", "part", "since", "variance", "weights")
@@ -300,14 +300,13 @@ class Adaptive(Policy):
         if leader.fall > DOUBT * math.sqrt(leader.fall_variance):
             for ghost in self._rivals:  # the traffic has changed: what was gained before says nothing any more
                 ghost.gain = min(0.0, ghost.gain)
+                ghost.fall = ghost.fall_variance = 0.0
         best, most = self._lru, 0.0
         for ghost in self._rivals:
             needed = 0.0 if ghost is leader else EVIDENCE * math.sqrt(ghost.variance)
             if ghost.gain > max(needed, most):
                 best, most = ghost, ghost.gain
-        if best is not leader:
-            best.fall = best.fall_variance = 0.0
-            self._leader = best
+        self._leader = best
 
     def _compact(self) -> None:
         """Drop batches that are empty, or too old for every ghost."""

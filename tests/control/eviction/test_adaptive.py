@@ -215,6 +215,26 @@ def test_a_significant_loss_makes_past_gains_void() -> None:
     assert ghost.gain <= 0
 
 
+def test_a_change_of_rivals_does_not_hide_a_loss() -> None:
+    one, other = ghost_with(*[5] * 100), ghost_with(*[5] * 100)
+    policy = experienced(one, other)
+    losses = 0
+    while policy._leader is not policy._lru or not losses:
+        one.hits, other.hits = (-5, -6) if policy._leader is other else (-6, -5)  # the leader is overtaken each time
+        policy._judge(1)
+        losses += 1
+        assert losses < 20
+    assert one.gain <= 0
+    assert other.gain <= 0
+    assert one.fall == other.fall == 0
+
+
+def test_a_change_of_traffic_before_lru_is_left_counts_as_a_loss() -> None:
+    trace = phases([documents(1000, 3), uniform(1000, 4, items=100)])
+    capacity = share(trace, 2)
+    assert hits_of("adaptive", trace, capacity) >= 0.99 * hits_of("lru", trace, capacity)
+
+
 def test_experience_is_waited_for() -> None:
     ghost = ghost_with(*[5] * 9)
     policy = experienced(ghost)
