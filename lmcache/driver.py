@@ -133,8 +133,8 @@ class Driver:
         with self._lock:
             return self._plane.stats(), self._plane.arenas()
 
-    def drain(self, timeout: float, *kinds: JobKind, patient: bool = False) -> int:
-        """Waits until no job of these kinds is in progress; returns how many still are when it gives up.
+    def drain(self, timeout: float, *kinds: JobKind, patient: bool = False) -> bool:
+        """Waits until no job of these kinds is in progress; False when it gives up.
 
         A job counts from the decision to start it until its last report was applied, wherever its plan is in between.
 
@@ -147,16 +147,19 @@ class Driver:
         while True:
             seen = self._tracker.news
             self.pump()
-            with self._lock:
-                busy = sum(job.kind in kinds for job in self._plane.state.jobs.live.values())
-            if not busy:
-                return 0
+            if not self.in_progress(*kinds):
+                return True
             now = time.monotonic()
             if patient and (latest := self._progress()) != progress:
                 until, progress = now + timeout, latest
             if now >= until:
-                return busy
+                return False
             self._tracker.wait(seen, min(until - now, _NAP_S))
+
+    def in_progress(self, *kinds: JobKind) -> int:
+        """Returns the number of jobs of these kinds that have not ended."""
+        with self._lock:
+            return sum(job.kind in kinds for job in self._plane.state.jobs.live.values())
 
     def _progress(self) -> tuple[int, tuple[int, int]]:
         """A value that changes whenever a job or a tier call ends."""
@@ -165,16 +168,16 @@ class Driver:
     def flush(self, timeout: float, *kinds: JobKind) -> FlushResult:
         """Waits for write-backs; those that failed are tried again while that helps. Returns what became of all of them."""
         until = time.monotonic() + timeout
-        pending, left = self.drain(timeout, *kinds), -1
-        while not pending and len(self._plane.state.unwritten) not in (0, left):
+        done, left = self.drain(timeout, *kinds), -1
+        while done and len(self._plane.state.unwritten) not in (0, left):
             with self._lock:
                 left = len(self._plane.state.unwritten)
                 if not self._plane.state.retry_unwritten():
                     break
-            pending = self.drain(max(0.0, until - time.monotonic()), *kinds)
+            done = self.drain(max(0.0, until - time.monotonic()), *kinds)
         with self._lock:
             result = self._plane.take_receipts()
-        return replace(result, dropped={**result.dropped, "pending": pending}) if pending else result
+        return result if done else replace(result, dropped={**result.dropped, "pending": self.in_progress(*kinds)})
 
     def pump(self) -> None:
         """Applies new reports and expired deadlines, and executes the resulting plans, until there are none."""

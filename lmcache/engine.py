@@ -335,7 +335,8 @@ class CacheEngine:
             return
         self._closed = True
         self._plane.close()
-        if pending := self._driver.drain(CLOSE_S, *_WRITING, patient=True):
+        if not self._driver.drain(CLOSE_S, *_WRITING, patient=True):
+            pending = self._driver.in_progress(*_WRITING)
             reason = f"no progress for {CLOSE_S:g} s: {pending} jobs dropped, what they were to write is on no tier"
             self._log.warning("close-incomplete", key="jobs", reason=reason)
         self._rank.close()
