@@ -6,12 +6,16 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from lmcache.control.outcomes import Finished, Lookup, Owner, Store
+from lmcache.control.outcomes import Finished, FlushResult, Lookup, Owner, Store
 from lmcache.control.plane import Plane
 from lmcache.plan import Chain, JobKind, Name, Plan, Report, TierFacts
 from lmcache.transfer.jobs import EngineView
 from lmcache.transfer.rank import Rank
+
+_NAP_S = 1.0
+"""Seconds between two looks at the progress of jobs, at most."""
 
 
 class Driver:
@@ -129,18 +133,51 @@ class Driver:
         with self._lock:
             return self._plane.stats(), self._plane.arenas()
 
-    def drain(self, timeout: float, *kinds: JobKind) -> bool:
-        """Waits until no job of these kinds is in progress; False after `timeout` seconds."""
-        until = time.monotonic() + timeout
+    def drain(self, timeout: float, *kinds: JobKind, patient: bool = False) -> bool:
+        """Waits until no job of these kinds is in progress; False when it gives up.
+
+        A job counts from the decision to start it until its last report was applied, wherever its plan is in between.
+
+        Args:
+            timeout: seconds; may be infinite.
+            kinds: which jobs.
+            patient: count the seconds from the last progress: a job that ended, or an object that was written.
+        """
+        until, progress = time.monotonic() + timeout, self._progress()
         while True:
             seen = self._tracker.news
             self.pump()
-            busy = any(self._tracker.running(kind) for kind in kinds)
-            if not busy and self._tracker.news == seen:  # otherwise a job that has just ended may cause another
+            if not self.in_progress(*kinds):
                 return True
-            if (left := until - time.monotonic()) <= 0:
+            now = time.monotonic()
+            if patient and (latest := self._progress()) != progress:
+                until, progress = now + timeout, latest
+            if now >= until:
                 return False
-            self._tracker.wait(seen, left)
+            self._tracker.wait(seen, min(until - now, _NAP_S))
+
+    def in_progress(self, *kinds: JobKind) -> int:
+        """Returns the number of jobs of these kinds that have not ended."""
+        with self._lock:
+            return sum(job.kind in kinds for job in self._plane.state.jobs.live.values())
+
+    def _progress(self) -> tuple[int, tuple[int, int]]:
+        """A value that changes whenever a job or a tier call ends."""
+        return self._tracker.news, self._transfer.tier_copier.queue()
+
+    def flush(self, timeout: float, *kinds: JobKind) -> FlushResult:
+        """Waits for write-backs; those that failed are tried again while that helps. Returns what became of all of them."""
+        until = time.monotonic() + timeout
+        done, left = self.drain(timeout, *kinds), -1
+        while done and len(self._plane.state.unwritten) not in (0, left):
+            with self._lock:
+                left = len(self._plane.state.unwritten)
+                if not self._plane.state.retry_unwritten():
+                    break
+            done = self.drain(max(0.0, until - time.monotonic()), *kinds)
+        with self._lock:
+            result = self._plane.take_receipts()
+        return result if done else replace(result, dropped={**result.dropped, "pending": self.in_progress(*kinds)})
 
     def pump(self) -> None:
         """Applies new reports and expired deadlines, and executes the resulting plans, until there are none."""

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
 import torch
 
+from lmcache.adapter import describe
 from lmcache.config import Config
-from lmcache.control.outcomes import Lookup, Owner, StopReason, TierInfo
+from lmcache.control.outcomes import FlushResult, Lookup, Owner, StopReason, TierInfo
 from lmcache.control.plane import Plane
 from lmcache.driver import Driver
-from lmcache.errors import LMCacheError, SlotError
+from lmcache.errors import LMCacheError, SlotError, TierError
 from lmcache.keys import Extra, TokenIds, as_tokens
 from lmcache.layout import BoundKV, PagedKV, validate_slots
 from lmcache.observe.log import Throttle, info
@@ -58,13 +60,18 @@ class Hit:
         self.stop = found.stop
         self.group = found.group
         self.owner = owner
-        self._driver: Driver | None = driver
+        self._driver = driver
+        self._released = False
+
+    def of(self, driver: Driver) -> bool:
+        """Whether this hit was found by `driver`."""
+        return self._driver is driver
 
     def release(self) -> None:
-        """Ends the lease. Idempotent."""
-        driver, self._driver = self._driver, None
-        if driver is not None:
-            driver.release(self.owner)
+        """Releases the lease. Idempotent."""
+        released, self._released = self._released, True
+        if not released:
+            self._driver.release(self.owner)
 
     def __enter__(self) -> Hit:
         return self
@@ -239,6 +246,8 @@ class CacheEngine:
         with self.metrics.timed("retrieve"):
             bound = kv.bind(self.spec)
             view = EngineView(bound, self._slots(bound, slots, hit.tokens, unique=True))
+            if not hit.of(self._driver):
+                raise SlotError("the hit was found by another engine: retrieve it from that one, or look up here")
             if not hit.tokens:
                 return 0
             return self._safely("retrieve", 0, partial(self._driver.load, hit.owner, view, skip))
@@ -250,19 +259,39 @@ class CacheEngine:
 
     def prefetch(self, hit: Hit, *, skip: int = 0) -> None:
         """Starts to load what `hit` found on lower tiers into DRAM, without waiting. `skip` as in `retrieve`."""
-        self._safely("prefetch", None, partial(self._driver.prefetch, hit.owner, skip))
+        if hit.of(self._driver):
+            self._safely("prefetch", None, partial(self._driver.prefetch, hit.owner, skip))
 
     # ---------------------------------------------------------------- flush, clear, stats, close
 
-    def flush(self, *, durable: bool = False, timeout: float = 60.0) -> bool:
+    def flush(self, *, durable: bool = False, timeout: float = 60.0) -> FlushResult:
         """Waits until everything stored so far is visible in the tiers below DRAM and survives kill −9.
 
-        With `durable=True`, it also survives power loss. False if a tier failed or took longer than `timeout` seconds.
+        Objects whose write failed are written again if they are still in DRAM.
+
+        Args:
+            durable: the objects also survive power loss.
+            timeout: seconds.
+
+        Returns:
+            What was written, what was there already, and what was dropped and why, since the last flush. True only if nothing was
+            dropped.
+
+        Raises:
+            TierError: with `durable`, a tier could not make its objects durable.
         """
-        done = self._driver.drain(timeout, *_WRITING)
+        result = self._driver.flush(timeout, *_WRITING)
+        failed = 0
         for tier in self._rank.tiers:
-            done = self._safely("flush", False, partial(_flush, tier, durable)) and done
-        return done
+            try:
+                tier.flush(durable=durable)
+            except Exception as error:
+                if durable:
+                    raise TierError(f"tier {tier.name!r} cannot make its objects durable: {describe(error)}") from error
+                failed += 1
+                self.metrics.failed("flush", tier.name)
+                self._log.warning("flush-failed", key=tier.name, tier=tier.name, error=describe(error))
+        return replace(result, dropped={**result.dropped, "flush": failed}) if failed else result
 
     def clear(self, salt: str | None = None) -> int:
         """Removes everything (of one tenant) from every tier; returns how many objects. None of it is served again.
@@ -276,25 +305,40 @@ class CacheEngine:
         namespaces = None if salt is None else self._names.of_tenant(salt)
         removed = self._driver.clear(namespaces)
         self._driver.drain(30.0, *_WRITING)  # objects being written now would reappear
-        return removed + self._rank.clear(namespaces)
+        try:
+            return removed + self._rank.clear(namespaces)
+        except LMCacheError:
+            raise
+        except Exception as error:
+            raise TierError(
+                f"a tier could not be cleared, its objects may still be served: {describe(error)}"
+            ) from error
 
     def stats(self) -> dict[str, float]:
         """Returns all metrics by name, and the index's own counts as `index_*`."""
         index, arenas = self._driver.stats()
         self.metrics.queue(*self._rank.transfer.tier_copier.queue())
         for tier in self._rank.tiers:
-            self.metrics.tier(tier.name, tier.used_bytes())
+            used = self._safely("stats", None, tier.used_bytes)
+            if used is not None:
+                self.metrics.tier(tier.name, used)
         for group, states in zip(self.spec.groups, arenas, strict=True):
             self.metrics.arena(group.name, **states)
         return self.metrics.snapshot() | {f"index_{name}": float(value) for name, value in index.items()}
 
     def close(self) -> None:
-        """Finishes write-back, ends all threads, closes the tiers. Idempotent; abandons a hung tier after a few seconds."""
+        """Finishes write-back, ends all threads, closes the tiers. Idempotent.
+
+        Waits as long as objects are being written. Abandons a tier that makes no progress for a few seconds.
+        """
         if self._closed:
             return
         self._closed = True
         self._plane.close()
-        self._driver.drain(CLOSE_S, *_WRITING)
+        if not self._driver.drain(CLOSE_S, *_WRITING, patient=True):
+            pending = self._driver.in_progress(*_WRITING)
+            reason = f"no progress for {CLOSE_S:g} s: {pending} jobs dropped, what they were to write is on no tier"
+            self._log.warning("close-incomplete", key="jobs", reason=reason)
         self._rank.close()
 
     def __enter__(self) -> CacheEngine:
@@ -327,8 +371,3 @@ class CacheEngine:
             self.metrics.failed(op, "internal")
             self._log.warning("internal-error", op=op, error=f"{type(error).__name__}: {error}")
             return default
-
-
-def _flush(tier: Tier, durable: bool) -> bool:
-    tier.flush(durable=durable)
-    return True

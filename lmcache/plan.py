@@ -116,6 +116,7 @@ class Status(IntEnum):
     LATE = 6  # its deadline passed; until the job is final, the memory it uses may still be written
     SKIPPED = 7  # dropped by back-pressure, or because an earlier op on the same slot failed
     CANCELLED = 8
+    PRESENT = 9  # of a write-back: the tier holds the object already
 
 
 JobKind = Literal["store", "load", "prefetch", "write_back", "probe", "delete"]

@@ -304,6 +304,8 @@ class Index:
         dropped = sum(pool.clear(namespace) for pool in state.pools)
         for directory in state.directories:
             directory.clear(namespace)
+        for key in [key for key in state.unwritten if namespace in (None, key[1].namespace)]:
+            del state.unwritten[key]
         for job in list(state.jobs.live.values()):
             if namespace in (None, job.namespace):
                 job.cleared = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lmcache.keys import Extra, TokenArray, chain_of, namespace_of, scoped
@@ -21,12 +21,21 @@ class Namespaces:
         spec: the model.
         chunk_tokens: tokens per chunk.
         share: see `lmcache.Config`.
+        held: whether objects are held under a namespace.
     """
 
-    def __init__(self, spec: KVSpec, chunk_tokens: int, share: Literal["exact", "semantic"]) -> None:
+    def __init__(
+        self,
+        spec: KVSpec,
+        chunk_tokens: int,
+        share: Literal["exact", "semantic"],
+        held: Callable[[bytes], bool] = lambda namespace: False,
+    ) -> None:
         self._spec = spec
         self._chunk = chunk_tokens
         self._share = share
+        self._held = held
+        self._limit = _KEPT
         self._lock = threading.Lock()
         self._version = ""
         self._known: dict[tuple[str, str, str], bytes] = {}
@@ -51,8 +60,8 @@ class Namespaces:
                 )
                 if scope:
                     namespace = scoped(namespace, scope)
-                if len(self._known) >= _KEPT:
-                    self._known.pop(next(iter(self._known)))
+                if len(self._known) >= self._limit:
+                    self._forget()
                 self._known[key] = namespace
         return namespace
 
@@ -66,6 +75,13 @@ class Namespaces:
         with self._lock:
             names = [namespace for (owner, *_), namespace in self._known.items() if owner == salt]
             return names + [namespace for owner, namespace in self._outdated if owner == salt]
+
+    def _forget(self) -> None:
+        """Forgets the oldest quarter of the names, except those under which objects are held: `of_tenant` must return these."""
+        for key in list(self._known)[: len(self._known) // 4]:
+            if not self._held(self._known[key]):
+                del self._known[key]
+        self._limit = max(_KEPT, len(self._known) + _KEPT // 4)
 
     def set_weights_version(self, version: str) -> None:
         """Switches to other namespaces, after weights changed under the same model name (RL step, hot reload)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
@@ -95,6 +96,26 @@ class Store(NamedTuple):
     job: int | None
     accepted: int
     skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class FlushResult:
+    """What became of the objects stored since the last flush. True only if all of them are on every tier.
+
+    Attributes:
+        written: objects written to a tier.
+        present: objects that a tier held already.
+        dropped: objects that are not on a tier, by reason: `refused` (by admission), `skipped` (the write-back queue was full),
+            `full`, `failed`, `late`, `cancelled`, `pending` (jobs still under way when the time was over), `flush` (tiers that
+            could not flush).
+    """
+
+    written: int = 0
+    present: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return not self.dropped
 
 
 class Finished(NamedTuple):

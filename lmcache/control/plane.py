@@ -6,13 +6,14 @@ ranks report, and passes plans and reports between them: `lmcache.driver` within
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from lmcache.config import Config
 from lmcache.control.admission import Admission
 from lmcache.control.index import Index
 from lmcache.control.namespaces import Namespaces
-from lmcache.control.outcomes import Finished, Owner, StopReason, Store, TierInfo
+from lmcache.control.outcomes import Finished, FlushResult, Owner, StopReason, Store, TierInfo
 from lmcache.observe.metrics import Metrics
 from lmcache.observe.recorder import Recorder
 from lmcache.plan import Chain, Plan, Report, TierFacts
@@ -49,10 +50,11 @@ class Plane(Index):
         spec = specs[0]
         chunk = chunk_tokens or config.chunk_tokens
         self.metrics = metrics
-        self.names = Namespaces(spec, chunk, config.share)
+        self.names = Namespaces(spec, chunk, config.share, self._holds)
         self.admission = Admission(config, specs, chunk, [tier.usable_bytes for tier in tiers])
         self._recorder = Recorder(config.record_trace, chunk) if config.record_trace else None
         self._counted_evictions = self._counted_refusals = 0
+        self._receipts = 0, 0  # written and present objects up to the last flush
         super().__init__(
             [(group.name, group.rule) for group in spec.groups],
             chunk,
@@ -66,6 +68,13 @@ class Plane(Index):
             patience=patience,
             admit=self.admission if self.admission.active else None,
         )
+
+    def _holds(self, namespace: bytes) -> bool:
+        """Whether objects of a namespace are in DRAM, or known to be on a tier."""
+        state = self.state
+        if any(namespace in pool.spaces for pool in state.pools):
+            return True
+        return any(d.masks(namespace, group) for d in state.directories for group in range(len(state.pools)))
 
     # ---------------------------------------------------------------- with metrics
 
@@ -138,6 +147,17 @@ class Plane(Index):
         if (tail := total - max(whole, tokens)) > 0:
             missed["tail"] = missed.get("tail", 0) + tail
         self.metrics.looked_up(total - local, by_tier, missed)
+
+    def take_receipts(self) -> FlushResult:
+        """Returns what became of write-backs since the last call, and forgets it."""
+        counts, unwritten = self.state.counts, self.state.unwritten
+        dropped = dict(Counter(unwritten.values()))
+        if forgotten := counts.pop("unwritten_forgotten", 0):
+            dropped["forgotten"] = forgotten
+        unwritten.clear()
+        now = counts["written"], counts["present"]
+        before, self._receipts = self._receipts, now
+        return FlushResult(now[0] - before[0], now[1] - before[1], dropped)
 
     def close(self) -> None:
         """Closes the recorded trace."""

@@ -18,6 +18,8 @@ from lmcache.plan import ArenaSlot, Copy, Delete, Engine, JobReport, Name, Probe
 _GONE = (Status.MISSING, Status.CORRUPT, Status.FAILED)
 """After these the object counts as no longer in the tier it was read from."""
 
+_FINE = (Status.OK, Status.PRESENT)
+
 _REASONS = {Status.MISSING: StopReason.EVICTED, Status.CORRUPT: StopReason.CORRUPT}
 
 
@@ -57,7 +59,7 @@ def _apply_statuses(state: State, job: TrackedJob, update: JobReport, rank: int)
         status = Status(code)
         if status is Status.PENDING:
             status = Status.LATE
-        if status is not Status.OK and job.results[i] is Status.OK:
+        if job.results[i] in _FINE and status is not Status.OK:
             job.results[i] = status
         _apply_status(state, job, i, status, rank)
 
@@ -73,10 +75,12 @@ def _apply_status(state: State, job: TrackedJob, i: int, status: Status, rank: i
         return
     if not isinstance(op, Copy):
         return
-    if status is Status.OK:
+    if status in _FINE:
         if isinstance(op.dst, Tier) and not job.cleared:
             state.directories[op.dst.index].add(op.name, rank)
         return
+    if isinstance(op.dst, Tier):
+        state.directories[op.dst.index].remove(op.name, rank)
     reason = _REASONS.get(status, StopReason.FAILED)
     if isinstance(op.dst, ArenaSlot):
         _drop(state, op.name, op.dst, reason)
@@ -128,6 +132,8 @@ def _conclude(state: State, job: TrackedJob) -> None:
             below = min(below, op.src.index)
     for group, pins in job.inserted.items():  # objects that failed have been dropped
         state.write_back(job.namespace, group, state.pools[group].publish(pins), range(below))
+    if job.kind == "write_back":
+        _keep_receipts(state, job)
     if job.target is not None:
         job.ok_tokens = _loaded(state, job)
         failed = any(status is not Status.OK for status in job.results)
@@ -136,6 +142,16 @@ def _conclude(state: State, job: TrackedJob) -> None:
     else:
         chunks = {op.name.chain for i, op in enumerate(job.ops) if job.results[i] is Status.OK}
         job.ok_tokens = len(chunks) * state.chunk_tokens
+
+
+def _keep_receipts(state: State, job: TrackedJob) -> None:
+    """Counts what a write-back wrote and what was there already, and remembers what did not reach its tier."""
+    for (tier, name), status in zip(written(job), job.results, strict=True):
+        if status in _FINE:
+            state.unwritten.pop((tier, name), None)
+            state.counts["written" if status is Status.OK else "present"] += 1
+        elif not job.cleared:
+            state.not_written(tier, name, status.name.lower())
 
 
 def _loaded(state: State, job: TrackedJob) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
 from lmcache.control.eviction import PolicyFactory
@@ -19,6 +19,9 @@ DRAM = -1
 
 Admit = Callable[[int, Name], bool]
 """(tier, object) → whether an object that became ready in DRAM should be written to a tier."""
+
+_UNWRITTEN = 65_536
+"""Unwritten objects remembered at most."""
 
 WRITE_BACK_BATCH = 16
 """Objects per write-back job. Its slots stay pinned until the last of them is written."""
@@ -60,6 +63,9 @@ class State:
         self.failed: set[Owner] = set()
         self.loading: dict[Owner, set[int]] = {}
         self.counts: Counter[str] = Counter()
+        self.unwritten: OrderedDict[tuple[int, Name], str] = (
+            OrderedDict()
+        )  # (tier, object) whose write-back failed → why
         self.deleting: Counter[tuple[int, Name]] = Counter()
         self._admit = admit
 
@@ -109,19 +115,40 @@ class State:
         self, namespace: bytes, group: int, extents: Sequence[Extent], t: int
     ) -> list[tuple[Extent, Name, ArenaSlot]]:
         """Returns the objects of `extents` that tier `t` does not have and `admit` admits."""
-        wanted = [
-            (extent, name, ArenaSlot(slot, generation))
-            for extent in extents
-            for digest, slot, generation, depth in extent.objects()
-            if not self.directories[t].has(namespace, group, digest)
-            and (name := self.name(namespace, digest, group, depth))
-            and (not self.deleting or not self.deleting[t, name])
-        ]
-        if self._admit is None:
-            return wanted
-        admitted = [entry for entry in wanted if self._admit(t, entry[1])]
-        self.counts["refused"] += len(wanted) - len(admitted)
-        return admitted
+        directory, shared, admit = self.directories[t], self.tiers[t].shared, self._admit
+        wanted = []
+        for extent in extents:
+            for digest, slot, generation, depth in extent.objects():
+                known = directory.has(namespace, group, digest)
+                if known and not shared:
+                    continue
+                name = self.name(namespace, digest, group, depth)
+                if self.deleting and self.deleting[t, name]:
+                    continue
+                # What a shared tier is believed to have may have left it: the rank asks it before it skips the write.
+                if known or admit is None or admit(t, name):
+                    wanted.append((extent, name, ArenaSlot(slot, generation)))
+                else:
+                    self.counts["refused"] += 1
+                    self.not_written(t, name, "refused")
+        return wanted
+
+    def not_written(self, tier: int, name: Name, reason: str) -> None:
+        """Remembers that an object did not reach a tier, and why."""
+        self.unwritten[tier, name] = reason
+        if len(self.unwritten) > _UNWRITTEN:
+            self.unwritten.popitem(last=False)
+            self.counts["unwritten_forgotten"] += 1
+
+    def retry_unwritten(self) -> int:
+        """Queues another write-back of each unwritten object that is still in DRAM and was not refused; returns how many."""
+        retried = 0
+        for (tier, name), reason in list(self.unwritten.items()):
+            found = self.pools[name.group].find(name.namespace, name.chain, name.depth) if reason != "refused" else None
+            if found is not None and found.ready:
+                self.write_back(name.namespace, name.group, self.pools[name.group].carve([found.part]), [tier])
+                retried += 1
+        return retried
 
     def load_ended(self, owner: Owner, job: int, failed: bool) -> None:
         """Ends a load. After a failed one, its owner gets no more hits, unless the owner was forgotten meanwhile."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +22,9 @@ from lmcache.observe.log import Throttle
 from lmcache.observe.metrics import Metrics
 from lmcache.plan import ArenaSlot, Copy, Job, JobReport, Op, Plan, Report, Status
 from lmcache.transfer.workers import Workers
+
+_ENDED = 65_536
+"""Acknowledged jobs remembered at most."""
 
 SlotKey = tuple[int, int]
 """(group, slot index)"""
@@ -102,6 +105,7 @@ class JobTracker:
         self._running: dict[int, ActiveJob] = {}
         self._reports: dict[int, JobReport] = {}
         self._first_sent: dict[int, int] = {}
+        self._ended: OrderedDict[int, None] = OrderedDict()  # acknowledged jobs: a plan may be delivered again
         self._tags: dict[SlotKey, _Tag] = {}
         self._stale: Counter[SlotKey] = Counter()  # slot → ops from before a reset that still use it
         self.news = 0
@@ -118,7 +122,7 @@ class JobTracker:
             if self._rank < len(plan.acked):
                 self._acknowledge(plan.acked[self._rank])
             for job in plan.jobs:
-                if job.id not in self._running and job.id not in self._reports:
+                if not any(job.id in known for known in (self._running, self._reports, self._ended)):
                     self._running[job.id] = active = ActiveJob(job, views.get(job.id), self._epoch, now)
                     started.append(active)
         return started
@@ -239,6 +243,9 @@ class JobTracker:
         for job in [job for job, sent in self._first_sent.items() if sent <= seq]:
             del self._first_sent[job]
             del self._reports[job]
+            self._ended[job] = None
+        while len(self._ended) > _ENDED:
+            self._ended.popitem(last=False)
 
     def _expire(self, now: float) -> None:
         for active in list(self._running.values()):

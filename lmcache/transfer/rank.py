@@ -55,7 +55,7 @@ class Rank:
         """Measures the used bytes of every tier that evicts (blocking); `facts` adds later writes."""
         for position, tier in enumerate(self.tiers):
             if usable_bytes(tier) is not None:
-                self.transfer.tier_copier.measure(position)
+                self.transfer.tier_copier.measure_safely(position)
 
     def facts(self) -> list[TierFacts]:
         """Returns fill level and throughput of each tier, without calling it."""
@@ -83,7 +83,7 @@ class Rank:
                     "stop other processes that write to it, or make it writable, and clear again"
                 )
             if usable_bytes(tier) is not None:
-                self.transfer.tier_copier.measure(position)
+                self.transfer.tier_copier.measure_safely(position)
         return removed
 
     def close(self, timeout: float = CLOSE_S) -> None:

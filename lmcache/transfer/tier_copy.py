@@ -104,7 +104,14 @@ class TierCopier:
     def _measure_if_due(self, tier: int) -> None:
         """Other processes write too, and tiers evict."""
         if time.monotonic() >= self._measure_at[tier]:
+            self.measure_safely(tier)
+
+    def measure_safely(self, tier: int) -> None:
+        """`measure`; of a tier that cannot tell its used bytes, the last estimate stays."""
+        try:
             self.measure(tier)
+        except Exception:
+            self._metrics.failed("measure", self._tiers[tier].name)
 
     # ---------------------------------------------------------------- tier → memory
 
@@ -198,6 +205,9 @@ class TierCopier:
             if layout is None:
                 self._runner.finish(active, [index], Status.SKIPPED, detail="the slot does not hold this object")
                 return
+            if tier.shared and self._holds(tier, self._object_id(op.name)):
+                self._runner.finish(active, [index], Status.PRESENT)
+                return
             payload = self._arenas[op.name.group].view(op.src.index)
             result = self._codec.save(tier, self._object_id(op.name), payload, layout)
             if result.status is Status.OK:
@@ -211,6 +221,11 @@ class TierCopier:
         finally:
             with self._lock:
                 self._queued[op.dst.index] -= queued
+
+    def _holds(self, tier: Tier, id: ObjectId) -> bool:
+        """Whether a tier says that it holds an object; a tier that cannot say does not."""
+        [found] = tier.contains([id])
+        return found.status is Status.OK
 
     # ---------------------------------------------------------------- probe, delete
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from lmcache import CacheEngine, Layout, PagedKV
+from lmcache.control.outcomes import FlushResult
 from lmcache.errors import LayoutError, LMCacheError, SlotError, SpecError, TierError, TokenError
 from lmcache.keys import ObjectId, namespace_of
+from lmcache.plan import Status
 from lmcache.simulate.trace import read_traces
 from lmcache.tiers.base import Result
+from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.memory import MemoryTier
 from lmcache.transfer.workers import Workers
 from lmcache_conformance.labs.faulty_tier import FaultyTier
@@ -289,3 +292,98 @@ def test_a_retrieve_asked_layer_by_layer_is_complete_or_false() -> None:
             load = engine.retrieve_layers(hit, pool.kv, torch.arange(2 * CHUNK))
         assert not load.wait(0)
         assert load.finish() == 0
+
+
+# ---------------------------------------------------------------- receipts
+
+
+class Full(MemoryTier):
+    """Refuses the first `refused` writes, as a full disk does."""
+
+    refused = 0
+
+    def write(self, writes, *, deadline=None):  # type: ignore[no-untyped-def]
+        results = super().write(writes, deadline=deadline)
+        if self.refused > 0:
+            self.refused -= 1
+            for write in writes:
+                self.delete([write.id])
+            return [Result(Status.FULL) for _ in writes]
+        return results
+
+
+def test_flush_writes_again_what_failed_and_counts_what_became_of_it() -> None:
+    tokens, pool, tier = tokens_of(4 * CHUNK), Pool("nhd", 40, seed=1), Full()
+    tier.refused = 2
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
+        engine.store(tokens, pool.kv, scattered(4 * CHUNK, pool))
+        result = engine.flush()
+        assert result
+        assert (result.written, result.present, result.dropped) == (4, 0, {})
+        assert len(list(tier.scan())) == 4
+        assert engine.flush() == FlushResult()
+
+
+def test_flush_is_false_if_an_object_is_on_no_tier() -> None:
+    tokens, pool, tier = tokens_of(4 * CHUNK), Pool("nhd", 40, seed=1), Full()
+    tier.refused = 1 << 30
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
+        engine.store(tokens, pool.kv, scattered(4 * CHUNK, pool))
+        result = engine.flush()
+        assert not result
+        assert result.dropped == {"full": 4}
+
+
+def test_what_left_a_shared_tier_is_written_again(tmp_path: Path) -> None:
+    tokens, pool = tokens_of(4 * CHUNK), Pool("nhd", 400, seed=1)
+    slots = scattered(4 * CHUNK, pool)
+    config = tiny_config(
+        disk_path=tmp_path, dram_bytes=8 * tiny_spec().object_bytes(0, CHUNK), admission="all", policy="lru"
+    )
+    with CacheEngine(config, tiny_spec()) as engine:
+        engine.store(tokens, pool.kv, slots)
+        assert engine.flush()
+        DiskTier(tmp_path).clear()  # as another process does
+        for seed in range(5, 10):  # until it has left DRAM, too
+            engine.store(tokens_of(4 * CHUNK, seed=seed), pool.kv, slots)
+        assert engine.flush()
+        assert engine.store(tokens, pool.kv, slots) == 4 * CHUNK
+        assert engine.flush()
+    with CacheEngine(config, tiny_spec()) as fresh, fresh.lookup(tokens) as hit:
+        assert hit.tokens == 4 * CHUNK
+
+
+def test_a_hit_of_another_engine_is_refused() -> None:
+    tokens, pool = tokens_of(2 * CHUNK), Pool("nhd", 40, seed=1)
+    slots = scattered(2 * CHUNK, pool)
+    with CacheEngine(tiny_config(), tiny_spec()) as one, CacheEngine(tiny_config(), tiny_spec()) as other:
+        for engine in (one, other):
+            engine.store(tokens, pool.kv, slots)
+        with one.lookup(tokens) as hit, other.lookup(tokens):
+            with pytest.raises(SlotError, match="another engine"):
+                other.retrieve(hit, pool.kv, slots)
+            assert one.retrieve(hit, pool.kv, slots) == 2 * CHUNK
+
+
+def test_a_tenants_names_are_not_forgotten_while_objects_are_held_under_them() -> None:
+    tokens, pool = tokens_of(2 * CHUNK), Pool("nhd", 40, seed=1)
+    with CacheEngine(tiny_config(), tiny_spec()) as engine:
+        engine.store(tokens, pool.kv, scattered(2 * CHUNK, pool), salt="alice", lora="a" * 64)
+        for i in range((1 << 16) + 5):
+            engine.namespace(salt=f"s{i}")
+        assert engine.clear("alice") == 2
+        with engine.lookup(tokens, salt="alice", lora="a" * 64) as hit:
+            assert hit.tokens == 0
+
+
+def test_a_tier_that_cannot_tell_its_size_costs_nothing_but_the_estimate() -> None:
+    class Rude(MemoryTier):
+        def used_bytes(self) -> int:
+            raise ConnectionError("gone")
+
+    tokens, pool = tokens_of(2 * CHUNK), Pool("nhd", 40, seed=1)
+    with CacheEngine(tiny_config(admission="adaptive"), tiny_spec(), tiers=[Rude(1 << 20)]) as engine:
+        engine.store(tokens, pool.kv, scattered(2 * CHUNK, pool))
+        assert engine.flush()
+        assert engine.stats()['lmcache_failures_total{op="measure",reason="memory"}'] >= 1
+        engine.clear()

@@ -59,7 +59,7 @@ def test_ten_thousand_cycles_leave_everything_where_it_began(tmp_path: Path) -> 
                 engine.retrieve(hit, pool.kv, slots)
             if n % 5 == 0:
                 engine.lookup(tokens)  # a request that ends without releasing its lease
-        assert engine.flush()
+        assert set(engine.flush().dropped) <= {"refused"}
 
     try:
         config = tiny_config(

@@ -54,7 +54,8 @@ class Guarded:
 
     def flush(self) -> bool:
         """Blocks until everything stored is on disk, where it survives kill −9; returns whether it is."""
-        return min((engine.flush() for engine in self._engines()), default=True)
+        flushed = [bool(engine.flush()) for engine in self._engines()]
+        return all(flushed)
 
     def clear(self, salt: str | None = None) -> bool:
         """Removes everything in the folder, whoever stored it; with `salt`, that tenant's KV known to this process."""

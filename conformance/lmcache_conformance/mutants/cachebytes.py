@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lmcache import CacheEngine, PagedKV
+from lmcache.control.outcomes import FlushResult
 from lmcache.engine import Hit, Slots
 from lmcache_conformance.labs.kv_pool import CHUNK
 from lmcache_conformance.mutants import BEYOND, mutant, skip_row
@@ -90,7 +91,7 @@ class _Later(CacheEngine):
         self._settle()
         return super().lookup(tokens, **names)
 
-    def flush(self, *, durable: bool = False, timeout: float = 60.0) -> bool:
+    def flush(self, *, durable: bool = False, timeout: float = 60.0) -> FlushResult:
         self._settle()
         return super().flush(durable=durable, timeout=timeout)
 
