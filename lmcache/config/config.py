@@ -289,9 +289,8 @@ def _refuse_unknown(names: Iterable[str], what: str, prefix: str = "") -> None:
     for name in names:
         if name not in known:
             spelled = prefix + (name.upper() if prefix else name)
-            near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-            if name.lower() in OTHERS:
-                near = [OTHERS[name.lower()]]
+            bare = name.lower().removeprefix("lmcache.").removeprefix("lmcache_")
+            near = [OTHERS[bare]] if bare in OTHERS else difflib.get_close_matches(bare, known, n=1, cutoff=0.5)
             shown = [prefix + (n.upper() if prefix else n) for n in near or known]
             hint = f"did you mean {shown[0]!r}?" if near else f"known: {', '.join(shown)}"
             raise ConfigError(f"unknown {what} {spelled!r}; {hint}")

@@ -220,6 +220,8 @@ def test_an_empty_settings_file_sets_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("json", "says"),
     [
+        ('{"lmcache.chunk_size": 256}', "'lmcache.chunk_size'; did you mean 'chunk_tokens'"),
+        ('{"LMCACHE_DISK_PATH": "/x"}', "'LMCACHE_DISK_PATH'; did you mean 'disk_path'"),
         ("{", "cannot be parsed"),
         ("[1]", "must be an object"),
         ('{"io_threads": 1, "io_threads": 2}', "'io_threads' is given twice"),
