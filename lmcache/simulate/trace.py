@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,19 @@ _TOKEN_LIMIT = 1 << 40
 
 class TraceError(LMCacheError):
     """A trace cannot be used; the message has file, line and reason."""
+
+
+class _BlockSizeError(TraceError):
+    """A prompt's number of ids does not fit the block size."""
+
+
+@dataclass
+class _Skipped:
+    """Lines left out. `misfits`: those with another number of ids than the block size means; `first`: the message of one."""
+
+    lines: int = 0
+    misfits: int = 0
+    first: str = ""
 
 
 class Request(NamedTuple):
@@ -112,23 +126,35 @@ def read_traces(paths: Iterable[str | Path], *, skip_bad: bool = False, block_to
         raise TraceError(f"{block_tokens} tokens per block are impossible; give a whole number from 1 up")
     numbers = _Numbering()
     chunk: list[int] = []
-    skipped = [0]
+    skipped = _Skipped()
     parts = [
         list(_requests(Path(path), file, numbers, chunk, skip_bad, skipped, block_tokens))
         for file, path in enumerate(paths)
     ]
     requests = parts[0] if len(parts) == 1 else sorted((r for part in parts for r in part), key=lambda r: r.time)
     if not requests:
-        raise TraceError("no request in the trace" + (f"; {skipped[0]} bad lines were skipped" if skipped[0] else ""))
+        raise TraceError(
+            "no request in the trace" + (f"; {skipped.lines} bad lines were skipped" if skipped.lines else "")
+        )
+    if skipped.misfits > len(requests):  # what is left fits by chance
+        raise TraceError(
+            f"{skipped.misfits} lines do not fit the block size, {len(requests)} do; the first: {skipped.first}"
+        )
     trace = Trace(chunk[0])
     for request in requests:
         trace.add(request)
-    trace.skipped = skipped[0]
+    trace.skipped = skipped.lines
     return trace
 
 
 def _requests(
-    path: Path, file: int, numbers: _Numbering, chunk: list[int], skip_bad: bool, skipped: list[int], block_tokens: int
+    path: Path,
+    file: int,
+    numbers: _Numbering,
+    chunk: list[int],
+    skip_bad: bool,
+    skipped: _Skipped,
+    block_tokens: int,
 ) -> Iterator[Request]:
     decoder = msgspec.json.Decoder(_Line)
     before = -math.inf
@@ -149,7 +175,10 @@ def _requests(
             except (msgspec.DecodeError, TraceError, UnicodeDecodeError) as error:
                 if not skip_bad:
                     raise TraceError(f"{path}, line {number}: {error} (--skip-bad skips such lines)") from None
-                skipped[0] += 1
+                skipped.lines += 1
+                if isinstance(error, _BlockSizeError):
+                    skipped.misfits += 1
+                    skipped.first = skipped.first or str(error)
                 continue
             before = time
             if not chunk:
@@ -204,4 +233,4 @@ def _check_blocks(blocks: int, tokens: int, size: int) -> None:
     wanted = f"{tokens} tokens are {-(-tokens // size)} blocks of {size} tokens, but there are {blocks} ids"
     sizes = [n for n in (1 << power for power in range(20)) if blocks and tokens // n <= blocks <= -(-tokens // n)]
     hint = f", e.g. --block-tokens {sizes[0]}, if that is their size" if sizes else ""
-    raise TraceError(f"{wanted}; give the number of tokens per block with --block-tokens{hint}")
+    raise _BlockSizeError(f"{wanted}; give the number of tokens per block with --block-tokens{hint}")

@@ -226,6 +226,10 @@ def test_blocks_of_another_size_are_read_only_if_it_is_given(tmp_path, block) ->
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(TraceError, match=f"line 1: 4000 tokens are 8 blocks of 512 .* --block-tokens {block}"):
         read_traces([path])
+    path.write_text(path.read_text() + '{"timestamp": 90, "input_length": 9, "hash_ids": [0]}\n')
+    with pytest.raises(TraceError, match="40 lines do not fit the block size, 1 do; the first: 4000 tokens"):
+        read_traces([path], skip_bad=True)
+    sizes.append(9)
     trace = read_traces([path], block_tokens=block)
     assert (trace.chunk_tokens, [r.tokens for r in trace]) == (block, sizes)
     out = CliRunner().invoke(app, ["simulate", str(path), "--block-tokens", str(block), "--policy", "lru", "--json"])

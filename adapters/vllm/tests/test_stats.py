@@ -57,3 +57,9 @@ def test_several_api_servers_export_every_count_of_the_engine_once(tmp_path: Pat
     scraped = process(API_SERVER, "64").splitlines()
     assert scraped[-1] == "[('engine', '0'), ('model_name', 'm'), ('tier', 'dram')] 192.0"
     assert sum("tier" in line for line in scraped) == 1
+
+
+def test_an_old_module_path_works_without_the_core_having_been_imported() -> None:
+    code = "import lmcache_vllm.environment as old; from lmcache_vllm.testing import environment; print(old.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "lmcache_vllm.environment\n"
