@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -43,6 +44,9 @@ for command in (demo, doctor, bench, conformance, simulate, ls, verify, clear):
 
 def main() -> None:
     """Entry point. Exit status: 0 = success, 1 = the command found a problem, 2 = the command could not run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # `?` for what the encoding does not have, instead of a traceback
+            stream.reconfigure(errors="replace")
     try:
         app()
     except (LMCacheError, OSError) as error:

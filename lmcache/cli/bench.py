@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmcache.cli.bench_kernels import kernels
-from lmcache.cli.output import JsonOption, console, print_json
+from lmcache.cli.output import JsonOption, folder_of, print_json, print_line
 from lmcache.config import Config
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def io(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, and random blocks only.")] = False,
     folder: Annotated[
-        Path | None, typer.Option("--folder", metavar="FOLDER", help="Folder for the disk part; default: a tmpfs.")
+        str | None, typer.Option("--folder", metavar="FOLDER", help="Folder for the disk part; default: a tmpfs.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -78,7 +78,7 @@ def io(
     if "canonical" in parts:
         out["canonical"] = [asdict(result) for result in _shown(_canonical(models, threads, quick), json)]
     if "disk" in parts:
-        out["disk"] = [asdict(result) for result in _shown(_disk(models, folder, quick), json)]
+        out["disk"] = [asdict(result) for result in _shown(_disk(models, folder_of(folder, "--folder"), quick), json)]
     if "lookup" in parts:
         out["lookup"] = [asdict(result) for result in _shown(_lookup(quick), json)]
     if json:
@@ -151,7 +151,7 @@ def _shown(results: Iterable[Any], json: bool) -> list[Any]:
         if not json:
             row = asdict(result)
             text = (f"{key} {value:.2f}" if isinstance(value, float) else str(value) for key, value in row.items())
-            console().print("  ".join(text), markup=False, soft_wrap=True)
+            print_line("  ".join(text))
     return finished
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmcache.cli.output import JsonOption, console, print_json
+from lmcache.cli.output import JsonOption, print_json, print_line
 
 
 def kernels(
@@ -96,7 +96,7 @@ def _line(row: dict[str, Any]) -> None:
     text = "  ".join(
         f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
     )
-    console().print(text, markup=False, soft_wrap=True)
+    print_line(text)
 
 
 def _error(text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lmcache.cli.ls import tally
-from lmcache.cli.output import JsonOption, PathOption, console, disk_folder, human_bytes, print_json
+from lmcache.cli.output import JsonOption, PathOption, disk_folder, human_bytes, print_json, print_line
 from lmcache.errors import ConfigError
 
 
@@ -46,7 +46,13 @@ def clear(
     if not yes:
         if json:
             raise ConfigError("--json cannot ask for confirmation; add --yes")
-        typer.confirm(f"Remove {what}?", abort=True)
+        try:
+            confirmed = typer.confirm(f"Remove {what}?")
+        except typer.Abort:  # no terminal to ask at, or Ctrl-C
+            confirmed = False
+        if not confirmed:
+            typer.echo("lmcache: not confirmed, nothing was removed; --yes removes without asking", err=True)
+            raise typer.Exit(2)
     removed = 0
     if (folder / "objects").is_dir():  # otherwise opening the tier would create one
         tier = DiskTier(folder)
@@ -57,7 +63,7 @@ def clear(
     if json:
         print_json({"path": str(folder), "namespaces": sorted(tallies), "removed": removed, "bytes": nbytes})
     else:
-        console().print(f"removed {removed:,} objects from {folder}")
+        print_line(f"removed {removed:,} objects from {folder}")
 
 
 def _complete(prefix: str, names: list[str]) -> str:

@@ -111,7 +111,7 @@ def _suites(selection: Selection, json: bool, html: Path | None, junit: Path | N
     if json:
         print_json(reports.as_json(report))
     else:
-        show(report, console())
+        show(report, console(markup=True))
     return report.ok
 
 
@@ -130,7 +130,7 @@ def _run_live(jobs: list[Job], selection: Selection) -> list[RowResult]:
     from lmcache_conformance.runner.run import run_jobs
 
     rows: dict[str, RowResult] = {}
-    out = console()
+    out = console(markup=True)
     with Live(console=out, transient=True, auto_refresh=True, refresh_per_second=4) as screen:
         screen.update(live(Report([], {}, ""), f"{jobs[0].row}: starting", out.width))
 
@@ -150,7 +150,7 @@ def _mutants(selection: Selection, json: bool) -> bool:
     from lmcache_conformance.runner.mutate import choose_mutants, run_mutants, uncovered
 
     chosen = choose_mutants(selection.targets)
-    out = console()
+    out = console(markup=True)
 
     def show(verdict: Verdict) -> None:
         words = {True: "[green]killed[/]  ", False: "[bold red]SURVIVED[/]", None: "[yellow]skipped[/] "}

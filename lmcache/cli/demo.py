@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmcache.cli.output import JsonOption, console, print_json
+from lmcache.cli.output import JsonOption, console, folder_of, print_json
 from lmcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def demo(
     tokens: Annotated[int, typer.Option(min=1, help="Length of the document in tokens.")] = 3000,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer in tokens.")] = 24,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the cache. Default: a temporary one, removed at the end.")
+        str | None, typer.Option(help="Folder of the cache. Default: a temporary one, removed at the end.")
     ] = None,
     json: JsonOption = False,
     restart_task: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -61,7 +61,7 @@ def demo(
     if restart_task is not None:
         continue_after_restart(restart_task)
         return
-    options = Options(model, dtype, rounds, tokens, max_new_tokens, cache_dir)
+    options = Options(model, dtype, rounds, tokens, max_new_tokens, folder_of(cache_dir, "--cache-dir"))
     outcome = run(options, lambda text, done: None) if json else _run_live(options)
     if json:
         print_json(outcome.as_json())
@@ -71,6 +71,7 @@ def demo(
 
 def _run_live(options: Options) -> Outcome:
     from rich.live import Live
+    from rich.text import Text
 
     from lmcache_hf.demo import run
 
@@ -83,16 +84,20 @@ def _run_live(options: Options) -> Outcome:
                 finished.append(done)
             live.update(_render(finished, text, options))
 
-        outcome = run(options, show)
+        try:
+            outcome = run(options, show)
+        except BaseException:  # the message about it begins on a line of its own
+            live.update(_render(finished, "", options) if finished else "")
+            raise
         live.update(_render(finished, "", options))
     if outcome.identical:
         out.print(
-            "[green]Every cached answer is identical to recomputation in the same split: tokens and logits.[/]",
+            Text("Every cached answer is identical to recomputation in the same split: tokens and logits.", "green"),
             soft_wrap=True,
         )
     else:
         bad = ", ".join(_label(r, options) for r in finished if not r.identical)
-        out.print(f"[bold red]Different from recomputation in the same split: round {bad}.[/]")
+        out.print(Text(f"Different from recomputation in the same split: round {bad}.", "bold red"))
     return outcome
 
 
@@ -100,18 +105,19 @@ def _render(finished: list[Round], text: str, options: Options) -> RenderableTyp
     from rich.console import Group
     from rich.spinner import Spinner
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, title="Time to first token", title_justify="left")
-    table.add_column("round")
+    table.add_column("round", overflow="fold")
     for name in ("tokens from cache", "recomputed", "cached", "speed-up"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("identical")
     for r in finished:
-        mark = "[green]yes[/]" if r.identical else "[bold red]NO[/]"
+        mark = Text("yes", "green") if r.identical else Text("NO", "bold red")
         ratio = f"{r.ttft_recompute_s / r.ttft_cached_s:.1f} ×"
         times = (f"{r.ttft_recompute_s * 1000:,.0f} ms", f"{r.ttft_cached_s * 1000:,.0f} ms")
         table.add_row(_label(r, options), f"{r.hit_tokens:,}", *times, ratio, mark)
-    parts: list[Any] = [table, Spinner("dots", text)] if text else [table]
+    parts: list[Any] = [table, Spinner("dots", Text(text))] if text else [table]
     return Group(*parts)
 
 

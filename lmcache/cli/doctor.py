@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -17,7 +18,7 @@ import typer
 
 from lmcache.cli.output import JsonOption, PathOption, console, human_bytes, load_config, print_json
 from lmcache.config import Config
-from lmcache.config.machine import is_container, is_wsl, memory_limit
+from lmcache.config.machine import is_container, is_wsl, memory_filesystem, memory_limit
 from lmcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -164,10 +165,12 @@ def disk(folder: Path | None, limit: int, probe_bytes: int) -> Finding:
     """Checks that the disk tier's folder is writable and has space, and measures its speed. Leaves no files behind."""
     if folder is None:
         return Finding("disk", "note", "no disk tier", "set disk_path to a folder to keep KV across restarts")
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    detail = f"{folder}{'' if there == folder else ' (will be created)'}, {human_bytes(free)} free"
+    detail = str(folder)
     try:
+        there = next(p for p in (folder, *folder.parents) if _exists(p))
+        free = shutil.disk_usage(there).free
+        held = _held(folder)
+        detail += f"{'' if there == folder else ' (will be created)'}, {human_bytes(free)} free"
         with tempfile.TemporaryFile(dir=there) as file:
             if free < 2 * probe_bytes:
                 return Finding("disk", "bad", detail, "free some space, or set disk_path to another file system")
@@ -175,15 +178,36 @@ def disk(folder: Path | None, limit: int, probe_bytes: int) -> Finding:
                 write, read = _speed(file.fileno(), probe_bytes)
                 detail += f", writes {write / 1e9:.2f} GB/s (synced), reads {read / 1e9:.2f} GB/s"
     except OSError as error:
-        return Finding("disk", "bad", f"{detail}; cannot write: {error.strerror}", "set disk_path to a writable folder")
-    if free < limit:
         return Finding(
-            "disk",
-            "note",
-            detail,
-            f"disk_bytes is {human_bytes(limit)}: the disk will be full before that; writes are then skipped",
+            "disk", "bad", f"{detail}; cannot be used: {error.strerror}", "set disk_path to a writable folder"
         )
-    return Finding("disk", "ok", detail)
+    advice = []
+    if (kind := memory_filesystem(there)) is not None:
+        detail += f", {kind}"
+        advice.append(
+            f"{kind} is memory, not a disk: it counts against this machine's memory and is empty after a restart"
+        )
+    if free + held < limit:
+        advice.append(f"disk_bytes is {human_bytes(limit)}: the disk will be full before that; writes are then skipped")
+    return Finding("disk", "note" if advice else "ok", detail, "; ".join(advice))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _held(folder: Path) -> int:
+    """Returns the bytes that the tier's objects occupy, which count against `disk_bytes` already."""
+    held = 0
+    for parent, _, names in os.walk(folder / "objects"):
+        for name in names:
+            with suppress(OSError):  # removed in the meantime
+                held += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    return held
 
 
 def _speed(fd: int, nbytes: int) -> tuple[float, float]:
@@ -217,22 +241,30 @@ def _version(distribution: str) -> str | None:
 
 
 def _show(out: Console, findings: list[Finding], engines: list[Engine], config: Config | None) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[bold red]bad[/]"}
-    table = Table(box=None, show_header=False, pad_edge=False)
+    def folded(*titles: str) -> tuple[Column, ...]:  # nothing is cut off, however narrow the terminal
+        return tuple(Column(title, overflow="fold") for title in titles)
+
+    styles = {"ok": "green", "note": "yellow", "bad": "bold red"}
+    table = Table(*folded("", "", ""), box=None, show_header=False, pad_edge=False)
     for f in findings:
-        table.add_row(marks[f.status], f.name, escape(f.detail) + (f"\n[dim]{escape(f.advice)}[/]" if f.advice else ""))
+        detail = Text.assemble(f.detail, *([("\n" + f.advice, "dim")] if f.advice else []))
+        table.add_row(Text(f.status, styles[f.status]), f.name, detail)
     out.print(table)
-    table = Table("engine", "version", "adapter", box=None, pad_edge=False, title="\nEngines", title_justify="left")
+    table = Table(
+        *folded("engine", "version", "adapter"), box=None, pad_edge=False, title="\nEngines", title_justify="left"
+    )
     for e in engines:
-        adapter = f"[green]{e.adapter}[/]" if e.adapter_found else "[dim]not in this release[/]"
-        table.add_row(e.name, e.version or "[dim]not installed[/]", adapter)
+        adapter = Text(e.adapter, "green") if e.adapter_found else Text("not in this release", "dim")
+        table.add_row(e.name, e.version or Text("not installed", "dim"), adapter)
     out.print(table)
     if config is not None:
-        table = Table("setting", "value", "from", box=None, pad_edge=False, title="\nSettings", title_justify="left")
+        table = Table(
+            *folded("setting", "value", "from"), box=None, pad_edge=False, title="\nSettings", title_justify="left"
+        )
         for name, entry in config.describe().items():
             value = human_bytes(entry["value"]) if name.endswith("_bytes") else str(entry["value"])
-            table.add_row(name, escape(value), escape(entry["source"]))
+            table.add_row(name, value, entry["source"])
         out.print(table)

@@ -9,7 +9,16 @@ from typing import Any
 
 import typer
 
-from lmcache.cli.output import JsonOption, PathOption, console, disk_folder, human_age, human_bytes, print_json
+from lmcache.cli.output import (
+    JsonOption,
+    PathOption,
+    disk_folder,
+    human_age,
+    human_bytes,
+    print_json,
+    print_line,
+    print_table,
+)
 
 
 @dataclass
@@ -69,14 +78,13 @@ def ls(path: PathOption = None, json: JsonOption = False) -> None:
 
     table = Table(box=None, pad_edge=False)
     for title in ("namespace", "objects", "tokens", "size", "last used", "oldest use"):
-        table.add_column(title, justify="left" if title == "namespace" else "right")
+        table.add_column(title, justify="left" if title == "namespace" else "right", no_wrap=True)
     for t in tallies:
         ages = (human_age(t.newest_s), human_age(t.oldest_s))
         table.add_row(t.namespace[:16], f"{t.objects:,}", f"{t.tokens:,}", human_bytes(t.nbytes), *ages)
-    out = console()
     if tallies:
-        out.print(table)
-    out.print(f"{total['objects']:,} objects, {total['tokens']:,} tokens, {human_bytes(total['bytes'])} in {folder}")
+        print_table(table)
+    print_line(f"{total['objects']:,} objects, {total['tokens']:,} tokens, {human_bytes(total['bytes'])} in {folder}")
 
 
 def tally(folder: Path) -> dict[str, Tally]:

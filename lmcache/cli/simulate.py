@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmcache.cli.output import JsonOption, console, human_bytes, print_json
+from lmcache.cli.output import JsonOption, console, human_bytes, print_json, print_table
 from lmcache.config import Config
 from lmcache.errors import ConfigError
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from lmcache.simulate.run import Result
     from lmcache.simulate.trace import Trace
 
-_CAPACITIES = "1%,2%,5%,10%,20%"
+_PERCENTS = (1, 2, 5, 10, 20)
+_CAPACITIES = ",".join(f"{percent}%" for percent in _PERCENTS)
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +32,11 @@ def simulate(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE…", help="Mooncake or `record_trace` files.")],
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="Eviction policy; repeatable. Default: all policies and baselines."),
+        typer.Option(
+            "--policy",
+            metavar="LIST",
+            help="Eviction policies, e.g. lru,adaptive. Default: all policies and baselines.",
+        ),
     ] = None,
     capacity: Annotated[
         str | None,
@@ -61,6 +66,9 @@ def simulate(
     prefill_tokens_per_second: Annotated[
         float | None, typer.Option(help="Measured value; overrides the estimate.")
     ] = None,
+    block_tokens: Annotated[
+        int, typer.Option("--block-tokens", min=1, help="Tokens per block of Mooncake files, which do not contain it.")
+    ] = 512,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip lines that are not valid requests.")] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.html", help="Write a printable HTML page.")
@@ -84,8 +92,9 @@ def simulate(
     from lmcache.simulate.run import ADMISSIONS, PLACES, known_policies, simulate
     from lmcache.simulate.trace import read_traces
 
-    policy = ["adaptive" if name == "density" else name for name in policy or ()]  # the former name, as in `Config`
-    for name in policy:
+    asked = [name.strip() for names in policy or () for name in names.split(",")]
+    policies = ["adaptive" if name == "density" else name for name in asked]  # the former name, as in `Config`
+    for name in policies:
         named(name, known_policies(), "policy")
     named(admit, ADMISSIONS, "admission")
     if plot is not None and plot.suffix != ".html":
@@ -102,22 +111,25 @@ def simulate(
         if place in fixed:
             raise ConfigError(f"--tiers {tiers!r} gives {place} twice; drop one of them")
         fixed[place] = size
-    if capacity and "dram" in fixed:
+    if capacity is not None and "dram" in fixed:
         raise ConfigError("--capacity is the capacity of DRAM, which --tiers gives too; drop one of them")
-    trace = read_traces(traces, skip_bad=skip_bad)
+    trace = read_traces(traces, skip_bad=skip_bad, block_tokens=block_tokens)
     chunk = setup.kv_bytes * trace.chunk_tokens
     sizes = {place: chunks_of(size, trace, chunk, f"--tiers {place}") for place, size in fixed.items()}
     grid = [sizes]
     if "dram" not in fixed:
-        wanted = (capacity or _CAPACITIES).split(",")
-        grid = [{**sizes, "dram": chunks_of(size.strip(), trace, chunk, "--capacity")} for size in wanted]
+        if capacity is not None:
+            rooms = [chunks_of(size.strip(), trace, chunk, "--capacity") for size in capacity.split(",")]
+        else:  # of a small trace, the smallest shares are less than a chunk, or the same number of chunks
+            rooms = list(dict.fromkeys(max(1, trace.blocks * percent // 100) for percent in _PERCENTS))
+        grid = [{**sizes, "dram": room} for room in rooms]
     _note(f"{len(trace)} requests, {trace.accesses} chunks of {trace.chunk_tokens} tokens, {trace.blocks} distinct")
     if trace.skipped:
         _note(f"{trace.skipped} bad lines skipped")
     gc.freeze()  # the trace is kept: exclude it from garbage collection
     results = []
     for capacities in grid:
-        for name in policy or known_policies():
+        for name in policies or known_policies():
             results.append(
                 simulate(trace, name, capacities, setup, servers=servers, admit=admit, progress=_progress_of(name))
             )
@@ -168,7 +180,6 @@ def chunks_of(text: str, trace: Trace, chunk_bytes: int, option: str) -> int:
 
 
 def _table(results: list[Result]) -> None:
-    from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -184,11 +195,8 @@ def _table(results: list[Result]) -> None:
         row += [f"{r.prefill_saved_s:.0f}", human_bytes(sum(r.bytes_loaded.values()))]
         row += [f"{r.ttft_p50_s:.3f}", f"{r.ttft_p99_s:.3f}"]
         table.add_row(*row, *([human_bytes(r.disk_written_bytes)] if disk else []))
-    out = console()
-    # Truncated numbers are useless, so let a narrow terminal wrap the lines instead.
-    out.width = max(out.width, Measurement.get(out, out.options.update(max_width=1000), table).maximum)
-    out.print(table)
-    out.print(
+    print_table(table)
+    console().print(
         f"p50, p99: time to first token. Prefill without a cache: {results[0].prefill_s + results[0].prefill_saved_s:.0f} s; "
         f"waiting times are for {results[0].servers} engines, first come, first served, one prompt at a time."
     )

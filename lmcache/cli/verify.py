@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmcache.cli.output import JsonOption, PathOption, console, disk_folder, human_bytes, print_json
+from lmcache.cli.output import JsonOption, PathOption, disk_folder, human_bytes, print_json, print_line
 from lmcache.errors import FormatError, FormatVersionError
 
 if TYPE_CHECKING:
@@ -79,16 +79,15 @@ def verify(
     if json:
         print_json({"path": str(folder), "ok": verdict.ok, **asdict(verdict)})
     else:
-        out = console()
         for title, problems in (
             ("bad", verdict.bad),
             ("unreadable", verdict.unreadable),
             ("newer format", verdict.newer),
         ):
             for problem in problems:
-                out.print(f"{title}: {problem.file}: {problem.reason}", markup=False, soft_wrap=True)
+                print_line(f"{title}: {problem.file}: {problem.reason}")
         done = f", {verdict.deleted} deleted" if verdict.deleted else ""
-        out.print(
+        print_line(
             f"{verdict.checked:,} files, {human_bytes(verdict.bytes)} checked: {len(verdict.bad)} bad{done}, "
             f"{len(verdict.unreadable)} unreadable, {len(verdict.newer)} of a newer format"
         )

@@ -1,5 +1,8 @@
-"""Settings: their declaration (`settings`), their values (`config`), and the machine facts defaults depend on (`machine`)."""
+"""Settings: their declaration (`settings`), their values (`config`), where they are read from (`environment`, `files`), and the
+machine facts defaults depend on (`machine`).
+"""
 
-from lmcache.config.config import PREFIX, Config
+from lmcache.config.config import Config
+from lmcache.config.environment import PREFIX
 
 __all__ = ["PREFIX", "Config"]

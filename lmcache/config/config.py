@@ -9,16 +9,18 @@ Importing this module imports neither torch nor an engine.
 from __future__ import annotations
 
 import difflib
-import json as jsonlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lmcache.config.environment import OTHERS, PREFIX, is_foreign, is_service, warn_foreign
+from lmcache.config.files import read_json, read_yaml
 from lmcache.config.machine import memory_limit
 from lmcache.config.settings import (
     Choice,
+    File,
     Flag,
     Folder,
     Rate,
@@ -39,7 +41,6 @@ Share = Literal["exact", "semantic"]
 Fingerprint = Literal["fast", "full"]
 Pinning = Literal["auto", "always", "never"]
 
-PREFIX = "LMCACHE_"
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 
 
@@ -178,8 +179,8 @@ class Config:
         unit="seconds",
         doc="How long the objects found by a lookup are protected from eviction if they are neither retrieved nor released.",
     )
-    record_trace: Setting[str | None, str | None] = Setting(
-        Text(),
+    record_trace: Setting[str | Path | None, str | None] = Setting(
+        File(),
         None,
         doc="File to which every lookup appends one line for `lmcache simulate`: time, number of prompt tokens, and hashed keys "
         "of the chunks; no text and no token ids. Readable by its owner only. Unset: nothing is recorded.",
@@ -194,8 +195,11 @@ class Config:
     def __new__(cls, **given: Any) -> Config:
         """Rejects unknown names with a better message than Python's, and records which settings were given."""
         _refuse_unknown(given, "setting")
-        if "disk_bytes" in given and "disk_path" not in given:
-            raise ConfigError("disk_bytes: given without disk_path; set disk_path to a folder, or drop disk_bytes")
+        # `dataclasses.replace` gives all settings, so that None is then what the config had, or what was asked for.
+        replaced = len(given) == len(cls.settings())
+        if "disk_bytes" in given and given.get("disk_path") is None and not replaced:
+            how = "beside an empty disk_path" if "disk_path" in given else "without disk_path"
+            raise ConfigError(f"disk_bytes: given {how}; set disk_path to a folder, or drop disk_bytes")
         config = super().__new__(cls)
         config.__dict__["_sources"] = dict.fromkeys(given, "explicit")
         return config
@@ -239,19 +243,24 @@ class Config:
             ConfigError: an unknown setting or invalid value; the message has its source.
         """
         environ = os.environ if environ is None else environ
-        path = file or environ.get(FILE_VARIABLE)
+        if file is not None and not str(file).strip():
+            raise ConfigError(f"the settings file's name {str(file)!r} is empty; give its path, or None for no file")
+        path = environ.get(FILE_VARIABLE, "").strip() if file is None else file
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
         layers: list[Iterable[tuple[str, Any, str]]] = [
             _from_mapping(overrides or {}, "explicit"),
-            _from_mapping(_parse_json(json), "engine JSON"),
+            _from_mapping(read_json(json), "engine JSON"),
             _from_environ(cls, environ),
-            _from_mapping(_parse_file(Path(path)), f"file {path}") if path else (),
+            _from_mapping(read_yaml(Path(path), f"check {FILE_VARIABLE}"), f"file {path}") if path else (),
         ]
-        for layer in layers:  # read every layer to its end, so that a typo is found even if it is overridden
+        ranks: dict[str, int] = {}
+        for rank, layer in enumerate(layers):  # read each to its end, so that a typo is found even if it is overridden
             for name, value, source in layer:
                 if name not in values:
-                    values[name], sources[name] = value, source
+                    values[name], sources[name], ranks[name] = value, source, rank
+        if values.get("disk_path", "") is None and ranks["disk_path"] < ranks.get("disk_bytes", 0):
+            del values["disk_bytes"], sources["disk_bytes"]  # a nearer source turned the tier off
         try:
             config = cls(**values)
         except ConfigError as error:  # every message starts with the setting's name
@@ -280,7 +289,8 @@ def _refuse_unknown(names: Iterable[str], what: str, prefix: str = "") -> None:
     for name in names:
         if name not in known:
             spelled = prefix + (name.upper() if prefix else name)
-            near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+            bare = name.lower().removeprefix("lmcache.").removeprefix("lmcache_")
+            near = [OTHERS[bare]] if bare in OTHERS else difflib.get_close_matches(bare, known, n=1, cutoff=0.5)
             shown = [prefix + (n.upper() if prefix else n) for n in near or known]
             hint = f"did you mean {shown[0]!r}?" if near else f"known: {', '.join(shown)}"
             raise ConfigError(f"unknown {what} {spelled!r}; {hint}")
@@ -294,37 +304,15 @@ def _from_mapping(values: Mapping[str, Any], source: str) -> Iterator[tuple[str,
 
 def _from_environ(cls: type[Config], environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
     kinds = {s.name: s.kind for s in cls.settings()}
+    foreign = []
     for variable, text in environ.items():
-        if not variable.startswith(PREFIX) or variable == FILE_VARIABLE:
+        if not variable.startswith(PREFIX) or variable == FILE_VARIABLE or is_service(variable, text):
             continue
         name = variable.removeprefix(PREFIX).lower()
+        if name not in kinds and is_foreign(name, kinds):
+            foreign.append(name)
+            continue
         _refuse_unknown([name], "environment variable", PREFIX)
         if text.strip():
             yield name, kinds[name].from_text(text.strip()), f"env {variable}"
-
-
-def _parse_json(json: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    if isinstance(json, str):
-        try:
-            json = jsonlib.loads(json)
-        except ValueError as error:
-            raise ConfigError(f"the engine's JSON settings cannot be parsed: {error}") from None
-        if not isinstance(json, dict):
-            raise ConfigError(f"the engine's JSON settings must be an object such as {{...}}, not {json!r}")
-    return json or {}
-
-
-def _parse_file(path: Path) -> Mapping[str, Any]:
-    import yaml  # imported only if a file is used
-
-    try:
-        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"settings file {str(path)!r} cannot be read ({error.strerror}); check {FILE_VARIABLE}"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"settings file {str(path)!r} is not YAML: {error}") from None
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"settings file {str(path)!r} must hold `name: value` lines, not {type(content).__name__}")
-    return content or {}
+    warn_foreign(foreign, kinds)

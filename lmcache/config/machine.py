@@ -30,6 +30,17 @@ def is_container(root: Path = Path("/")) -> bool:
     return (root / ".dockerenv").exists() or (root / "run/.containerenv").exists()
 
 
+def memory_filesystem(path: Path, root: Path = Path("/")) -> str | None:
+    """Returns the type of the file system at `path` if its files are kept in memory (`tmpfs`, `ramfs`), otherwise None."""
+    device = path.stat().st_dev
+    for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+            name = kind.split()[0]
+            return name if name in ("tmpfs", "ramfs") else None
+    return None
+
+
 def _physical_memory(root: Path) -> int | None:
     for line in (_read(root / "proc/meminfo") or "").splitlines():
         name, _, rest = line.partition(":")

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -26,6 +29,11 @@ UNITS = {"B": 1} | {
     for power, letter in enumerate("KMGTP", start=1)
     for infix, base in (("B", 1000), ("iB", 1024))
 }
+
+_QUOTES = "\"'\u201c\u201d\u2018\u2019"
+
+_NOTHING = ("none", "null", "nil", "undefined", "false", "off")
+"""Words by which templates and scripts mean that there is no path."""
 
 
 def parse_size(value: object) -> int:
@@ -64,9 +72,62 @@ def named(name: str, known: Mapping[str, T], what: str) -> T:
         ConfigError: no such name; the message has the nearest one.
     """
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown {what} {name!r}: did you mean {near!r}? Known: {', '.join(known)}")
+        lower = {key.lower(): key for key in known}
+        near = [lower[key] for key in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)]
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"unknown {what} {name!r}: {hint}Known: {', '.join(known)}")
     return known[name]
+
+
+def path_of(value: object, noun: str) -> Path:
+    """Returns a path that a person wrote, absolute, with `~` expanded. `noun`: "folder" or "file", for messages.
+
+    Raises:
+        ConfigError: no path, or a spelling that only a shell, a browser or a template engine understands: taken literally,
+            it would be an odd name below whatever folder the process was started in.
+    """
+    text = str(value) if isinstance(value, (str, Path)) else ""
+    if not text.strip() or (isinstance(value, Path) and not value.parts):
+        raise ConfigError(f"{value!r} is not a path; give the {noun}'s name as text")
+    advice = "give an absolute path, such as '/mnt/nvme/kv'"
+    if text.lower() in _NOTHING:
+        raise ConfigError(
+            f"{text!r} would be a {noun} below the current one; leave it unset for none, or write './{text}'"
+        )
+    if re.match(r"[A-Za-z]:[\\/]", text):
+        raise ConfigError(f"{text!r} is a path of Windows; {advice}")
+    if match := re.match(r"file:/*|[A-Za-z][A-Za-z0-9+.-]*:/+", text, re.IGNORECASE):
+        rest = "/" + text[match.end() :].removeprefix("localhost/")
+        plain = match[0].lower().startswith("file:") and not rest.startswith("/~")
+        raise ConfigError(f"{text!r} is a URL, not a path; " + (f"write {rest!r}" if plain else advice))
+    if text != text.strip():
+        raise ConfigError(f"{text!r} has white space around it; write {text.strip()!r}")
+    if text[0] in _QUOTES or text[-1] in _QUOTES:
+        raise ConfigError(f"{text!r} has quotes in it, which nothing has removed; write {text.strip(_QUOTES)!r}")
+    if match := re.search(r"\$(?:\w+|[{(].*?[})]|[{(])|\{\{.*?\}\}|%\w+%|`", text):
+        raise ConfigError(f"{text!r}: nothing has replaced {match[0]!r} in it; {advice}")
+    if any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise ConfigError(f"{text!r} has a control character in it; {advice}")
+    try:
+        return Path(text).expanduser().absolute()
+    except (RuntimeError, OSError) as error:  # "~user" of an unknown user; the current folder is gone
+        raise ConfigError(f"{text!r}: {str(error).rstrip('.')}; {advice}") from None
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """Returns what is at `path`, or None if nothing is, or if that cannot be told before it is opened.
+
+    Raises:
+        ConfigError: a path that can never be opened.
+    """
+    try:
+        return path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise ConfigError(f"{str(path)!r} cannot be a path ({error.strerror}); give another one") from None
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} cannot be a path ({error}); give another one") from None
 
 
 class Kind(Protocol[Out_co]):
@@ -234,15 +295,34 @@ class Folder:
         """See `Kind`."""
         if value is None:
             return None
-        if not isinstance(value, (str, Path)) or not str(value).strip():
-            raise ConfigError(f"{value!r} is not a path; give the folder's name as text")
-        try:
-            path = Path(value).expanduser().absolute()
-        except RuntimeError as error:  # "~user" of an unknown user
-            raise ConfigError(f"{str(value)!r}: {error}; give an absolute path") from None
-        if path.exists() and not path.is_dir():
+        path = path_of(value, "folder")
+        found = _stat(path)
+        if found is not None and not stat.S_ISDIR(found.st_mode):
             raise ConfigError(f"{str(value)!r} is a file; give a folder, which is created if it does not exist")
         return path
+
+    def from_text(self, text: str) -> Any:
+        """See `Kind`."""
+        return text
+
+
+@dataclass(frozen=True)
+class File:
+    """A file's path as text, or None. Whether it can be written is checked when it is opened."""
+
+    @property
+    def label(self) -> str:
+        """See `Kind`."""
+        return "path, or unset"
+
+    def check(self, value: Any) -> str | None:
+        """See `Kind`."""
+        if value is None:
+            return None
+        found = _stat(path_of(value, "file"))
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            raise ConfigError(f"{str(value)!r} is a folder; give a file in it, which is created if it does not exist")
+        return str(value)
 
     def from_text(self, text: str) -> Any:
         """See `Kind`."""

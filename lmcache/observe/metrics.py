@@ -3,17 +3,26 @@
 Each `Metrics` has its own registry: two caches in one process do not mix, and nothing is registered globally. No port is
 opened unless `serve` is called; an engine with its own endpoint can expose `registry` instead.
 
-Calls are cheap (label children are cached) and thread-safe.
+Values are kept in this process's memory, also where `PROMETHEUS_MULTIPROC_DIR` is set. prometheus_client's own counters would
+then live in files that all metrics of the same name in a process share: a new cache would start with the counts of another,
+and an engine that exports our counters (vLLM) would export the files' as well.
+
+Calls are cheap and thread-safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
+from threading import Lock
 from time import perf_counter
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Final, Generic, Literal, NamedTuple, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 Op = Literal["lookup", "retrieve", "store"]
 
@@ -33,7 +42,52 @@ SECONDS_BUCKETS: Final = (
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
 
-M = TypeVar("M", Counter, Gauge)
+Child = TypeVar("Child")
+
+
+class _Value:
+    """One number: of a metric without labels, or for one combination of label values."""
+
+    __slots__ = ("_lock", "read", "value")
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.value = 0.0
+        self.read: Callable[[], float] | None = None
+
+    def inc(self, amount: float) -> None:
+        with self._lock:
+            self.value += amount
+
+    def set(self, value: float) -> None:
+        self.value = float(value)
+
+    def get(self) -> float:
+        return self.value if self.read is None else float(self.read())
+
+
+class _Durations:
+    """Durations by bucket, with their sum."""
+
+    __slots__ = ("_lock", "counts", "sum")
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.counts = [0] * (len(SECONDS_BUCKETS) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        bucket = bisect_left(SECONDS_BUCKETS, seconds)
+        with self._lock:
+            self.counts[bucket] += 1
+            self.sum += seconds
+
+    def get(self) -> tuple[list[tuple[str, float]], float]:
+        """Returns the cumulative buckets, by upper bound, and the sum."""
+        with self._lock:
+            counts, total = list(self.counts), self.sum
+        bounds = [*map(str, SECONDS_BUCKETS), "+Inf"]
+        return list(zip(bounds, map(float, accumulate(counts)), strict=True)), total
 
 
 class Family(NamedTuple):
@@ -45,6 +99,44 @@ class Family(NamedTuple):
     doc: str
 
 
+class _Metric(Collector, Generic[Child]):
+    """A metric: its values by label values, and how prometheus_client reads them."""
+
+    def __init__(self, family: Family, kind: type[Child]) -> None:
+        self.family = family
+        self._kind = kind
+        self._children: dict[tuple[str, ...], Child] = {}
+        if not family.labels:
+            self.labels()  # a metric without labels is 0 from the start
+
+    def labels(self, *values: str) -> Child:
+        """Returns the value for these label values, which begins at 0."""
+        child = self._children.get(values)
+        if child is None:  # if two threads race, both get the first one's
+            child = self._children.setdefault(values, self._kind())
+        return child
+
+    def collect(self) -> Iterable[Metric]:
+        """Returns the current values."""
+        name, kind, labels, doc = self.family
+        found = list(self._children.items())
+        if kind == "histogram":
+            durations = HistogramMetricFamily(name, doc, labels=labels)
+            for values, child in found:
+                if isinstance(child, _Durations):
+                    durations.add_metric(values, *child.get())
+            return [durations]
+        numbers = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, doc, labels=labels)
+        for values, child in found:
+            if isinstance(child, _Value):
+                numbers.add_metric(values, child.get())
+        return [numbers]
+
+    def describe(self) -> Iterable[Metric]:
+        """Returns the metric without values, by which a registry finds duplicates."""
+        return [Metric(self.family.name.removesuffix("_total"), self.family.doc, self.family.kind)]
+
+
 class Metrics:
     """The metrics of one cache, with one method per event.
 
@@ -54,21 +146,24 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry(auto_describe=True)
-
+        self.registry = CollectorRegistry()
         self.families: list[Family] = []
 
-        def counter(name: str, doc: str, *labels: str) -> Counter:
-            self.families.append(Family(f"lmcache_{name}", "counter", labels, doc))
-            return Counter(f"lmcache_{name}", doc, labels, registry=self.registry)
+        def add(kind: type[Child], name: str, doc: str, type_: str, *labels: str) -> _Metric[Child]:
+            family = Family(f"lmcache_{name}", type_, labels, doc)
+            metric = _Metric(family, kind)
+            self.families.append(family)
+            self.registry.register(metric)
+            return metric
 
-        def gauge(name: str, doc: str, *labels: str) -> Gauge:
-            self.families.append(Family(f"lmcache_{name}", "gauge", labels, doc))
-            return Gauge(f"lmcache_{name}", doc, labels, registry=self.registry)
+        def counter(name: str, doc: str, *labels: str) -> _Metric[_Value]:
+            return add(_Value, name, doc, "counter", *labels)
 
-        def seconds(op: Op, doc: str) -> Histogram:
-            self.families.append(Family(f"lmcache_{op}_seconds", "histogram", (), doc))
-            return Histogram(f"lmcache_{op}_seconds", doc, buckets=SECONDS_BUCKETS, registry=self.registry)
+        def gauge(name: str, doc: str, *labels: str) -> _Metric[_Value]:
+            return add(_Value, name, doc, "gauge", *labels)
+
+        def seconds(op: Op, doc: str) -> _Metric[_Durations]:
+            return add(_Durations, f"{op}_seconds", doc, "histogram")
 
         self._requested_tokens = counter("requested_tokens_total", "Tokens requested by lookups.")
         self._hit_tokens = counter(
@@ -77,7 +172,7 @@ class Metrics:
         self._miss_tokens = counter("miss_tokens_total", "Tokens not found by lookups, by reason.", "reason")
         self._loaded_tokens = counter("loaded_tokens_total", "Tokens loaded into the engine.")
         self._stored_tokens = counter("stored_tokens_total", "Tokens accepted by stores that were not cached before.")
-        self._seconds: dict[Op, Histogram] = {
+        self._seconds: dict[Op, _Metric[_Durations]] = {
             "lookup": seconds("lookup", "Seconds per lookup."),
             "retrieve": seconds("retrieve", "Seconds per retrieve."),
             "store": seconds("store", "Seconds per store, until the source slots may be overwritten."),
@@ -97,7 +192,6 @@ class Metrics:
         self._fallbacks = gauge(
             "kernel_fallbacks", "Device types on which the kernels cannot run, so that torch copies instead."
         )
-        self._children: dict[tuple[object, ...], Counter | Gauge] = {}
 
     def looked_up(self, tokens: int, found: Mapping[str, int], missed: Mapping[str, int]) -> None:
         """Counts a lookup of `tokens` tokens: those found, by tier, and those not found, by reason."""
@@ -109,65 +203,65 @@ class Metrics:
 
     def requested(self, tokens: int) -> None:
         """Counts `tokens` tokens requested by a lookup."""
-        self._requested_tokens.inc(tokens)
+        self._requested_tokens.labels().inc(tokens)
 
     def hit(self, tier: str, tokens: int) -> None:
         """Counts `tokens` tokens found by a lookup whose nearest copy is in `tier`."""
-        self._child(self._hit_tokens, tier).inc(tokens)
+        self._hit_tokens.labels(tier).inc(tokens)
 
     def missed(self, reason: str, tokens: int) -> None:
         """Counts `tokens` tokens not found by a lookup; `reason` is one of `MISS_REASONS`."""
-        self._child(self._miss_tokens, reason).inc(tokens)
+        self._miss_tokens.labels(reason).inc(tokens)
 
     def loaded(self, tokens: int) -> None:
         """Counts `tokens` tokens that a retrieve put into the engine's memory."""
-        self._loaded_tokens.inc(tokens)
+        self._loaded_tokens.labels().inc(tokens)
 
     def stored(self, tokens: int) -> None:
         """Counts `tokens` tokens accepted by a store that were not cached before."""
-        self._stored_tokens.inc(tokens)
+        self._stored_tokens.labels().inc(tokens)
 
     def moved(self, src: str, dst: str, nbytes: int) -> None:
         """Counts `nbytes` bytes moved from `src` to `dst`: `engine`, `dram`, `disk`, …"""
-        self._child(self._moved_bytes, src, dst).inc(nbytes)
+        self._moved_bytes.labels(src, dst).inc(nbytes)
 
     def evicted(self, tier: str, objects: int = 1) -> None:
         """Counts `objects` objects evicted from `tier`."""
-        self._child(self._evictions, tier).inc(objects)
+        self._evictions.labels(tier).inc(objects)
 
     def corrupted(self, tier: str, objects: int = 1) -> None:
         """Counts `objects` objects read from `tier` that failed verification."""
-        self._child(self._corruptions, tier).inc(objects)
+        self._corruptions.labels(tier).inc(objects)
 
     def failed(self, op: str, reason: str, count: int = 1) -> None:
         """Counts failed operations; `op`: `load`, `write_back`, `probe`, …; `reason`: `failed`, `late`, `full`, …"""
-        self._child(self._failures, op, reason).inc(count)
+        self._failures.labels(op, reason).inc(count)
 
     def skipped_store(self, reason: str, objects: int = 1) -> None:
         """Counts `objects` objects that were not stored; `reason`: `queue`, `arena`, `pinned`, …"""
-        self._child(self._skipped, reason).inc(objects)
+        self._skipped.labels(reason).inc(objects)
 
     def uncached(self, reason: str, requests: int = 1) -> None:
         """Counts requests that ran without the cache; `reason`: a short word or phrase from a fixed set."""
-        self._child(self._uncached, reason).inc(requests)
+        self._uncached.labels(reason).inc(requests)
 
     def kernel_fallbacks(self, count: Callable[[], float]) -> None:
         """Registers `count`, called at each scrape: the number of device types that torch copies instead of the kernels."""
-        self._fallbacks.set_function(count)
+        self._fallbacks.labels().read = count
 
     def queue(self, jobs: int, nbytes: int) -> None:
         """Sets the number of jobs in the transfer's queue and the bytes queued for write-back."""
-        self._queue.set(jobs)
-        self._queue_bytes.set(nbytes)
+        self._queue.labels().set(jobs)
+        self._queue_bytes.labels().set(nbytes)
 
     def arena(self, group: str | int, *, free: int, writing: int, ready: int, evicting: int) -> None:
         """Sets the number of arena slots of `group` in each state."""
         for state, slots in (("free", free), ("writing", writing), ("ready", ready), ("evicting", evicting)):
-            self._child(self._slots, str(group), state).set(slots)
+            self._slots.labels(str(group), state).set(slots)
 
     def tier(self, tier: str, nbytes: int) -> None:
         """Sets the bytes occupied by `tier`."""
-        self._child(self._tier_bytes, tier).set(nbytes)
+        self._tier_bytes.labels(tier).set(nbytes)
 
     @contextmanager
     def timed(self, op: Op) -> Iterator[None]:
@@ -176,7 +270,7 @@ class Metrics:
         try:
             yield
         finally:
-            self._seconds[op].observe(perf_counter() - start)
+            self._seconds[op].labels().observe(perf_counter() - start)
 
     def snapshot(self) -> dict[str, float]:
         """Returns every sample's value by its exposition name, e.g. `lmcache_hit_tokens_total{tier="dram"}`.
@@ -198,10 +292,3 @@ class Metrics:
         """
         server, _ = start_http_server(port, addr=host, registry=self.registry)
         return int(server.server_port)
-
-    def _child(self, metric: M, *labels: str) -> M:
-        key = (metric, *labels)
-        child = self._children.get(key)
-        if child is None:  # if two threads race, the metric returns the same child to both
-            child = self._children[key] = metric.labels(*labels)
-        return child  # type: ignore[return-value]  # the metric is part of the key, so the child has its type

@@ -7,10 +7,12 @@ test whether a given prompt was recorded. Keys of different processes never matc
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import secrets
+import stat
 import time
 import weakref
 from collections.abc import Sequence
@@ -105,17 +107,34 @@ def _open(path: Path) -> tuple[int, float]:
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: another engine records to it, or it is not a recording.
+        ValueError: another engine records to it, it is not a recording, or others can read or have placed it.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:  # O_NONBLOCK: do not wait for the other end of a FIFO
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise ValueError("it is a symbolic link, which is not followed; name the file itself") from None
+        raise
     try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is not a regular file; choose another file")
+        if found.st_uid != os.geteuid():
+            raise ValueError(f"it belongs to another user (uid {found.st_uid}), who could read it; choose another file")
+        if found.st_nlink > 1:
+            raise ValueError(
+                "it has several names (hard links), and may be another program's file; choose another file"
+            )
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError("another engine records to it; give each engine its own file") from None
         except OSError:
             pass  # a filesystem without locks
-        return fd, _last_time(fd)
+        before = _last_time(fd)
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            os.fchmod(fd, 0o600)
+        return fd, before
     except BaseException:
         os.close(fd)
         raise

@@ -1,7 +1,10 @@
 """Request traces: the chunks and arrival time of each prompt. Two JSON Lines formats, distinguished by their fields.
 
-    Mooncake   {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [int, …]}   512-token blocks
+    Mooncake   {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [int, …]}
     recorded   {"t": seconds, "tokens": tokens, "chunk_tokens": tokens, "keys": ["hex", …]}               `record_trace`
+
+A Mooncake file does not contain its block size: 512 tokens in the published traces, other sizes in files that other tools write.
+What a wrong size would mean is checked on every line.
 
 Files are read line by line and kept as columns: 4 bytes per chunk of a request, about 100 bytes per distinct chunk.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +31,19 @@ _TOKEN_LIMIT = 1 << 40
 
 class TraceError(LMCacheError):
     """A trace cannot be used; the message has file, line and reason."""
+
+
+class _BlockSizeError(TraceError):
+    """A prompt's number of ids does not fit the block size."""
+
+
+@dataclass
+class _Skipped:
+    """Lines left out. `misfits`: those with another number of ids than the block size means; `first`: the message of one."""
+
+    lines: int = 0
+    misfits: int = 0
+    first: str = ""
 
 
 class Request(NamedTuple):
@@ -95,31 +112,49 @@ class _Numbering(dict[tuple[int, int] | str, int]):
         return number
 
 
-def read_traces(paths: Iterable[str | Path], *, skip_bad: bool = False) -> Trace:
+def read_traces(paths: Iterable[str | Path], *, skip_bad: bool = False, block_tokens: int = MOONCAKE_BLOCK) -> Trace:
     """Reads traces as one stream. Several files are the traffic of several replicas on one cache, merged by time.
 
-    Ids in Mooncake files are local to their file; keys in recorded files are global.
+    Ids in Mooncake files are local to their file; keys in recorded files are global. `block_tokens`: tokens per block of
+    Mooncake files.
 
     Raises:
-        TraceError: a line is not a request, or is earlier than the line before, or there is no request at all. With
-            `skip_bad`, bad lines are counted in `Trace.skipped` instead.
+        TraceError: a line is not a request, is earlier than the line before, or its blocks have another size; or there is no
+            request at all. With `skip_bad`, bad lines are counted in `Trace.skipped` instead.
     """
+    if not 1 <= block_tokens < _TOKEN_LIMIT:
+        raise TraceError(f"{block_tokens} tokens per block are impossible; give a whole number from 1 up")
     numbers = _Numbering()
     chunk: list[int] = []
-    skipped = [0]
-    parts = [list(_requests(Path(path), file, numbers, chunk, skip_bad, skipped)) for file, path in enumerate(paths)]
+    skipped = _Skipped()
+    parts = [
+        list(_requests(Path(path), file, numbers, chunk, skip_bad, skipped, block_tokens))
+        for file, path in enumerate(paths)
+    ]
     requests = parts[0] if len(parts) == 1 else sorted((r for part in parts for r in part), key=lambda r: r.time)
     if not requests:
-        raise TraceError("no request in the trace" + (f"; {skipped[0]} bad lines were skipped" if skipped[0] else ""))
+        raise TraceError(
+            "no request in the trace" + (f"; {skipped.lines} bad lines were skipped" if skipped.lines else "")
+        )
+    if skipped.misfits > len(requests):  # what is left fits by chance
+        raise TraceError(
+            f"{skipped.misfits} lines do not fit the block size, {len(requests)} do; the first: {skipped.first}"
+        )
     trace = Trace(chunk[0])
     for request in requests:
         trace.add(request)
-    trace.skipped = skipped[0]
+    trace.skipped = skipped.lines
     return trace
 
 
 def _requests(
-    path: Path, file: int, numbers: _Numbering, chunk: list[int], skip_bad: bool, skipped: list[int]
+    path: Path,
+    file: int,
+    numbers: _Numbering,
+    chunk: list[int],
+    skip_bad: bool,
+    skipped: _Skipped,
+    block_tokens: int,
 ) -> Iterator[Request]:
     decoder = msgspec.json.Decoder(_Line)
     before = -math.inf
@@ -132,7 +167,7 @@ def _requests(
             if not text.strip():
                 continue
             try:
-                time, tokens, output, size, keys = _parse(decoder.decode(text))
+                time, tokens, output, size, keys = _parse(decoder.decode(text), block_tokens)
                 if time < before:
                     raise TraceError(f"time {time:g} s is before the line above ({before:g} s); sort the file by time")
                 if chunk and size != chunk[0]:
@@ -140,7 +175,10 @@ def _requests(
             except (msgspec.DecodeError, TraceError, UnicodeDecodeError) as error:
                 if not skip_bad:
                     raise TraceError(f"{path}, line {number}: {error} (--skip-bad skips such lines)") from None
-                skipped[0] += 1
+                skipped.lines += 1
+                if isinstance(error, _BlockSizeError):
+                    skipped.misfits += 1
+                    skipped.first = skipped.first or str(error)
                 continue
             before = time
             if not chunk:
@@ -149,7 +187,7 @@ def _requests(
             yield Request(time, tokens, output, array("I", blocks))
 
 
-def _parse(line: _Line) -> tuple[float, int, int, int, Sequence[int | str]]:
+def _parse(line: _Line, block_tokens: int) -> tuple[float, int, int, int, Sequence[int | str]]:
     """Returns (seconds, tokens, output tokens, chunk tokens, chunks).
 
     Raises:
@@ -162,7 +200,7 @@ def _parse(line: _Line) -> tuple[float, int, int, int, Sequence[int | str]]:
     else:
         names, keys = ("timestamp", "input_length", "", "hash_ids"), line.hash_ids
         time = None if line.timestamp is None else line.timestamp / 1000
-        tokens, size = line.input_length, MOONCAKE_BLOCK
+        tokens, size = line.input_length, block_tokens
     values = (time, tokens, size, keys)
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if missing:
@@ -175,8 +213,24 @@ def _parse(line: _Line) -> tuple[float, int, int, int, Sequence[int | str]]:
         raise TraceError(f"time {time!r} is not a number of seconds from 0 up")
     if not (0 <= tokens < _TOKEN_LIMIT and 0 <= line.output_length < _TOKEN_LIMIT and 1 <= size < _TOKEN_LIMIT):
         raise TraceError(f"impossible: {tokens} tokens, {line.output_length} output tokens, {size} tokens per chunk")
-    if len(keys) > -(-tokens // size):
+    if line.keys is None and line.t is None:
+        _check_blocks(len(keys), tokens, size)
+    elif len(keys) > -(-tokens // size):
         raise TraceError(f"{len(keys)} chunks of {size} tokens, but only {tokens} tokens")
     if len(set(keys)) != len(keys):
         raise TraceError("a chunk appears twice in one request; ids must cover everything before them")
     return time, tokens, line.output_length, size, keys
+
+
+def _check_blocks(blocks: int, tokens: int, size: int) -> None:
+    """Checks that a prompt of `tokens` tokens has as many blocks as blocks of `size` tokens are: all of them, or all full ones.
+
+    Raises:
+        TraceError: it has not; the message has a size that fits, if there is one.
+    """
+    if tokens // size <= blocks <= -(-tokens // size):
+        return
+    wanted = f"{tokens} tokens are {-(-tokens // size)} blocks of {size} tokens, but there are {blocks} ids"
+    sizes = [n for n in (1 << power for power in range(20)) if blocks and tokens // n <= blocks <= -(-tokens // n)]
+    hint = f", e.g. --block-tokens {sizes[0]}, if that is their size" if sizes else ""
+    raise _BlockSizeError(f"{wanted}; give the number of tokens per block with --block-tokens{hint}")

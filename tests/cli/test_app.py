@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ from typer.main import get_command
 
 import lmcache
 from lmcache.cli import app, main
-from lmcache.cli.output import human_age, human_bytes
+from lmcache.cli.output import human_age, human_bytes, print_json
+from lmcache.errors import ConfigError
 
 HEAVY = ("torch", "numpy", "transformers", "yaml", "lmcache_hf", "lmcache.tiers.disk", "prometheus_client")
 
@@ -66,3 +69,26 @@ def test_sizes_and_ages_are_short_for_people() -> None:
         "3.0 TiB",
     ]
     assert [human_age(s) for s in (-1, 5, 90, 7200, 200000)] == ["0 s", "5 s", "2 min", "2 h", "2 d"]
+
+
+def test_what_the_terminal_cannot_show_is_a_question_mark() -> None:
+    command = [sys.executable, "-m", "lmcache", "bench", "io", "--help"]
+    environ = {**os.environ, "PYTHONIOENCODING": "latin-1", "COLUMNS": "200"}
+    done = subprocess.run(command, env=environ, capture_output=True, timeout=120, check=True)
+    assert b"Measure paged KV ? DRAM" in done.stdout
+
+
+def test_json_has_null_for_numbers_that_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    infinity = float("inf")
+    print_json({"a": infinity, "b": [1.5, -infinity, (float("nan"), True)], "c": {"d": "x"}})
+    text = capsys.readouterr().out
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [1.5, None, [None, True]], "c": {"d": "x"}}
+
+
+@pytest.mark.parametrize(
+    "command", [["bench", "io", "--part", "disk", "--folder", ""], ["demo", "--cache-dir", "$X/kv"]]
+)
+def test_options_for_folders_take_no_odd_spelling(run: Run, command: list[str]) -> None:
+    result = run(*command)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith(f"{command[-2]}: ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from clilab import Run, parsed
 
 from lmcache.cli import doctor
 from lmcache.config import Config
+from lmcache.config.machine import memory_filesystem
 
 
 def test_json_holds_findings_engines_and_settings_with_their_sources(
@@ -114,3 +117,42 @@ def test_wsl_is_pointed_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = next(f for f in parsed(run("doctor", "--quick", "--json"))["findings"] if f["name"] == "platform")
     assert found["status"] == "note"
     assert "WSL2" in found["detail"]
+
+
+def test_a_folder_in_memory_is_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = tmp_path.stat().st_dev
+    mount = tmp_path / "proc/self/mountinfo"
+    mount.parent.mkdir(parents=True)
+    line = f"36 35 {os.major(device)}:{os.minor(device)} / /somewhere rw,nosuid shared:9 - {{}} shm rw\n"
+    for kind, found in (("tmpfs", "tmpfs"), ("ramfs", "ramfs"), ("ext4", None)):
+        mount.write_text("22 1 0:99999 / /proc rw - proc proc rw\n" + line.format(kind))
+        assert memory_filesystem(tmp_path, tmp_path) == found
+    monkeypatch.setattr(doctor, "memory_filesystem", lambda path: "tmpfs")
+    found = doctor.disk(tmp_path / "kv", 1 << 20, 0)
+    assert found.status == "note"
+    assert "tmpfs is memory, not a disk" in found.advice
+
+
+def test_what_the_folder_holds_counts_against_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "memory_filesystem", lambda path: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 << 20))
+    assert "will be full before that" in doctor.disk(tmp_path, 12 << 20, 0).advice
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects/x.bin").write_bytes(b"x" * (4 << 20))
+    assert doctor.disk(tmp_path, 12 << 20, 0).status == "ok"
+
+
+def test_a_folder_that_cannot_be_looked_at_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", denied)
+    found = doctor.disk(tmp_path / "kv", 1 << 20, 0)
+    assert (found.status, found.detail) == ("bad", f"{tmp_path}/kv; cannot be used: Permission denied")
+
+
+def test_nothing_is_cut_off_in_a_narrow_terminal(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / ("[b]" + "x" * 60)
+    shown = run("doctor", "--quick", "--path", folder, env={"COLUMNS": "40"}).stdout
+    assert "…" not in shown
+    assert shown.count("x") >= 120, "in the finding and in the setting"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from clilab import TOKENS, Run, Shelf, parsed
+from clilab import TOKENS, Run, Shelf, fill, parsed
 
 from lmcache.errors import ConfigError
 
@@ -167,3 +167,44 @@ def test_clear_makes_no_cache_out_of_another_folder(run: Run, tmp_path: Path) ->
     (tmp_path / "letter.txt").write_text("x")
     assert run("clear", "--path", tmp_path, "--yes").exit_code == 0
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("name", ["kv[prod]", "kv[", "kv[/old]", "kv[red]x[/]", "kv:fire:", "k" * 100])
+def test_folders_are_shown_as_they_are_called(run: Run, tmp_path: Path, name: str) -> None:
+    folder = fill(tmp_path / name).folder
+    for command in (["ls"], ["verify"], ["clear", "--yes"], ["doctor", "--quick"]):
+        shown = run(*command, "--path", folder, env={"COLUMNS": "400" if command[0] == "doctor" else "40"})
+        assert shown.exit_code == 0, shown
+        assert str(folder) in shown.stdout or command == ["verify"]
+    assert parsed(run("ls", "--path", folder, "--json"))["total"]["objects"] == 0
+
+
+def test_a_damaged_files_name_is_shown_in_full(run: Run, tmp_path: Path) -> None:
+    shelf = fill(tmp_path / "kv[/old]")
+    _flip(shelf.file(0), 4096 + 77)
+    assert f"bad: {shelf.file(0)}: " in run("verify", "--path", shelf.folder, env={"COLUMNS": "40"}).stdout
+
+
+@pytest.mark.parametrize("command", [["ls"], ["verify"], ["clear", "--yes"]])
+def test_an_empty_path_is_no_path(run: Run, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    monkeypatch.chdir(shelf.folder)
+    for text in ("", " ", "$UNSET"):
+        result = run(*command, "--path", text)
+        assert isinstance(result.exception, ConfigError)
+    assert all(shelf.file(i).exists() for i in range(5))
+
+
+def test_figures_are_never_cut_off(run: Run, shelf: Shelf) -> None:
+    wide = run("ls", "--path", shelf.folder, env={"COLUMNS": "200"}).stdout
+    assert run("ls", "--path", shelf.folder, env={"COLUMNS": "20"}).stdout.split() == wide.split()
+    assert "…" not in wide
+
+
+def test_clear_that_is_not_confirmed_removes_nothing_and_could_not_run(run: Run, shelf: Shelf) -> None:
+    for answer in ("", "n\n"):
+        result = run("clear", "--path", shelf.folder, input=answer)
+        assert result.exit_code == 2
+        assert "nothing was removed" in result.stderr
+    assert all(shelf.file(i).exists() for i in range(5))
+    assert run("clear", "--path", shelf.folder, input="y\n").exit_code == 0
+    assert not shelf.file(0).exists()

@@ -18,6 +18,7 @@ from lmcache.config.machine import is_container, is_wsl, memory_limit
 from lmcache.config.settings import UNITS, format_size, parse_size
 from lmcache.control.eviction import POLICIES
 from lmcache.errors import ConfigError
+from lmcache.observe.log import Throttle
 
 
 def test_defaults_are_valid_and_come_from_the_declarations() -> None:
@@ -219,14 +220,165 @@ def test_an_empty_settings_file_sets_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("json", "says"),
     [
+        ('{"lmcache.chunk_size": 256}', "'lmcache.chunk_size'; did you mean 'chunk_tokens'"),
+        ('{"LMCACHE_DISK_PATH": "/x"}', "'LMCACHE_DISK_PATH'; did you mean 'disk_path'"),
         ("{", "cannot be parsed"),
         ("[1]", "must be an object"),
+        ('{"io_threads": 1, "io_threads": 2}', "'io_threads' is given twice"),
         ('{"polizy": "lru"}', "setting in engine JSON: 'polizy'; did you mean 'policy'"),
     ],
 )
 def test_wrong_engine_json_is_an_error(json: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Config.load(json=json, environ={})
+
+
+SERVICE = {  # what the kubelet sets for the Services `lmcache` and `lmcache-disk-path`
+    "LMCACHE_SERVICE_HOST": "10.96.0.12",
+    "LMCACHE_SERVICE_PORT": "80",
+    "LMCACHE_SERVICE_PORT_HTTP": "80",
+    "LMCACHE_PORT": "tcp://10.96.0.12:80",
+    "LMCACHE_PORT_80_TCP": "tcp://10.96.0.12:80",
+    "LMCACHE_PORT_80_TCP_PROTO": "tcp",
+    "LMCACHE_PORT_80_TCP_PORT": "80",
+    "LMCACHE_PORT_80_TCP_ADDR": "10.96.0.12",
+    "LMCACHE_DISK_PATH_SERVICE_HOST": "10.96.0.13",
+    "LMCACHE_DISK_PATH_PORT": "udp://10.96.0.13:53",
+}
+
+
+def test_the_variables_of_a_kubernetes_service_are_no_settings(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config.load(environ={**SERVICE, "LMCACHE_CHUNK_TOKENS": "64"})
+    assert config == Config(chunk_tokens=64)
+    assert caplog.messages == []
+
+
+def test_variables_of_the_other_project_are_ignored_with_one_line_that_says_what_to_set(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache.config.environment._LOG", Throttle(every=float("inf")))
+    environ = {
+        "LMCACHE_CHUNK_SIZE": "256",
+        "LMCACHE_LOCAL_CPU": "True",
+        "LMCACHE_MAX_LOCAL_CPU_SIZE": "5.0",
+        "LMCACHE_REMOTE_URL": "redis://x:6379",
+        "LMCACHE_MP_PORT": "5555",
+        "LMCACHE_IO_THREADS": "3",
+    }
+    for _ in range(3):
+        assert Config.load(environ=environ) == Config(io_threads=3)
+    (line,) = caplog.messages
+    assert line.startswith("foreign-variables-ignored ")
+    for variable in environ:
+        assert (variable in line) == (variable != "LMCACHE_IO_THREADS")
+    assert "set LMCACHE_CHUNK_TOKENS instead of LMCACHE_CHUNK_SIZE" in line
+    assert "set LMCACHE_DRAM_BYTES instead of LMCACHE_LOCAL_CPU" in line
+
+
+@pytest.mark.parametrize("name", [s.name for s in Config.settings()])
+def test_ours_misspelt_by_one_letter_is_an_error(name: str) -> None:
+    for wrong in (name[:-1], name + "x", name[0] + name[2:], name[1] + name[0] + name[2:]):
+        with pytest.raises(ConfigError, match=f"did you mean 'LMCACHE_{name.upper()}'"):
+            Config.load(environ={f"LMCACHE_{wrong.upper()}": "1"})
+
+
+def test_a_file_of_the_other_project_gets_our_names_as_advice(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text("local_cpu: true\n")
+    with pytest.raises(ConfigError, match=r"unknown setting in file .*: 'local_cpu'; did you mean 'dram_bytes'"):
+        Config.load(file=tmp_path / "theirs.yaml", environ={})
+
+
+@pytest.mark.parametrize("setting", ["disk_path", "record_trace"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("file:///mnt/x", "is a URL, not a path; write '/mnt/x'"),
+        ("FILE://localhost/mnt/x", "is a URL, not a path; write '/mnt/x'"),
+        ("file://~/kv", "is a URL, not a path; give an absolute path"),
+        ("file:kv", "is a URL"),
+        ("s3://bucket/kv", "is a URL, not a path; give an absolute path"),
+        ("C:\\kv", "is a path of Windows"),
+        ('"/mnt/x"', "has quotes in it, which nothing has removed; write '/mnt/x'"),
+        ("'/mnt/x'", "write '/mnt/x'"),
+        ("$HOME/kv", "nothing has replaced '[$]HOME' in it"),
+        ("/mnt/${DIR}/kv", "nothing has replaced '[$]{DIR}' in it"),
+        ("$(pwd)/kv", "nothing has replaced '[$][(]pwd[)]' in it"),
+        ("{{ .Values.path }}/kv", "nothing has replaced '{{ .Values.path }}' in it"),
+        ("", "'' is not a path"),
+        ("  ", "is not a path"),
+        (Path(), "is not a path"),
+        (" /mnt/x", "has white space around it; write '/mnt/x'"),
+        ("/mnt/x\n/kv", "has a control character"),
+        ("/mnt/\0", "has a control character"),
+        ("none", "leave it unset for none, or write './none'"),
+        ("/" + "x" * 300, "cannot be a path .File name too long"),
+    ],
+)
+def test_a_path_that_would_be_an_odd_name_here_is_refused(setting: str, text: str | Path, says: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{setting}: .*{says}"):
+        Config(**{setting: text})
+
+
+@pytest.mark.parametrize(
+    "text", ["kv", "./none", "kv[prod]", "/mnt/a b/kv", "/mnt/share$/kv", "~/kv", "/mnt/a:b/kv", "kv'2"]
+)
+def test_plain_paths_are_accepted(text: str) -> None:
+    assert Config(disk_path=text).disk_path == Path(text).expanduser().absolute()
+
+
+def test_a_path_that_cannot_be_looked_at_is_left_to_its_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", denied)
+    assert Config(disk_path="/locked/kv", record_trace="/locked/t").disk_path == Path("/locked/kv")
+
+
+def test_a_limit_beside_an_empty_path_is_refused_unless_a_nearer_source_turned_the_disk_off(tmp_path: Path) -> None:
+    file = tmp_path / "lmcache.yaml"
+    for empty in ("~", "", "null"):
+        file.write_text(f"disk_path: {empty}\ndisk_bytes: 1GiB\n")
+        with pytest.raises(
+            ConfigError, match=r"disk_bytes \(from file .*\): given beside an empty disk_path; set disk_path"
+        ):
+            Config.load(file=file, environ={})
+    file.write_text("disk_path: ~\n")
+    with pytest.raises(ConfigError, match="beside an empty disk_path"):
+        Config.load(file=file, environ={"LMCACHE_DISK_BYTES": "1GiB"})
+    with pytest.raises(ConfigError, match="beside an empty disk_path"):
+        Config(disk_path=None, disk_bytes="1GiB")
+    both = {"LMCACHE_DISK_BYTES": "1GiB", "LMCACHE_DISK_PATH": "/mnt/x"}
+    assert Config.load({"disk_path": None}, environ=both) == Config()
+    assert dataclasses.replace(Config(), io_threads=3).disk_path is None
+    assert dataclasses.replace(Config(disk_path="/mnt/x", disk_bytes="1GiB"), disk_path=None).disk_path is None
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("io_threads: 3\nstrict: true\nio_threads: 4\n", "'io_threads' is given on line 1 and on line 3; drop one"),
+        ("io_threads: 010\n", "line 1: 010 is octal in YAML, that is 8; write 10 or 8"),
+        ("dram_bytes: 0_100\n", "octal"),
+        ("lease_s: 1:30\n", "line 1: 1:30 is a number to the base 60"),
+        ("lease_s: 2026-99-99\n", "is not YAML"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_people_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "lmcache.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=f"settings file .*{says}"):
+        Config.load(file=file, environ={})
+    file.write_text("io_threads: 0x10\nchunk_tokens: 1_000\nlease_s: 0.5\nrecord_trace: /tmp/010\n")
+    config = Config.load(file=file, environ={})
+    assert (config.io_threads, config.chunk_tokens, config.lease_s) == (16, 1000, 0.5)
+
+
+def test_a_settings_file_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is empty; give its path"):
+        Config.load(file="", environ={})
+    for name in ("~no-such-user-here/x", "a\0b", str(tmp_path)):
+        with pytest.raises(ConfigError, match="settings file"):
+            Config.load(file=name, environ={})
 
 
 def test_a_typo_is_found_even_where_another_source_overrules_it() -> None:

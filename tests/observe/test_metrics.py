@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import threading
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
@@ -105,3 +109,49 @@ def test_serving_answers_on_the_local_machine_only_when_asked() -> None:
     port = metrics.serve(0)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         assert b'lmcache_hit_tokens_total{tier="dram"} 3.0' in answer.read()
+
+
+SHARED_FOLDER = """
+import sys
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+from lmcache.observe.metrics import Metrics
+name = 'lmcache_hit_tokens_total{tier="disk"}'
+first = Metrics()
+first.hit("disk", 300)
+second = Metrics()
+fresh = second.snapshot().get(name, 0.0)
+second.hit("disk", 10)
+first.hit("disk", 5)
+registry = CollectorRegistry()
+scraped = 0.0
+if len(sys.argv) > 1:
+    MultiProcessCollector(registry)
+    scraped += sum(s.value for f in registry.collect() for s in f.samples if s.name == "lmcache_hit_tokens_total")
+print(first.snapshot()[name], fresh, second.snapshot()[name], scraped)
+"""
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_each_cache_counts_by_itself_whatever_the_folder_of_shared_metrics_is(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path if exists else tmp_path / "gone"
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    command = [sys.executable, "-c", SHARED_FOLDER, *(["scrape"] if exists else [])]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["305.0", "0.0", "10.0", "0.0"]
+    assert list(tmp_path.iterdir()) == [], "what an engine exports for us must not be exported a second time"
+
+
+def test_an_exposed_histogram_is_cumulative_and_ends_with_all() -> None:
+    metrics = Metrics()
+    for seconds in (1e-6, 1e-5, 3e-3, 100.0):
+        metrics._seconds["lookup"].labels().observe(seconds)
+    text = generate_latest(metrics.registry).decode()
+    for line in (
+        'bucket{le="1e-05"} 2.0',
+        'bucket{le="0.005"} 3.0',
+        'bucket{le="10.0"} 3.0',
+        'bucket{le="+Inf"} 4.0',
+        "count 4.0",
+    ):
+        assert f"lmcache_lookup_seconds_{line}\n" in text

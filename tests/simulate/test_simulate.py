@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -184,7 +185,16 @@ def test_requests_wait_for_the_first_free_server() -> None:
         ('{"timestamp": 5, "input_length": 3}', "'hash_ids' is missing"),
         ('{"timestamp": -5, "input_length": 3, "hash_ids": []}', "-0.005"),
         ('{"timestamp": 5, "input_length": 3, "hash_ids": []}', "before the line above"),
-        ('{"timestamp": 50, "input_length": 3, "hash_ids": [1, 2]}', "2 chunks"),
+        (
+            '{"timestamp": 50, "input_length": 3, "hash_ids": [1, 2]}',
+            "3 tokens are 1 blocks of 512 tokens, but there are 2 ids",
+        ),
+        (
+            '{"timestamp": 50, "input_length": 4000, "hash_ids": [1, 2]}',
+            "8 blocks .* 2 ids; give .* --block-tokens 2048",
+        ),
+        ('{"timestamp": 50, "input_length": 4000, "hash_ids": []}', "8 blocks .* 0 ids; give .* with --block-tokens "),
+        ('{"t": 50, "tokens": 256, "chunk_tokens": 512, "keys": ["a", "b"]}', "2 chunks"),
         ('{"timestamp": 50, "input_length": 1024, "hash_ids": [1, 1]}', "twice"),
         ('{"timestamp": 50, "input_length": 1024, "hash_ids": ["a"]}', "hash_ids"),
         ('{"t": 50, "tokens": 3, "keys": []}', "'chunk_tokens' is missing"),
@@ -205,10 +215,46 @@ def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, line, reason) -> None
     assert (len(trace), trace.skipped) == (2, 1)
 
 
+@pytest.mark.parametrize("block", [16, 64, 1024, 2048])
+def test_blocks_of_another_size_are_read_only_if_it_is_given(tmp_path, block) -> None:
+    path = tmp_path / "t"
+    sizes = [4000 + 700 * turn for turn in range(40)]
+    lines = [
+        {"timestamp": turn, "input_length": tokens, "hash_ids": list(range(-(-tokens // block)))}
+        for turn, tokens in enumerate(sizes)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(TraceError, match=f"line 1: 4000 tokens are 8 blocks of 512 .* --block-tokens {block}"):
+        read_traces([path])
+    path.write_text(path.read_text() + '{"timestamp": 90, "input_length": 9, "hash_ids": [0]}\n')
+    with pytest.raises(TraceError, match="40 lines do not fit the block size, 1 do; the first: 4000 tokens"):
+        read_traces([path], skip_bad=True)
+    sizes.append(9)
+    trace = read_traces([path], block_tokens=block)
+    assert (trace.chunk_tokens, [r.tokens for r in trace]) == (block, sizes)
+    out = CliRunner().invoke(app, ["simulate", str(path), "--block-tokens", str(block), "--policy", "lru", "--json"])
+    assert json.loads(out.stdout)["trace"]["chunk_tokens"] == block
+
+
+def test_a_trace_may_leave_out_the_partial_block_at_the_end_of_prompts(tmp_path) -> None:
+    path = tmp_path / "t"
+    path.write_text(
+        '{"timestamp": 0, "input_length": 1500, "hash_ids": [0, 1]}\n'
+        '{"timestamp": 1, "input_length": 1500, "hash_ids": [0, 1, 2]}\n{"timestamp": 2, "input_length": 9, "hash_ids": []}\n'
+    )
+    assert read_traces([path]).accesses == 5
+    with pytest.raises(TraceError, match="0 tokens per block"):
+        read_traces([path], block_tokens=0)
+
+
 def test_what_cannot_be_simulated_is_refused_with_a_hint(tmp_path) -> None:
     trace = read_traces([written(tmp_path / "t", requests_of(0, 5))])
     with pytest.raises(ConfigError, match="did you mean 'lfu'"):
         simulate(trace, "lfuu", {"dram": 5}, PROFILE)
+    with pytest.raises(ConfigError, match="did you mean 'lru'"):
+        simulate(trace, "LRU", {"dram": 5}, PROFILE)
+    with pytest.raises(ConfigError, match=r"unknown policy '%%%': Known: lru, "):
+        simulate(trace, "%%%", {"dram": 5}, PROFILE)
     with pytest.raises(ConfigError, match="at least one chunk"):
         simulate(trace, "lru", {"dram": 0}, PROFILE)
     with pytest.raises(ConfigError, match="did you mean 'llama-3-8b'"):
@@ -233,6 +279,21 @@ def test_the_command_prints_one_json_document_and_draws_a_page(tmp_path) -> None
     assert all(0 <= r["hit_rate"] <= 1 for r in results)
     assert "<svg" in page.read_text()
     assert "http" not in page.read_text()
+
+
+def test_policies_are_a_list_like_capacities(tmp_path) -> None:
+    path = written(tmp_path / "t", requests_of(0))
+    options = ["--policy", "lru, optimum", "--policy", "lfu", "--capacity", "5%", "--json"]
+    out = CliRunner().invoke(app, ["simulate", str(path), *options], catch_exceptions=False)
+    assert [r["policy"] for r in json.loads(out.stdout)["results"]] == ["lru", "optimum", "lfu"]
+
+
+def test_a_trace_of_few_chunks_is_simulated_without_options(tmp_path) -> None:
+    path = written(tmp_path / "t", [list(range(10))] * 2)
+    out = CliRunner().invoke(app, ["simulate", str(path), "--policy", "lru", "--json"], catch_exceptions=False)
+    assert [r["capacity_chunks"] for r in json.loads(out.stdout)["results"]] == [1, 2]
+    refused = CliRunner().invoke(app, ["simulate", str(path), "--capacity", "1%"])
+    assert isinstance(refused.exception, ConfigError), "given by hand"
 
 
 def test_a_recording_holds_equal_keys_for_equal_chunks_and_goes_on_where_it_ended(tmp_path) -> None:
@@ -269,16 +330,20 @@ def test_a_recording_that_nobody_closes_is_whole(tmp_path) -> None:
     assert len(read_traces([path])) == 3
 
 
-def test_a_recording_that_fails_is_one_log_line(tmp_path, caplog) -> None:
+def test_a_recording_that_fails_is_one_log_line(tmp_path, caplog, monkeypatch) -> None:
     recorder = Recorder(tmp_path / "no" / "such", 256)
     recorder.record(300, [b"a" * 32])
     recorder.close()
-    full = Recorder("/dev/full", 256) if Path("/dev/full").exists() else None
-    if full is not None:
-        full.record(300, [b"a" * 32])
-        full.record(300, [b"a" * 32])
-        assert "No space left" in caplog.text
-    assert caplog.text.count("trace-not-recorded") == 1 + (full is not None)
+    full = Recorder(tmp_path / "full", 256)
+    monkeypatch.setattr("lmcache.observe.recorder.os.write", no_space)
+    full.record(300, [b"a" * 32])
+    full.record(300, [b"a" * 32])
+    assert "No space left" in caplog.text
+    assert caplog.text.count("trace-not-recorded") == 2
+
+
+def no_space(fd: int, data: bytes) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_the_table_is_never_cut_off(tmp_path) -> None:
@@ -444,3 +509,40 @@ def test_labels_stay_in_the_drawing_and_sizes_have_three_digits() -> None:
         "200 GiB",
         "4.88 TiB",
     ]
+
+
+def test_a_recording_goes_into_no_file_that_others_read_or_have_placed(tmp_path, caplog, monkeypatch) -> None:
+    there = tmp_path / "there.jsonl"
+    there.touch()
+    there.chmod(0o666)
+    record_one(there)
+    assert len(there.read_text().splitlines()) == 1
+    assert stat.S_IMODE(there.stat().st_mode) == 0o600
+    victim = tmp_path / "victim"
+    victim.touch(0o600)
+    (tmp_path / "link").symlink_to(victim)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    os.link(victim, tmp_path / "hard")
+    os.mkfifo(tmp_path / "fifo")
+    assert caplog.messages == []
+    for name, why in (
+        ("link", "symbolic link"),
+        ("dangling", "symbolic link"),
+        ("hard", "hard links"),
+        ("fifo", "regular file"),
+    ):
+        record_one(tmp_path / name)
+        assert why in caplog.messages.pop()
+        caplog.clear()
+    assert victim.read_text() == ""
+    assert not (tmp_path / "nothing").exists()
+    monkeypatch.setattr("lmcache.observe.recorder.os.geteuid", lambda: os.getuid() + 1)
+    record_one(there)
+    assert "belongs to another user" in caplog.messages[-1]
+    assert len(there.read_text().splitlines()) == 1
+
+
+def record_one(path: Path) -> None:
+    recorder = Recorder(path, 256)
+    recorder.record(300, [b"a" * 32])
+    recorder.close()

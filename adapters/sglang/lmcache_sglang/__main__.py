@@ -6,11 +6,15 @@ import runpy
 import sys
 
 from lmcache.errors import ConfigError
-from lmcache_sglang.launch import flags, split_command
+from lmcache_sglang.launch import flags, split_command, usage
 
 
 def main() -> None:
     """Runs SGLang's server in this process; exits with a message if a setting is wrong, before SGLang is loaded."""
+    ours = sys.argv[1:]
+    if {"-h", "--help"} & {*ours[: ours.index("--") if "--" in ours else None]}:
+        print(usage())
+        return
     try:
         settings, theirs = split_command(sys.argv[1:])
         sys.argv = ["sglang.launch_server", *theirs, *flags(**settings)]

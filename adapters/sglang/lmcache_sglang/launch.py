@@ -83,6 +83,28 @@ def server_args(
     }
 
 
+def usage() -> str:
+    """Returns the help of `python -m lmcache_sglang`."""
+    options = [
+        ("interface NAME", "hicache (default) or linker"),
+        *((f"{s.name.replace('_', '-')} VALUE", s.kind.label.replace("`", "")) for s in Config.settings()),
+        *((f"{name.replace('_', '-')} VALUE", "SGLang's own, of HiCache") for name in OWN),
+    ]
+    return "\n".join(
+        [
+            "usage: python -m lmcache_sglang [--disk-path FOLDER] [SETTING ...] -- [SGLang's arguments]",
+            "",
+            "Runs SGLang's server with this cache, e.g.",
+            "  python -m lmcache_sglang --disk-path /mnt/nvme/kv -- --model-path Qwen/Qwen3-8B",
+            "",
+            "Settings, which may also be given as LMCACHE_* or in a file (docs/configuration.md):",
+            *(f"  --{option:<40} {about}" for option, about in options),
+            "",
+            "SGLang's own help: python -m lmcache_sglang -- --help",
+        ]
+    )
+
+
 def split_command(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Splits `[--disk-path X …] -- [SGLang's arguments]` into settings and SGLang's arguments.
 
@@ -107,7 +129,10 @@ def split_command(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         if name == "interface":
             settings[name] = text
         elif name in OWN:
-            settings[name] = json.loads(text)
+            try:
+                settings[name] = json.loads(text)
+            except ValueError:
+                raise ConfigError(f"command line: {option} needs a number, true or false, not {text!r}") from None
         elif name in known:
             settings[name] = known[name].from_text(text)
         else:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import lmcache  # noqa: F401  # makes this package's old module paths importable
+
 if TYPE_CHECKING:
     from lmcache_vllm.connector import LMCacheConnector
 
