@@ -382,13 +382,12 @@ def test_a_durable_flush_syncs_each_new_file_and_its_folders_once(
     assert synced == []
 
 
-def test_too_many_unsynced_files_are_synced_all_at_once(
+def test_too_many_unsynced_files_are_synced_with_their_filesystem(
     tier: DiskTier, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmcache.tiers.disk._MAX_UNSYNCED", 1)
     put(tier, object_id(2))
-    calls: list[int] = []
-    monkeypatch.setattr(os, "sync", lambda: calls.append(1))
+    calls: list[str] = []
+    monkeypatch.setattr("lmcache.tiers.disk._sync_filesystem", lambda root: calls.append(root))
     tier.flush(durable=True)
-    tier.flush(durable=True)
-    assert calls == [1]
+    assert calls == [str(tier.root)]
