@@ -429,6 +429,9 @@ class DiskTier:
             with contextlib.suppress(FileNotFoundError):
                 return self._open_temp(temp)
             with contextlib.suppress(FileNotFoundError):
+                if not os.path.isdir(self._root):  # removed while we run
+                    make_folders(self._root, self._root)
+                    self._record.update(lambda record: record)
                 make_folders(self._root, os.path.dirname(temp))
         return self._open_temp(temp)
 

@@ -7,6 +7,7 @@ folder and `objects` must belong to the user as whom this process creates files,
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import pwd
@@ -92,15 +93,14 @@ class FolderRecord:
         if time.monotonic() - self._read_at >= self._every:
             with self._mutex:
                 self._read_at = time.monotonic()
-                with contextlib.suppress(OSError, ValueError, msgspec.MsgspecError):
+                with contextlib.suppress(OSError, TierError):
                     fd = os.open(self._path, os.O_RDONLY | _OPEN)
                     try:
                         self._now = self._load(fd)
+                    except (ValueError, msgspec.MsgspecError):
+                        self.update(lambda record: record)  # damaged: write it again
                     finally:
                         os.close(fd)
-                    return self._now
-                with contextlib.suppress(TierError):  # removed or damaged: write it again
-                    self.update(lambda record: record)
         return self._now
 
     def update(self, change: Callable[[Record], Record]) -> Record:
@@ -132,6 +132,7 @@ class FolderRecord:
                 raise
             except OSError as error:
                 self._log.warning("disk-folder-record", path=self._path, detail=str(error))
+                self._now = change(self._now)
             finally:
                 os.close(fd)
             return self._now
@@ -144,12 +145,13 @@ class FolderRecord:
         """Reads the open file.
 
         Raises:
-            ValueError: not a file of ours, or damaged.
+            ValueError, msgspec.MsgspecError: damaged.
+            OSError: unreadable, or not a file of ours.
             TierError: written by a newer release.
         """
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != self._uid:
-            raise ValueError(f"not a file of {user(self._uid)}")
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != self._uid or status.st_nlink > 1:
+            raise PermissionError(errno.EPERM, f"not a file of {user(self._uid)} with one name", self._path)
         data = os.pread(fd, _SIZE, 0)
         version = msgspec.json.decode(data, type=_Version).format
         if version > FORMAT:
@@ -218,12 +220,16 @@ def check_record(root: str) -> None:
     Raises:
         TierError: it does not.
     """
-    with contextlib.suppress(OSError, ValueError, msgspec.MsgspecError):
+    try:
         fd = os.open(os.path.join(root, RECORD), os.O_RDONLY | _OPEN)
         try:
             FolderRecord(root, os.fstat(fd).st_uid, math.inf, Throttle())._load(fd)
         finally:
             os.close(fd)
+    except TierError:
+        raise
+    except (OSError, ValueError, msgspec.MsgspecError):
+        return  # written anew when the tier opens
 
 
 def make_private(root: str) -> None:

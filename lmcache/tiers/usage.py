@@ -8,6 +8,7 @@ file cannot be used (read-only filesystem, no locks), each process keeps its own
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -143,7 +144,11 @@ class Usage:
     def _open(self) -> int:
         if self._fd < 0:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._fd = os.open(self._path, flags, 0o600)
+            fd = os.open(self._path, flags, 0o600)
+            if os.fstat(fd).st_nlink > 1:
+                os.close(fd)
+                raise OSError(errno.EMLINK, "a file with several names is not written to", self._path)
+            self._fd = fd
         return self._fd
 
     def _update(self, change: Callable[[Count], Count], *, repair: bool = False) -> Count:
