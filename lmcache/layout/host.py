@@ -40,7 +40,11 @@ def apart(copy: Copy) -> Iterator[Copy]:
             rows = replace(rows, offset=rows.offset + skip * part.step)
             piece, layer_rows = piece - skip, layer_rows - skip  # negative (skipped) rows stay negative
         back = replace(part.back, offset=part.back.offset + layers[0] * part.layer)
-        moved = part._replace(rows=rows, back=back, layer_rows=layer_rows)
+        lead = part.lead
+        if len(layers) < len(above):  # the outermost of the leading dimensions counts layers, perhaps joined with units
+            (size, stride), *inner = lead
+            lead = ((size // len(above) * len(layers), stride), *inner)
+        moved = part._replace(rows=rows, back=back, layer_rows=layer_rows, lead=lead)
         yield copy._replace(
             part=moved,
             numbers=piece.reshape(len(numbers), *(size for size, _ in moved.lead)),
