@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,8 @@ from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.janitor import Timing
 from lmcache_conformance.labs.tier_objects import object_id, put
 tier = DiskTier({str(shm)!r}, 6 * {SIZE}, timing=Timing(tick=0.01, rescan=0.05, patience=2.0))
-print([put(tier, object_id(n)).status.name for n in range(30)].count("OK"), tier.clear() > 0, tier._janitor.foreign)
+written = [put(tier, object_id(n)).status.name for n in range(30)].count("OK")
+os.write(out, f"{{written}} {{tier.clear() > 0}} {{tier._janitor.foreign}}".encode())
 """
     shm.chmod(0o700)
     os.chown(shm, 1001, 1001)
@@ -129,17 +131,16 @@ print([put(tier, object_id(n)).status.name for n in range(30)].count("OK"), tier
     theirs.chmod(0o700)
     for name in ("usage", "janitor.lock"):
         (shm / name).touch(mode=0o600)
-    import torch  # noqa: F401 (loaded, so that the child finds what only root can read in the cache of the system)
-
+    DiskTier(shm / "warm").close()  # imports what the child, as another user, may be unable to read
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             out = os.open(shm / "out", os.O_CREAT | os.O_WRONLY, 0o600)
-            os.dup2(out, 1)
-            exec(compile(program, "child", "exec"), {})
-            sys.stdout.flush()
+            exec(compile(program, "child", "exec"), {"out": out})
             status = 0
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
