@@ -217,8 +217,8 @@ class DiskTier:
                 failures += self._sync_file(path)
             for path in folders:
                 # Some filesystems cannot sync folders, and the parent of the root may be unreadable: then see below.
-                excused = {*_UNSYNCABLE, errno.EACCES} if path in ancestors else _UNSYNCABLE
-                if (error := _sync(path)) and error.errno not in excused:
+                excused = {*_UNSYNCABLE, errno.EACCES, errno.EPERM, errno.EROFS} if path in ancestors else _UNSYNCABLE
+                if (error := _sync(path, follow=True)) and error.errno not in excused:
                     failures.append(error)
             if error := _sync_filesystem(self._root):
                 failures.append(error)
@@ -464,6 +464,7 @@ class DiskTier:
     def _delete_if_damaged(self, id: ObjectId) -> Result:
         """Removes the file that was verified here and found damaged, never one that took its place."""
         path = self._path(id)
+        before: os.stat_result | None = None
         try:
             before = os.stat(path, follow_symlinks=False)
             if stat.S_ISREG(before.st_mode) and not self._is_foreign(before):
@@ -511,6 +512,7 @@ class DiskTier:
                 above = os.path.dirname(above)
                 self._new_folders[above] = None
             self._new_folders[os.path.dirname(self._root)] = None
+            self._new_folders[os.path.dirname(os.path.realpath(self._root))] = None
             make_folders(self._root, self._root)
             with _space_may_lack():
                 uid = self._probe(self._root)
@@ -614,10 +616,10 @@ def _sync_filesystem(root: str) -> OSError | None:
     return None
 
 
-def _sync(path: str) -> OSError | None:
-    """Calls fsync on `path`; a file that has been evicted needs none."""
+def _sync(path: str, *, follow: bool = False) -> OSError | None:
+    """Calls fsync on `path`; a file that has been evicted needs none. `follow`: `path` may be a link (a root is)."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
         try:
             os.fsync(fd)
         finally:

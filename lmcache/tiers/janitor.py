@@ -292,8 +292,9 @@ class Janitor:
         if begun >= self._next_scan:
             prune(self._objects, now - self._timing.temp_age)
         self._report(passed)
-        # What could not be listed is still there: then the count is better than the listing.
-        used = self._usage.read().used if passed.errors else self._usage.correct(before, counted).used
+        if passed.errors:  # what could not be listed is still there: then a listing does not lower the count
+            counted = max(counted, before.used)
+        used = self._usage.correct(before, counted).used
         if (capacity := self._limit()) is not None:
             need = max(need, before.wanted if before.wanted <= capacity else 0)
             if used > HIGH * capacity or used + need > capacity:

@@ -195,9 +195,11 @@ def check_folder(root: str, uid: int) -> bool:
             continue  # refused where it is opened
         mode, quoted = stat.S_IMODE(status.st_mode), shlex.quote(path)
         if status.st_uid != uid:
+            inside = path == root and os.access(path, os.W_OK | os.X_OK, effective_ids=True)
+            own = f"e.g. {os.path.join(root, f'lmcache-{uid}')}, " if inside else ""
             raise TierError(
                 f"{path} belongs to {user(status.st_uid)}, and this process writes as {user(uid)}: a cache folder has one owner, "
-                f"because its contents are trusted; set disk_path to a folder of your own, run as its owner, or "
+                f"because its contents are trusted; set disk_path to a folder of your own, {own}run as its owner, or "
                 f"take it over with `chown -R {uid} {shlex.quote(root)}` if you trust what is in it"
             )
         if mode & 0o022:

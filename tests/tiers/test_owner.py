@@ -89,6 +89,16 @@ def test_a_link_of_another_user_is_not_followed(shm: Path) -> None:
         DiskTier(shm / "link")
 
 
+def test_a_link_of_our_own_is_a_folder_like_any_other(shm: Path) -> None:
+    (shm / "real").mkdir(mode=0o700)
+    (shm / "link").symlink_to(shm / "real")
+    tier = DiskTier(shm / "link")
+    put(tier, object_id(1))
+    tier.flush(durable=True)
+    assert (shm / "real" / "objects" / relative_path(object_id(1))).exists()
+    tier.close()
+
+
 # ---------------------------------------------------------------- what is passed by
 
 
