@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmcache.errors import FormatError, TierError
+from lmcache.format.codec import ObjectCodec
 from lmcache.plan import Status
 from lmcache.tiers import disk
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import relative_path
 from lmcache.tiers.janitor import Timing
-from lmcache_conformance.labs.tier_objects import FORM, get, load, object_id, payload_of, put, stored_form
+from lmcache_conformance.labs.tier_objects import FORM, SPEC, TOKENS, get, load, object_id, payload_of, put, stored_form
 
 QUICK = Timing(tick=0.02, rescan=0.1)
 ID = object_id(1)
@@ -558,3 +560,14 @@ def test_forks_reset_each_tier_by_one_handler(shm: Path, monkeypatch: pytest.Mon
     gc.collect()
     assert registered == []
     assert len(disk._tiers) <= before
+
+
+def test_a_reader_that_finds_damage_makes_the_delete_verify_first(tier: DiskTier, path: Path) -> None:
+    codec = ObjectCodec(SPEC, TOKENS)
+    _damage(path)
+    out = torch.zeros(FORM.nbytes, dtype=torch.uint8)
+    assert codec.load(tier, ID, out, None, None).result.status is Status.CORRUPT
+    path.unlink()
+    put(tier, ID)
+    tier.delete([ID])
+    assert codec.load(tier, ID, out, None, None).result.status is Status.OK
