@@ -19,7 +19,7 @@ import typer
 from lmcache.cli.output import JsonOption, PathOption, console, human_bytes, load_config, print_json
 from lmcache.config import Config
 from lmcache.config.machine import is_container, is_wsl, memory_filesystem, memory_limit
-from lmcache.errors import ConfigError
+from lmcache.errors import ConfigError, TierError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,7 +162,9 @@ def _platform() -> Finding:
 
 
 def disk(folder: Path | None, limit: int, probe_bytes: int) -> Finding:
-    """Checks that the disk tier's folder is writable and has space, and measures its speed. Leaves no files behind."""
+    """Checks that the disk tier's folder is ours, writable and has space, and measures its speed. Leaves no files behind."""
+    from lmcache.tiers.owner import check_folder, check_record
+
     if folder is None:
         return Finding("disk", "note", "no disk tier", "set disk_path to a folder to keep KV across restarts")
     detail = str(folder)
@@ -171,12 +173,19 @@ def disk(folder: Path | None, limit: int, probe_bytes: int) -> Finding:
         free = shutil.disk_usage(there).free
         held = _held(folder)
         detail += f"{'' if there == folder else ' (will be created)'}, {human_bytes(free)} free"
+        if there == folder and not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            check_folder(str(folder), os.geteuid())  # names the owner, if that is the reason
         with tempfile.TemporaryFile(dir=there) as file:
+            if there == folder:
+                check_folder(str(folder), os.fstat(file.fileno()).st_uid)
+                check_record(str(folder))
             if free < 2 * probe_bytes:
                 return Finding("disk", "bad", detail, "free some space, or set disk_path to another file system")
             if probe_bytes:
                 write, read = _speed(file.fileno(), probe_bytes)
                 detail += f", writes {write / 1e9:.2f} GB/s (synced), reads {read / 1e9:.2f} GB/s"
+    except TierError as error:
+        return Finding("disk", "bad", f"{detail}; the disk tier does not open", str(error))
     except OSError as error:
         return Finding(
             "disk", "bad", f"{detail}; cannot be used: {error.strerror}", "set disk_path to a writable folder"

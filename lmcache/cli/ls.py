@@ -89,11 +89,11 @@ def ls(path: PathOption = None, json: JsonOption = False) -> None:
 
 def tally(folder: Path) -> dict[str, Tally]:
     """Returns the contents by namespace (hex)."""
-    from lmcache.tiers.folder import object_of, walk
+    from lmcache.tiers.folder import Passed, object_of, walk
 
     now = time.time()
     tallies: dict[str, Tally] = {}
-    for entry in walk(str(folder / "objects")):
+    for entry in walk(str(folder / "objects"), passed=Passed()):
         id = None if entry.temp else object_of(entry)
         if id is None:
             continue

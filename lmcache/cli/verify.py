@@ -66,14 +66,16 @@ def verify(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from lmcache.tiers.folder import walk
+    from lmcache.tiers.folder import Passed, walk
 
     folder = disk_folder(path)
-    entries = [entry for entry in walk(str(folder / "objects")) if not entry.temp]
+    passed = Passed()
+    entries = [entry for entry in walk(str(folder / "objects"), passed=passed) if not entry.temp]
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("verify", total=sum(entry.size for entry in entries))
         verdict, ids = check(entries, lambda nbytes: progress.advance(bar, nbytes))
+    verdict.unreadable += [Problem(str(e.filename), e.strerror or str(e)) for e in passed.errors]
     if delete_bad and ids:
         verdict.deleted = _delete(folder, ids)
     if json:
@@ -132,6 +134,7 @@ def _delete(folder: Path, ids: list[ObjectId]) -> int:
 
     tier = DiskTier(folder)
     try:
-        return sum(result.status is Status.OK for result in tier.delete(ids))
+        results = tier.delete_damaged(ids)  # not what another process has replaced since
+        return sum(result.status is Status.OK and result.nbytes > 0 for result in results)
     finally:
         tier.close()

@@ -145,6 +145,8 @@ class ObjectCodec:
         except FormatVersionError as error:  # not corrupt, so not to be deleted: a newer release uses the same folder
             return Loaded(Result(Status.FAILED, 0, str(error)))
         except (FormatError, LayoutError) as error:
+            if (note := getattr(tier, "note_damaged", None)) is not None:
+                note(id)
             return Loaded(Result(Status.CORRUPT, result.nbytes, str(error)))
         return Loaded(result, held)
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -76,6 +77,11 @@ _SAFETENSORS_DTYPES: Mapping[str, str] = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+
+_BLOCK = 1 << 20
+"""Bytes that `verify_file` reads at a time."""
+
+_MISMATCH = "its checksum does not match"
 
 
 class Form:
@@ -271,14 +277,16 @@ def verify(header: Header, payload: memoryview, segments: range | None = None) -
 def verify_segment(segment: Segment, data: memoryview) -> None:
     """Verifies one segment's stored bytes; raises `FormatError`."""
     if len(data) != segment.stored or xxhash.xxh3_128_hexdigest(data) != segment.xxh3:
-        what = (
-            f"{len(data)} of {segment.stored} bytes" if len(data) != segment.stored else "its checksum does not match"
-        )
-        raise FormatError(f"segment of {'+'.join(segment.planes)}, layer {segment.layer}: {what}")
+        what = f"{len(data)} of {segment.stored} bytes" if len(data) != segment.stored else _MISMATCH
+        raise FormatError(_describe(segment, what))
+
+
+def _describe(segment: Segment, what: str) -> str:
+    return f"segment of {'+'.join(segment.planes)}, layer {segment.layer}: {what}"
 
 
 def verify_file(path: str | os.PathLike[str], id: ObjectId | None = None) -> Header:
-    """Verifies a whole file: header, every segment, length, tail. Reads it once, segment by segment.
+    """Verifies a whole file: header, every segment, length, tail. Reads it once, in blocks: memory does not depend on its size.
 
     Args:
         path: the file.
@@ -288,25 +296,32 @@ def verify_file(path: str | os.PathLike[str], id: ObjectId | None = None) -> Hea
         FormatError: the file is damaged, not of this format, or another object; the message has the details.
         OSError: the file cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a FIFO must not hang
+    with open(os.open(path, flags), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError("not a regular file")
+        size = status.st_size
         head = file.read(HEADER_PROBE)
         need = header_bytes(head)
-        if len(head) < need:
-            head += file.read(need - len(head))
+        while len(head) < need and (more := file.read(need - len(head))):
+            head += more
         header = decode_header(head, id)
         end = need + header.payload_bytes
         expected = end + -header.payload_bytes % ALIGN
         if size != expected:
             raise FormatError(f"the file has {size} bytes, its header requires {expected}")
-        buffer = memoryview(bytearray(max((segment.stored for segment in header.segments), default=0)))
+        block = memoryview(bytearray(min(_BLOCK, max(1, size))))
         file.seek(need)
         for segment in header.segments:
-            data = buffer[: segment.stored]
-            filled = 0
-            while filled < segment.stored and (step := file.readinto(data[filled:])):
-                filled += step
-            verify_segment(segment, data[:filled])
+            digest, left = xxhash.xxh3_128(), segment.stored
+            while left and (step := file.readinto(block[: min(left, len(block))])):
+                digest.update(block[:step])
+                left -= step
+            if left:
+                raise FormatError(_describe(segment, f"{segment.stored - left} of {segment.stored} bytes"))
+            if digest.hexdigest() != segment.xxh3:
+                raise FormatError(_describe(segment, _MISMATCH))
         if any(file.read(ALIGN)):
             raise FormatError(f"the tail, from byte {end} to the end, is not zero")
     return header

@@ -278,7 +278,18 @@ def dim_extent(label: str, dims: Mapping[str, tuple[Atom, ...]], found: Mapping[
             f"{label}: planes {', '.join(dims)} share a dimension but need {', '.join(map(str, inner.values()))} of it; "
             "only a leading 'kv', as in '(kv dim)', may have parts of different size"
         )
+    below = {name: prod(found[name][a] for a in atoms[_place_of_kv(atoms) :]) for name, atoms in dims.items()}
+    if has_kv == {True} and len(set(below.values())) > 1:
+        raise LayoutError(
+            f"{label}: planes {', '.join(dims)} would overlap: they have {', '.join(map(str, below.values()))} positions "
+            "below 'kv' in one dimension, and need equally many"
+        )
     return next(iter(inner.values())) * (len(dims) if has_kv == {True} else 1)
+
+
+def _place_of_kv(atoms: tuple[Atom, ...]) -> int:
+    """Returns the index of the atom after `kv`."""
+    return next((index + 1 for index, atom in enumerate(atoms) if atom.name == "kv"), len(atoms))
 
 
 def strides_of(

@@ -249,6 +249,12 @@ def _dense(layout: ObjectLayout, planes: Mapping[str, ObjectPlane], start: int) 
     found = {name: known_extents(label, name, a, sizes[name], len(axes)) for name, a in axes.items()}
     shape = [dim_extent(label, {n: a.dims[i] for n, a in axes.items()}, found) for i in range(rank)]
     found = solve(label, axes, sizes, shape)
+    for name, plane in planes.items():
+        held = prod(extent for atom, extent in found[name].items() if atom.name != "kv")
+        if held != layout.layers * layout.heads * layout.tokens * plane.elems:
+            raise LayoutError(
+                f"axes {plane.axes!r} of plane {name!r} have {held} places for its elements, not as many as those"
+            )
     dim_strides = [itemsize * prod(shape[i + 1 :]) for i in range(rank)]
     out = {}
     for name in planes:

@@ -26,7 +26,8 @@ def open_tiers(config: Config, metrics: Metrics, log: Throttle) -> list[Tier]:
     from lmcache.tiers.disk import DiskTier  # heavy, and unneeded without a disk tier
 
     try:
-        return [DiskTier(config.disk_path, config.disk_bytes)]
+        is_default = config.source("disk_bytes") == "default"
+        return [DiskTier(config.disk_path, config.disk_bytes, capacity_is_default=is_default)]
     except TierError as error:
         if config.strict:
             raise

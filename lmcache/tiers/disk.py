@@ -8,6 +8,7 @@ removes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import functools
 import math
@@ -18,13 +19,18 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from lmcache.errors import TierError
+import msgspec
+
+from lmcache.errors import FormatError, FormatVersionError, TierError
+from lmcache.format.file import verify_file
 from lmcache.keys import ObjectId
 from lmcache.observe.log import Throttle, info
 from lmcache.plan import Status
 from lmcache.tiers.base import Found, Read, Result, Write, refusal
 from lmcache.tiers.folder import (
+    Passed,
     host_tag,
     make_folders,
     object_of,
@@ -35,6 +41,7 @@ from lmcache.tiers.folder import (
     walk,
 )
 from lmcache.tiers.janitor import HIGH, LOW, Janitor, Timing
+from lmcache.tiers.owner import FolderRecord, check_folder, discard_foreign, make_private, user
 from lmcache.tiers.rawio import Late, read_all, write_all
 from lmcache.tiers.usage import Usage
 
@@ -43,22 +50,28 @@ _OPEN_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _OPEN_TEMP = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_UNSYNCABLE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_LOST_ON_SYNC = {errno.EIO, errno.ENOSPC, errno.EDQUOT}
+_BLOCK = 1 << 20
 _MAX_UNSYNCED = 1 << 16
+_MAX_SUSPECTS = 1 << 12
 _RESERVE_TRIES = 8
 _FIRST_PAUSE, _LAST_PAUSE = 0.1, 30.0
 
 
 class DiskTier:
-    """Stores objects as files below `root`.
+    """Stores objects as files below `root`, a folder with one owner: files of other users are never read.
 
     Args:
         root: the folder; created if missing, readable by the owner only.
-        capacity_bytes: limit on the size of the folder, across all processes; None: no limit.
+        capacity_bytes: limit on the size of the folder. It is recorded there: the one given last holds for all processes. None:
+            the recorded one, or no limit if there is none.
+        capacity_is_default: nobody chose `capacity_bytes`, so it is used only if none is recorded.
         timing: intervals of background work.
         log: receives failures of background work; failures of calls are in their results.
 
     Raises:
-        TierError: `root` cannot be created or is not writable.
+        TierError: `root` cannot be created or is not writable, belongs to another user, or can be written by one.
     """
 
     name = "disk"
@@ -69,41 +82,62 @@ class DiskTier:
         root: str | os.PathLike[str],
         capacity_bytes: int | None = None,
         *,
+        capacity_is_default: bool = False,
         timing: Timing = Timing(),  # noqa: B008 (immutable)
         log: Throttle | None = None,
     ) -> None:
         self.root = Path(root).expanduser().absolute()
         self._root = str(self.root)
         self._objects = os.path.join(self._root, "objects")
-        self._capacity = capacity_bytes
         self._timing = timing
         self._log = log or Throttle()
         self._tag = host_tag()
         self._lock = threading.Lock()
-        self._unsynced: dict[str, None] = {}
-        self._sync_everything = False
+        self._sync_lock = threading.Lock()
+        self._unsynced: dict[
+            str, bool
+        ] = {}  # path → a sync failed, so that the data may have left the page cache unwritten
+        self._new_folders: dict[str, None] = {}
+        self._suspects: dict[ObjectId, None] = {}
+        self.foreign = 0
+        """How often a file of another user was met instead of an object."""
         self._pause = 0.0
         self._resume_at = 0.0
         self._closed = False
-        self._prepare()
+        self._uid = self._prepare()
+        self._record = FolderRecord(self._root, self._uid, timing.tick, self._log)
+        self._record.open(capacity_bytes, capacity_is_default)
         self._usage = Usage(os.path.join(self._root, "usage"))
-        self._janitor = Janitor(self._root, self._objects, capacity_bytes, self._usage, timing, self._log)
+        record = self._record
+        self._janitor = Janitor(
+            self._root, self._objects, self._uid, lambda: record.current().capacity, self._usage, timing, self._log
+        )
         if not self._usage.known():
             with contextlib.suppress(OSError):
                 self._janitor.collect()
         self._janitor.start()
         self._finalizer = weakref.finalize(self, _close, self._janitor, self._usage)
-        os.register_at_fork(after_in_child=functools.partial(_after_fork, weakref.ref(self)))
+        _tiers.add(self)
+
+    @property
+    def _capacity(self) -> int | None:
+        return self._record.current().capacity
 
     @property
     def capacity_bytes(self) -> int | None:
-        """The most bytes the folder holds; None: no limit."""
+        """The most bytes the folder holds, for all processes; None: no limit."""
         return self._capacity
+
+    @property
+    def clear_epoch(self) -> int:
+        """How often objects were cleared from the folder, by any process."""
+        return self._record.current().clear_epoch
 
     @property
     def usable_bytes(self) -> int | None:
         """Bytes that remain after the janitor has evicted; None: no limit."""
-        return None if self._capacity is None else int(LOW * self._capacity)
+        capacity = self._capacity
+        return None if capacity is None else int(LOW * capacity)
 
     def contains(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
         """See `Tier.contains`."""
@@ -129,48 +163,102 @@ class DiskTier:
         """
         if self._closed:
             raise TierError(f"{self._root}: the tier is closed")
-        removed = 0
+        removed, passed = 0, Passed(self._uid)
+        with contextlib.suppress(TierError):
+            self._record.update(lambda record: msgspec.structs.replace(record, clear_epoch=record.clear_epoch + 1))
         try:
-            for entry in walk(self._objects, namespace):
-                removed += self._usage.remove(entry.path, entry.size) and not entry.temp
+            for entry in walk(self._objects, namespace, passed):
+                try:
+                    removed += self._usage.remove(entry.path, entry.size) and not entry.temp
+                except OSError as error:
+                    passed.errors.append(error)
             prune(self._objects, math.inf)
         except OSError as error:
-            raise TierError(f"{self._root}: not everything could be removed: {error}") from error
+            passed.errors.append(error)
+        if passed.errors:
+            raise TierError(f"{self._root}: not everything could be removed: {passed.errors[0]}")
         return removed
 
     def scan(self) -> Iterator[Found]:
-        """See `Tier.scan`. Reads names only; ends early, with a log line, if the folder cannot be listed."""
+        """See `Tier.scan`. Reads names only; leaves out, with a log line, what cannot be listed."""
+        passed = Passed(self._uid)
         try:
-            for entry in walk(self._objects):
+            for entry in walk(self._objects, passed=passed):
                 if not entry.temp and entry.size and (id := object_of(entry)) is not None:
                     yield Found(id, entry.size)
         except OSError as error:
-            self._log.warning("disk-scan", path=self._root, detail=str(error))
+            passed.errors.append(error)
+        if passed.errors:
+            self._log.warning("disk-scan", path=self._root, detail=str(passed.errors[0]))
 
     def flush(self, *, durable: bool = False) -> None:
-        """Returns at once: accepted writes are already published. With `durable`, first syncs this process's files and folders.
+        """Returns at once: accepted writes are already published. With `durable`, returns once they survive a power loss.
+
+        Syncs the files that this process wrote or found written, their folders, and then the filesystem, for objects that other
+        processes published. A concurrent call waits for the one under way; the next one tries again what could not be synced.
 
         Raises:
             TierError: a sync failed; the objects concerned may not survive a power loss.
         """
         if not durable:
             return
+        with self._sync_lock:
+            failures: list[OSError] = []
+            folders: dict[str, None] = {}
+            with self._lock:
+                paths, ancestors = [*self._unsynced], [*self._new_folders]
+            for path in paths:
+                folder = os.path.dirname(path)
+                for above in (folder, os.path.dirname(folder), self._objects, self._root):
+                    folders[above] = None
+            if paths:
+                folders |= dict.fromkeys(ancestors)
+            for path in paths:
+                failures += self._sync_file(path)
+            for path in folders:
+                # Some filesystems cannot sync folders, and the parent of the root may be unreadable: then see below.
+                excused = {*_UNSYNCABLE, errno.EACCES, errno.EPERM, errno.EROFS} if path in ancestors else _UNSYNCABLE
+                if (error := _sync(path, follow=True)) and error.errno not in excused:
+                    failures.append(error)
+            if error := _sync_filesystem(self._root):
+                failures.append(error)
+            with self._lock:
+                if failures:
+                    for path in paths:  # their folders may be what was not synced
+                        self._unsynced.setdefault(path, False)
+                else:
+                    for path in folders:
+                        self._new_folders.pop(path, None)
+        if failures:
+            raise TierError(f"{self._root}: not everything could be made durable: {failures[0]}; call flush again")
+
+    def _sync_file(self, path: str) -> list[OSError]:
+        """Syncs one file of `_unsynced`; it stays there if that fails or is interrupted.
+
+        After a failed fsync the kernel regards the pages as clean, and a second fsync succeeds without writing them: then the
+        bytes are written again, the same ones, before the file is synced.
+        """
         with self._lock:
-            paths, self._unsynced = self._unsynced, {}
-            everything, self._sync_everything = self._sync_everything, False
-        if everything:
-            os.sync()
-            return
-        folders: dict[str, None] = {}
-        failure: OSError | None = None
-        for path in paths:
-            folder = os.path.dirname(path)
-            for above in (folder, os.path.dirname(folder), self._objects, self._root):
-                folders[above] = None
-        for path in (*paths, *folders):
-            failure = _sync(path) or failure
-        if failure is not None:
-            raise TierError(f"{self._root}: not everything could be made durable: {failure}")
+            failed = self._unsynced.pop(path, False)
+        error: OSError | None = None
+        done = False
+        try:
+            error = (_write_again(path) if failed else None) or _sync(path)
+            done = error is None
+        finally:
+            if not done:
+                with self._lock:
+                    self._unsynced[path] = failed or (error is not None and error.errno in _LOST_ON_SYNC)
+        return [] if error is None else [error]
+
+    def note_damaged(self, id: ObjectId) -> None:
+        """Records that an object was read and found damaged. The next `delete` of it removes it only if it still is: another
+        process may have replaced it by then.
+        """
+        with self._lock:
+            if len(self._suspects) >= _MAX_SUSPECTS:
+                del self._suspects[next(iter(self._suspects))]
+            self._suspects[id] = None
 
     def used_bytes(self) -> int:
         """See `Tier.used_bytes`. Includes the writes of all processes."""
@@ -194,7 +282,18 @@ class DiskTier:
             status = os.stat(self._path(id), follow_symlinks=False)
         except OSError as error:
             return _failed(error)
+        if self._is_foreign(status):
+            return Result(Status.MISSING, 0, f"a file of {user(status.st_uid)}")
         return Result(Status.OK if stat.S_ISREG(status.st_mode) and status.st_size else Status.MISSING)
+
+    def _is_foreign(self, status: os.stat_result) -> bool:
+        """Returns whether another user owns a file, which is then never read. Counts and logs it."""
+        if status.st_uid == self._uid:
+            return False
+        self.foreign += 1
+        detail = f"a file of {user(status.st_uid)} is in place of an object; not read"
+        self._log.warning("disk-foreign", path=self._root, detail=detail)
+        return True
 
     def _read(self, read: Read, deadline: float | None) -> Result:
         try:
@@ -205,6 +304,8 @@ class DiskTier:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 return Result(Status.MISSING, 0, "not a regular file")
+            if self._is_foreign(status):
+                return Result(Status.MISSING, 0, f"a file of {user(status.st_uid)}")
             if not status.st_size:
                 return Result(Status.MISSING, 0, "an empty file")
             moved = read_all(fd, read.buffers, read.ranges, deadline)
@@ -228,11 +329,13 @@ class DiskTier:
         size = sum(memoryview(part).nbytes for part in write.parts)
         if not size:
             return Result(Status.FAILED, 0, "an object has at least one byte")
-        if self._capacity is not None and size > HIGH * self._capacity:
-            return Result(Status.FULL, 0, f"{size} bytes do not fit into {self._capacity}")
+        capacity = self._capacity
+        if capacity is not None and size > HIGH * capacity:
+            return Result(Status.FULL, 0, f"{size} bytes do not fit into {capacity}")
         path = self._path(write.id)
         try:
             if self._settled(path):
+                self._note_unsynced(path)  # its writer may have been killed before it synced
                 return Result(Status.OK)
         except OSError as error:
             return _failed(error)
@@ -266,6 +369,7 @@ class DiskTier:
                 self._usage.rename(size, lambda: publish(temp, path))
             except FileExistsError:
                 if self._settled(path):
+                    self._note_unsynced(path)
                     return Result(Status.OK)  # another writer was faster
                 self._usage.rename(size, lambda: publish(temp, path))
             published = True
@@ -293,13 +397,16 @@ class DiskTier:
             if self._pause:
                 info("disk-recovered", path=self._root)
             self._pause = 0.0
-            if len(self._unsynced) < _MAX_UNSYNCED:
-                self._unsynced[path] = None
-            else:
-                self._sync_everything = True
+        self._note_unsynced(path)
+
+    def _note_unsynced(self, path: str) -> None:
+        with self._lock:
+            if len(self._unsynced) < _MAX_UNSYNCED:  # beyond that, syncing the filesystem has to do
+                self._unsynced.setdefault(path, False)
 
     def _settled(self, path: str) -> bool:
-        """Returns whether the object exists. Removes an empty file (content lost in a power failure) so that it can be rewritten.
+        """Returns whether the object exists. Removes an empty file (content lost in a power failure) and a file of another user,
+        so that it can be rewritten.
 
         Raises:
             OSError: the name is taken by something other than a file, or cannot be checked.
@@ -310,18 +417,31 @@ class DiskTier:
             return False
         if not stat.S_ISREG(status.st_mode):
             raise FileExistsError(errno.EEXIST, "something that is not an object has its name", path)
-        if not status.st_size:
+        foreign = self._is_foreign(status)
+        if foreign or not status.st_size:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        return status.st_size > 0
+        return status.st_size > 0 and not foreign
 
     def _create(self, temp: str) -> int:
         """Creates a temporary file and its folders, retrying if another process removes them at the same time."""
         for _ in range(3):
             with contextlib.suppress(FileNotFoundError):
-                return os.open(temp, _OPEN_TEMP, 0o600)
+                return self._open_temp(temp)
             with contextlib.suppress(FileNotFoundError):
+                if not os.path.isdir(self._root):  # removed while we run
+                    make_folders(self._root, self._root)
+                    self._record.update(lambda record: record)
                 make_folders(self._root, os.path.dirname(temp))
+        return self._open_temp(temp)
+
+    def _open_temp(self, temp: str) -> int:
+        """Creates a temporary file, in folders of ours only."""
+        shard = os.path.dirname(temp)
+        for folder in (os.path.dirname(shard), shard):
+            status = os.lstat(folder)
+            if self._is_foreign(status):
+                raise PermissionError(errno.EACCES, f"a folder of {user(status.st_uid)}; remove it", folder)
         return os.open(temp, _OPEN_TEMP, 0o600)
 
     def _back_off(self, error: OSError) -> None:
@@ -332,30 +452,101 @@ class DiskTier:
         self._log.warning("disk-full", path=self._root, detail=error.strerror)
 
     def _delete(self, id: ObjectId) -> Result:
+        with self._lock:
+            suspect = id in self._suspects
+            self._suspects.pop(id, None)
+        return self._delete_if_damaged(id) if suspect else self._unlink(id)
+
+    def delete_damaged(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
+        """Removes objects unless they are whole by now; `nbytes` of the result is what was removed."""
+        return [self._refusal(deadline) or self._delete_if_damaged(id) for id in ids]
+
+    def _delete_if_damaged(self, id: ObjectId) -> Result:
+        """Removes the file that was verified here and found damaged, never one that took its place."""
         path = self._path(id)
+        before: os.stat_result | None = None
+        try:
+            before = os.stat(path, follow_symlinks=False)
+            if stat.S_ISREG(before.st_mode) and not self._is_foreign(before):
+                verify_file(path, id)
+                return Result(Status.OK, 0, "kept: another process has replaced it with a good copy")
+        except FormatVersionError as error:
+            return Result(Status.OK, 0, f"kept: {error}")
+        except FormatError:
+            return self._unlink(id, before)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return Result(Status.OK)
+            return self._unlink(id, before)  # unreadable
+        return self._unlink(id, before)
+
+    def _unlink(self, id: ObjectId, expected: os.stat_result | None = None) -> Result:
+        """Removes an object's file, if given only the `expected` one."""
+        path = self._path(id)
+
+        def remove() -> None:
+            if expected is not None and _identity(os.stat(path, follow_symlinks=False)) != _identity(expected):
+                raise FileNotFoundError(errno.ENOENT, "replaced", path)
+            os.unlink(path)
+
         try:
             status = os.stat(path, follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode):
-                self._usage.remove(path, status.st_size)
+            if not stat.S_ISREG(status.st_mode):
+                return Result(Status.OK)
+            counted = 0 if self._is_foreign(status) else status.st_size
+            self._usage.add(-counted, commit=remove)
+            return Result(Status.OK, status.st_size)
         except OSError as error:
             if error.errno not in _ABSENT:
                 return Result(Status.FAILED, 0, str(error))
         return Result(Status.OK)
 
-    def _prepare(self) -> None:
-        """Creates the folder and checks that files can be written to it."""
+    def _prepare(self) -> int:
+        """Creates the folder, and checks its owner and that files can be written to it. Returns the user who owns our files: on
+        some filesystems another one than this process's.
+        """
+        uid = os.geteuid()
         try:
-            make_folders(self._root, self._objects)
-            temp = os.path.join(self._root, temp_name(self._tag))
-            os.close(os.open(temp, _OPEN_TEMP, 0o600))
-            os.unlink(temp)
+            above = self._root
+            while not os.path.lexists(above) and above != os.path.dirname(above):
+                above = os.path.dirname(above)
+                self._new_folders[above] = None
+            self._new_folders[os.path.dirname(self._root)] = None
+            self._new_folders[os.path.dirname(os.path.realpath(self._root))] = None
+            make_folders(self._root, self._root)
+            with _space_may_lack():
+                uid = self._probe(self._root)
+            if check_folder(self._root, uid):
+                make_private(self._root)
+            discard_foreign(self._root, uid)
+            with _space_may_lack():
+                make_folders(self._root, self._objects)
+                self._probe(self._objects)
+            check_folder(self._root, uid)
+        except TierError:
+            raise
         except OSError as error:
             if error.errno in _NO_SPACE:
-                return  # not an error of the configuration: writes resume when there is space
+                return uid
             raise TierError(
                 f"the disk tier can't write to {self._root}: {error.strerror}; choose another folder (disk_path), "
                 "make this one writable, or run without a disk tier"
             ) from error
+        return uid
+
+    def _probe(self, folder: str) -> int:
+        """Creates and removes a file in `folder`; returns its owner."""
+        try:
+            temp = os.path.join(folder, temp_name(self._tag))
+            fd = os.open(temp, _OPEN_TEMP, 0o600)
+        except PermissionError:
+            check_folder(self._root, os.geteuid())  # a better message, if the owner is the reason
+            raise
+        try:
+            return os.fstat(fd).st_uid
+        finally:
+            os.close(fd)
+            os.unlink(temp)
 
 
 def _failed(error: OSError) -> Result:
@@ -364,10 +555,71 @@ def _failed(error: OSError) -> Result:
     return Result(Status.FAILED, 0, str(error))
 
 
-def _sync(path: str) -> OSError | None:
-    """Calls fsync on `path`; a file that has been evicted needs none."""
+@contextlib.contextmanager
+def _space_may_lack() -> Iterator[None]:
+    """Ignores a full device: not an error of the configuration, writes resume when there is space."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _write_again(path: str) -> OSError | None:
+    """Writes a file's bytes once more in place, so that the kernel writes them to the device again."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            at = 0
+            while data := os.pread(fd, _BLOCK, at):
+                at += os.pwrite(fd, data, at)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    return None
+
+
+@functools.cache
+def _syncfs() -> Any:
+    """Returns the C function `syncfs`, or None where there is none."""
+    with contextlib.suppress(OSError):
+        return getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    return None
+
+
+def _sync_filesystem(root: str) -> OSError | None:
+    """Syncs the filesystem that holds `root`: everything that any process wrote to it."""
+    call = _syncfs()
+    try:
+        fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    try:
+        if call is not None:
+            if call(fd) == 0:
+                return None
+            code = ctypes.get_errno()
+            if code not in (errno.ENOSYS, errno.EPERM):
+                return OSError(code, os.strerror(code), root)
+    finally:
+        os.close(fd)
+    os.sync()
+    return None
+
+
+def _sync(path: str, *, follow: bool = False) -> OSError | None:
+    """Calls fsync on `path`; a file that has been evicted needs none. `follow`: `path` may be a link (a root is)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
         try:
             os.fsync(fd)
         finally:
@@ -384,12 +636,19 @@ def _close(janitor: Janitor, usage: Usage) -> None:
     usage.close()
 
 
-def _after_fork(reference: weakref.ref[DiskTier]) -> None:
-    """Resets a tier in a forked child, which has no janitor thread, must not share file locks with its parent and may have
+_tiers: weakref.WeakSet[DiskTier] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Resets all tiers in a forked child, which has no janitor thread, must not share file locks with its parent and may have
     inherited locked mutexes.
     """
-    tier = reference()
-    if tier is not None:
+    for tier in list(_tiers):
         tier._lock = threading.Lock()
+        tier._sync_lock = threading.Lock()
+        tier._record.reset()
         tier._usage.reopen()
         tier._janitor.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -16,6 +16,7 @@ import re
 import secrets
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,6 +34,9 @@ _TEMP = re.compile(r"\.tmp-([0-9a-f]{16})-([0-9]{1,10})-[0-9a-f]{16}")
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
+_FUTURE_S = 60.0
+"""Times further ahead than this come from a wrong clock."""
+
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -104,17 +108,68 @@ def is_stale(entry: Entry, tag: str, now: float, max_age: float) -> bool:
     return False
 
 
-def walk(objects: str, namespace: bytes | None = None) -> Iterator[Entry]:
+class Passed:
+    """What a walk passed by.
+
+    Args:
+        uid: the owner of what is ours; None: everything is.
+
+    Attributes:
+        foreign: files and folders of other users.
+        errors: why folders (of ours) could not be listed.
+    """
+
+    def __init__(self, uid: int | None = None) -> None:
+        self.uid = uid
+        self.foreign = 0
+        self.errors: list[OSError] = []
+
+    def is_foreign(self, status: os.stat_result) -> bool:
+        """Returns whether another user owns something, and counts it."""
+        foreign = self.uid is not None and status.st_uid != self.uid
+        self.foreign += foreign
+        return foreign
+
+    def folders(self, folder: str) -> Iterator[os.DirEntry[str]]:
+        """Yields the folders in `folder`, without those of other users."""
+        for entry in self.listing(folder):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False) and not self.is_foreign(entry.stat(follow_symlinks=False)):
+                    yield entry
+
+    def listing(self, folder: str) -> list[os.DirEntry[str]]:
+        """Lists a folder; none if that fails, which is noted."""
+        try:
+            return _listing(folder)
+        except OSError as error:
+            self.errors.append(error)
+            return []
+
+
+def walk(objects: str, namespace: bytes | None = None, passed: Passed | None = None) -> Iterator[Entry]:
     """Yields our files below `<root>/objects` (of one namespace). Files that disappear during the walk are skipped.
 
+    Args:
+        objects: the folder `objects`.
+        namespace: only this one.
+        passed: counts what is passed by because it belongs to another user or cannot be listed.
+
     Raises:
-        OSError: a folder cannot be listed, other than because it no longer exists.
+        OSError: `objects` cannot be listed or, without `passed`, a folder in it.
     """
+    tolerant = passed is not None
+    passed = passed or Passed()
     for space in _folders(objects):
         if not _NAMESPACE.fullmatch(space.name) or (namespace is not None and space.name != namespace.hex()):
             continue
-        for shard in _folders(space.path):
-            for entry in _listing(shard.path):
+        with contextlib.suppress(FileNotFoundError):
+            if passed.is_foreign(space.stat(follow_symlinks=False)):
+                continue
+        for shard in passed.folders(space.path):
+            entries = passed.listing(shard.path)
+            if passed.errors and not tolerant:
+                raise passed.errors[0]
+            for entry in entries:
                 temp = entry.name[0] == "."
                 pattern = _TEMP if temp else _OBJECT
                 if not pattern.fullmatch(entry.name) or not (temp or entry.name.startswith(shard.name)):
@@ -123,22 +178,26 @@ def walk(objects: str, namespace: bytes | None = None) -> Iterator[Entry]:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                if stat.S_ISREG(status.st_mode):
+                if stat.S_ISREG(status.st_mode) and not passed.is_foreign(status):
                     used = max(status.st_atime, status.st_mtime)
                     yield Entry(entry.path, entry.name, temp, status.st_size, used)
+        if passed.errors and not tolerant:
+            raise passed.errors[0]
 
 
 def prune(objects: str, before: float) -> None:
-    """Removes empty shard and namespace folders unchanged since `before` (seconds since 1970)."""
+    """Removes empty shard and namespace folders unchanged since `before` (seconds since 1970), or changed in the future."""
+    future = time.time() + _FUTURE_S
+    passed = Passed()
     for space in _folders(objects):
         if not _NAMESPACE.fullmatch(space.name):
             continue
-        folders = [*_folders(space.path), space]
+        folders = [*passed.folders(space.path), space]
         with contextlib.suppress(OSError):
             # Read all times first: removing a folder changes its parent's.
             changed = [folder.stat(follow_symlinks=False).st_mtime for folder in folders]
             for folder, when in zip(folders, changed, strict=True):
-                if when <= before:
+                if when <= before or when > future:
                     with contextlib.suppress(OSError):
                         os.rmdir(folder.path)
 

@@ -8,16 +8,20 @@ file cannot be used (read-only filesystem, no locks), each process keeps its own
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _RECORD = struct.Struct("<8sqqq")
 _MAGIC = b"lmcuse01"
+_MOST = 1 << 60
+"""Numbers above this (an exabyte) are damage."""
+
 _LOCK_WAIT_S = 0.2
 """Seconds to wait for the lock. Its holder may be a stopped process; a slightly wrong count is better than a hang."""
 
@@ -44,6 +48,7 @@ class Usage:
         self._mutex = threading.RLock()
         self._fd = -1
         self._own = Count()
+        self._damaged = False
 
     def add(self, delta: int, *, limit: int | None = None, commit: Callable[[], None] | None = None) -> bool:
         """Adds `delta` bytes to the count. If that exceeds `limit`, records the missing space instead and returns False.
@@ -101,9 +106,17 @@ class Usage:
 
         def change(now: Count) -> Count:
             explained = abs(listed - now.used) <= now.moved - before.moved
-            return Count(now.used if explained else listed, 0, now.moved)
+            return Count(now.used if explained and not damaged else listed, 0, now.moved)
 
-        return self._update(change)
+        damaged, self._damaged = self._damaged, False
+        corrected = self._update(change, repair=True)
+        self._damaged = False
+        return corrected
+
+    @property
+    def damaged(self) -> bool:
+        """Whether the file was found damaged or removed since the last `correct`: the count is a guess until then."""
+        return self._damaged
 
     def known(self) -> bool:
         """Returns whether an earlier process left a valid count."""
@@ -131,20 +144,33 @@ class Usage:
     def _open(self) -> int:
         if self._fd < 0:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._fd = os.open(self._path, flags, 0o600)
+            fd = os.open(self._path, flags, 0o600)
+            if os.fstat(fd).st_nlink > 1:
+                os.close(fd)
+                raise OSError(errno.EMLINK, "a file with several names is not written to", self._path)
+            self._fd = fd
         return self._fd
 
-    def _update(self, change: Callable[[Count], Count]) -> Count:
-        """Calls `change` once with the recorded count and records what it returns. Exceptions of `change` propagate."""
+    def _update(self, change: Callable[[Count], Count], *, repair: bool = False) -> Count:
+        """Calls `change` once with the recorded count and records what it returns. Exceptions of `change` propagate.
+
+        A damaged record is left as it is without `repair`, so that the janitor, in whichever process, finds it; until then each
+        process continues with the count it had.
+        """
         with self._mutex, contextlib.ExitStack() as stack:
-            fd, now = -1, self._own
+            fd, now, new, found = -1, self._own, False, None
             with contextlib.suppress(OSError):  # otherwise the count is this process's own
                 fd = self._open()
                 if _lock(fd):
                     stack.callback(_unlock, fd)
-                now = _unpack(os.pread(fd, _RECORD.size, 0)) or Count()
-            self._own = change(now)
-            if fd >= 0 and self._own != now:
+                data = os.pread(fd, _RECORD.size, 0)
+                found = _unpack(data)
+                if found is None:
+                    new = not data
+                    self._damaged = self._damaged or not new or self._own != Count()  # not if nobody has counted yet
+                now = self._own if found is None else found
+            self._own = _bounded(change(now))
+            if fd >= 0 and (found is not None or new or repair) and (self._own != found):
                 with contextlib.suppress(OSError):  # the janitor will correct it
                     os.pwrite(fd, _RECORD.pack(_MAGIC, *self._own), 0)
             return self._own
@@ -163,7 +189,26 @@ def _unpack(data: bytes) -> Count | None:
     if len(data) != _RECORD.size:
         return None
     magic, *numbers = _RECORD.unpack(data)
-    return Count(*numbers) if magic == _MAGIC and min(numbers) >= 0 else None
+    return Count(*numbers) if magic == _MAGIC and min(numbers) >= 0 and max(numbers) <= _MOST else None
+
+
+def _bounded(count: Count) -> Count:
+    """Returns a count that `_unpack` accepts. `moved` starts again from 0 rather than overflow: one listing is then corrected."""
+    used, wanted, moved = count
+    return Count(min(max(0, used), _MOST), min(max(0, wanted), _MOST), moved if 0 <= moved <= _MOST else 0)
+
+
+@contextlib.contextmanager
+def locked(fd: int) -> Iterator[bool]:
+    """Holds the lock of an open file while the block runs; yields False if it was not free soon enough and is not held."""
+    got = False
+    with contextlib.suppress(OSError):
+        got = _lock(fd)
+    try:
+        yield got
+    finally:
+        if got:
+            _unlock(fd)
 
 
 def _lock(fd: int) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import tracemalloc
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -411,3 +414,37 @@ def test_the_canonical_form_has_the_size_the_spec_says() -> None:
     assert FORM.nbytes == SPEC.object_bytes(0, TOKENS)
     shard = SPEC.shard(layers=(1, 2), tp_rank=1, tp_size=2)
     assert canonical_form(shard, 0, TOKENS).nbytes == shard.object_bytes(0, TOKENS)
+
+
+def test_a_huge_sparse_file_is_verified_in_little_memory(tmp_path: Path) -> None:
+    """Its header claims one segment of 512 MiB; the file takes no space."""
+    size = 512 << 20
+    form = native_form([8])
+    data = stored_form(ID, form)
+    header = decode_header(data)
+    segments = [json.loads(msgspec.json.encode(header.segments[0])) | {"raw": size, "stored": size}]
+    data = forge(data, {"payload_bytes": size, "segments": segments})[: header_bytes(data)]
+    path = tmp_path / "x"
+    path.write_bytes(data)
+    os.truncate(path, len(data) + size)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="its checksum does not match"):
+            verify_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("make", ["fifo", "link", "folder"])
+def test_verify_file_reads_regular_files_only(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "x"
+    if make == "fifo":
+        os.mkfifo(path)
+    elif make == "link":
+        (tmp_path / "y").write_bytes(stored_form(ID))
+        path.symlink_to(tmp_path / "y")
+    else:
+        path.mkdir()
+    with pytest.raises((FormatError, OSError)):
+        verify_file(path)

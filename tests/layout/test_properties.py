@@ -317,3 +317,30 @@ def test_object_axes_must_be_dense_with_the_layer_outermost(axes: str) -> None:
     planes = (ObjectPlane("k", "bfloat16", 8, axes, 4), ObjectPlane("v", "bfloat16", 8, "layer slot head dim", 8))
     with pytest.raises(LayoutError):
         ObjectLayout(planes, 3, 2, 8).checked()
+
+
+@pytest.mark.parametrize(
+    ("axes", "block_tokens"),
+    [
+        (("layer one (batch kv head slot dim)",) * 2, (16, 1)),
+        (("layer head (slot kv dim%8 block dim/8)",) * 2, (16, 8)),
+        (("layer (slot kv head) dim", "layer (head kv slot) dim"), (16, 16)),
+    ],
+)
+def test_planes_that_would_overlap_are_refused(axes: tuple[str, str], block_tokens: tuple[int, int]) -> None:
+    """A header's layout is untrusted, and both planes' copies would go to the same bytes."""
+    planes = [
+        {"name": name, "dtype": "float32", "shape": [2, 16, 2, 8], "axes": text, "block_tokens": block}
+        for name, text, block in zip("kv", axes, block_tokens, strict=True)
+    ]
+    with pytest.raises(LayoutError, match="would overlap"):
+        ObjectLayout.from_description({"order": "native", "planes": planes})
+
+
+def test_planes_in_one_dimension_may_differ_where_they_do_not_overlap() -> None:
+    texts = ("layer slot (kv head dim)", "layer slot (kv dim head)")
+    planes = [
+        {"name": name, "dtype": "float32", "shape": [2, 16, 2, 8], "axes": text, "block_tokens": 16}
+        for name, text in zip("kv", texts, strict=True)
+    ]
+    assert ObjectLayout.from_description({"order": "native", "planes": planes}).nbytes == 2 * 2 * 16 * 2 * 8 * 4

@@ -68,7 +68,7 @@ def test_nothing_but_objects_is_left_behind(shm: Path) -> None:
     files = [file for _, _, files in os.walk(shm / "objects") for file in files]
     assert files
     assert all(file.endswith(".safetensors") for file in files)
-    assert sorted(os.listdir(shm)) == ["janitor.lock", "objects", "usage"]
+    assert sorted(os.listdir(shm)) == ["folder.json", "janitor.lock", "objects", "usage"]
 
 
 def test_a_path_that_is_a_file_is_refused_with_advice(shm: Path) -> None:

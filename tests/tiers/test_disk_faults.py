@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import random
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmcache.errors import FormatError, TierError
+from lmcache.format.codec import ObjectCodec
 from lmcache.plan import Status
+from lmcache.tiers import disk
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import relative_path
 from lmcache.tiers.janitor import Timing
-from lmcache_conformance.labs.tier_objects import FORM, get, load, object_id, payload_of, put, stored_form
+from lmcache_conformance.labs.tier_objects import FORM, SPEC, TOKENS, get, load, object_id, payload_of, put, stored_form
 
 QUICK = Timing(tick=0.02, rescan=0.1)
 ID = object_id(1)
@@ -382,13 +387,187 @@ def test_a_durable_flush_syncs_each_new_file_and_its_folders_once(
     assert synced == []
 
 
-def test_too_many_unsynced_files_are_synced_all_at_once(
+def test_too_many_unsynced_files_are_synced_with_their_filesystem(
     tier: DiskTier, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmcache.tiers.disk._MAX_UNSYNCED", 1)
     put(tier, object_id(2))
-    calls: list[int] = []
-    monkeypatch.setattr(os, "sync", lambda: calls.append(1))
+    calls: list[str] = []
+    monkeypatch.setattr("lmcache.tiers.disk._sync_filesystem", lambda root: calls.append(root))
     tier.flush(durable=True)
+    assert calls == [str(tier.root)]
+
+
+def test_a_durable_flush_that_failed_is_tried_again(
+    tier: DiskTier, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed fsync the kernel takes the pages for clean: the bytes are written again before the next one."""
+    monkeypatch.setattr(os, "fsync", _failing(errno.EIO))
+    for _ in range(2):
+        with pytest.raises(TierError, match="durable"):
+            tier.flush(durable=True)
+    monkeypatch.undo()
+    calls: list[tuple[str, str]] = []
+    fsync, pwrite = os.fsync, os.pwrite
+
+    def note(name: str, fd: int) -> None:
+        calls.append((name, os.readlink(f"/proc/self/fd/{fd}")))
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (note("fsync", fd), fsync(fd))[1])
+    monkeypatch.setattr(os, "pwrite", lambda fd, *rest: (note("write", fd), pwrite(fd, *rest))[1])
     tier.flush(durable=True)
-    assert calls == [1]
+    ours = [name for name, where in calls if where == str(path)]
+    assert ours[0] == "write"
+    assert ours[-1] == "fsync"
+    assert str(path.parent) in {where for _, where in calls}
+    assert load(tier, ID) == payload_of(ID)
+
+
+def test_an_interrupted_durable_flush_is_tried_again(
+    tier: DiskTier, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(fd: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tier.flush(durable=True)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    tier.flush(durable=True)
+    assert str(path) in synced
+
+
+def test_a_durable_flush_waits_for_the_one_under_way(
+    tier: DiskTier, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, proceed = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def slow(fd: int) -> None:
+        begun.set()
+        assert proceed.wait(10)
+
+    monkeypatch.setattr(os, "fsync", slow)
+
+    def flush(name: str) -> None:
+        tier.flush(durable=True)
+        done.append(name)
+
+    threads = [threading.Thread(target=flush, args=(name,)) for name in ("first", "second")]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert done == []
+    proceed.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(done) == ["first", "second"]
+
+
+def test_a_durable_flush_covers_what_other_processes_published(
+    tier: DiskTier, shm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = DiskTier(shm, timing=QUICK)
+    put(other, ID)
+    put(other, object_id(2))
+    assert put(tier, ID).nbytes == 0  # it is there already
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr("lmcache.tiers.disk._sync_filesystem", lambda root: synced.append("all of " + root))
+    tier.flush(durable=True)
+    assert str(shm / "objects" / relative_path(ID)) in synced
+    assert f"all of {shm}" in synced
+    failed = OSError(errno.EIO, "the disk is ill")
+    monkeypatch.setattr("lmcache.tiers.disk._sync_filesystem", lambda root: failed)
+    with pytest.raises(TierError, match="the disk is ill"):
+        tier.flush(durable=True)
+    other.close()
+
+
+def test_a_durable_flush_syncs_the_parents_of_a_new_root(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = DiskTier(shm / "a" / "b" / "cache")
+    put(tier, ID)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    tier.flush(durable=True)
+    assert {str(shm), str(shm / "a"), str(shm / "a" / "b"), str(shm / "a" / "b" / "cache")} <= set(synced)
+    tier.close()
+
+
+# ---------------------------------------------------------------- damage and other processes
+
+
+def _damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[_HEAD + 5] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_object_that_was_replaced_is_kept(tier: DiskTier, path: Path) -> None:
+    _damage(path)
+    tier.note_damaged(ID)  # what the reader of a damaged object does
+    path.unlink()
+    put(tier, ID)
+    [result] = tier.delete([ID])
+    assert (result.status, result.nbytes) == (Status.OK, 0)
+    assert load(tier, ID) == payload_of(ID)
+    tier.delete([ID])  # asked for without a report: removed
+    assert load(tier, ID) is None
+
+
+def test_a_damaged_object_that_is_still_there_is_removed(tier: DiskTier, path: Path) -> None:
+    _damage(path)
+    tier.note_damaged(ID)
+    assert tier.delete([ID])[0].status is Status.OK
+    assert not path.exists()
+    assert tier.used_bytes() == 0
+    put(tier, ID)
+    assert tier.delete_damaged([ID, object_id(2)]) == [
+        (Status.OK, 0, "kept: another process has replaced it with a good copy"),
+        (Status.OK, 0, ""),
+    ]
+    assert path.exists()
+
+
+def test_a_copy_that_replaces_the_damaged_one_after_its_verification_is_kept(
+    tier: DiskTier, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _damage(path)
+    tier.note_damaged(ID)
+    verify_file = disk.verify_file
+
+    def verify(*args: object) -> object:
+        try:
+            return verify_file(*args)  # type: ignore[arg-type]
+        finally:
+            path.unlink()
+            path.write_bytes(stored_form(ID))
+
+    monkeypatch.setattr(disk, "verify_file", verify)
+    tier.delete([ID])
+    monkeypatch.undo()
+    assert load(tier, ID) == payload_of(ID)
+
+
+def test_forks_reset_each_tier_by_one_handler(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[object] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **given: registered.append(given))
+    before = len(disk._tiers)
+    for _ in range(5):
+        DiskTier(shm).close()
+    gc.collect()
+    assert registered == []
+    assert len(disk._tiers) <= before
+
+
+def test_a_reader_that_finds_damage_makes_the_delete_verify_first(tier: DiskTier, path: Path) -> None:
+    codec = ObjectCodec(SPEC, TOKENS)
+    _damage(path)
+    out = torch.zeros(FORM.nbytes, dtype=torch.uint8)
+    assert codec.load(tier, ID, out, None, None).result.status is Status.CORRUPT
+    path.unlink()
+    put(tier, ID)
+    tier.delete([ID])
+    assert codec.load(tier, ID, out, None, None).result.status is Status.OK

@@ -212,6 +212,25 @@ def test_a_lost_or_damaged_count_is_taken_anew(shm: Path, content: bytes) -> Non
     tier.close()
 
 
+@pytest.mark.parametrize(
+    "numbers", [(0, 0, (1 << 63) - 1), ((1 << 63) - 1, 0, 0), (0, (1 << 62), 0), (1 << 59, 1 << 59, 1 << 59)]
+)
+def test_a_count_damaged_meanwhile_ends_no_write_and_evicts_no_more_than_needed(
+    shm: Path, numbers: tuple[int, int, int]
+) -> None:
+    tier = DiskTier(shm, 20 * SIZE, timing=Timing(tick=0.01, rescan=0.05))
+    for number in range(10):
+        put(tier, object_id(number))
+    (shm / "usage").write_bytes(struct.pack("<8sqqq", b"lmcuse01", *numbers))
+    for number in range(10, 18):
+        assert put(tier, object_id(number)).status is Status.OK
+    _wait(lambda: tier.used_bytes() == SIZE * len(depths(tier)))
+    assert len(depths(tier)) >= 17
+    assert tier._janitor._thread is not None
+    assert tier._janitor._thread.is_alive()
+    tier.close()
+
+
 @pytest.mark.parametrize("drift", [-2 * SIZE, 10**15])
 def test_a_count_that_drifted_is_corrected_by_a_pass(shm: Path, drift: int) -> None:
     tier = still(shm, 100 * SIZE)
