@@ -158,19 +158,9 @@ class ObjectCodec:
         self, tier: Tier, id: ObjectId, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
     ) -> Loaded:
         """Reads an object whose payload starts at another offset than expected: first the header, then the payload."""
-        probe = _bytes(self._buffer("head", HEADER_PROBE))
-        [result] = tier.read_into([Read(id, [probe], [Range(0, len(probe))])], deadline=deadline)
-        if result.status is not Status.OK:
+        result, header, size = self._header(tier, id, deadline)
+        if header is None:
             return Loaded(result)
-        size = header_bytes(probe)
-        head = probe[: min(size, result.nbytes)]
-        if size > len(probe):
-            head = _bytes(self._buffer("long head", size))
-            [result] = tier.read_into([Read(id, [head], [Range(0, size)])], deadline=deadline)
-            if result.status is not Status.OK:
-                return Loaded(result)
-            head = head[: result.nbytes]
-        header = decode_header(head, id)
         held = self._layout_of(header)
         straight = want is None or held.signature == want.signature
         target = out if straight else self._buffer("load", held.nbytes)
@@ -182,6 +172,38 @@ class ObjectCodec:
             translate(target, held, out, want)
             held = want
         return Loaded(result, held)
+
+    def _header(self, tier: Tier, id: ObjectId, deadline: float | None) -> tuple[Result, Header | None, int]:
+        """Reads an object's header: (result, header if that went well, its length). Raises `FormatError` if it is damaged."""
+        probe = _bytes(self._buffer("head", HEADER_PROBE))
+        [result] = tier.read_into([Read(id, [probe], [Range(0, len(probe))])], deadline=deadline)
+        if result.status is not Status.OK:
+            return result, None, 0
+        size = header_bytes(probe[: result.nbytes])
+        head = probe[: min(size, result.nbytes)]
+        if size > len(probe):
+            head = _bytes(self._buffer("long head", size))
+            [result] = tier.read_into([Read(id, [head], [Range(0, size)])], deadline=deadline)
+            if result.status is not Status.OK:
+                return result, None, 0
+            head = head[: result.nbytes]
+        return result, decode_header(head, id), size
+
+    def check(self, tier: Tier, id: ObjectId) -> Status:
+        """Returns whether a tier holds an object: `OK` if its header is intact and its payload has the full length, `CORRUPT` if
+        it is damaged, else what reading it came to. The payload is not read.
+        """
+        try:
+            result, header, size = self._header(tier, id, None)
+            if header is None:
+                return result.status
+            last = memoryview(bytearray(1))
+            [result] = tier.read_into([Read(id, [last], [Range(size + header.payload_bytes - 1, 1)])])
+            return Status.OK if result.status is Status.OK and result.nbytes == 1 else Status.CORRUPT
+        except FormatVersionError:
+            return Status.OK  # of a newer release that uses the same folder: not ours to replace
+        except FormatError:
+            return Status.CORRUPT
 
     def _layout_of(self, header: Header) -> ObjectLayout:
         """Returns the layout that a header describes; raises `FormatError` if it does not fit this spec's objects."""

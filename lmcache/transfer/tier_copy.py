@@ -223,9 +223,13 @@ class TierCopier:
                 self._queued[op.dst.index] -= queued
 
     def _holds(self, tier: Tier, id: ObjectId) -> bool:
-        """Whether a tier says that it holds an object; a tier that cannot say does not."""
-        [found] = tier.contains([id])
-        return found.status is Status.OK
+        """Whether a tier holds an object already. Removes a damaged one, which the write would leave in place."""
+        status = self._codec.check(tier, id)
+        if status is Status.CORRUPT:
+            if (note := getattr(tier, "note_damaged", None)) is not None:
+                note(id)
+            tier.delete([id])
+        return status is Status.OK
 
     # ---------------------------------------------------------------- probe, delete
 

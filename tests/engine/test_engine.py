@@ -353,6 +353,26 @@ def test_what_left_a_shared_tier_is_written_again(tmp_path: Path) -> None:
         assert hit.tokens == 4 * CHUNK
 
 
+def test_a_damaged_object_on_a_shared_tier_is_written_again(tmp_path: Path) -> None:
+    tokens, pool, target = tokens_of(4 * CHUNK), Pool("nhd", 400, seed=1), Pool("nhd", 400, seed=2)
+    slots, config = scattered(4 * CHUNK, pool), tiny_config(disk_path=tmp_path, admission="all")
+    with CacheEngine(config, tiny_spec()) as engine:
+        engine.store(tokens, pool.kv, slots)
+        assert engine.flush().written == 4
+    for file in tmp_path.rglob("*.safetensors"):  # as after a power cut: the name is there, its bytes are not
+        with file.open("r+b") as bytes_of:
+            bytes_of.write(bytes(4096))
+    with CacheEngine(config, tiny_spec()) as engine:
+        assert engine.store(tokens, pool.kv, slots) == 4 * CHUNK
+        assert engine.flush(durable=True).written == 4
+    with CacheEngine(config, tiny_spec()) as engine:
+        assert engine.store(tokens, pool.kv, slots) == 4 * CHUNK
+        assert engine.flush().present == 4
+    with CacheEngine(config, tiny_spec()) as fresh, fresh.lookup(tokens) as hit:
+        assert fresh.retrieve(hit, target.kv, slots) == 4 * CHUNK
+    assert target.sequence(slots) == pool.sequence(slots)
+
+
 def test_a_hit_of_another_engine_is_refused() -> None:
     tokens, pool = tokens_of(2 * CHUNK), Pool("nhd", 40, seed=1)
     slots = scattered(2 * CHUNK, pool)
