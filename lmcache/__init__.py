@@ -12,6 +12,7 @@ from lmcache import moved
 
 if TYPE_CHECKING:
     from lmcache.config import Config as Config
+    from lmcache.control.outcomes import FlushResult as FlushResult
     from lmcache.control.outcomes import StopReason as StopReason
     from lmcache.engine import CacheEngine as CacheEngine
     from lmcache.errors import ConfigError as ConfigError
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "CacheEngine": "engine",
     "Config": "config",
     "ConfigError": "errors",
+    "FlushResult": "control.outcomes",
     "FormatError": "errors",
     "FormatVersionError": "errors",
     "HitRule": "spec",

@@ -373,6 +373,12 @@ def test_figures_are_shown_even_if_the_page_cannot_be_written(tmp_path) -> None:
     assert json.loads(out.stdout)["results"]
 
 
+def test_the_former_name_of_the_default_policy_is_accepted(tmp_path) -> None:
+    path = written(tmp_path / "t", requests_of(0))
+    out = CliRunner().invoke(app, ["simulate", str(path), "--policy", "density", "--capacity", "5%", "--json"])
+    assert [result["policy"] for result in json.loads(out.stdout)["results"]] == ["adaptive"]
+
+
 def test_unless_told_otherwise_a_full_disk_is_written_as_the_cache_writes_it(tmp_path) -> None:
     path = written(tmp_path / "t", requests_of(0))
     out = CliRunner().invoke(app, ["simulate", str(path), "--policy", "lru", "--tiers", "disk=5%", "--json"])
