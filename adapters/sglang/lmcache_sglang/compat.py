@@ -84,7 +84,12 @@ def identity_of(config: Config) -> str:
             "load_format=dummy: random weights have no identity; set model_identity to give them one"
         )
     path, revision = str(arguments.model_path), getattr(arguments, "revision", None)
-    identity = model_identity(f"{path}@{revision}" if revision else path, fingerprint=config.fingerprint)
+    identity = model_identity(
+        path,
+        fingerprint=config.fingerprint,
+        revision=revision or None,
+        hub_cache=getattr(arguments, "download_dir", None) or None,
+    )
     changed = str(getattr(arguments, "json_model_override_args", "") or "{}")
     if changed.strip() != "{}":
         identity += " overrides " + blake3(changed.encode()).hexdigest()
