@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_the_same_weights_in_two_folders_have_one_identity(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("change", [{"value": 2.0}, {"elements": 1001}, {"config": '{"rope_theta": 2}'}])
-def test_other_weights_shapes_or_configuration_have_another(tmp_path: Path, change: dict[str, object]) -> None:
+def test_other_weights_shapes_or_configuration_have_another(tmp_path: Path, change: dict[str, Any]) -> None:
     assert model_identity(write_model(tmp_path / "a")) != model_identity(write_model(tmp_path / "b", **change))
 
 
