@@ -162,7 +162,7 @@ class KVSpec(msgspec.Struct, frozen=True):
     ) -> KVSpec:
         """Returns a spec whose only rank holds all of every group."""
         rects = tuple(Rect((0, max(g.layers, default=-1) + 1), (0, g.kv_heads)) for g in groups)
-        spec = cls(model, tuple(groups), rects, numerics or Numerics(isa=host_isa()))
+        spec = cls(model, tuple(groups), rects, numerics or Numerics(isa=host_isa()), meaning)
         spec.validate()
         return spec
 

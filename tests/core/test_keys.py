@@ -156,3 +156,9 @@ def test_meaning_separates_under_either_way_of_sharing(share: str) -> None:
 
 def test_shards_keep_the_meaning() -> None:
     assert meant("a").shard(tp_rank=1, tp_size=2).meaning == "a"
+
+
+def test_a_meaning_given_to_a_constructor_is_kept() -> None:
+    shape = {"layers": 1, "kv_heads": 1, "head_dim": 8, "dtype": "float16"}
+    spec = KVSpec.uniform("m", **shape, meaning="a")  # type: ignore[arg-type]
+    assert spec.meaning == KVSpec.of_groups("m", spec.groups, meaning="a").meaning == "a"
