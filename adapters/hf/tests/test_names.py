@@ -18,7 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from lmcache.keys import namespace_of
 from lmcache.numerics import NEUTRAL_CONFIG
-from lmcache_hf import CachedModel, compat, geometry
+from lmcache_hf import CachedModel, UncachedError, compat, geometry
 from lmcache_hf.weights import weights_digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,8 +100,14 @@ def test_every_field_of_the_configuration_is_named_or_changes_no_bit() -> None:
                 got = kv_of(model)
             except Exception:
                 continue  # such a model does not load or does not run
+            if model.config.to_dict() == base.config.to_dict():
+                continue  # a constant of the class, such as `model_type`
             loaded += 1
-            if name_of(model, **settings) != name:
+            try:
+                found = name_of(model, **settings)
+            except UncachedError:
+                found = b""  # nothing is cached, with a reason
+            if found != name:
                 separated += 1
             else:
                 assert len(got) == len(kv), field
@@ -113,7 +119,7 @@ def test_every_field_of_the_configuration_is_named_or_changes_no_bit() -> None:
                 a.shape == b.shape and a.equal(b) for a, b in zip(got, kv, strict=True)
             )
     print(
-        f"\n{loaded} mutated configurations load: {separated} have another name, {equal} equal KV; {changed} change KV"
+        f"\n{loaded} mutated configurations load: {separated} have another name or none, {equal} equal KV; {changed} change KV"
     )
     assert loaded >= 40
     assert changed >= 12
