@@ -58,11 +58,11 @@ def meaning_of(config: Mapping[str, Any], neutral: Mapping[str, str] = NEUTRAL_C
 def _plain(value: Any, neutral: Mapping[str, str]) -> Any:
     """Converts to what JSON can express, without merging values of different types; mappings become sorted pairs."""
     if isinstance(value, Mapping):
-        return {
-            "map": sorted(
-                ([str(k), _plain(v, neutral)] for k, v in value.items() if k not in neutral), key=lambda pair: pair[0]
-            )
-        }
+        alias = (
+            "type" if "type" in value and value["type"] == value.get("rope_type") else None
+        )  # as older files spell it
+        pairs = ([str(k), _plain(v, neutral)] for k, v in value.items() if k not in neutral and k != alias)
+        return {"map": sorted(pairs, key=lambda pair: pair[0])}
     if isinstance(value, (list, tuple)):
         return [_plain(v, neutral) for v in value]
     if isinstance(value, (set, frozenset)):

@@ -42,6 +42,13 @@ def test_order_and_neutral_fields_do_not_separate() -> None:
     assert all(NEUTRAL_CONFIG.values()), "each neutral field has a reason"
 
 
+def test_an_alias_of_the_rope_type_does_not_separate_and_another_type_does() -> None:
+    plain, alias, other = (
+        {"rope": {"rope_type": "yarn"} | more} for more in ({}, {"type": "yarn"}, {"type": "linear"})
+    )
+    assert meaning_of(plain) == meaning_of(alias) != meaning_of(other)
+
+
 def test_what_else_decides_the_values_separates() -> None:
     assert meaning_of(CONFIG, scales=None) == meaning_of(CONFIG)
     assert len({meaning_of(CONFIG), meaning_of(CONFIG, scales="1"), meaning_of(CONFIG, other="1")}) == 3
