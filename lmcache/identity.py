@@ -1,8 +1,9 @@
 """Model identity: identifies weights by their content rather than by their name.
 
-A hub snapshot is identified by its commit; a local folder by its configuration, safetensors headers, file sizes and blocks
-sampled from each file (`fingerprint="full"` hashes every byte). Digests are cached per user, keyed by path, inode, mtime and
-size, so that a restart does not read gigabytes again.
+A local folder, and a hub snapshot, is identified by every byte of its weights and of the configuration files that decide values.
+Digests are cached per user, keyed by path, device, inode, size, mtime and ctime, so that a restart does not read gigabytes again.
+What cannot be looked at (a hub id that is not on this machine, an `s3://` path) has no identity: a name alone says nothing about
+content.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -20,124 +21,214 @@ import platformdirs
 from blake3 import blake3
 
 from lmcache.errors import ConfigError, SpecError
+from lmcache.observe.log import info
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
-_SAMPLES = 64
-_BLOCK = 16 * 1024
-_SNAPSHOT = re.compile(r"models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40,64})/?$")
+_DECIDES = (".json", ".yaml", ".yml", ".py")
+_NEUTRAL = {
+    "generation_config.json": "sampling defaults; KV does not depend on how tokens are chosen",
+    "tokenizer.json": "names contain token ids, not text",
+    "tokenizer_config.json": "names contain token ids, not text",
+    "special_tokens_map.json": "names contain token ids, not text",
+    "added_tokens.json": "names contain token ids, not text",
+    "vocab.json": "names contain token ids, not text",
+    "chat_template.json": "names contain token ids, not text",
+    "trainer_state.json": "a training log",
+    "all_results.json": "a training log",
+    "train_results.json": "a training log",
+    "eval_results.json": "a training log",
+}
+"""Files that end like configuration and provably do not change KV, each with the reason. Every other one separates."""
+
+_HINT = "; pass a folder with the weights, or set model_identity to a name that changes whenever the weights do"
 
 
-def model_identity(model: str | os.PathLike[str], *, fingerprint: Literal["fast", "full"] = "fast") -> str:
-    """Returns a string that differs whenever the weights differ.
+def model_identity(
+    model: str | os.PathLike[str],
+    *,
+    fingerprint: Literal["fast", "full"] = "full",
+    revision: str | None = None,
+    hub_cache: str | os.PathLike[str] | None = None,
+) -> str:
+    """Returns a string that differs whenever the weights, or configuration files that decide values, differ.
 
     Args:
-        model: a folder or file with weights, or a hub id (`org/name` or `org/name@revision`), which is resolved to its commit
-            if it is in the local hub cache, and otherwise used as a plain name.
-        fingerprint: `"fast"` samples 64 blocks of 16 KiB per file, `"full"` hashes every byte.
+        model: a folder or file with weights, or a hub id (`org/name` or `org/name@revision`) whose snapshot is in the local hub
+            cache.
+        fingerprint: `"full"`. `"fast"`, which once sampled the files, is accepted and means the same.
+        revision: of a hub id; instead of `@revision`.
+        hub_cache: folder of the hub cache; by default the one that `HF_HUB_CACHE` and `HF_HOME` name.
 
     Raises:
-        SpecError: the folder contains no weights.
+        SpecError: the weights cannot be looked at: no such folder or snapshot, a remote path, a folder without weights, or a
+            revision given for a folder.
         ConfigError: `fingerprint` has another value.
     """
     if fingerprint not in ("fast", "full"):
         raise ConfigError(f"fingerprint must be 'fast' or 'full', not {fingerprint!r}")
-    path = Path(model).expanduser()
-    if not path.exists():
-        commit = _hub_commit(str(model))
-        return f"hub:{str(model).split('@')[0]}@{commit}" if commit else f"name:{model}"
-    snapshot = _SNAPSHOT.search(path.absolute().as_posix())
-    if snapshot and fingerprint == "fast":
-        return f"hub:{snapshot['repo'].replace('--', '/')}@{snapshot['commit']}"
-    files = _weight_files(path)
-    digest = blake3(f"lmcache model {fingerprint}".encode())
+    if fingerprint == "fast":
+        _log_fast()
+    files = _files(model, revision, hub_cache)
+    digest = blake3(b"lmcache model 2")
     cache = _DigestCache()
-    for file in files:
-        digest.update(file.name.encode() + b"\0")
-        digest.update(cache.digest(file, fingerprint))
+    for name, file in files:
+        try:
+            found = cache.digest(file)
+        except OSError as error:
+            raise SpecError(f"cannot read {file}: {error.strerror or error}{_HINT}") from error
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + found)
     cache.save()
-    return f"{fingerprint}:{digest.hexdigest()}"
+    return f"content:{digest.hexdigest()}"
 
 
-def _weight_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    files = sorted(f for f in path.iterdir() if f.suffix in _WEIGHTS and f.is_file())
-    if not files:
+def file_stamps(model: str | os.PathLike[str]) -> tuple[tuple[str, int, int, int, int, int], ...]:
+    """Returns the stamps (name, device, inode, size, mtime, ctime) of the files that decide `model_identity(model)`, unread.
+
+    Raises:
+        SpecError: as `model_identity`.
+    """
+    found = []
+    for name, file in _files(model, None, None):
+        try:
+            found.append((name, *_stamp(file)))
+        except OSError as error:
+            raise SpecError(f"cannot read {file}: {error.strerror or error}{_HINT}") from error
+    return tuple(found)
+
+
+_fast_logged = False
+
+
+def _log_fast() -> None:
+    global _fast_logged
+    if not _fast_logged:
+        _fast_logged = True
+        info("fingerprint-fast", detail="fingerprint: fast means full; every byte of the weights is read, once")
+
+
+def _files(
+    model: str | os.PathLike[str], revision: str | None, hub_cache: str | os.PathLike[str] | None
+) -> list[tuple[str, Path]]:
+    """Returns the files that decide the identity, with the names that they have in it."""
+    try:
+        path = Path(model).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: `~user` without such a user
+        raise SpecError(f"cannot look at {str(model)!r}: {error}{_HINT}") from error
+    if not found:
+        return _weight_files(_snapshot(str(model), revision, hub_cache))
+    if revision:
+        raise SpecError(f"revision {revision!r} is given for {path}, which is a local path and has no revisions{_HINT}")
+    return _weight_files(path)
+
+
+def _weight_files(path: Path) -> list[tuple[str, Path]]:
+    """Returns weights and deciding configuration at the top of a folder, and what an index refers to below it."""
+    try:
+        if path.is_file():
+            return [(path.name, path)]
+        found = {f.name: f for f in path.iterdir() if f.suffix in _WEIGHTS + _DECIDES and f.is_file()}
+        for name in [name for name in found if name.endswith(".index.json")]:
+            with contextlib.suppress(msgspec.MsgspecError):
+                shards = msgspec.json.decode(found[name].read_bytes(), type=_Index).weight_map.values()
+                found.update({shard: path / shard for shard in set(shards)})
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror or error}{_HINT}") from error
+    if not any(name.endswith(_WEIGHTS) for name in found):
         raise SpecError(f"no weights in {path}: expected files ending in {', '.join(_WEIGHTS)}")
-    config = path / "config.json"
-    return ([config] if config.is_file() else []) + files
+    return [(name, found[name]) for name in sorted(found) if name not in _NEUTRAL]
 
 
-def _hub_commit(model: str) -> str | None:
-    """Returns the commit of `org/name[@revision]` in the local hub cache, without importing the hub client."""
-    name, _, revision = model.partition("@")
-    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name) or ".." in revision:
-        return None
+class _Index(msgspec.Struct):
+    """`*.index.json` of a sharded checkpoint: the file of each tensor."""
+
+    weight_map: dict[str, str] = {}  # msgspec copies it
+
+
+def _snapshot(model: str, revision: str | None, hub_cache: str | os.PathLike[str] | None) -> Path:
+    """Returns the folder of `org/name[@revision]` in the local hub cache, without importing the hub client."""
+    name, _, tagged = model.partition("@")
+    wanted = revision or tagged or "main"
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name) or ".." in wanted or wanted.startswith("/"):
+        raise SpecError(f"{model!r} is neither a local path nor a hub id, so its content is unknown{_HINT}")
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
-    with contextlib.suppress(OSError):
-        commit = (hub / f"models--{name.replace('/', '--')}" / "refs" / (revision or "main")).read_text().strip()
-        if re.fullmatch(r"[0-9a-f]{40,64}", commit):
-            return commit
-    return None
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    try:
+        hub = Path(hub_cache or given or os.path.join(home, "hub")).expanduser()
+    except RuntimeError as error:
+        raise SpecError(f"cannot find the hub cache: {error}{_HINT}") from error
+    folder = hub / f"models--{name.replace('/', '--')}"
+    commit = wanted
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        commit = (folder / "refs" / wanted).read_text().strip()
+    snapshot = folder / "snapshots" / commit
+    if not re.fullmatch(r"[0-9a-f]{40,64}", commit) or not snapshot.is_dir():
+        where = f"there is no such folder, and no snapshot of revision {wanted!r} in {hub}"
+        raise SpecError(
+            f"{model!r} is not on this machine ({where}), and a name alone does not identify weights{_HINT}"
+        )
+    return snapshot
 
 
-def _digest(file: Path, fingerprint: Literal["fast", "full"]) -> bytes:
-    size = file.stat().st_size
-    digest = blake3(size.to_bytes(8, "little"))
-    if fingerprint == "full":
-        return digest.update_mmap(file).digest()
-    with file.open("rb") as handle:
-        for offset, length in _sample(size, _header_bytes(handle.read(8), file, size)):
-            handle.seek(offset)
-            digest.update(handle.read(length))
+def _stamp(file: Path) -> tuple[int, int, int, int, int]:
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _digest(file: Path) -> bytes:
+    """Returns the digest of every byte, computed on all cores."""
+    digest = blake3(max_threads=blake3.AUTO)
+    if file.stat().st_size:
+        digest.update_mmap(file)
     return digest.digest()
-
-
-def _header_bytes(first: bytes, file: Path, size: int) -> int:
-    """Returns the size of a safetensors header (names, shapes and dtypes of all tensors); 0 for other formats."""
-    length = int.from_bytes(first, "little") + 8
-    return length if file.suffix == ".safetensors" and length <= min(size, 100 << 20) else 0
-
-
-def _sample(size: int, header: int) -> Iterator[tuple[int, int]]:
-    yield 0, header
-    if size - header <= _SAMPLES * _BLOCK:
-        yield header, size - header
-        return
-    for i in range(_SAMPLES):
-        yield header + (size - header - _BLOCK) * i // (_SAMPLES - 1), _BLOCK
 
 
 class _DigestCache:
     """A per-user cache of file digests in one small JSON file; losing it only costs time."""
 
+    _lock = threading.Lock()
+
     def __init__(self) -> None:
         self._file = Path(platformdirs.user_cache_dir("lmcache")) / "fingerprints.json"
-        self._known: dict[str, str] = {}
-        self._changed = False
-        with contextlib.suppress(OSError, msgspec.DecodeError):
-            self._known = msgspec.json.decode(self._file.read_bytes(), type=dict[str, str])
+        self._known: dict[str, str] = self._read()
+        self._new: dict[str, str] = {}
 
-    def digest(self, file: Path, fingerprint: Literal["fast", "full"]) -> bytes:
-        stat = file.stat()
-        key = f"{fingerprint} {stat.st_dev} {stat.st_ino} {stat.st_mtime_ns} {stat.st_size} {file.absolute()}"
-        found = self._known.get(key)
-        if found is not None:
-            with contextlib.suppress(ValueError):
-                return bytes.fromhex(found)
-        digest = _digest(file, fingerprint)
-        self._known[key] = digest.hex()
-        self._changed = True
-        return digest
+    def _read(self) -> dict[str, str]:
+        with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            return msgspec.json.decode(self._file.read_bytes(), type=dict[str, str])
+        return {}
+
+    def digest(self, file: Path) -> bytes:
+        key = self._key(file)
+        found = self._known.get(key, "")
+        if re.fullmatch(r"[0-9a-f]{64}", found):
+            return bytes.fromhex(found)
+        for _ in range(3):
+            digest = _digest(file)
+            after = self._key(file)
+            if after == key:
+                self._new[key] = digest.hex()
+                return digest
+            key = after  # written to in the meantime
+        raise SpecError(f"{file} changes while it is read{_HINT}")
+
+    @staticmethod
+    def _key(file: Path) -> str:
+        return f"blake3 {' '.join(map(str, _stamp(file)))} {file.absolute()}"
 
     def save(self) -> None:
-        if not self._changed:
+        if not self._new:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeEncodeError), self._lock:
             self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            newest = dict(list(self._known.items())[-1000:])
+            newest = dict(list((self._read() | self._new).items())[-1000:])
+            encoded = msgspec.json.encode(newest)
             handle, name = tempfile.mkstemp(dir=self._file.parent)  # mode 0600
-            with os.fdopen(handle, "wb") as out:
-                out.write(msgspec.json.encode(newest))
-            os.replace(name, self._file)
+            try:
+                with os.fdopen(handle, "wb") as out:
+                    out.write(encoded)
+                os.replace(name, self._file)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+                raise

@@ -1,6 +1,7 @@
 """Keys of objects: namespace, chain, object id. The same input gives the same key on every host and in every process.
 
-    namespace = H("lmcache" ‖ version ‖ model ‖ geometry ‖ numerics ‖ salt ‖ LoRA ‖ weights version ‖ chunk_tokens)
+    namespace = H("lmcache" ‖ version ‖ model ‖ geometry ‖ numerics ‖ salt ‖ LoRA ‖ weights version ‖ chunk_tokens
+                  [‖ meaning])
     h_0       = H("chunk" ‖ namespace ‖ n ‖ tokens of chunk 0 as u32le ‖ extras_0)
     h_i       = H("chunk" ‖ h_(i−1)   ‖ n ‖ tokens of chunk i as u32le ‖ extras_i)
 
@@ -132,11 +133,11 @@ def namespace_of(
 ) -> bytes:
     """Returns the 32-byte namespace: a digest of everything besides the tokens that determines KV values.
 
-    Rects are not included: chains are rank-independent. `share="semantic"` omits the numerics, so that another engine's KV
-    for the same model can be used (which is never bit-exact, see the docs).
+    Rects are not included: chains are rank-independent. `share="semantic"` omits the numerics (rounding), and nothing else, so
+    that another engine's KV for the same model can be used (which is never bit-exact, see the docs).
 
     Args:
-        spec: source of model identity, group geometry and numerics.
+        spec: source of model identity, group geometry, numerics and meaning; an empty meaning is not encoded.
         chunk_tokens: tokens per chunk.
         salt: separates tenants.
         lora: content digest of the active LoRA adapter; empty without one.
@@ -158,6 +159,7 @@ def namespace_of(
         lora.encode("utf-8", "surrogatepass"),
         weights_version.encode("utf-8", "surrogatepass"),
         chunk_tokens.to_bytes(8, "little"),
+        *([spec.meaning.encode()] if spec.meaning else []),
     ):
         digest.update(len(field).to_bytes(8, "little"))
         digest.update(field)

@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from lmcache.errors import SpecError
+from lmcache.numerics import environment_switches
 
 
 class Plane(msgspec.Struct, frozen=True):
@@ -96,7 +97,7 @@ class Rect(msgspec.Struct, frozen=True, order=True):
 
 
 class Numerics(msgspec.Struct, frozen=True):
-    """Everything besides model and tokens that determines the bits of KV. Part of the namespace unless sharing is semantic."""
+    """What determines how KV is rounded, but not what it means. Part of the namespace unless sharing is semantic."""
 
     engine: str = ""
     engine_version: str = ""
@@ -110,8 +111,12 @@ class Numerics(msgspec.Struct, frozen=True):
 
 
 def host_isa() -> str:
-    """Returns the machine and the vector extension that torch dispatches to, e.g. `x86_64-AVX512`."""
-    return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+    """Returns the machine, the vector extension that torch dispatches to, and environment variables that choose arithmetic.
+
+    For example `x86_64-AVX512`, or `x86_64-AVX512 ONEDNN_MAX_CPU_ISA=AVX2`.
+    """
+    switches = "".join(f" {name}={value}" for name, value in environment_switches())
+    return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}{switches}"
 
 
 class KVSpec(msgspec.Struct, frozen=True):
@@ -122,12 +127,15 @@ class KVSpec(msgspec.Struct, frozen=True):
         groups: at least one layer group; the groups' layers are disjoint.
         rects: one rectangle per group: the part held by this rank.
         numerics: see `Numerics`.
+        meaning: digest of what the model computes besides its weights (rope, windows, KV scales, …), see
+            `lmcache.numerics.meaning_of`. Part of every namespace; empty if `model` covers it.
     """
 
     model: str
     groups: tuple[LayerGroup, ...]
     rects: tuple[Rect, ...]
     numerics: Numerics = Numerics()
+    meaning: str = ""
 
     @classmethod
     def uniform(
@@ -140,18 +148,21 @@ class KVSpec(msgspec.Struct, frozen=True):
         dtype: torch.dtype | str,
         v_head_dim: int | None = None,
         numerics: Numerics | None = None,
+        meaning: str = "",
     ) -> KVSpec:
         """Returns a spec with one group of `layers` full-attention layers with planes `k` and `v`, all on one rank."""
         name = dtype_name(dtype)
         planes = (Plane("k", name, head_dim), Plane("v", name, v_head_dim or head_dim))
         group = LayerGroup("full", tuple(range(layers)), planes, kv_heads)
-        return cls.of_groups(model, (group,), numerics or Numerics(isa=host_isa(), dtype=name))
+        return cls.of_groups(model, (group,), numerics or Numerics(isa=host_isa(), dtype=name), meaning)
 
     @classmethod
-    def of_groups(cls, model: str, groups: Sequence[LayerGroup], numerics: Numerics | None = None) -> KVSpec:
+    def of_groups(
+        cls, model: str, groups: Sequence[LayerGroup], numerics: Numerics | None = None, meaning: str = ""
+    ) -> KVSpec:
         """Returns a spec whose only rank holds all of every group."""
         rects = tuple(Rect((0, max(g.layers, default=-1) + 1), (0, g.kv_heads)) for g in groups)
-        spec = cls(model, tuple(groups), rects, numerics or Numerics(isa=host_isa()))
+        spec = cls(model, tuple(groups), rects, numerics or Numerics(isa=host_isa()), meaning)
         spec.validate()
         return spec
 
@@ -178,7 +189,7 @@ class KVSpec(msgspec.Struct, frozen=True):
                 head = tp_rank // (tp_size // group.kv_heads)
                 heads = (head, head + 1)
             rects.append(Rect(layers or rect.layers, heads))
-        spec = KVSpec(self.model, self.groups, tuple(rects), self.numerics)
+        spec = msgspec.structs.replace(self, rects=tuple(rects))
         spec.validate()
         return spec
 

@@ -120,15 +120,15 @@ class Config:
     )
     fingerprint: Setting[Fingerprint, Fingerprint] = Setting(
         Choice(("fast", "full")),
-        "fast",
-        doc="How local weights are identified: `fast` hashes the header, the size and samples of each file; `full` hashes every "
-        "byte.",
+        "full",
+        doc="How local weights are identified: `full` hashes every byte, once (digests are cached by inode, size, mtime and "
+        "ctime). `fast`, which once sampled the files, means the same.",
     )
     model_identity: Setting[str | None, str | None] = Setting(
         Text(),
         None,
         doc="Name of the weights, used instead of inspecting them: engines with the same name are assumed to hold the same "
-        "weights. For sharing KV between engines that see the weights differently. Unset: the weights are inspected.",
+        "weights. The model's configuration is part of every name nevertheless. Unset: the weights are inspected.",
     )
     pin_memory: Setting[Pinning, Pinning] = Setting(
         Choice(("auto", "always", "never")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -35,33 +36,68 @@ def test_the_same_weights_in_two_folders_have_one_identity(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("change", [{"value": 2.0}, {"elements": 1001}, {"config": '{"rope_theta": 2}'}])
-def test_other_weights_shapes_or_configuration_have_another(tmp_path: Path, change: dict[str, object]) -> None:
+def test_other_weights_shapes_or_configuration_have_another(tmp_path: Path, change: dict[str, Any]) -> None:
     assert model_identity(write_model(tmp_path / "a")) != model_identity(write_model(tmp_path / "b", **change))
 
 
-def test_weights_replaced_under_one_name_are_noticed_though_remembered(tmp_path: Path) -> None:
+def test_weights_replaced_under_one_mtime_are_noticed_though_remembered(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "a")
     before = model_identity(folder)
     file = folder / "model.safetensors"
     old = file.stat()
-    write_model(folder, value=2.0)
-    os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+    with file.open("r+b") as handle:  # the same inode, size and mtime, as `rsync --inplace -t` leaves it
+        handle.seek(-4, os.SEEK_END)
+        handle.write(b"\x01\x02\x03\x04")
+    os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert file.stat().st_mtime_ns == old.st_mtime_ns
     assert model_identity(folder) != before
 
 
-def test_a_large_file_is_sampled_at_both_ends_and_fully_on_demand(tmp_path: Path) -> None:
-    file = tmp_path / "weights.bin"
+@pytest.mark.parametrize("where", [0, 77_777, 4 << 20, (8 << 20) - 1])
+@pytest.mark.parametrize("fingerprint", ["fast", "full"])
+def test_every_byte_counts(tmp_path: Path, where: int, fingerprint: Literal["fast", "full"]) -> None:
+    one, other = tmp_path / "a" / "weights.bin", tmp_path / "b" / "weights.bin"
     data = bytearray(8 << 20)
-    file.write_bytes(data)
-    fast, full = model_identity(file), model_identity(file, fingerprint="full")
-    data[-1] = 1
-    file.write_bytes(data)
-    os.utime(file, ns=(1, 1))
-    assert model_identity(file) != fast
-    data[-1], data[len(data) // 2 + 77_777] = 0, 1  # between two samples
-    file.write_bytes(data)
-    os.utime(file, ns=(2, 2))
-    assert model_identity(file, fingerprint="full") != full
+    for file in (one, other):
+        file.parent.mkdir()
+        file.write_bytes(data)
+        data[where] ^= 1
+    assert model_identity(one, fingerprint=fingerprint) != model_identity(other, fingerprint=fingerprint)
+    assert model_identity(one, fingerprint="fast") == model_identity(one)
+
+
+@pytest.mark.parametrize(
+    ("file", "separates"),
+    [
+        ("quantize_config.json", True),
+        ("preprocessor_config.json", True),
+        ("adapter_config.json", True),
+        ("params.json", True),
+        ("modeling_own.py", True),
+        ("what_nobody_has_heard_of.json", True),
+        ("generation_config.json", False),
+        ("tokenizer_config.json", False),
+        ("README.md", False),
+    ],
+)
+def test_files_that_decide_values_count_and_others_do_not(tmp_path: Path, file: str, separates: bool) -> None:
+    folder = write_model(tmp_path / "a")
+    (folder / file).write_text('{"x": 1}')
+    before = model_identity(folder)
+    (folder / file).write_text('{"x": 2}')
+    assert (model_identity(folder) != before) == separates
+
+
+def test_a_shard_below_the_folder_counts(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "a")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "sub/extra.bin"}}')
+    with pytest.raises(SpecError, match=r"cannot read .*extra\.bin"):
+        model_identity(folder)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "extra.bin").write_bytes(b"1")
+    before = model_identity(folder)
+    (folder / "sub" / "extra.bin").write_bytes(b"2")
+    assert model_identity(folder) != before
 
 
 def test_an_identity_is_computed_once_and_remembered_privately(
@@ -84,17 +120,32 @@ def test_a_damaged_memory_costs_time_only(tmp_path: Path, own_cache: Path) -> No
         assert model_identity(folder) == first
 
 
-def test_a_hub_id_is_resolved_to_the_commit_in_the_local_cache(tmp_path: Path, own_cache: Path) -> None:
-    refs = own_cache / "huggingface" / "hub" / "models--org--name" / "refs"
-    refs.mkdir(parents=True)
-    (refs / "main").write_text("a" * 40)
-    (refs / "v2").write_text("b" * 40)
-    assert model_identity("org/name") == "hub:org/name@" + "a" * 40
-    assert model_identity("org/name@v2") == "hub:org/name@" + "b" * 40
-    assert model_identity("org/other") == "name:org/other"
-    snapshot = refs.parent / "snapshots" / ("c" * 40)
-    write_model(snapshot)
-    assert model_identity(snapshot) == "hub:org/name@" + "c" * 40
+def test_a_hub_id_is_resolved_to_the_snapshot_in_the_local_cache(tmp_path: Path, own_cache: Path) -> None:
+    hub = own_cache / "huggingface" / "hub" / "models--org--name"
+    (hub / "refs").mkdir(parents=True)
+    for ref, commit, value in (("main", "a" * 40, 1.0), ("v2", "b" * 40, 2.0)):
+        (hub / "refs" / ref).write_text(commit)
+        write_model(hub / "snapshots" / commit, value=value)
+    main, second = (model_identity(write_model(tmp_path / str(value), value=value)) for value in (1.0, 2.0))
+    assert model_identity("org/name") == main
+    assert model_identity("org/name@v2") == model_identity("org/name", revision="v2") == second
+    assert model_identity("org/name@" + "b" * 40) == second
+    assert model_identity("org/name", hub_cache=hub.parent) == main
+    write_model(hub / "snapshots" / ("a" * 40), value=2.0)
+    assert model_identity("org/name") == second, "a snapshot edited in place keeps its identity"
+
+
+@pytest.mark.parametrize(
+    "name", ["org/other", "org/other@v1", "s3://bucket/model", "~no-such-user/a", "org/name\0", "/none"]
+)
+def test_what_cannot_be_looked_at_has_no_identity(name: str) -> None:
+    with pytest.raises(SpecError, match="set model_identity"):
+        model_identity(name)
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="revision 'v2'"):
+        model_identity(write_model(tmp_path / "a"), revision="v2")
 
 
 def test_a_folder_without_weights_and_an_unknown_fingerprint_are_refused(tmp_path: Path) -> None:

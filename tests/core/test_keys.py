@@ -41,6 +41,10 @@ def hybrid() -> KVSpec:
     return KVSpec.of_groups("hybrid", (full, sliding), Numerics(engine="e"))
 
 
+def meant(meaning: str) -> KVSpec:
+    return msgspec.structs.replace(SPEC, meaning=meaning)
+
+
 CASES = {
     "plain": lambda: chain_of(ns(), np.arange(48, dtype=np.uint32), 16),
     "salt and lora": lambda: chain_of(ns(salt="tenant-a", lora="f00d"), np.arange(32, dtype=np.uint32), 16),
@@ -51,6 +55,8 @@ CASES = {
         ns(), np.arange(48, dtype=np.uint32), 16, [Extra(20, 20, b"d" * 32), Extra(3, 2, b"e" * 16)]
     ),
     "keys of the caller": lambda: chain_of_keys(scoped(ns(), "pages"), ["a", b"b"]),
+    "meaning": lambda: chain_of(ns(meant("f00d")), np.arange(16, dtype=np.uint32), 16),
+    "meaning, semantic": lambda: chain_of(ns(meant("f00d"), share="semantic"), np.arange(16, dtype=np.uint32), 16),
     "hybrid": lambda: chain_of(ns(hybrid()), np.full(16, 2**32 - 1, dtype=np.uint32), 16),
 }
 
@@ -140,3 +146,19 @@ def test_extras_come_in_any_order_and_short_digests_are_refused() -> None:
     for bad, says in ((Extra(0, 1, b"ab"), "16"), (Extra(-1, 1, b"a" * 16), "start"), (Extra(0, 0, b"a" * 16), "span")):
         with pytest.raises(TokenError, match=says):
             chain_of(ns(), tokens, 16, [bad])
+
+
+@pytest.mark.parametrize("share", ["exact", "semantic"])
+def test_meaning_separates_under_either_way_of_sharing(share: str) -> None:
+    names = {ns(meant(meaning), share=share) for meaning in ("", "a", "b")}
+    assert len(names) == 3
+
+
+def test_shards_keep_the_meaning() -> None:
+    assert meant("a").shard(tp_rank=1, tp_size=2).meaning == "a"
+
+
+def test_a_meaning_given_to_a_constructor_is_kept() -> None:
+    shape = {"layers": 1, "kv_heads": 1, "head_dim": 8, "dtype": "float16"}
+    spec = KVSpec.uniform("m", **shape, meaning="a")  # type: ignore[arg-type]
+    assert spec.meaning == KVSpec.of_groups("m", spec.groups, meaning="a").meaning == "a"

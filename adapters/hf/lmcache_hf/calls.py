@@ -16,7 +16,7 @@ def refuse_by_call(model: Any, call: compat.Call) -> None:
     """Raises `UnsupportedError` if this call cannot be cached."""
     _refuse_mode(model, call)
     _refuse_settings(call)
-    _refuse_inputs(call)
+    _refuse_inputs(model, call)
 
 
 def _refuse_mode(model: Any, call: compat.Call) -> None:
@@ -58,9 +58,9 @@ def _refuse_settings(call: compat.Call) -> None:
         raise UnsupportedError("the call requests hidden states or attentions of all tokens", reason="hidden_states")
 
 
-def _refuse_inputs(call: compat.Call) -> None:
+def _refuse_inputs(model: Any, call: compat.Call) -> None:
     for name, value in call.inputs.items():
-        if name in compat.NEUTRAL_INPUTS or name == "input_ids":
+        if name in compat.NEUTRAL_INPUTS or name == "input_ids" or name in compat.cache_names(model):
             continue
         if name == "inputs_embeds":
             raise UnsupportedError("prompts given as embeddings have no token ids to look up", reason="inputs_embeds")

@@ -56,6 +56,20 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def keeps_positions(model: Any) -> str | None:
+    """Returns the class of a module that keeps positions across calls (M-RoPE: Qwen2-VL and its family), or None."""
+    return next((type(module).__name__ for module in model.modules() if hasattr(module, "rope_deltas")), None)
+
+
+def cache_names(model: Any) -> tuple[str, ...]:
+    """Returns the names under which the model's forward pass takes a cache, the preferred one first.
+
+    Up to transformers 5.23 that is `past_key_values`; 5.24 renames it to `cache`.
+    """
+    known = inspect.signature(unwrapped(model).forward).parameters
+    return tuple(name for name in ("past_key_values", "cache") if name in known) or ("past_key_values",)
+
+
 def read_call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     """Names positional arguments and resolves settings as `generate` does: keywords, then `generation_config`, then the
     model's own config.

@@ -17,6 +17,7 @@ import transformers
 from transformers import DynamicCache
 
 from lmcache.adapter import UnsupportedError
+from lmcache.numerics import environment_switches, meaning_of, measured, torch_switches
 from lmcache.spec import ALL, KVSpec, LayerGroup, Numerics, Plane, dtype_name, host_isa, trailing
 from lmcache_hf import compat
 
@@ -58,7 +59,7 @@ class Geometry:
         """Whether any group has a sliding window."""
         return any(group.window for group in self.groups)
 
-    def spec(self, model: str, numerics: Numerics) -> KVSpec:
+    def spec(self, model: str, numerics: Numerics, meaning: str) -> KVSpec:
         """Returns the `KVSpec` of the whole model on one rank."""
         groups = []
         for shape in self.groups:
@@ -66,19 +67,23 @@ class Geometry:
             planes = (Plane("k", name, shape.k_elems), Plane("v", name, shape.v_elems))
             label, rule = ("sliding", trailing(shape.window)) if shape.window else ("full", ALL)
             groups.append(LayerGroup(label, shape.layers, planes, shape.heads, rule))
-        return KVSpec.of_groups(model, groups, numerics)
+        return KVSpec.of_groups(model, groups, numerics, meaning)
 
 
 def numerics_of(model: Any) -> Numerics:
-    """Returns everything besides weights and tokens that determines the bits of KV in this process."""
+    """Returns what determines how this process rounds KV: versions, dtype, attention, torch's and the environment's switches.
+
+    What `probe` measures is added when the engine is opened.
+    """
     config = compat.unwrapped(model).config
     device = model.device
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         isa = f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
     else:
-        isa = host_isa() if device.type == "cpu" else device.type
-    extra = [("float32_matmul_precision", torch.get_float32_matmul_precision())]
+        isa = device.type
+    isa = host_isa() if device.type == "cpu" else " ".join([isa, *(f"{k}={v}" for k, v in environment_switches())])
+    extra = [*torch_switches(device.type), *_implementations(config)]
     if compat.unwrapped(model) is not model:
         extra.append(("compiled", "torch.compile"))
     return Numerics(
@@ -90,6 +95,49 @@ def numerics_of(model: Any) -> Numerics:
         quantization=str(getattr(getattr(config, "quantization_config", None), "quant_method", "") or ""),
         extra=tuple(extra),
     )
+
+
+def _implementations(config: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Returns the rounding fields of a configuration and of those inside it, which `meaning_of` leaves out."""
+    found = []
+    for name in ("_attn_implementation", "_experts_implementation", "dtype"):
+        value = getattr(config, name, None)
+        if value is not None:
+            found.append((prefix + name.strip("_"), str(value)))
+    for name in sorted(getattr(config, "sub_configs", None) or ()):
+        inner = getattr(config, name, None)
+        if inner is not None and inner is not config:
+            found += _implementations(inner, f"{prefix}{name}.")
+    return found
+
+
+def meaning_of_model(model: Any) -> str:
+    """Returns the digest of the model's whole resolved configuration, and of the class that computes with it."""
+    inner = compat.unwrapped(model)
+    return meaning_of(inner.config.to_dict() | {"architectures": [type(inner).__name__]})
+
+
+def probe(model: Any) -> str:
+    """Returns a digest of the KV that the model computes for a fixed prompt; empty if two runs differ or it cannot be run.
+
+    The model's own matmul and attention run, so this covers what no switch tells: kernels, libraries, processors.
+    """
+    text = model.config.get_text_config(decoder=True)
+    longest = int(getattr(text, "max_position_embeddings", 0) or _PROBE_TOKENS + 1) - 1
+    vocabulary = int(text.vocab_size)
+    tokens = [(7 + 2654435761 * i) % 2**32 % vocabulary for i in range(max(1, min(_PROBE_TOKENS, longest)))]
+
+    def run() -> list[torch.Tensor]:
+        cache = compat.fresh_cache(model)
+        _run_prompt(model, tokens, cache)
+        layers: list[Any] = cache.layers
+        return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        return measured(run)
+
+
+_PROBE_TOKENS = 160
 
 
 def examine(model: Any) -> Geometry:
@@ -135,6 +183,11 @@ def refuse_by_config(model: Any) -> None:
     if not inner._supports_default_dynamic_cache() or "mamba" in type(inner).__name__.lower():
         raise UnsupportedError(
             f"{type(inner).__name__} does not keep its state in a DynamicCache", reason="unsupported_cache"
+        )
+    if (owner := compat.keeps_positions(inner)) is not None:
+        raise UnsupportedError(
+            f"{owner} keeps `rope_deltas` of its last call and adds them to the positions of the next one",
+            reason="rope",
         )
     if (kind := _rope_by_length(inner.config.to_dict())) is not None:
         raise UnsupportedError(

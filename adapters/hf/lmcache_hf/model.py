@@ -7,10 +7,12 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import torch
 from transformers import DynamicCache
 
@@ -23,13 +25,16 @@ from lmcache.spec import Numerics
 from lmcache_hf import compat
 from lmcache_hf.batch import Prompt
 from lmcache_hf.calls import refuse_by_call
-from lmcache_hf.geometry import Geometry, examine, numerics_of
+from lmcache_hf.geometry import Geometry, examine, meaning_of_model, numerics_of, probe
 from lmcache_hf.reuse import Reuse
-from lmcache_hf.weights import Glance, glance, weights_digest
+from lmcache_hf.weights import Glance, glance, is_changed, weights_digest
 
 
 class UncachedError(LMCacheError):
     """Raised instead of running uncached when `Config.strict` is set."""
+
+
+_Situation = tuple[Numerics, str, torch.device, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,14 @@ class _Opened:
     """An engine for the model as it was measured.
 
     Attributes:
-        situation: what the measurement depends on: numerics, device and dtype.
+        situation: what the measurement depends on: meaning, numerics, device and dtype.
         digest: of the weights at that time.
     """
 
     engine: CacheEngine
     geometry: Geometry
     template: DynamicCache
-    situation: tuple[Numerics, torch.device, torch.dtype]
+    situation: _Situation
     digest: str
 
 
@@ -60,6 +65,13 @@ class _Prepared:
     ends: tuple[int, ...]
 
 
+def _own_device() -> AbstractContextManager[Any]:
+    """Returns a context in which tensors of ours are on the CPU unless they name a device, whatever `torch.set_default_device`
+    says.
+    """
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 class CachedModel:
     """A model whose `generate` stores and reuses KV; everything else is the wrapped model's.
 
@@ -70,16 +82,17 @@ class CachedModel:
     Args:
         model: any decoder-only transformers model with `generate`.
         config: settings; `Config.load()` (environment and file) by default.
-        identity: identifies the weights in cache keys instead of a digest of the weights in memory. Only needed to share KV
-            with another engine that uses the same identity (`share="semantic"`).
+        identity: identifies the weights in cache keys instead of a digest of the weights in memory; the model's configuration is
+            part of every key nevertheless. Only needed to share KV with another engine that uses the same identity
+            (`share="semantic"`).
 
     Thread-safe.
     """
 
     def __init__(self, model: Any, config: Config | None = None, *, identity: str | None = None) -> None:
         self._model = model
-        self.config = config if config is not None else Config.load()
-        self._identity = identity or self.config.model_identity
+        self._cache_config = config if config is not None else Config.load()
+        self._identity = identity or self._cache_config.model_identity
         self._lock = threading.RLock()
         self._log = Throttle(every=math.inf)
         self._counts: Counter[str] = Counter()
@@ -90,9 +103,10 @@ class CachedModel:
         self._closed = False
         if not model.training:  # else at the first call in evaluation mode
             try:
-                self._open()
+                with _own_device():
+                    self._open()
             except UnsupportedError as error:
-                if self.config.strict:
+                if self._cache_config.strict:
                     raise UncachedError(f"cannot cache {type(model).__name__}: {error}") from error
                 self._log_uncached(error)
 
@@ -117,12 +131,13 @@ class CachedModel:
 
     def hit_tokens(self, tokens: torch.Tensor | Sequence[int], *, cache_salt: str = "") -> int:
         """Returns how many leading tokens of one prompt `generate` would load instead of computing. No side effect."""
-        try:
-            opened, digest = self._current()
-        except UnsupportedError:
-            return 0
-        ids = torch.as_tensor(tokens).reshape(-1).cpu()
-        return self._reuse(opened, digest, cache_salt).hit_tokens(ids)
+        with _own_device():
+            try:
+                opened, digest = self._current()
+            except UnsupportedError:
+                return 0
+            ids = torch.as_tensor(tokens).reshape(-1).cpu()
+            return self._reuse(opened, digest, cache_salt).hit_tokens(ids)
 
     def _prepare(self, args: Sequence[Any], kwargs: dict[str, Any], salt: str) -> _Prepared | None:
         """Loads the prompt's cached prefix. Raises only `UncachedError`, and only if `strict` is set.
@@ -149,7 +164,8 @@ class CachedModel:
             prompt = Prompt(ids.to("cpu", torch.int64), mask.cpu())
             return self._load(call, prompt, opened, self._reuse(opened, digest, salt))
 
-        return guarded(load, None, self._prepare_failed)
+        with _own_device():
+            return guarded(load, None, self._prepare_failed)
 
     def _prepare_failed(self, error: Exception) -> None:
         """Counts and logs why a call runs uncached. `strict` raises for unsupported calls only, not for bugs of the cache."""
@@ -157,11 +173,16 @@ class CachedModel:
             self._count_uncached(UnsupportedError(describe(error), reason="error"))
             return
         self._count_uncached(error)
-        if self.config.strict:
+        if self._cache_config.strict:
             raise UncachedError(f"cannot cache this call of generate: {error}") from error
 
     def _load(self, call: compat.Call, prompt: Prompt, opened: _Opened, reuse: Reuse) -> _Prepared:
-        cache = call.inputs.get("past_key_values")
+        given = {
+            n: c for n in ("past_key_values", "cache") if (c := {**call.arguments, **call.inputs}.get(n)) is not None
+        }
+        if len(given) > 1:
+            raise UnsupportedError("the call passes two caches", reason="past_key_values")
+        name, cache = next(iter(given.items()), (compat.cache_names(self._model)[0], None))
         if cache is None:
             cache = compat.fresh_cache(self._model)
         elif not compat.is_plain_empty(cache):
@@ -178,7 +199,7 @@ class CachedModel:
         except BaseException:
             cache.layers = layers
             raise
-        arguments = {**call.arguments, "past_key_values": cache}
+        arguments = {**call.arguments, name: cache}
         if not bool(prompt.mask.all()):
             ids = compat.prompt_of(self._model, call)
             assert ids is not None
@@ -203,7 +224,8 @@ class CachedModel:
             with self._lock:
                 self._counts["stored_tokens"] += accepted
 
-        guarded(store, None, self._store_failed)
+        with _own_device():
+            guarded(store, None, self._store_failed)
 
     def _store_failed(self, error: Exception) -> None:
         with self._lock:
@@ -224,9 +246,9 @@ class CachedModel:
             digest = self._glance[1]
             return opened, "" if digest == opened.digest else digest
 
-    def _situation(self) -> tuple[Numerics, torch.device, torch.dtype]:
+    def _situation(self) -> _Situation:
         try:
-            return numerics_of(self._model), self._model.device, self._model.dtype
+            return numerics_of(self._model), meaning_of_model(self._model), self._model.device, self._model.dtype
         except Exception as error:  # not a transformers model
             raise UnsupportedError(describe(error), reason="unmeasured") from error
 
@@ -236,13 +258,14 @@ class CachedModel:
             if self._refused is not None and self._refused[0] == situation:
                 raise self._refused[1]
             if self._opened is not None:
-                info("hf-reopened", reason="the model's device, dtype or attention changed")
+                info("hf-reopened", reason="the model's configuration, device, dtype or a switch changed")
                 self._opened.engine.close()
                 self._opened = None
             try:
                 geometry = examine(self._model)
                 seen = glance(self._model)
                 digest = weights_digest(self._model)
+                numerics = self._measured(situation[0])
             except UnsupportedError as error:
                 self._refused = situation, error
                 raise
@@ -250,11 +273,24 @@ class CachedModel:
                 self._refused = situation, UnsupportedError(describe(error), reason="unmeasured")
                 raise self._refused[1] from error
             name = self._identity or f"hf:{type(compat.unwrapped(self._model)).__name__}:{digest}"
-            engine = CacheEngine(self.config, geometry.spec(name, situation[0]))
+            if self._identity and is_changed(self._model):
+                name += f" changed {digest}"
+            engine = CacheEngine(self._cache_config, geometry.spec(name, numerics, situation[1]))
             weakref.finalize(self, engine.close)  # without close(), write-back still completes
             self._glance = seen, digest
             self._opened = _Opened(engine, geometry, compat.fresh_cache(self._model), situation, digest)
             return self._opened
+
+    def _measured(self, numerics: Numerics) -> Numerics:
+        """Adds the digest of bits that the model computes for a fixed prompt, unless they change from run to run."""
+        try:
+            bits, why = probe(self._model), "two runs gave different bits"
+        except Exception as error:  # e.g. too little memory for the prompt
+            bits, why = "", describe(error)
+        if not bits:
+            self._log.warning("hf-probe-left-out", reason=why)
+            return numerics
+        return msgspec.structs.replace(numerics, extra=(*numerics.extra, ("probe", bits)))
 
     def _reuse(self, opened: _Opened, digest: str, salt: str) -> Reuse:
         return Reuse(opened.engine, opened.geometry, salt, digest)
@@ -275,6 +311,16 @@ class CachedModel:
     def model(self) -> Any:
         """The wrapped model."""
         return self._model
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration; the cache's is `cache_config`."""
+        return self._model.config
+
+    @property
+    def cache_config(self) -> Config:
+        """The cache's configuration."""
+        return self._cache_config
 
     @property
     def engine(self) -> CacheEngine | None:
@@ -331,6 +377,13 @@ class CachedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model's forward pass; nothing is cached."""
         return self._model(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses `copy.copy`, `copy.deepcopy` and `pickle`."""
+        raise TypeError(
+            "a CachedModel owns an open cache and cannot be copied or pickled: "
+            "copy or pickle its `model`, and wrap that in another CachedModel"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "_model":  # not set yet: copy and pickle look up attributes before __init__ runs

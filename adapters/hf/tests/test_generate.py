@@ -338,7 +338,8 @@ def test_another_dtype_or_attention_backend_starts_afresh() -> None:
 def test_everything_else_is_the_models() -> None:
     model = lab.llama()
     with CachedModel(model, lab.config()) as cached:
-        assert cached.config.chunk_tokens == lab.CHUNK
+        assert cached.config is model.config
+        assert cached.cache_config.chunk_tokens == lab.CHUNK
         assert cached.device == model.device
         assert cached.generation_config is model.generation_config
         assert cached.eval() is cached

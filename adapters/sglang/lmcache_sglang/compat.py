@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +16,7 @@ from lmcache import adapter
 from lmcache.adapter import UnsupportedError
 from lmcache.config import Config
 from lmcache.identity import model_identity
+from lmcache.numerics import environment_switches, meaning_of, torch_switches
 from lmcache.spec import Numerics, dtype_name, host_isa
 
 TESTED = ("0.5.23",)
@@ -67,7 +69,7 @@ def check_config(config: Any) -> None:
 
 
 def identity_of(config: Config) -> str:
-    """Returns the identity of the weights for cache keys, including overrides of the model's configuration.
+    """Returns the identity of the weights for cache keys.
 
     Raises:
         UnsupportedError: the identity is unknown; `model_identity` has to be set.
@@ -84,11 +86,34 @@ def identity_of(config: Config) -> str:
             "load_format=dummy: random weights have no identity; set model_identity to give them one"
         )
     path, revision = str(arguments.model_path), getattr(arguments, "revision", None)
-    identity = model_identity(f"{path}@{revision}" if revision else path, fingerprint=config.fingerprint)
-    changed = str(getattr(arguments, "json_model_override_args", "") or "{}")
-    if changed.strip() != "{}":
-        identity += " overrides " + blake3(changed.encode()).hexdigest()
-    return identity
+    return model_identity(
+        path,
+        fingerprint=config.fingerprint,
+        revision=revision or None,
+        hub_cache=getattr(arguments, "download_dir", None) or None,
+    )
+
+
+def meaning() -> str:
+    """Returns the digest of what the model computes besides its weights: its resolved configuration and fixed KV scales.
+
+    Empty where the server's arguments are not available.
+
+    Raises:
+        UnsupportedError: the configuration or the scales cannot be read.
+    """
+    arguments = _arguments()
+    if arguments is None:
+        return ""
+    scales = getattr(arguments, "quantization_param_path", None)
+    try:
+        from sglang.srt.arg_groups.model_override_base import model_config_of
+
+        config = model_config_of(arguments).hf_config.to_dict()
+        digest = blake3(Path(scales).read_bytes()).hexdigest() if scales else None
+    except Exception as error:
+        raise UnsupportedError(f"the model's configuration cannot be read: {type(error).__name__}: {error}") from error
+    return meaning_of(config, kv_scales=digest)
 
 
 def numerics_of(tp: int, pp: int) -> Numerics:
@@ -101,15 +126,15 @@ def numerics_of(tp: int, pp: int) -> Numerics:
         isa = host_isa() if device.startswith("cpu") else device
     options = (
         "kv_cache_dtype",
-        "quantization_param_path",
         "speculative_algorithm",
         "enable_deterministic_inference",
         "enable_torch_compile",
         "rl_on_policy_target",
     )
     extra = [(name, str(value)) for name in options if (value := getattr(arguments, name, None))]
-    if device.startswith("cpu"):
-        extra.append(("threads", str(torch.get_num_threads())))
+    extra += torch_switches(device.partition(":")[0])
+    if not device.startswith("cpu"):
+        isa = " ".join([isa, *(f"{name}={value}" for name, value in environment_switches())])
     return Numerics(
         engine="sglang",
         engine_version=f"{_version()} torch {torch.__version__}",

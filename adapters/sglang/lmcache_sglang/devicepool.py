@@ -29,14 +29,16 @@ class DevicePool:
     Args:
         pool: SGLang's pool.
         page_tokens: slots per page.
-        model, numerics: as in `KVSpec`.
+        model, numerics, meaning: as in `KVSpec`.
         rank: the rank that owns the pool.
 
     Raises:
         UnsupportedError: the pool is of another kind, or its layout differs from what its kind implies.
     """
 
-    def __init__(self, pool: Any, page_tokens: int, model: str, numerics: Numerics, rank: Rank) -> None:
+    def __init__(
+        self, pool: Any, page_tokens: int, model: str, numerics: Numerics, rank: Rank, meaning: str = ""
+    ) -> None:
         kind = type(pool).__name__
         latent = kind == MLA
         first = int(pool.start_layer)
@@ -54,7 +56,7 @@ class DevicePool:
             raise UnsupportedError(f"KV pools of type {kind} are not supported; {MHA} and {MLA} are")
         group = LayerGroup("kv", tuple(layers), planes, heads if latent else heads * rank.tp_size)
         held = (0, 1) if latent else (rank.tp_rank * heads, (rank.tp_rank + 1) * heads)
-        self.spec = KVSpec(model, (group,), (Rect((layers.start, layers.stop), held),), numerics)
+        self.spec = KVSpec(model, (group,), (Rect((layers.start, layers.stop), held),), numerics, meaning)
         self.spec.validate()
         self.kv = PagedKV(tensors, Layout.parse(axes, block_tokens=page_tokens))
         try:

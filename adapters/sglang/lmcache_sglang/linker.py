@@ -116,6 +116,7 @@ class LMCacheLinker(Guarded, UnifiedCacheLinker):
             compat.identity_of(self._config),
             numerics,
             Rank(rank, ranks, int(params.pp_rank), int(params.pp_size)),
+            compat.meaning(),
         )
         compat.watch_weights(self._weights_changed)
         compat.watch_tokens()

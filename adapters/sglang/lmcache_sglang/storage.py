@@ -135,6 +135,8 @@ class LMCacheStorage(Guarded, HiCacheStorage):
                 self._log.warning("untested-version", reason=warning)
             compat.check_config(storage_config)
             self._model = compat.identity_of(self._config)
+            if meaning := compat.meaning():
+                self._model += f" meaning {meaning}"
             self._numerics = compat.numerics_of(int(storage_config.tp_size), int(storage_config.pp_size))
         except Exception as error:
             self._switch_off(error)

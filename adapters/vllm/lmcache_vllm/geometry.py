@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from math import lcm
@@ -11,8 +12,11 @@ import torch
 import vllm
 from blake3 import blake3
 
+from lmcache.errors import SpecError
 from lmcache.identity import model_identity
+from lmcache.numerics import environment_switches, torch_switches
 from lmcache.spec import ALL, HitRule, KVSpec, LayerGroup, Numerics, Plane, Rect, dtype_name, host_isa, trailing
+from lmcache_vllm import configuration
 from lmcache_vllm.compat import UnsupportedError
 
 if TYPE_CHECKING:
@@ -53,7 +57,8 @@ def spec_of(
         made, heads = _group(number, group, vllm_config, rank, ranks)
         groups.append(made)
         rects.append(Rect((0, max(made.layers) + 1), heads))
-    spec = KVSpec(identity, tuple(groups), tuple(rects), numerics_of(vllm_config, layers, ranks))
+    meaning = configuration.meaning(vllm_config, _scales(layers))
+    spec = KVSpec(identity, tuple(groups), tuple(rects), numerics_of(vllm_config, layers, ranks), meaning)
     spec.validate()
     return spec
 
@@ -136,15 +141,15 @@ def numerics_of(config: VllmConfig, layers: Mapping[str, Any], ranks: int) -> Nu
         ("kv_cache_dtype", str(config.cache_config.cache_dtype)),
         ("compilation", f"{config.compilation_config.mode} eager={config.model_config.enforce_eager}"),
     ]
-    if scales := _scales(layers):
-        extra.append(("kv_scales", scales))
+    extra += [("configuration", configuration.rounding(config)), *torch_switches(device)]
     if device == "cpu":
         isa = host_isa()
-        extra.append(("threads", str(torch.get_num_threads())))
     elif device == "cuda":
         isa = f"{torch.cuda.get_device_name()} sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
     else:
         isa = str(device)
+    if device != "cpu":
+        isa = " ".join([isa, *(f"{name}={value}" for name, value in environment_switches())])
     return Numerics(
         engine="vllm",
         engine_version=f"{vllm.__version__} torch {torch.__version__}",
@@ -165,7 +170,7 @@ def _backend(layer: Any) -> str:
 
 
 def _scales(layers: Mapping[str, Any]) -> str:
-    """Returns a digest of fixed quantisation scales, or an empty string if all are 1."""
+    """A digest of fixed quantisation scales, or empty where all are 1. They scale values, so they are meaning, not rounding."""
     found = [
         (name, float(getattr(layer, "_k_scale_float", 1.0)), float(getattr(layer, "_v_scale_float", 1.0)))
         for name, layer in sorted(layers.items())
@@ -176,16 +181,7 @@ def _scales(layers: Mapping[str, Any]) -> str:
 
 
 def identity_of(config: VllmConfig, given: str | None, fingerprint: Any) -> str:
-    """Returns the identity of the weights, and of all changes that vLLM makes to the model's configuration.
-
-    Args:
-        config: vLLM's configuration.
-        given: the setting `model_identity`, returned as it is.
-        fingerprint: how to identify weight files, see `lmcache.identity.model_identity`.
-
-    Raises:
-        UnsupportedError: the weights have no identity, or the changes cannot be named.
-    """
+    """What the weights are. The model's configuration is the spec's `meaning`, also where the identity is given."""
     model = config.model_config
     if given:
         return given
@@ -193,15 +189,28 @@ def identity_of(config: VllmConfig, given: str | None, fingerprint: Any) -> str:
         raise UnsupportedError(
             "load_format=dummy: random weights have no identity; set model_identity to give them one"
         )
-    name = str(model.model)
-    revision = getattr(model, "revision", None)
-    identity = model_identity(f"{name}@{revision}" if revision else name, fingerprint=fingerprint)
-    changed = model.hf_overrides
-    if callable(changed):
-        raise UnsupportedError("hf_overrides is a function: its effect on the weights is unknown; set model_identity")
-    if changed:
-        identity += " overrides " + blake3(repr(sorted(changed.items(), key=str)).encode()).hexdigest()
+    try:
+        identity = _content(config, model, fingerprint)
+        draft = getattr(getattr(config, "speculative_config", None), "draft_model_config", None)
+        if draft is not None and draft.model != model.model:
+            identity += f" draft {_content(config, draft, fingerprint)}"
+    except SpecError as error:
+        raise UnsupportedError(str(error)) from error
     return identity
+
+
+def _content(config: VllmConfig, model: Any, fingerprint: Any) -> str:
+    from vllm import envs
+
+    if envs.VLLM_USE_MODELSCOPE and not os.path.exists(model.model):
+        raise SpecError("VLLM_USE_MODELSCOPE: where its weights lie is unknown; pass a folder, or set model_identity")
+    name = str(getattr(model, "model_weights", "") or model.model)
+    return model_identity(
+        name,
+        fingerprint=fingerprint,
+        revision=model.revision,
+        hub_cache=getattr(config.load_config, "download_dir", None),
+    )
 
 
 def layer_order(group: Any) -> Sequence[str]:

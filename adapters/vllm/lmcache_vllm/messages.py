@@ -129,8 +129,8 @@ def agreed(offers: Sequence[Offer]) -> str:
     assert first.spec is not None
     for offer in offers[1:]:
         assert offer.spec is not None
-        mine = (first.spec.model, first.spec.groups, first.spec.numerics, _names(first))
-        if (offer.spec.model, offer.spec.groups, offer.spec.numerics, _names(offer)) != mine:
+        mine = (first.spec.model, first.spec.meaning, first.spec.groups, first.spec.numerics, _names(first))
+        if (offer.spec.model, offer.spec.meaning, offer.spec.groups, offer.spec.numerics, _names(offer)) != mine:
             return f"ranks {first.rank} and {offer.rank} see different models, numerics or tiers"
     return ""
 

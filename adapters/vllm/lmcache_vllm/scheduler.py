@@ -108,6 +108,7 @@ class ConnectorScheduler:
         self._plane: Plane | None = None
         self._ranks = 1
         self._requests: dict[str, Tracked] = {}
+        self._loras = names.Loras()
         self._tables = compat.BlockTables()
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
@@ -262,7 +263,7 @@ class ConnectorScheduler:
         if last <= tracked.stored:
             return
         blocks = self._tables.of(request.request_id)
-        if blocks is None:
+        if blocks is None or (tracked.lora and not self._is_named(tracked)):
             return
         first, tracked.stored = tracked.stored, last
         resident = [
@@ -273,6 +274,13 @@ class ConnectorScheduler:
         )
         if store.job is not None:
             self._views[store.job] = BlockView(request.request_id, blocks, 0, last * self._chunk)
+
+    def _is_named(self, tracked: Tracked) -> bool:
+        """Whether the request's LoRA is still the one that it was named after."""
+        try:
+            return self._loras.name_of(tracked.request) == tracked.lora
+        except names.Unnamed:
+            return False
 
     def update_connector_output(self, meta: RankMeta) -> None:
         """Applies the workers' reports."""
@@ -339,7 +347,7 @@ class ConnectorScheduler:
         if tracked is not None or self._plane is None:
             return tracked
         try:
-            found = Tracked(request, names.salt_of(request), names.lora_of(request), names.extras_of(request))
+            found = Tracked(request, names.salt_of(request), self._loras.name_of(request), names.extras_of(request))
             chain = self._named(found)
         except names.Unnamed as unnamed:
             self.metrics.uncached(unnamed.reason)

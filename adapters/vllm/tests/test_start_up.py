@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,8 @@ def engine_config(cache: dict[str, Any] | None = None, **parallel: int) -> Any:
             enforce_eager=True,
             dtype=torch.float32,
             quantization=None,
+            hf_config=Plain(to_dict=lambda: {"rope_parameters": {"rope_type": "default"}}),
+            max_model_len=512,
         ),
         device_config=Plain(device_type="cpu"),
         compilation_config=Plain(mode="none"),
@@ -556,26 +559,83 @@ def request(tokens: list[int] | None = None, **changes: Any) -> Any:
     return Plain(**{**plain, **changes})
 
 
-def feature(identifier: str | None, offset: int = 5, modality: str = "image") -> Any:
-    return Plain(identifier=identifier, modality=modality, mm_position=Plain(offset=offset, length=7))
+def feature(content: float | None, offset: int = 5, modality: str = "image", **more: Any) -> Any:
+    data = (
+        None if content is None else {"pixels": Plain(data=torch.full((2, 3), content)), "grid": Plain(data=[2, "a"])}
+    )
+    plain = {"identifier": "photo-1", "data": data, "modality": modality, "mm_position": Plain(offset=offset, length=7)}
+    return Plain(**{**plain, **more})
 
 
-def test_content_behind_placeholders_is_named_by_kind_content_and_place() -> None:
-    [extra] = names.extras_of(request(mm_features=[feature("abc")]))
+def test_content_behind_placeholders_is_named_by_kind_processed_bytes_and_place() -> None:
+    [extra] = names.extras_of(request(mm_features=[feature(0.5)]))
     assert extra == Extra(5, 7, extra.digest)
     assert len(extra.digest) == 32
-    others = [feature("abd"), feature("abc", modality="audio"), feature("abc", offset=6)]
-    assert len({extra, *(names.extras_of(request(mm_features=[f]))[0] for f in others)}) == 4
+    assert names.extras_of(request(mm_features=[feature(0.5, identifier="photo-2")])) == (extra,)
+    others = [
+        feature(0.25),
+        feature(0.5, modality="audio"),
+        feature(0.5, offset=6),
+        feature(0.5, data={"pixels": Plain(data=torch.full((3, 2), 0.5)), "grid": Plain(data=[2, "a"])}),
+        feature(0.5, data={"pixels": Plain(data=torch.full((2, 3), 0.5)), "grid": Plain(data=[[2], "a"])}),
+        feature(0.5, mm_position=Plain(offset=5, length=7, is_embed=torch.ones(7, dtype=torch.bool))),
+    ]
+    assert len({extra, *(names.extras_of(request(mm_features=[f]))[0] for f in others)}) == 1 + len(others)
     assert names.extras_of(request()) == ()
 
 
 def test_content_that_nobody_can_name_is_not_cached() -> None:
-    with pytest.raises(names.Unnamed, match="came without a content hash") as unnamed:
-        names.extras_of(request(mm_features=[feature(None)]))
-    assert unnamed.value.reason == "multimodal"
+    """A client's own id, a counter, and an address in shared memory say nothing about an image."""
+    for unseen in (
+        feature(None),
+        feature(None, identifier="renderer0-mm-7"),
+        feature(0, data={"address": Plain(data=1)}),
+    ):
+        with pytest.raises(names.Unnamed, match="need not be a hash of its content") as unnamed:
+            names.extras_of(request(mm_features=[unseen]))
+        assert unnamed.value.reason == "multimodal"
     with pytest.raises(names.Unnamed, match="prompt embeddings") as unnamed:
         names.extras_of(request(prompt_embeds=torch.zeros(3, 8)))
     assert unnamed.value.reason == "prompt_embeds"
+
+
+def lora_folder(folder: Path, content: bytes = b"weights", alpha: int = 8) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.bin").write_bytes(content * 64)
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+    return str(folder)
+
+
+def with_lora(path: str, number: int = 1, name: str = "a") -> Any:
+    return request(lora_request=Plain(lora_path=path, lora_int_id=number, lora_name=name))
+
+
+def test_two_loras_that_differ_in_their_scaling_have_two_names(tmp_path: Path) -> None:
+    weak, strong = (names.lora_of(with_lora(lora_folder(tmp_path / str(alpha), alpha=alpha))) for alpha in (8, 64))
+    assert weak != strong
+
+
+def test_a_lora_that_changes_after_it_was_loaded_runs_uncached(tmp_path: Path) -> None:
+    loras, path = names.Loras(), lora_folder(tmp_path / "a")
+    first = loras.name_of(with_lora(path))
+    assert loras.name_of(with_lora(path)) == first
+    lora_folder(tmp_path / "a", content=b"WEIGHTS")  # what vLLM has in memory is still the old one
+    for _ in range(2):
+        with pytest.raises(names.Unnamed, match="changed after it was first used"):
+            loras.name_of(with_lora(path))
+    for again in (with_lora(path, number=2), with_lora(path, number=2, name="b")):  # vLLM's own blocks may be old
+        with pytest.raises(names.Unnamed, match="changed after it was first used"):
+            loras.name_of(again)
+    other = lora_folder(tmp_path / "b", content=b"other")
+    with pytest.raises(names.Unnamed, match="changed after it was first used"):
+        loras.name_of(with_lora(other, number=3))  # the name of the first, in another folder
+    assert loras.name_of(with_lora(other, number=4, name="c")) != first
+
+
+def test_a_lora_that_is_gone_runs_uncached(tmp_path: Path) -> None:
+    for path in ("~no-such-user/a", str(tmp_path / "gone"), "s3://bucket/lora"):
+        with pytest.raises(names.Unnamed, match="cannot be named"):
+            names.lora_of(with_lora(path))
 
 
 def test_a_lora_is_named_by_its_weights_not_by_its_path(tmp_path: Path) -> None:
