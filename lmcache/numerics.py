@@ -72,6 +72,16 @@ def _plain(value: Any, neutral: Mapping[str, str]) -> Any:
     return {"repr": repr(value)}
 
 
+def depends_on_length(config: Any) -> bool:
+    """Whether rope's factors are chosen by the longest sequence: `longrope`, and any kind named after it or `dynamic`."""
+    if isinstance(config, Mapping):
+        kinds = [str(config.get(key, "")) for key in ("rope_type", "type")]
+        if any("longrope" in kind or "dynamic" in kind or kind == "su" for kind in kinds):
+            return True
+        return any(depends_on_length(value) for value in config.values())
+    return isinstance(config, (list, tuple)) and any(depends_on_length(value) for value in config)
+
+
 # ------------------------------------------------------------------ rounding
 
 _ENVIRONMENT = (

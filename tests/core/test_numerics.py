@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache.numerics import NEUTRAL_CONFIG, environment_switches, fixed_input, meaning_of, measured, torch_switches
+from lmcache.numerics import (
+    NEUTRAL_CONFIG,
+    depends_on_length,
+    environment_switches,
+    fixed_input,
+    meaning_of,
+    measured,
+    torch_switches,
+)
 from lmcache.spec import host_isa
 
 CONFIG: dict[Any, Any] = {"rope_theta": 1e4, "rope_scaling": {"factor": 2.0, "dtype": "x"}, "layers": [1, 2], 3: None}
@@ -47,6 +55,12 @@ def test_an_alias_of_the_rope_type_does_not_separate_and_another_type_does() -> 
         {"rope": {"rope_type": "yarn"} | more} for more in ({}, {"type": "yarn"}, {"type": "linear"})
     )
     assert meaning_of(plain) == meaning_of(alias) != meaning_of(other)
+
+
+def test_rope_whose_factors_depend_on_the_longest_sequence_is_recognised() -> None:
+    assert depends_on_length({"text": {"rope_parameters": [{"rope_type": "longrope"}]}})
+    assert depends_on_length({"rope_scaling": {"type": "su"}})
+    assert not depends_on_length({"rope_parameters": {"rope_type": "yarn"}, "type": 3})
 
 
 def test_what_else_decides_the_values_separates() -> None:

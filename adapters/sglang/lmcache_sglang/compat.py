@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from lmcache import adapter
 from lmcache.adapter import UnsupportedError
 from lmcache.config import Config
 from lmcache.identity import model_identity
-from lmcache.numerics import environment_switches, meaning_of, torch_switches
+from lmcache.numerics import depends_on_length, environment_switches, meaning_of, torch_switches
 from lmcache.spec import Numerics, dtype_name, host_isa
 
 TESTED = ("0.5.23",)
@@ -107,13 +108,20 @@ def meaning() -> str:
         return ""
     scales = getattr(arguments, "quantization_param_path", None)
     try:
-        from sglang.srt.arg_groups.model_override_base import model_config_of
+        from sglang.srt.utils.hf_transformers import get_config
 
-        config = model_config_of(arguments).hf_config.to_dict()
+        config = get_config(
+            str(arguments.model_path),
+            trust_remote_code=bool(getattr(arguments, "trust_remote_code", False)),
+            revision=getattr(arguments, "revision", None),
+            model_override_args=json.loads(str(getattr(arguments, "json_model_override_args", "") or "{}")),
+            model_config_parser=str(getattr(arguments, "model_config_parser", "auto") or "auto"),
+        ).to_dict()
         digest = blake3(Path(scales).read_bytes()).hexdigest() if scales else None
     except Exception as error:
         raise UnsupportedError(f"the model's configuration cannot be read: {type(error).__name__}: {error}") from error
-    return meaning_of(config, kv_scales=digest)
+    length = getattr(arguments, "context_length", None) if depends_on_length(config) else None
+    return meaning_of(config, kv_scales=digest, max_model_len=length)
 
 
 def numerics_of(tp: int, pp: int) -> Numerics:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmcache.numerics import meaning_of
+from lmcache.numerics import depends_on_length, meaning_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -145,23 +145,13 @@ def meaning(config: VllmConfig, scales: str) -> str:
     attention = getattr(config, "attention_config", None)
     more: dict[str, Any] = {
         "kv_scales": scales or None,
-        "max_model_len": int(model.max_model_len) if _depends_on_length(resolved) else None,
+        "max_model_len": int(model.max_model_len) if depends_on_length(resolved) else None,
         "disable_sliding_window": getattr(model, "disable_sliding_window", False) or None,
         "model_class_overrides": plain(getattr(model, "model_class_overrides", None)) or None,
         "convert": None if getattr(model, "convert", "auto") in ("auto", "none") else str(model.convert),
         "non_causal": getattr(attention, "use_non_causal", False) or None,
     }
     return meaning_of(resolved, **more)
-
-
-def _depends_on_length(config: Any) -> bool:
-    """Whether rope's factors are chosen by the longest sequence: `longrope`, and any kind named after it or `dynamic`."""
-    if isinstance(config, Mapping):
-        kinds = [str(config.get(key, "")) for key in ("rope_type", "type")]
-        if any("longrope" in kind or "dynamic" in kind or kind == "su" for kind in kinds):
-            return True
-        return any(_depends_on_length(value) for value in config.values())
-    return isinstance(config, (list, tuple)) and any(_depends_on_length(value) for value in config)
 
 
 def rounding(config: VllmConfig) -> str:
