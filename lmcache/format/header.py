@@ -88,7 +88,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         isa: the writer's arithmetic identity, e.g. `x86_64-AVX512`.
         codec: the codec of all segments.
         payload_bytes: stored length of the payload.
-        namespace, chain, parent: hex digests; `parent` is the chain of the preceding chunk, None for the first chunk.
+        namespace, chain, parent: hex digests; `parent` is the chain of the preceding chunk, None as this release writes it.
         depth, group, layers, heads: the rest of the id; `layers` and `heads` are the rect.
         tokens: token range [first, last) in the sequence.
         position0: position (in the positional encoding) of the sequence's token 0.

@@ -190,7 +190,7 @@ class TierCopier:
                 self._queued[op.dst.index] += nbytes
         if not fits:
             self._metrics.skipped_store("queue")
-            self._runner.finish(active, [index], Status.SKIPPED, detail="write-behind queue is full")
+            self._runner.finish(active, [index], Status.SKIPPED, detail="write-back queue is full")
             return
         task = partial(self._write_back, active, index, nbytes)
         self._runner.submit(self._writers[op.dst.index], active, [index], task)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 
-from lmcache.observe.metrics import Metrics
+from lmcache.control.outcomes import StopReason
+from lmcache.observe.metrics import MISS_REASONS, Metrics
 
 
 def test_every_method_moves_its_own_sample_and_no_other() -> None:
@@ -155,3 +156,7 @@ def test_an_exposed_histogram_is_cumulative_and_ends_with_all() -> None:
         "count 4.0",
     ):
         assert f"lmcache_lookup_seconds_{line}\n" in text
+
+
+def test_every_stop_reason_has_a_documented_label_and_every_label_a_reason() -> None:
+    assert {reason.metric for reason in StopReason} == set(MISS_REASONS)

@@ -1,7 +1,7 @@
 """From vLLM's resolved configuration to names: what a model computes (meaning), and how it is rounded (numerics).
 
-Everything counts but `NEUTRAL`, a reviewed list of what provably changes no KV; a field of a later vLLM separates until it
-has been reviewed.
+Everything counts but `NEUTRAL`, a reviewed list of what changes no KV or is named in another way; a field of a later vLLM
+separates until it has been reviewed.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ NEUTRAL: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("cudagraph_num_of_warmups", "bs_to_padded_graph_size"), _BATCH),
     },
 }
-"""Fields of vLLM's configuration that change no KV, by class, each with the reason. Every other field separates."""
+"""Fields that `rounding` leaves out, by class, each with the reason: they change no KV, or are named in another way. Every other
+field separates."""
 
 _NEUTRAL_ENVIRONMENT = ("VLLM_DP_", "VLLM_LOG", "RAY_", "VLLM_RAY_", "VLLM_HOST", "VLLM_PORT")
 """Beginnings of vLLM's environment variables about addresses, replicas and logs."""
