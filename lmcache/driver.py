@@ -141,7 +141,7 @@ class Driver:
         Args:
             timeout: seconds; may be infinite.
             kinds: which jobs.
-            patient: count the seconds from the last progress: a job that ended, or an object that was written.
+            patient: count the seconds from the last object that a tier has written or removed.
         """
         until, progress = time.monotonic() + timeout, self._progress()
         while True:
@@ -161,15 +161,15 @@ class Driver:
         with self._lock:
             return sum(job.kind in kinds for job in self._plane.state.jobs.live.values())
 
-    def _progress(self) -> tuple[int, tuple[int, int]]:
-        """A value that changes whenever a job or a tier call ends."""
-        return self._tracker.news, self._transfer.tier_copier.queue()
+    def _progress(self) -> int:
+        """A number that grows with every object that a tier has written or removed."""
+        return self._transfer.tier_copier.completed
 
     def flush(self, timeout: float, *kinds: JobKind) -> FlushResult:
         """Waits for write-backs; those that failed are tried again while that helps. Returns what became of all of them."""
         until = time.monotonic() + timeout
         done, left = self.drain(timeout, *kinds), -1
-        while done and len(self._plane.state.unwritten) not in (0, left):
+        while done and time.monotonic() < until and len(self._plane.state.unwritten) not in (0, left):
             with self._lock:
                 left = len(self._plane.state.unwritten)
                 if not self._plane.state.retry_unwritten():

@@ -41,6 +41,9 @@ Slots = torch.Tensor | Mapping[int, torch.Tensor]
 _WRITING: tuple[JobKind, ...] = ("store", "write_back", "delete")
 """Jobs that change the tiers below DRAM, including deletes, after which a deferred write-back may follow."""
 
+_HUNG_S = 0.2
+"""Seconds that closing waits for threads once their tier was seen to hang."""
+
 _FAILED = Lookup("miss", 0, {}, StopReason.FAILED)
 
 
@@ -181,6 +184,8 @@ class CacheEngine:
             return self._store(chain, kv, slots)
 
     def _store(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
+        if self._closed:
+            return 0
         bound = kv.bind(self.spec)
         by_group = self._slots(bound, slots, len(chain.digests) * self._chunk, unique=False)
         resident = [
@@ -297,7 +302,7 @@ class CacheEngine:
         """Removes everything (of one tenant) from every tier; returns how many objects. None of it is served again.
 
         Without `salt` the tiers are emptied, including other models' objects in a shared folder. With it, everything is removed
-        that this process has stored or looked up under that salt, for every LoRA and weights version.
+        that this process has stored under that salt, for every LoRA and weights version.
 
         Raises:
             TierError: a tier could not remove some objects; they may still be served.
@@ -339,7 +344,9 @@ class CacheEngine:
             pending = self._driver.in_progress(*_WRITING)
             reason = f"no progress for {CLOSE_S:g} s: {pending} jobs dropped, what they were to write is on no tier"
             self._log.warning("close-incomplete", key="jobs", reason=reason)
-        self._rank.close()
+            self._rank.close(_HUNG_S)
+        else:
+            self._rank.close()
 
     def __enter__(self) -> CacheEngine:
         return self

@@ -215,7 +215,11 @@ class Index:
         if hit.chunks * state.chunk_tokens <= skip:
             reports.release(job)
             return None
-        planner.load(state, job, chain, hit, max(0, skip))
+        try:
+            planner.load(state, job, chain, hit, max(0, skip))
+        except BaseException:
+            reports.release(job)
+            raise
         state.counts["loads"] += 1
         job.until = now + self._load_deadline + _GRACE
         state.jobs.start(job, self._load_deadline)
@@ -306,6 +310,8 @@ class Index:
             directory.clear(namespace)
         for key in [key for key in state.unwritten if namespace in (None, key[1].namespace)]:
             del state.unwritten[key]
+        if namespace is None:
+            state.counts.pop("unwritten_forgotten", None)
         for job in list(state.jobs.live.values()):
             if namespace in (None, job.namespace):
                 job.cleared = True
@@ -445,7 +451,7 @@ class Index:
         again = old is not None and old.hit.chunks == hit.chunks and old.chain == chain
         pins: Pins = []
         for group, pool in enumerate(self.state.pools):
-            extents = pool.carve(hit.slices(group))
+            extents = hit.extents(group)
             pins.append((pool, pool.pin(extents)))
             if not again:  # an engine may look up every step while a request waits: that is one use
                 pool.touch(extents)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from lmcache.control.extents import ExtentSlice
+from lmcache.control.extents import Extent, ExtentSlice
 from lmcache.control.outcomes import StopReason
 from lmcache.control.state import DRAM, State
 from lmcache.plan import Chain
@@ -48,6 +48,13 @@ class FoundHit:
         self._state = state
         self._chain = chain
         self._slices_by_group = slices_by_group
+
+    def extents(self, group: int) -> list[Extent]:
+        """Returns extents of exactly the needed objects of a group that are in DRAM, in order; splits extents where it has to."""
+        pool = self._state.pools[group]
+        if not self._chain.linked:  # a name that occurs twice may split an extent that was returned for an earlier one
+            pool.carve(self.slices(group))
+        return pool.carve(self.slices(group))
 
     def slices(self, group: int) -> Iterable[ExtentSlice]:
         """Returns the needed objects of a group that are in DRAM, parents first; valid until the arena changes."""

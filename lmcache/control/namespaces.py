@@ -39,7 +39,9 @@ class Namespaces:
         self._lock = threading.Lock()
         self._version = ""
         self._known: dict[tuple[str, str, str], bytes] = {}
-        self._outdated: list[tuple[str, bytes]] = []  # (salt, namespace) of earlier weights versions
+        self._outdated: dict[
+            tuple[str, bytes], None
+        ] = {}  # (salt, namespace) of earlier weights versions, oldest first
 
     def of(self, salt: str = "", lora: str = "", scope: str = "") -> bytes:
         """Returns the namespace of a tenant and LoRA under the current weights version.
@@ -87,6 +89,8 @@ class Namespaces:
         """Switches to other namespaces, after weights changed under the same model name (RL step, hot reload)."""
         with self._lock:
             self._version = version
-            self._outdated += [(salt, namespace) for (salt, *_), namespace in self._known.items()]
-            del self._outdated[:-_KEPT]
+            self._outdated |= {(salt, namespace): None for (salt, *_), namespace in self._known.items()}
+            for key in list(self._outdated)[: max(0, len(self._outdated) - _KEPT)]:
+                if not self._held(key[1]):
+                    del self._outdated[key]
             self._known.clear()

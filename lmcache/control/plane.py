@@ -149,12 +149,13 @@ class Plane(Index):
         self.metrics.looked_up(total - local, by_tier, missed)
 
     def take_receipts(self) -> FlushResult:
-        """Returns what became of write-backs since the last call, and forgets it."""
+        """Returns what became of write-backs since the last call. Objects that are still only in DRAM stay to be written."""
         counts, unwritten = self.state.counts, self.state.unwritten
         dropped = dict(Counter(unwritten.values()))
         if forgotten := counts.pop("unwritten_forgotten", 0):
             dropped["forgotten"] = forgotten
-        unwritten.clear()
+        for key in [key for key, reason in unwritten.items() if not self.state.may_be_written(key[1], reason)]:
+            del unwritten[key]
         now = counts["written"], counts["present"]
         before, self._receipts = self._receipts, now
         return FlushResult(now[0] - before[0], now[1] - before[1], dropped)

@@ -59,7 +59,7 @@ def pins_of(state: State, hit: FoundHit) -> list[tuple[SlotPool, list[ExtentPin]
     """Pins the part of a hit that is in DRAM, one entry per group; to be called before any slot is taken."""
     pins = []
     for group, pool in enumerate(state.pools):
-        pins.append((pool, pool.pin(pool.carve(hit.slices(group)))))
+        pins.append((pool, pool.pin(hit.extents(group))))
     return pins
 
 

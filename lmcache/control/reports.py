@@ -79,7 +79,7 @@ def _apply_status(state: State, job: TrackedJob, i: int, status: Status, rank: i
         if isinstance(op.dst, Tier) and not job.cleared:
             state.directories[op.dst.index].add(op.name, rank)
         return
-    if isinstance(op.dst, Tier):
+    if isinstance(op.dst, Tier) and status is Status.FULL:  # it was looked for, and is not there
         state.directories[op.dst.index].remove(op.name, rank)
     reason = _REASONS.get(status, StopReason.FAILED)
     if isinstance(op.dst, ArenaSlot):

@@ -126,9 +126,9 @@ class State:
                 if self.deleting and self.deleting[t, name]:
                     continue
                 # What a shared tier is believed to have may have left it: the rank asks it before it skips the write.
-                if known or admit is None or admit(t, name):
+                if admit is None or admit(t, name):
                     wanted.append((extent, name, ArenaSlot(slot, generation)))
-                else:
+                elif not known:
                     self.counts["refused"] += 1
                     self.not_written(t, name, "refused")
         return wanted
@@ -140,12 +140,17 @@ class State:
             self.unwritten.popitem(last=False)
             self.counts["unwritten_forgotten"] += 1
 
+    def may_be_written(self, name: Name, reason: str) -> bool:
+        """Whether an object that was not written for `reason` can be written now: in DRAM, and not refused by admission."""
+        found = self.pools[name.group].find(name.namespace, name.chain, name.depth)
+        return reason != "refused" and found is not None and found.ready
+
     def retry_unwritten(self) -> int:
         """Queues another write-back of each unwritten object that is still in DRAM and was not refused; returns how many."""
         retried = 0
         for (tier, name), reason in list(self.unwritten.items()):
-            found = self.pools[name.group].find(name.namespace, name.chain, name.depth) if reason != "refused" else None
-            if found is not None and found.ready:
+            found = self.pools[name.group].find(name.namespace, name.chain, name.depth)
+            if found is not None and self.may_be_written(name, reason):
                 self.write_back(name.namespace, name.group, self.pools[name.group].carve([found.part]), [tier])
                 retried += 1
         return retried

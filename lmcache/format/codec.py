@@ -191,15 +191,19 @@ class ObjectCodec:
 
     def check(self, tier: Tier, id: ObjectId) -> Status:
         """Returns whether a tier holds an object: `OK` if its header is intact and its payload has the full length, `CORRUPT` if
-        it is damaged, else what reading it came to. The payload is not read.
+        it is damaged, else what reading it came to. The payload is not read. With re-slicing, other splits count as well.
         """
         try:
             result, header, size = self._header(tier, id, None)
             if header is None:
+                if result.status is Status.MISSING and self._reslice:
+                    return self.contains(tier, [id], None)[0].status
                 return result.status
             last = memoryview(bytearray(1))
             [result] = tier.read_into([Read(id, [last], [Range(size + header.payload_bytes - 1, 1)])])
-            return Status.OK if result.status is Status.OK and result.nbytes == 1 else Status.CORRUPT
+            if result.status is not Status.OK:
+                return result.status
+            return Status.OK if result.nbytes == 1 else Status.CORRUPT
         except FormatVersionError:
             return Status.OK  # of a newer release that uses the same folder: not ours to replace
         except FormatError:

@@ -251,6 +251,10 @@ class DiskTier:
                     self._unsynced[path] = failed or (error is not None and error.errno in _LOST_ON_SYNC)
         return [] if error is None else [error]
 
+    def note_present(self, id: ObjectId) -> None:
+        """An object was found here instead of written: the next durable flush syncs it, for its writer may have been killed."""
+        self._note_unsynced(self._path(id))
+
     def note_damaged(self, id: ObjectId) -> None:
         """Records that an object was read and found damaged. The next `delete` of it removes it only if it still is: another
         process may have replaced it by then.

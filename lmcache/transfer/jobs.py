@@ -162,6 +162,7 @@ class JobTracker:
             if deadlines:
                 timeout = min(timeout, max(0.0, min(deadlines) - time.monotonic()) + 0.001)
             self._changed.wait(timeout)
+            self._expire(time.monotonic())
 
     def running(self, kind: str | None = None) -> int:
         """Returns the number of jobs (of one kind) in progress."""
@@ -311,7 +312,9 @@ class JobRunner:
         left = [i for i in indices if i in active.unfinished]
         self.finish(active, left, Status.FAILED, detail=f"{type(error).__name__}: {error}")
 
-    def submit(self, workers: Workers, active: ActiveJob, indices: Sequence[int], task: Callable[[], object]) -> None:
-        """Runs `task` on a thread of `workers`, guarded. If none can run it, its ops `indices` are cancelled."""
-        if not workers.submit(partial(self.guard, active, indices, task)):
+    def submit(self, workers: Workers, active: ActiveJob, indices: Sequence[int], task: Callable[[], object]) -> bool:
+        """Runs `task` on a thread of `workers`, guarded. If none can run it, cancels its ops `indices` and returns False."""
+        submitted = workers.submit(partial(self.guard, active, indices, task))
+        if not submitted:
             self.finish(active, indices, Status.CANCELLED, detail="the cache is closed, or no thread can be started")
+        return submitted

@@ -73,6 +73,7 @@ class TierCopier:
         self._lock = Lock()
         self._used = [0] * len(tiers)  # bytes, as of the last measurement plus later writes
         self._queued = [0] * len(tiers)  # bytes waiting to be written
+        self.completed = 0  # objects written, found present or deleted
         self._measure_at = [math.inf] * len(tiers)
 
     @property
@@ -193,7 +194,9 @@ class TierCopier:
             self._runner.finish(active, [index], Status.SKIPPED, detail="write-back queue is full")
             return
         task = partial(self._write_back, active, index, nbytes)
-        self._runner.submit(self._writers[op.dst.index], active, [index], task)
+        if not self._runner.submit(self._writers[op.dst.index], active, [index], task):
+            with self._lock:
+                self._queued[op.dst.index] -= nbytes
 
     def _write_back(self, active: ActiveJob, index: int, queued: int) -> None:
         op = active.copy(index)
@@ -206,11 +209,15 @@ class TierCopier:
                 self._runner.finish(active, [index], Status.SKIPPED, detail="the slot does not hold this object")
                 return
             if tier.shared and self._holds(tier, self._object_id(op.name)):
+                if (note := getattr(tier, "note_present", None)) is not None:
+                    note(self._object_id(op.name))
+                self.completed += 1
                 self._runner.finish(active, [index], Status.PRESENT)
                 return
             payload = self._arenas[op.name.group].view(op.src.index)
             result = self._codec.save(tier, self._object_id(op.name), payload, layout)
             if result.status is Status.OK:
+                self.completed += 1
                 self._metrics.moved("dram", tier.name, result.nbytes)
                 with self._lock:
                     self._used[op.dst.index] += result.nbytes
@@ -249,6 +256,7 @@ class TierCopier:
     def _delete(self, active: ActiveJob, tier: int, indices: Sequence[int]) -> None:
         ids = [self._object_id(active.job.ops[i].name) for i in indices]
         for i, result in zip(indices, self._tiers[tier].delete(ids, deadline=active.deadline), strict=True):
+            self.completed += 1
             self._runner.finish(active, [i], result.status, detail=result.detail)
 
     def _object_id(self, name: Name) -> ObjectId:

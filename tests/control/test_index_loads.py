@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lmcache.plan import Copy
+from lmcache.control import Index
+from lmcache.plan import Chain, Copy, JobReport, Report, Status
 from lmcache.spec import ALL, HitRule, trailing
 from lmcache_conformance.labs.index_cluster import ABCD, DISK, FAILED, LATE, MISSING, OK, SKIPPED, open_cluster, places
 from lmcache_conformance.labs.indexlab import CHUNK, chain, name_at
@@ -189,3 +190,22 @@ def test_there_is_nothing_to_prefetch_without_a_lease_or_from_dram() -> None:
     cluster.lookup()
     assert cluster.index.begin_prefetch("reader", 0.0) is None
     cluster.index.check()
+
+
+def test_a_load_of_names_that_repeat_reads_each_slot_and_leaves_no_reference() -> None:
+    index = Index([("kv", ALL)], CHUNK, [8])
+    names = [bytes([i]) * 32 for i in range(3)]
+    job = index.begin_store(1, Chain(b"n" * 32, names, linked=False), first=0, last=3, now=0.0).job
+    plan = index.take_plan()
+    assert job is not None
+    report = Report(plan.epoch, 0, 1, tuple(JobReport(j.id, (int(Status.OK),) * len(j.ops), True) for j in plan.jobs))
+    index.report(report, 0.0)
+    again = Chain(b"n" * 32, [names[0], names[1], names[0]], linked=False)
+    assert index.lookup(2, again, 3 * CHUNK, 0.0).tokens == 3 * CHUNK
+    load = index.begin_load(2, 0.0)
+    [loading] = index.take_plan().jobs
+    assert load == loading.id
+    assert [op.src.index for op in loading.ops] == [0, 1, 0]  # type: ignore[union-attr]
+    index.report(Report(plan.epoch, 0, 2, (JobReport(loading.id, (int(Status.OK),) * 3, True),)), 0.0)
+    index.forget(2)
+    index.check()

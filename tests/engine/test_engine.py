@@ -324,6 +324,67 @@ def test_flush_writes_again_what_failed_and_counts_what_became_of_it() -> None:
         assert engine.flush() == FlushResult()
 
 
+def test_what_a_flush_could_not_write_is_written_by_the_next_one() -> None:
+    tokens, pool, tier = tokens_of(4 * CHUNK), Pool("nhd", 40, seed=1), Full()
+    tier.refused = 1 << 30
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
+        engine.store(tokens, pool.kv, scattered(4 * CHUNK, pool))
+        assert not engine.flush()
+        assert not engine.flush(), "they are on no tier still"
+        tier.refused = 0
+        assert engine.flush().written == 4
+        assert len(list(tier.scan())) == 4
+
+
+def test_a_good_object_that_could_not_be_checked_is_not_deleted() -> None:
+    class Shared(MemoryTier):
+        shared, name, broken = True, "remote", False
+
+        def read_into(self, reads, *, deadline=None):  # type: ignore[no-untyped-def]
+            if self.broken and all(r.length == 1 for read in reads for r in read.ranges):
+                return [Result(Status.FAILED, 0, "connection reset") for _ in reads]
+            return super().read_into(reads, deadline=deadline)
+
+        def write(self, writes, *, deadline=None):  # type: ignore[no-untyped-def]
+            failed = [Result(Status.FAILED, 0, "connection reset") for _ in writes]
+            return failed if self.broken else super().write(writes, deadline=deadline)
+
+        def close(self) -> None:
+            """It is used again."""
+
+    tokens, pool, tier = tokens_of(2 * CHUNK), Pool("nhd", 40, seed=1), Shared()
+    for broken in (False, True):
+        tier.broken = broken
+        with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as engine:
+            engine.store(tokens, pool.kv, scattered(2 * CHUNK, pool))
+            assert bool(engine.flush()) is not broken
+        assert len(list(tier.scan())) == 2
+
+
+def test_closing_does_not_wait_for_a_tier_that_makes_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache.engine.CLOSE_S", 0.5)
+    tokens, pool, go = tokens_of(4 * CHUNK), Pool("nhd", 40, seed=1), threading.Event()
+
+    class Hung(MemoryTier):
+        def write(self, writes, *, deadline=None):  # type: ignore[no-untyped-def]
+            go.wait(30)
+            return super().write(writes, deadline=deadline)
+
+    engine = CacheEngine(tiny_config(), tiny_spec(), tiers=[Hung()])
+    engine.store(tokens, pool.kv, scattered(4 * CHUNK, pool))
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while closing.is_alive():  # loads from memory are no progress of the tier
+        with engine.lookup(tokens) as hit:
+            engine.retrieve(hit, pool.kv, torch.arange(hit.tokens))
+        closing.join(0.01)
+        if go.is_set():
+            break
+    assert not closing.is_alive()
+    assert engine.store(tokens_of(CHUNK, seed=9), pool.kv, torch.arange(CHUNK)) == 0, "closed"
+    go.set()
+
+
 def test_flush_is_false_if_an_object_is_on_no_tier() -> None:
     tokens, pool, tier = tokens_of(4 * CHUNK), Pool("nhd", 40, seed=1), Full()
     tier.refused = 1 << 30

@@ -240,7 +240,8 @@ def test_a_prompt_that_nobody_knows_is_computed(first: First) -> None:
     cold = first.rounds[0]
     assert cold.whole >= 2 * CHUNK  # otherwise the test shows nothing
     assert cold.grew(EXTERNAL) == 0
-    assert cold.grew('lmcache_miss_tokens_total{reason="absent"}') == cold.prompt
+    assert cold.grew('lmcache_miss_tokens_total{reason="absent"}') == cold.whole
+    assert cold.grew('lmcache_miss_tokens_total{reason="tail"}') == cold.prompt - cold.whole
     assert cold.grew("lmcache_stored_tokens_total") >= cold.whole
 
 
