@@ -17,12 +17,17 @@ from lmcache_conformance.mutants.brokencache import BrokenCacheTests
 class _Names(CacheEngine):
     """Derives namespaces from `self.named(salt, lora)`."""
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        right = self._names.of
+
+        def of(salt: str = "", lora: str = "", scope: str = "") -> bytes:
+            return right(*self.named(salt, lora), scope)
+
+        self._names.of = of  # type: ignore[method-assign]
+
     def named(self, salt: str, lora: str) -> tuple[str, str]:
         return salt, lora
-
-    def namespace(self, *, salt: str = "", lora: str = "", **more: Any) -> bytes:
-        salt, lora = self.named(salt, lora)
-        return super().namespace(salt=salt, lora=lora, **more)
 
     def clear(self, salt: str | None = None) -> int:
         return super().clear(None if salt is None else self.named(salt, "")[0])
