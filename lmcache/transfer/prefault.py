@@ -16,7 +16,8 @@ import torch
 _POPULATE_WRITE = 23
 """`MADV_POPULATE_WRITE`, Linux 5.14 and newer; elsewhere nothing is prefaulted."""
 
-_PIECE_BYTES = 32 << 20
+_PIECE_BYTES = 2 << 20
+"""Bytes per `madvise`: it locks the address space, and a thread that starts meanwhile waits for it."""
 _PAGE = 4096
 
 
