@@ -2,15 +2,17 @@
 
 Kernels round differently at different shapes, so the bits of a prompt's KV depend on how it was split: which columns were
 computed together in one prefill, and which one by one while decoding. A `Pass` records one request and points to the pass
-that computed its cached prefix. Each engine's session implements how passes are replayed.
+that computed its cached prefix. `refill` replays passes into the cache of an engine that has one of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from lmcache_conformance.contract import Request
 
 Owner = tuple[str, str]
 """Tenant's salt, and an identifier of the state of the weights."""
@@ -77,6 +79,26 @@ class Splits:
         with self.lock:
             self._writers = {key: done for key, done in self._writers.items() if salt not in (None, key[0][0])}
             self._starts = {key: start for key, start in self._starts.items() if salt not in (None, key[0][0])}
+
+
+def refill(start: Start, prompt: Sequence[int], salt: str, run: Callable[[Request, int], object]) -> None:
+    """Fills an engine's own cache with the first `start.columns` tokens of `prompt`, computed in their original split.
+
+    Args:
+        start: the cached prefix to compute again.
+        prompt: token ids, at least `start.columns`.
+        salt: the tenant's salt.
+        run: `run(request, columns)` runs a request that takes its first `columns` tokens from the engine's own cache.
+    """
+    if start.columns == 0:
+        return
+    source = start.source
+    if source is None:  # computed by an earlier process, in an unknown split
+        run(Request(tokens=tuple(prompt[: start.columns]), max_new_tokens=1, salt=salt), 0)
+        return
+    refill(source.start, source.tokens, salt, run)
+    new = max(start.columns - source.prompt, 0) + 1
+    run(Request(tokens=source.tokens[: source.prompt], max_new_tokens=new, salt=salt), source.start.columns)
 
 
 def _name(tokens: Sequence[int]) -> bytes:

@@ -22,7 +22,7 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from lmcache_conformance.contract import Request, Response, SessionConfig
-from lmcache_conformance.labs.splits import Pass, Splits, Start
+from lmcache_conformance.labs.splits import Pass, Splits, Start, refill
 from lmcache_sglang.launch import BACKEND
 from lmcache_sglang.testing.environment import on_cpu
 from lmcache_sglang.testing.observed import ADDRESS
@@ -243,25 +243,12 @@ class SGLangSession:
         self._command("bypass", True)
         try:
             start = Start() if self._one_shot else self._splits.start_of((request.salt, ""), request.tokens)
-            self._replay(start, request.tokens, request.salt)
+            refill(start, request.tokens, request.salt, self._pass)
             return self._pass(request, start.columns)
         finally:
             self._command("cap", None)
             self.drop_device_cache()
             self._command("bypass", False)
-
-    def _replay(self, start: Start, prompt: Sequence[int], salt: str) -> None:
-        """Fills SGLang's own cache with the first `start.columns` tokens of `prompt`, computed in their original split."""
-        if start.columns == 0:
-            return
-        source = start.source
-        if source is None:  # computed by an earlier process, in an unknown split
-            self._pass(Request(tokens=tuple(prompt[: start.columns]), max_new_tokens=1, salt=salt), 0)
-            return
-        self._replay(source.start, source.tokens, salt)
-        new = max(start.columns - source.prompt, 0) + 1
-        request = Request(tokens=source.tokens[: source.prompt], max_new_tokens=new, salt=salt)
-        self._pass(request, source.start.columns)
 
     def _pass(self, request: Request, columns: int) -> Response:
         self._settle()  # pages that are being backed up cannot be evicted

@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from vllm.v1.executor import multiproc_executor
 
 from lmcache_conformance.contract import Request, Response, SessionConfig
-from lmcache_conformance.labs.splits import Pass, Splits, Start
+from lmcache_conformance.labs.splits import Pass, Splits, Start, refill
 from lmcache_vllm.connector import LMCacheConnector
 
 _TOP = 20
@@ -294,25 +294,12 @@ class VLLMSession:
         try:
             self._engine.reset_prefix_cache()
             start = Start() if self._one_shot else self._splits.start_of((request.salt, ""), request.tokens)
-            self._play(start, request.tokens, request.salt)
+            refill(start, request.tokens, request.salt, self._pass)
             return self._pass(request, start.columns)
         finally:
             self._connector.bypassed = False
             self._cap = None
             self._engine.reset_prefix_cache()
-
-    def _play(self, start: Start, prompt: Sequence[int], salt: str) -> None:
-        """Fills vLLM's own cache with the first `start.columns` tokens of `prompt`, computed with the original split."""
-        if start.columns == 0:
-            return
-        source = start.source
-        if source is None:  # computed by an earlier process, with an unknown split
-            self._pass(Request(tokens=tuple(prompt[: start.columns]), max_new_tokens=1, salt=salt), 0)
-            return
-        self._play(source.start, source.tokens, salt)
-        new = max(start.columns - source.prompt, 0) + 1
-        request = Request(tokens=source.tokens[: source.prompt], max_new_tokens=new, salt=salt)
-        self._pass(request, source.start.columns)
 
     def _pass(self, request: Request, columns: int) -> Response:
         self._cap = columns
