@@ -23,9 +23,6 @@ from lmcache.transfer.transfer import Transfer
 CLOSE_S = 5.0
 """Seconds that closing waits for threads before it abandons a hung tier call."""
 
-_AHEAD_BYTES = 256 << 20
-"""Bytes of pageable host memory that are prefaulted ahead of use, all groups together."""
-
 
 class Rank:
     """One rank's tiers, arenas and transfer.
@@ -106,6 +103,7 @@ def open_rank(
     ranks: int = 1,
     chunk_tokens: int | None = None,
     tiers: Sequence[Tier] | None = None,
+    prefault_bytes: int = 0,
 ) -> Rank:
     """Opens the data plane of one of `ranks` ranks.
 
@@ -116,6 +114,7 @@ def open_rank(
         rank, ranks: this rank's number, and how many there are.
         chunk_tokens: tokens per chunk, if the engine's blocks require another number than `config.chunk_tokens`.
         tiers: the tiers below DRAM, nearest first; by default those in `config`.
+        prefault_bytes: bytes of pageable host memory that are prefaulted ahead of use, all groups together.
 
     Raises:
         ConfigError: memory cannot be pinned, and `config.pin_memory` requires it.
@@ -126,7 +125,7 @@ def open_rank(
     sizes = [spec.object_bytes(group, chunk) for group in range(len(spec.groups))]
     budget = (config.dram_bytes or (config.queue_bytes if opened else 0)) // ranks
     provider, memory = host_provider(config.pin_memory)
-    ahead = _AHEAD_BYTES // len(sizes) if provider is anonymous else 0
+    ahead = prefault_bytes // len(sizes) if provider is anonymous else 0
     arenas = [
         Arena(slots, size, provider, ahead_bytes=ahead, reserve=provider is pinned)
         for slots, size in zip(share_out(budget, sizes), sizes, strict=True)

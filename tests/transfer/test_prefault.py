@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
+from lmcache import CacheEngine
 from lmcache.memory import anonymous
 from lmcache.transfer.arena import Arena
+from lmcache_conformance.labs.kv_pool import tiny_config, tiny_spec
 
 MIB = 1 << 20
 PAGE = 4096
@@ -66,3 +69,11 @@ def test_without_prefaulting_nothing_is_allocated_before_its_use() -> None:
     assert arena.allocated_bytes == 0
     arena.view(3)
     assert arena.allocated_bytes > 0
+
+
+def test_an_engine_that_was_only_opened_and_closed_has_allocated_no_dram() -> None:
+    with CacheEngine(tiny_config(dram_bytes=256 * MIB), tiny_spec()) as cache:
+        for thread in threading.enumerate():
+            if thread.name == "lmcache-warm":
+                thread.join(10)
+        assert [arena.allocated_bytes for arena in cache._rank.arenas] == [0]

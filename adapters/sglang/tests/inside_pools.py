@@ -34,9 +34,7 @@ class Maker:
         self._open: list[LMCacheStorage] = []
 
     def __call__(self, pool: Any, *, kind: type[LMCacheStorage] = LMCacheStorage, **changes: Any) -> LMCacheStorage:
-        # A probe that is late on a busy machine is a miss, by design; these tests are about bytes.
-        extra = {**launch.BACKEND, "disk_path": str(self.folder), "model_identity": "tiny", "probe_timeout_s": 10}
-        extra |= changes.pop("extra", {})
+        extra = {**launch.BACKEND, "disk_path": str(self.folder), "model_identity": "tiny", **changes.pop("extra", {})}
         storage = kind(storage_config(extra_config=extra, **changes), {})
         storage.register_mem_pool_host(pool)
         self._open.append(storage)

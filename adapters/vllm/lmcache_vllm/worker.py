@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+_PREFAULT_BYTES = 256 << 20
+"""Bytes of host memory that are prefaulted ahead of use: vLLM waits for stores between two forward passes."""
+
 _IDLE_WAIT_S = 0.002
 """Seconds that a step without a forward pass waits for a job to end, so that an idle engine does not spin."""
 
@@ -157,6 +160,7 @@ class ConnectorWorker:
             rank=self.rank,
             ranks=self.ranks,
             chunk_tokens=self._chunk,
+            prefault_bytes=_PREFAULT_BYTES,
         )
         if self._config.selective:
             opened.measure()
