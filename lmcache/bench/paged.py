@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lmcache.config import Config
+from lmcache.format.codec import checksum
 from lmcache.layout import BoundKV, Layout, ObjectLayout, PagedKV, gather, scatter, translate
 from lmcache.spec import KVSpec, Numerics
 from lmcache.transfer.arena import Arena
@@ -76,7 +77,8 @@ class PagedResult:
         threads: number of threads that torch and numpy may use.
         memcpy_gbs: GB/s of one copy of the same bytes on as many threads.
         store_gbs, retrieve_gbs: GB/s of gather and scatter.
-        store_ratio, retrieve_ratio: store_gbs and retrieve_gbs relative to memcpy_gbs.
+        checksum_gbs: GB/s of the checksums of `Config.memory_checksums`, on one thread.
+        store_ratio, retrieve_ratio, checksum_ratio: relative to memcpy_gbs.
     """
 
     model: str
@@ -89,6 +91,8 @@ class PagedResult:
     store_ratio: float
     retrieve_gbs: float
     retrieve_ratio: float
+    checksum_gbs: float
+    checksum_ratio: float
 
 
 def measure(
@@ -122,11 +126,12 @@ def measure(
             raise RuntimeError(f"{layout}, {pattern}: what was read is not what was written")
         for count in threads:
             with torch_threads(count):
-                copy, store, load = _best(
+                copy, store, load, check = _best(
                     repeat,
                     lambda: plain_b.copy_(plain_a),
                     lambda slots=slots: gather(kv, 0, slots, objects, native),  # type: ignore[misc]
                     lambda slots=slots: scatter(objects, native, kv, 0, slots),  # type: ignore[misc]
+                    lambda: [checksum(item) for item in objects],
                 )
             size = plain_a.nbytes / 1e9
             yield PagedResult(
@@ -140,6 +145,8 @@ def measure(
                 store_ratio=copy / store,
                 retrieve_gbs=size / load,
                 retrieve_ratio=copy / load,
+                checksum_gbs=size / check,
+                checksum_ratio=copy / check,
             )
 
 

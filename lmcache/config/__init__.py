@@ -2,7 +2,7 @@
 machine facts defaults depend on (`machine`).
 """
 
-from lmcache.config.config import Config
+from lmcache.config.config import Checksums, Config
 from lmcache.config.environment import PREFIX
 
-__all__ = ["PREFIX", "Config"]
+__all__ = ["PREFIX", "Checksums", "Config"]

@@ -40,6 +40,7 @@ Admission = Literal["all", "second", "adaptive"]
 Share = Literal["exact", "semantic"]
 Fingerprint = Literal["fast", "full"]
 Pinning = Literal["auto", "always", "never"]
+Checksums = Literal["off", "write", "load"]
 
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 
@@ -129,6 +130,14 @@ class Config:
         None,
         doc="Name of the weights, used instead of inspecting them: engines with the same name are assumed to hold the same "
         "weights. The model's configuration is part of every name nevertheless. Unset: the weights are inspected.",
+    )
+    memory_checksums: Setting[Checksums, Checksums] = Setting(
+        Choice(("off", "write", "load")),
+        "write",
+        doc="Checksums of KV in host memory, against stray writes and memory errors. `write`: made when KV is gathered, and "
+        "verified when it is written to a tier; what has changed is not written, and leaves memory. `load`: verified before each "
+        "load as well. `off`: none are made; what has changed in memory is written, and served, as it is. What each costs on "
+        "this machine: `lmcache bench io`.",
     )
     pin_memory: Setting[Pinning, Pinning] = Setting(
         Choice(("auto", "always", "never")),

@@ -18,6 +18,12 @@ from lmcache.plan import ArenaSlot, Copy, Delete, Engine, JobReport, Name, Probe
 _GONE = (Status.MISSING, Status.CORRUPT, Status.FAILED)
 """After these the object counts as no longer in the tier it was read from."""
 
+_UNLOADABLE = (*_GONE, Status.SKIPPED)
+"""After these the object counts as no longer in the slot that it was to be loaded from. SKIPPED: the slot holds another one."""
+
+_UNWRITABLE = (Status.CORRUPT,)
+"""After these the object counts as no longer in the slot that it was to be written from."""
+
 _FINE = (Status.OK, Status.PRESENT)
 
 _REASONS = {Status.MISSING: StopReason.EVICTED, Status.CORRUPT: StopReason.CORRUPT}
@@ -92,8 +98,7 @@ def _apply_status(state: State, job: TrackedJob, i: int, status: Status, rank: i
             if status is Status.CORRUPT:
                 state.counts["corrupt"] += 1
                 state.delete(op.src.index, [op.name])
-    elif isinstance(op.src, ArenaSlot) and isinstance(op.dst, Engine) and (status in _GONE or status is Status.SKIPPED):
-        # SKIPPED: the slot does not hold the object on this rank (any more).
+    elif isinstance(op.src, ArenaSlot) and status in (_UNLOADABLE if isinstance(op.dst, Engine) else _UNWRITABLE):
         _drop(state, op.name, op.src, reason)
 
 

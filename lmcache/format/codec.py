@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
+import xxhash
 
 from lmcache.errors import FormatError, FormatVersionError, LayoutError
 from lmcache.format import reslice
@@ -62,14 +63,29 @@ class ObjectCodec:
         self._others: dict[Rect, ObjectCodec] = {}
         self._local = threading.local()
 
-    def save(self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout) -> Result:
-        """Writes an object. `payload` (uint8, in `layout`) must not change until this returns."""
+    def save(
+        self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout, made: bytes | None = None
+    ) -> Result:
+        """Writes an object.
+
+        Args:
+            tier: where to write.
+            id: name of the object.
+            payload: uint8, in `layout`; must not change until this returns.
+            layout: of `payload`.
+            made: checksum of `payload` from the time it was gathered. If the bytes have changed since, nothing is written and
+                the status is `CORRUPT`.
+        """
         target = layout if self._order == "native" else self._canonical[id.group]
+        stored = payload
         if target.signature != layout.signature:
-            out = self._buffer("save", target.nbytes)
-            translate(payload, layout, out, target)
-            payload = out
-        [result] = tier.write([Write(id, self._form(target).encode(id, _bytes(payload)))])
+            stored = self._buffer("save", target.nbytes)
+            translate(payload, layout, stored, target)
+        parts = self._form(target).encode(id, _bytes(stored))
+        # After the stored form has its own checksums: no byte can change between the two without one of them noticing.
+        if made is not None and checksum(payload) != made:
+            return Result(Status.CORRUPT, 0, "its bytes have changed in host memory since they were gathered")
+        [result] = tier.write([Write(id, parts)])
         return result
 
     def contains(self, tier: Tier, ids: Sequence[ObjectId], deadline: float | None) -> list[Result]:
@@ -240,6 +256,11 @@ class ObjectCodec:
         if found is None or found.numel() < nbytes:
             found = buffers[purpose] = anonymous(nbytes)
         return found[:nbytes]
+
+
+def checksum(payload: torch.Tensor) -> bytes:
+    """Returns a 128-bit checksum of an object's bytes in host memory. Not cryptographic; as fast as memory is read."""
+    return xxhash.xxh3_128_digest(_bytes(payload))
 
 
 def _extents(layout: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:

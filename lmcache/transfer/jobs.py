@@ -7,10 +7,11 @@ writing, are one step under one lock.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -83,10 +84,19 @@ class ActiveJob:
         return op
 
 
-class _Tag(NamedTuple):
+class Tag(NamedTuple):
+    """What an arena slot holds.
+
+    Attributes:
+        name, generation: the object, and the slot's generation that it was assigned.
+        layout: layout of its bytes.
+        checksum: `lmcache.format.codec.checksum` of its bytes when they were put into the slot; None if it was not made.
+    """
+
     name: Name
     generation: int
     layout: ObjectLayout
+    checksum: bytes | None = None
 
 
 class JobTracker:
@@ -106,7 +116,7 @@ class JobTracker:
         self._reports: dict[int, JobReport] = {}
         self._first_sent: dict[int, int] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()  # acknowledged jobs: a plan may be delivered again
-        self._tags: dict[SlotKey, _Tag] = {}
+        self._tags: dict[SlotKey, Tag] = {}
         self._stale: Counter[SlotKey] = Counter()  # slot → ops from before a reset that still use it
         self.news = 0
 
@@ -207,24 +217,30 @@ class JobTracker:
             if self._stale[group, slot] > 0:
                 raise MemoryError(f"slot {slot} of group {group} is still used by a call from before the last reset")
 
-    def tag(self, active: ActiveJob, indices: Sequence[int], layout: ObjectLayout) -> None:
-        """Tags the destination slots of these ops with their objects, which are in `layout`."""
+    def tag(
+        self,
+        active: ActiveJob,
+        indices: Sequence[int],
+        layout: ObjectLayout,
+        checksums: Iterable[bytes | None] = itertools.repeat(None),
+    ) -> None:
+        """Tags the destination slots of these ops with their objects, which are in `layout`; one checksum per op."""
         with self._lock:
             if active.epoch != self._epoch:
                 return
-            for copy in map(active.copy, indices):
+            for copy, checksum in zip(map(active.copy, indices), checksums, strict=False):
                 assert isinstance(copy.dst, ArenaSlot)
-                self._tags[copy.name.group, copy.dst.index] = _Tag(copy.name, copy.dst.generation, layout)
+                self._tags[copy.name.group, copy.dst.index] = Tag(copy.name, copy.dst.generation, layout, checksum)
 
-    def layouts(self, active: ActiveJob, indices: Sequence[int]) -> list[ObjectLayout | None]:
-        """Returns for each op the layout of the object in its source slot; None if the slot does not hold exactly that object."""
+    def tags(self, active: ActiveJob, indices: Sequence[int]) -> list[Tag | None]:
+        """Returns for each op the tag of its source slot; None if the slot does not hold exactly the op's object."""
         with self._lock:
-            found: list[ObjectLayout | None] = []
+            found: list[Tag | None] = []
             for copy in map(active.copy, indices):
                 assert isinstance(copy.src, ArenaSlot)
                 tag = self._tags.get((copy.name.group, copy.src.index))
                 exact = tag is not None and tag.name == copy.name and tag.generation == copy.src.generation
-                found.append(tag.layout if exact and tag is not None and active.epoch == self._epoch else None)
+                found.append(tag if exact and active.epoch == self._epoch else None)
             return found
 
     # ---------------------------------------------------------------- lock held

@@ -142,6 +142,7 @@ def open_rank(
         read_threads=config.io_threads,
         write_threads=config.io_threads,
         queue_bytes=config.queue_bytes // ranks,
+        checksums=config.memory_checksums if opened or config.memory_checksums == "load" else "off",
         open_copier=partial(
             open_copier, staging_bytes=config.staging_bytes, copy_engine_bytes=config.copy_engine_bytes
         ),

@@ -10,7 +10,7 @@ from threading import Lock
 
 import torch
 
-from lmcache.format.codec import Loaded, ObjectCodec
+from lmcache.format.codec import Loaded, ObjectCodec, checksum
 from lmcache.keys import Name, ObjectId
 from lmcache.layout import ObjectLayout
 from lmcache.observe.metrics import Metrics
@@ -39,6 +39,7 @@ class TierCopier:
         metrics: where moved bytes and lost objects are counted.
         read_threads, write_threads: per tier.
         queue_bytes: maximum bytes waiting to be written back; beyond that a write-back is skipped and counted.
+        checksums: make a checksum of what is loaded into an arena slot.
 
     Attributes:
         layouts: group → layout to which promotions translate objects; a group without one keeps the stored layout.
@@ -57,6 +58,7 @@ class TierCopier:
         read_threads: int,
         write_threads: int,
         queue_bytes: int,
+        checksums: bool = False,
     ) -> None:
         self._spec = spec
         self._arenas = arenas
@@ -66,6 +68,7 @@ class TierCopier:
         self._tracker = runner.tracker
         self._metrics = metrics
         self._queue_bytes = queue_bytes
+        self._checksums = checksums
         self.layouts: dict[int, ObjectLayout] = {}
         self._readers = [Workers(f"lmcache-{t.name}-read", read_threads) for t in tiers]
         self._writers = [Workers(f"lmcache-{t.name}-write", write_threads) for t in tiers]
@@ -137,7 +140,7 @@ class TierCopier:
         loaded = self._load(active, index, out, self.layouts.get(group))
         if loaded.layout is None:
             return False
-        self._tracker.tag(active, [index], loaded.layout)
+        self._tracker.tag(active, [index], loaded.layout, [checksum(out) if self._checksums else None])
         self._metrics.moved(self.source(active, index).name, "dram", loaded.result.nbytes)
         self._runner.finish(active, [index], Status.OK, loaded.result.nbytes)
         return True
@@ -204,8 +207,8 @@ class TierCopier:
         assert isinstance(op.dst, TierPlace)
         tier = self._tiers[op.dst.index]
         try:
-            [layout] = self._tracker.layouts(active, [index])
-            if layout is None:
+            [tag] = self._tracker.tags(active, [index])
+            if tag is None:
                 self._runner.finish(active, [index], Status.SKIPPED, detail="the slot does not hold this object")
                 return
             if tier.shared and self._holds(tier, self._object_id(op.name)):
@@ -215,7 +218,9 @@ class TierCopier:
                 self._runner.finish(active, [index], Status.PRESENT)
                 return
             payload = self._arenas[op.name.group].view(op.src.index)
-            result = self._codec.save(tier, self._object_id(op.name), payload, layout)
+            result = self._codec.save(tier, self._object_id(op.name), payload, tag.layout, tag.checksum)
+            if result.status is Status.CORRUPT:
+                self._metrics.corrupted("dram")
             if result.status is Status.OK:
                 self.completed += 1
                 self._metrics.moved("dram", tier.name, result.nbytes)

@@ -16,7 +16,8 @@ from threading import Lock
 
 import torch
 
-from lmcache.format.codec import ObjectCodec
+from lmcache.config import Checksums
+from lmcache.format.codec import ObjectCodec, checksum
 from lmcache.layout import BoundKV, ObjectLayout
 from lmcache.observe.log import Throttle
 from lmcache.observe.metrics import Metrics
@@ -26,7 +27,7 @@ from lmcache.spec import KVSpec
 from lmcache.tiers.base import Tier
 from lmcache.transfer.arena import Arena
 from lmcache.transfer.engine_copy import Completion, EngineCopier, StagingFullError, open_copier
-from lmcache.transfer.jobs import ActiveJob, EngineView, JobRunner, JobTracker, SlotKey
+from lmcache.transfer.jobs import ActiveJob, EngineView, JobRunner, JobTracker, SlotKey, Tag
 from lmcache.transfer.tier_copy import TierCopier
 from lmcache.transfer.workers import Workers
 from lmcache_kernels import fallbacks
@@ -47,6 +48,7 @@ class Transfer:
         rank: this rank's number in reports.
         read_threads, write_threads: per tier.
         queue_bytes: maximum bytes waiting to be written back; beyond that a write-back is skipped and counted.
+        checksums: see `Config.memory_checksums`.
         open_copier: device of engine memory → its copier; called once per device.
 
     Attributes:
@@ -68,12 +70,14 @@ class Transfer:
         read_threads: int,
         write_threads: int,
         queue_bytes: int,
+        checksums: Checksums = "off",
         open_copier: Callable[[torch.device], EngineCopier] = open_copier,
     ) -> None:
         self._chunk_tokens = chunk_tokens
         self._arenas = arenas
         self._metrics = metrics
         metrics.kernel_fallbacks(lambda: float(len(fallbacks())))
+        self._checksums = checksums
         self._open_copier = open_copier
         self._engine_copiers: dict[torch.device, EngineCopier] = {}
         self._lock = Lock()
@@ -89,6 +93,7 @@ class Transfer:
             read_threads=read_threads,
             write_threads=write_threads,
             queue_bytes=queue_bytes,
+            checksums=checksums == "load" or (checksums == "write" and len(tiers) > 1),
         )
         # Two pools: reports of loads must not wait for stores.
         self._store_waiters = Workers("lmcache-stored", 1)
@@ -239,7 +244,8 @@ class Transfer:
             return
 
         def stored() -> None:
-            self.tracker.tag(active, live, layout)
+            made = [None if self._checksums == "off" else checksum(out) for out in outs]
+            self.tracker.tag(active, live, layout, made)
             nbytes = layout.nbytes * len(live)
             self._metrics.moved("engine", "dram", nbytes)
             self._runner.finish(active, live, Status.OK, nbytes)
@@ -253,15 +259,24 @@ class Transfer:
         ops, arena = active.job.ops, self._arenas[group]
         batches: dict[int, tuple[ObjectLayout, list[int]]] = {}
         stale: list[int] = []
-        for i, layout in zip(indices, self.tracker.layouts(active, indices), strict=True):
-            if layout is None:
+        changed: list[int] = []
+        for i, tag in zip(indices, self.tracker.tags(active, indices), strict=True):
+            if tag is None:
                 stale.append(i)
+            elif self._checksums == "load" and self._changed(group, active.copy(i), tag):
+                changed.append(i)
             else:
-                batches.setdefault(id(layout), (layout, []))[1].append(i)
+                batches.setdefault(id(tag.layout), (tag.layout, []))[1].append(i)
         if stale:
             self._runner.finish(active, stale, Status.SKIPPED, detail="the slot does not hold this object")
+        if changed:
+            self._metrics.corrupted("dram", len(changed))
+            self._runner.finish(active, changed, Status.CORRUPT, detail="its bytes have changed in host memory")
+        live = [i for _, batch in batches.values() for i in batch]
+        if not live:
+            return
         if not self.tracker.begin_engine_write(active):
-            self._runner.finish(active, [i for i in indices if i not in stale], Status.CANCELLED)
+            self._runner.finish(active, live, Status.CANCELLED)
             return
         completions: list[Completion] = []
         end = partial(self.tracker.end_engine_write, active)
@@ -281,8 +296,12 @@ class Transfer:
                 self._metrics.moved("dram", "engine", layout.nbytes * len(batch))
                 self._runner.finish(active, batch, Status.OK, layout.nbytes * len(batch))
 
-        live = [i for _, batch in batches.values() for i in batch]
         self._when_complete(self._load_waiters, active, live, completions, loaded, end)
+
+    def _changed(self, group: int, copy: Copy, tag: Tag) -> bool:
+        """Whether the bytes in the source slot of `copy` differ from those that were put there."""
+        assert isinstance(copy.src, ArenaSlot)
+        return tag.checksum is not None and checksum(self._arenas[group].view(copy.src.index)) != tag.checksum
 
     def _when_complete(
         self,

@@ -21,6 +21,8 @@ KEYS = {
     "store_ratio",
     "retrieve_gbs",
     "retrieve_ratio",
+    "checksum_gbs",
+    "checksum_ratio",
 }
 
 

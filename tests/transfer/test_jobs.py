@@ -105,7 +105,7 @@ def test_tags_are_exact_and_a_claim_removes_them() -> None:
             plan(Job(held.jobs, "load", (Copy(name(n), ArenaSlot(slot, generation), Engine()),))), {}
         )  # type: ignore[attr-defined]
         held.jobs += 1  # type: ignore[attr-defined]
-        return tracker.layouts(reader, [0]) == [LAYOUT]
+        return [tag and tag.layout for tag in tracker.tags(reader, [0])] == [LAYOUT]
 
     held.jobs = 10  # type: ignore[attr-defined]
     assert held(1, 0, 7)
