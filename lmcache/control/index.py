@@ -302,22 +302,22 @@ class Index:
         Slots that are being read are freed when the read ends. The caller clears the tiers; what is being written to them at
         the moment is deleted when that write ends.
         """
-        state = self.state
-        for owner in [o for o, lease in self.leases.items() if namespace in (None, lease.chain.namespace)]:
-            self.release(owner)
-        dropped = sum(pool.clear(namespace) for pool in state.pools)
-        for directory in state.directories:
-            directory.clear(namespace)
-        for key in [key for key in state.unwritten if namespace in (None, key[1].namespace)]:
-            del state.unwritten[key]
-        if namespace is None:
-            state.counts.pop("unwritten_forgotten", None)
-        for job in list(state.jobs.live.values()):
+        jobs = self.state.jobs
+        dropped = self._forget_objects(namespace)
+        for job in list(jobs.live.values()):
             if namespace in (None, job.namespace):
                 job.cleared = True
-                if job.kind == "write_back" and state.jobs.withdraw(job):
+                if job.kind == "write_back" and jobs.withdraw(job):
                     reports.release(job)
         return dropped
+
+    def drop_all(self) -> int:
+        """Forgets everything at once, for callers whose names have changed; returns the number of objects that left DRAM.
+
+        Unlike after `clear`, what is on tiers stays there, and write-backs under way finish: under the names that they have,
+        these objects are still right.
+        """
+        return self._forget_objects(None)
 
     def tick(self, now: float) -> list[Finished]:
         """Expires leases and applies deadlines; returns the loads that became late."""
@@ -424,6 +424,20 @@ class Index:
         invariants.check(self.state, self.leases)
 
     # ---------------------------------------------------------------- internals
+
+    def _forget_objects(self, namespace: bytes | None) -> int:
+        """Ends leases and forgets objects (of one namespace), in DRAM and on tiers; returns how many were in DRAM."""
+        state = self.state
+        for owner in [o for o, lease in self.leases.items() if namespace in (None, lease.chain.namespace)]:
+            self.release(owner)
+        dropped = sum(pool.clear(namespace) for pool in state.pools)
+        for directory in state.directories:
+            directory.clear(namespace)
+        for key in [key for key in state.unwritten if namespace in (None, key[1].namespace)]:
+            del state.unwritten[key]
+        if namespace is None:
+            state.counts.pop("unwritten_forgotten", None)
+        return dropped
 
     def _observe(self, owner: Owner, chain: Chain, hit: FoundHit) -> None:
         """Passes the request to the policies and the admission rule that learn from requests, once per request."""

@@ -77,6 +77,25 @@ def test_a_clear_cancels_write_backs_that_are_not_planned_yet_and_deletes_what_o
     assert cluster.index.stats()["jobs"] == 0
 
 
+def test_after_names_changed_nothing_is_in_dram_and_write_backs_finish_and_stay() -> None:
+    cluster = open_cluster(slots=4, tiers=[DISK])
+    cluster.complete(cluster.store_job(chain("one", "a")), OK)
+    [write_back] = cluster.jobs("write_back")
+    stored = cluster.store_job(chain("one", "b"))  # not reported yet
+    cluster.complete(cluster.store_job(chain("two", "c")), OK)  # its write-back waits for the next plan
+    assert cluster.index.drop_all() == 3
+    cluster.complete(stored, OK)
+    cluster.complete(write_back, OK)
+    [planned] = cluster.jobs()
+    assert planned.kind == "write_back", "deletes what is right under its name"
+    cluster.complete(planned, OK)
+    cluster.index.check()
+    stats = cluster.index.stats()
+    assert (stats["slots_free"], stats["jobs"]) == (4, 0)
+    assert cluster.index.where(name_at(chain("one", "a"), 0, 0)) == ("disk",)
+    assert cluster.index.where(name_at(chain("one", "b"), 0, 0)) == (), "a store that was under way came back"
+
+
 def test_a_clear_discards_the_result_of_a_running_probe() -> None:
     cluster = open_cluster(tiers=[REDIS])
     cluster.hold(announce=False)

@@ -276,7 +276,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return self._call(self._scheduler, lambda scheduler: scheduler.has_pending_push_work, False)
 
     def reset_cache(self) -> bool | None:
-        """Empties every tier."""
+        """Empties DRAM and renames what is computed from now on; tiers keep what they have."""
         return self._call(self._scheduler, lambda scheduler: scheduler.reset_cache(), None)
 
     def take_events(self) -> Iterable[Any]:

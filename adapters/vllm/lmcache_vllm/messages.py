@@ -36,13 +36,6 @@ class BlockView(msgspec.Struct, frozen=True, array_like=True):
     tokens: int
 
 
-class ClearRequest(msgspec.Struct, frozen=True, array_like=True):
-    """A request to clear the tiers of these namespaces, or of everything; repeated until all ranks have completed it."""
-
-    number: int
-    namespaces: tuple[bytes, ...] | None
-
-
 @dataclass
 class StepMeta(KVConnectorMetadata):
     """What the workers do in one step.
@@ -51,7 +44,6 @@ class StepMeta(KVConnectorMetadata):
         plan: for `Transfer`; loads and tier traffic run concurrently with the forward pass, stores after it.
         views: job id → engine memory of that job.
         refused: loads that vLLM waits for but that could not be planned; the worker reports them as failed.
-        clear_requests: oldest first.
         idle: the step has no forward pass.
         quiet: the step is idle and no request is left, so it may be the last one for a long time.
     """
@@ -59,7 +51,6 @@ class StepMeta(KVConnectorMetadata):
     plan: Plan
     views: dict[int, BlockView] = field(default_factory=dict)
     refused: list[BlockView] = field(default_factory=list)
-    clear_requests: tuple[ClearRequest, ...] = ()
     idle: bool = False
     quiet: bool = False
 
@@ -70,18 +61,16 @@ class RankMeta(KVConnectorWorkerMetadata):
 
     Attributes:
         reports: of each rank.
-        cleared: rank → number of the newest completed clear request.
         facts: rank → measurements of each tier, if admission needs them.
     """
 
     reports: list[Report]
-    cleared: dict[int, int] = field(default_factory=dict)
     facts: dict[int, list[TierFacts]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> RankMeta:
         """Concatenates both. Reports are cumulative and contain their rank, so nothing has to be merged."""
         assert isinstance(other, RankMeta)
-        return RankMeta([*self.reports, *other.reports], self.cleared | other.cleared, self.facts | other.facts)
+        return RankMeta([*self.reports, *other.reports], self.facts | other.facts)
 
 
 class Offer(msgspec.Struct, frozen=True):

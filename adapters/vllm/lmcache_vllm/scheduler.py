@@ -24,7 +24,7 @@ from lmcache.plan import Chain, Plan, Status
 from lmcache_vllm import compat, names
 from lmcache_vllm.events import Events
 from lmcache_vllm.geometry import rounded_chunk
-from lmcache_vllm.messages import BlockView, ClearRequest, Offer, RankMeta, StepMeta, agreed
+from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta, agreed
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -106,15 +106,11 @@ class ConnectorScheduler:
         self.metrics = Metrics()
         self.disabled = "the workers have not reported what they hold"
         self._plane: Plane | None = None
-        self._ranks = 1
         self._requests: dict[str, Tracked] = {}
         self._loras = names.Loras()
         self._tables = compat.BlockTables()
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
-        self._clear_requests: list[ClearRequest] = []
-        self._clears = 0
-        self._cleared: dict[int, int] = {}
         self._last_activity = 0.0
 
     # ---------------------------------------------------------------- start-up
@@ -127,7 +123,6 @@ class ConnectorScheduler:
             self._log.warning("cache-disabled", reason=self.disabled)
             return
         specs = [offer.spec for offer in found if offer.spec is not None]
-        self._ranks = len(found)
         self._plane = plane = Plane(
             self._config,
             specs,
@@ -167,11 +162,7 @@ class ConnectorScheduler:
             if plane.awaited(tracked.prefetch) and local < tracked.found:
                 return None  # ends after `load_timeout_s` at the latest: then the job is reported as late
             tracked.prefetch = 0
-        if self._clear_requests:  # the tiers are being cleared: only DRAM counts
-            tracked.stop = StopReason.ABSENT
-            near: int | None = local
-        else:
-            near = local if tracked.prefetched else None
+        near = local if tracked.prefetched else None
         found = plane.lookup(owner, self._named(tracked), limit, now, near=near)
         if found.status == "pending":
             return None
@@ -253,7 +244,7 @@ class ConnectorScheduler:
         views, self._views = self._views, {}
         idle = output.total_num_scheduled_tokens == 0
         quiet = idle and not self._requests
-        return StepMeta(plan, views, self._take_refused(), tuple(self._clear_requests), idle, quiet)
+        return StepMeta(plan, views, self._take_refused(), idle, quiet)
 
     def _store(self, plane: Plane, tracked: Tracked, scheduled: int, now: float) -> None:
         """Plans to store the chunks whose last token is computed in this step, if all their token ids are known."""
@@ -284,9 +275,6 @@ class ConnectorScheduler:
 
     def update_connector_output(self, meta: RankMeta) -> None:
         """Applies the workers' reports."""
-        self._cleared.update(meta.cleared)
-        done = min(self._cleared.get(rank, 0) for rank in range(self._ranks))
-        self._clear_requests = [request for request in self._clear_requests if request.number > done]
         if self._plane is None:
             return
         now = time.monotonic()
@@ -307,35 +295,22 @@ class ConnectorScheduler:
         """Whether there is work that continues only while the engine steps."""
         if self._plane is None or time.monotonic() - self._last_activity > _STALLED_S:
             return False
-        return bool(self._clear_requests) or self._plane.stats()["jobs"] > 0
+        return bool(self._plane.state.jobs.live)
 
-    # ---------------------------------------------------------------- clear, reset, stats
-
-    def clear(self, salt: str | None = None) -> bool:
-        """Forgets everything (of one tenant) and has the workers clear their tiers, which are not read until that is done."""
-        plane = self._plane
-        if plane is None:
-            return True
-        namespaces = None if salt is None else tuple(plane.names.of_tenant(salt))
-        now = time.monotonic()
-        for namespace in (None,) if namespaces is None else namespaces:
-            plane.clear(namespace, now)
-        self._clears += 1
-        self._clear_requests.append(ClearRequest(self._clears, namespaces))
-        self._last_activity = now
-        for tracked in self._requests.values():
-            tracked.stored = 0
-        return True
+    # ---------------------------------------------------------------- reset, stats
 
     def reset_cache(self) -> bool:
-        """Clears everything and renames what is computed from now on. vLLM calls this whenever weights may have changed.
+        """Empties DRAM and renames what is computed from now on. vLLM calls this whenever weights may have changed.
 
         The new names are unique to this process: the identity of the weight files no longer describes the weights in memory.
+        Nothing is removed from tiers: objects there are right for the weights that they name, and so is what is being written,
+        because a store copies from vLLM's blocks in the step that has computed them.
         """
         if self._plane is not None:
             self._plane.names.set_weights_version(uuid.uuid4().hex)
+            self._plane.drop_all()
         self._requests.clear()  # running requests are no longer stored: part of their KV has the old weights
-        return self.clear()
+        return True
 
     def stats(self) -> dict[str, float]:
         """Returns the metrics, and the index's counts as `index_*`."""

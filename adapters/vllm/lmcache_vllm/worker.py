@@ -6,9 +6,7 @@ with the step's output.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -29,7 +27,7 @@ from lmcache_vllm import compat
 from lmcache_vllm.compat import UnsupportedError
 from lmcache_vllm.geometry import identity_of, rounded_chunk, spec_of
 from lmcache_vllm.layouts import prove_layout
-from lmcache_vllm.messages import BlockView, ClearRequest, Offer, RankMeta, StepMeta
+from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -125,8 +123,6 @@ class ConnectorWorker:
         self._loads: dict[int, BlockView] = {}
         self._reported: Report | None = None
         self._seen = -1  # the tracker's `news` when its report was last taken
-        self._cleared = 0
-        self._clearing: threading.Thread | None = None
 
     # ---------------------------------------------------------------- start-up
 
@@ -201,7 +197,6 @@ class ConnectorWorker:
         """Starts all jobs of the step but stores."""
         if self._step is not None:
             self._execute(self._step, stores=False)
-            self._clear(self._step.clear_requests)
 
     def wait_for_save(self) -> None:
         """Stores what the forward pass has computed; on return vLLM may overwrite it."""
@@ -268,29 +263,10 @@ class ConnectorWorker:
     def build_connector_worker_meta(self) -> RankMeta | None:
         """Returns this rank's report for the scheduler, or None if there is nothing to report."""
         reports = [self._reported] if self._reported is not None and self._reported.jobs else []
-        cleared = {self.rank: self._cleared} if self._cleared else {}
         facts = {self.rank: known} if reports and (known := self._facts()) else {}
-        return RankMeta(reports, cleared, facts) if reports or cleared else None
+        return RankMeta(reports, facts) if reports else None
 
-    # ---------------------------------------------------------------- clear, flush, shutdown
-
-    def _clear(self, clear_requests: Sequence[ClearRequest]) -> None:
-        """Clears the tiers on a separate thread, because a large folder takes long."""
-        new = [request for request in clear_requests if request.number > self._cleared]
-        if not new or (self._clearing is not None and self._clearing.is_alive()):
-            return
-        self._clearing = threading.Thread(target=partial(self._clear_tiers, new), name="lmcache-clear", daemon=True)
-        self._clearing.start()
-
-    def _clear_tiers(self, clear_requests: Sequence[ClearRequest]) -> None:
-        for request in clear_requests:
-            try:
-                if self._rank is not None:
-                    self._rank.clear(request.namespaces)
-            except Exception as error:
-                self.metrics.failed("clear", "tiers")
-                self._log.warning("clear-failed", error=f"{type(error).__name__}: {error}")
-            self._cleared = request.number
+    # ---------------------------------------------------------------- flush, shutdown
 
     def flush(self) -> None:
         """Waits until everything written to the tiers is visible to other processes."""

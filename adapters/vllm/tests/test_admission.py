@@ -105,7 +105,7 @@ class Workers:
                     self.used += OBJECT
         output = None
         for rank in range(RANKS):
-            of_rank = RankMeta([Report(meta.plan.epoch, rank, self._seq, tuple(jobs))], {}, {rank: [self.facts()]})
+            of_rank = RankMeta([Report(meta.plan.epoch, rank, self._seq, tuple(jobs))], {rank: [self.facts()]})
             output = of_rank if output is None else output.aggregate(of_rank)
         assert output is not None
         assert set(output.facts) == set(range(RANKS))

@@ -394,7 +394,7 @@ class _LabelsAsNative(ObjectCodec):
         return Loaded(loaded.result, self._worker._kv.native(id.group, self._chunk_tokens))
 
 
-# ---------------------------------------------------------------- reports, clear and capacity
+# ---------------------------------------------------------------- reports and capacity
 
 
 class ReportsWhatItDoesNotUse(Broken):
@@ -409,18 +409,6 @@ class ReportsWhatItDoesNotUse(Broken):
             tiers = self._scheduler.sources(request, found)
             self.seen[request.request_id] = Observed(num_computed_tokens, found, tiers)
         return 0, False
-
-
-class ClearsMemoryOnly(Broken):
-    """Drops the requests to clear the workers' tiers."""
-
-    class _Scheduler(ConnectorScheduler):
-        def clear(self, salt: str | None = None) -> bool:
-            done = super().clear(salt)
-            self._clear_requests = []
-            return done
-
-    scheduler = _Scheduler
 
 
 class DeafToFullMemory(Broken):

@@ -33,6 +33,7 @@ class VLLMAdapter:
         same_split=True,
         restart=True,
         salt=True,
+        tenant_clear=False,
         concurrent=True,
         cancel=True,
         preemption=True,

@@ -8,6 +8,7 @@ of its own. Not here, and why:
 - A worker that loads into the null block: no window's mask lets anything read it. Storing *from* it is here.
 - A connector that stores the last sampled token: it plans a step before that step's token is sampled, so it has no key to
   store it under.
+- A clear that leaves out the disk: the connector clears no tier, only the command line does.
 - Keys without a dtype or rank: keys are derived from `KVSpec`, see `lmcache_conformance.mutants.keys`.
 """
 
@@ -71,7 +72,6 @@ SHARED = (
     known.SWAPS_KEYS_AND_VALUES,
     known.MISREADS_THE_DISK,
     known.REPORTS_WHAT_IT_DOES_NOT_USE,
-    known.CLEARS_MEMORY_ONLY,
     known.DEAF_TO_FULL_MEMORY,
 )
 OWN = (

@@ -24,6 +24,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.executor import multiproc_executor
 
+from lmcache.tiers.disk import DiskTier
 from lmcache_conformance.contract import Request, Response, SessionConfig
 from lmcache_conformance.labs.splits import Pass, Splits, Start, refill
 from lmcache_vllm.connector import LMCacheConnector
@@ -143,6 +144,7 @@ class VLLMSession:
         self._connector: ObservedConnector = self._core.scheduler.connector
         self._splits = Splits(int(config.cache.get("chunk_tokens", block)))
         self._chunk = int(config.cache.get("chunk_tokens", block))
+        self._disk = str(config.cache.get("disk_path", ""))
         self._one_shot = False
         self._cap: int | None = None
         self._number = 0
@@ -185,12 +187,15 @@ class VLLMSession:
             self._connector_worker.flush()
 
     def clear(self, salt: str | None = None) -> None:
-        """Empties our cache (of one tenant)."""
+        """Empties our cache as an operator does: vLLM resets its caches, and the folder is cleared, see `lmcache clear`."""
+        assert salt is None, "vLLM has no call that clears one tenant"
         self._step_until_idle()
-        if self._connector.connector_scheduler is not None:
-            self._connector.connector_scheduler.clear(salt)
-        self._step_until_idle()
-        self._splits.forget(salt)
+        assert self._engine.reset_prefix_cache(reset_connector=True), "vLLM refuses to reset its caches"
+        if self._disk:
+            tier = DiskTier(self._disk)
+            tier.clear()
+            tier.close()
+        self._splits.forget(None)
 
     def stats(self) -> Mapping[str, float]:
         """Returns the sums of the scheduler's and the worker's metrics, and the index's counts."""
