@@ -17,7 +17,7 @@ from lmcache_conformance.mutants import ROWS, all_mutants, mutant, skip_row, ski
 from lmcache_conformance.runner.records import TestResult, read
 
 CACHES = ("cachebytes", "cachefaults", "cachefiles", "cachehost", "cachenames", "cachepressure")
-MINE = (*CACHES, "index", "kernels", "keys", "layouts", "tiers")
+MINE = (*CACHES, "index", "kernels", "keys", "layouts", "tiers", "tiersizes")
 
 
 def run(module: str, report: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from toykv.tier import SqliteTier
 
 
 class TestSqlite(TierTests):
-    capabilities = TierCapabilities(persistent=True, bounded=True, shared=True)
+    capabilities = TierCapabilities(persistent=True, durable=True, bounded=True, shared=True)
 
     def open_tier(self, place, capacity):
         return SqliteTier(place / "objects.sqlite", capacity)

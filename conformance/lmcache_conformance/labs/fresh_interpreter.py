@@ -35,7 +35,7 @@ def in_new_process(suite: object, method: str, *arguments: Any, seed: int = 4242
         AssertionError: the child failed or took longer than `timeout` seconds; the message includes its output.
     """
     cls = type(suite)
-    command, environ = _command(suite, method, arguments, seed)
+    command, environ = command_for(suite, method, arguments, seed=seed)
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -49,11 +49,14 @@ def in_new_process(suite: object, method: str, *arguments: Any, seed: int = 4242
 
 def start_in_new_process(suite: object, method: str, *arguments: Any) -> subprocess.Popen[str]:
     """Starts the same without waiting. The caller reads the process's output and kills it."""
-    command, environ = _command(suite, method, arguments, seed=1)
+    command, environ = command_for(suite, method, arguments)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
 
 
-def _command(suite: object, method: str, arguments: Sequence[Any], seed: int) -> tuple[list[str], dict[str, str]]:
+def command_for(
+    suite: object, method: str, arguments: Sequence[Any], *, seed: int = 1
+) -> tuple[list[str], dict[str, str]]:
+    """Returns the command that calls the method in another process, and its environment."""
     cls = type(suite)
     call = json.dumps([inspect.getfile(cls), cls.__qualname__, method, list(arguments), sys.path])
     return [sys.executable, "-c", _CODE, call], {**os.environ, "PYTHONHASHSEED": str(seed)}

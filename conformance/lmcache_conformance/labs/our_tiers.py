@@ -45,7 +45,9 @@ class MemoryTierTests(TierTests):
 class DiskTierTests(TierTests):
     """The suite for `lmcache.tiers.disk.DiskTier` and its subclasses."""
 
-    capabilities = TierCapabilities(persistent=True, bounded=True, shared=True, raw=True, damage=True, full_device=True)
+    capabilities = TierCapabilities(
+        persistent=True, durable=True, bounded=True, shared=True, raw=True, damage=True, full_device=True
+    )
     tier_class: type[DiskTier] = DiskTier
 
     def open_tier(self, place: Path, capacity: int | None) -> Tier:

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from lmcache_conformance.mutants.rows import ROWS
 
-__all__ = ["BEYOND", "ROWS", "Mutant", "SkippedRow", "all_mutants", "mutant", "skip_row", "skipped_rows"]
+__all__ = ["BEYOND", "ROWS", "Mutant", "SkippedRow", "all_mutants", "mutant", "only", "skip_row", "skipped_rows"]
 
 ENTRY_POINTS = "lmcache.mutants"
 """Entry point group under which an adapter registers its module of mutants."""
@@ -82,6 +82,19 @@ def mutant(*, row: str, project: str) -> Callable[[C], C]:
         return suite
 
     return declare
+
+
+def only(*tests: Callable[..., None]) -> Callable[[C], C]:
+    """Restricts a suite class to these tests of it: for mutants that no other test kills."""
+    wanted = {test.__name__ for test in tests}
+
+    def restrict(suite: C) -> C:
+        for name in dir(suite):
+            if name.startswith("test_") and name not in wanted:
+                setattr(suite, name, None)
+        return suite
+
+    return restrict
 
 
 def skip_row(row: str, reason: str) -> SkippedRow:

@@ -21,7 +21,7 @@ from lmcache_conformance.engines.faults import FaultTests
 from lmcache_conformance.engines.names import NameTests
 from lmcache_conformance.engines.traffic import TrafficTests
 from lmcache_conformance.engines.values import ValueTests
-from lmcache_conformance.mutants import mutant
+from lmcache_conformance.mutants import mutant, only
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,6 @@ def engine_mutants(
 
 def _mutant(module: str, failure: EngineFailure, broken: EngineAdapter) -> type[EngineBase]:
     name, suite = f"Mutant{failure.name}", failure.suite
-    wanted = {test.__name__ for test in failure.tests} or set(dir(suite))
-    unwanted = {test: None for test in dir(suite) if test.startswith("test_") and test not in wanted}
     attributes = {
         "__doc__": failure.meaning,
         "__module__": module,
@@ -75,7 +73,9 @@ def _mutant(module: str, failure: EngineFailure, broken: EngineAdapter) -> type[
         "broken": broken,
         "budget": "quick",
     }
-    created = type(name, (suite,), {**attributes, **unwanted, **failure.settings})
+    created = type(name, (suite,), {**attributes, **failure.settings})
+    if failure.tests:
+        only(*failure.tests)(created)
     return mutant(row=failure.row, project=failure.project)(created)
 
 

@@ -51,10 +51,19 @@ class TierBytesTests(TierFactory):
 
     @level(Level.BYTES)
     def test_an_object_of_many_megabytes_survives(self, tier: Tier) -> None:
-        data = pattern("big", 1 << 20) * 33
+        mib = pattern("big", (1 << 20) - 8)
+        data = b"".join(number.to_bytes(8, "little") + mib for number in range(self.largest >> 20))
         assert put(tier, object_id(0), data).status is Status.OK
+        assert [found.nbytes for found in tier.scan()] == [len(data)]
         result, back = get(tier, object_id(0), len(data))
-        assert (result.status, back == data) == (Status.OK, True)
+        assert (result.status, result.nbytes) == (Status.OK, len(data)), (
+            f"of {len(data)} bytes, {result.nbytes} came back"
+        )
+        assert back == data
+        ends = [bytearray(100), bytearray(100)]
+        ranges = [Range(len(data) - 100, 100), Range(len(data) // 2, 100)]
+        tier.read_into([Read(object_id(0), [memoryview(end) for end in ends], ranges)])
+        assert ends == [data[at : at + 100] for at, _ in ranges], "ranges far into the object differ"
 
     @level(Level.BYTES)
     def test_ranges_fill_their_own_buffers(self, tier: Tier) -> None:
@@ -229,6 +238,22 @@ class TierBytesTests(TierFactory):
         assert tier.used_bytes() == sum(sizes.values()) - 301
         put(tier, object_id(4), bytes(5000))  # kept, not replaced
         assert tier.used_bytes() == sum(sizes.values()) - 301
+
+    @level(Level.RESET)
+    def test_more_objects_than_a_store_lists_at_once_are_listed_deleted_and_cleared(self, tier: Tier) -> None:
+        kept = [object_id(number) for number in range(self.many)]
+        deleted = [object_id(number, namespace=OTHER_NAMESPACE) for number in range(self.many)]
+        for ids in (kept, deleted):
+            assert {result.status for result in tier.write([Write(id, [b"x"]) for id in ids])} == {Status.OK}
+        assert len({found.id for found in tier.scan()}) == 2 * self.many
+        assert {result.status for result in tier.contains(kept)} == {Status.OK}
+        assert {result.status for result in tier.delete(deleted)} == {Status.OK}
+        assert {result.status for result in tier.contains(deleted)} == {Status.MISSING}, "served after delete()"
+        assert {found.id for found in tier.scan()} == set(kept)
+        assert tier.clear(NAMESPACE) == self.many
+        assert {result.status for result in tier.contains(kept)} == {Status.MISSING}, "served after clear()"
+        assert list(tier.scan()) == []
+        assert tier.used_bytes() == 0
 
     @level(Level.RESET)
     def test_contains_and_scan_change_nothing(self, tier: Tier) -> None:

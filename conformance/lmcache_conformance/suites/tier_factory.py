@@ -18,7 +18,10 @@ class TierCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a tier supports. Tests of unclaimed capabilities are skipped; tests of claimed ones must pass.
 
     Attributes:
-        persistent: objects survive `close` and are present when the same place is opened again, in any process.
+        persistent: objects survive `close`, and after a flush kill −9, and are present when the same place is opened again, in
+            any process.
+        durable: `flush(durable=True)` survives a power loss of this machine: objects are in files below `place`, and it syncs
+            them. A tier whose storage is on another machine cannot be observed, and does not claim it.
         bounded: `open_tier` respects `capacity`.
         shared: several openers of one place (in one or more processes) see each other's objects immediately.
         raw: `raw_get` and `raw_files` are implemented: they read the storage without the tier.
@@ -27,6 +30,7 @@ class TierCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     persistent: bool = False
+    durable: bool = False
     bounded: bool = False
     shared: bool = False
     raw: bool = False
@@ -40,6 +44,12 @@ class TierFactory:
     capabilities: TierCapabilities = TierCapabilities()
     machine_examples: int = 20
     """Number of random histories that the state machine runs."""
+
+    many: int = 1_100
+    """Number of objects in the test of listings: more than a store lists or deletes in one request (1,000)."""
+
+    largest: int = 81 << 20
+    """Size in bytes of the largest object that the suite writes: a chunk of 256 tokens of a 70B model has 80 MiB."""
 
     patience: float = 60.0
     """Seconds after which a tier that still refuses writes, although there is space again, counts as stuck."""

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis.stateful import RuleBasedStateMachine
 
 from lmcache.plan import Status
 from lmcache.tiers.base import Range, Read, Tier, Write
 from lmcache_conformance.contract import Level
+from lmcache_conformance.labs.deadlines import Deadline, PassesAt
 from lmcache_conformance.labs.fresh_interpreter import in_new_process
 from lmcache_conformance.labs.tier_objects import (
     get,
@@ -23,6 +25,9 @@ from lmcache_conformance.labs.tier_objects import (
 from lmcache_conformance.runner.marks import level, requires
 from lmcache_conformance.suites.tier_factory import TierFactory
 from lmcache_conformance.suites.tier_machine import BoundedTierMachine, TierMachine, run_machine
+
+GRACE_S = 0.2
+"""How long what must not happen later is waited for."""
 
 
 class TierFaultTests(TierFactory):
@@ -68,6 +73,57 @@ class TierFaultTests(TierFactory):
             assert get(tier, object_id(number), 10)[0].status is Status.MISSING
             assert put(tier, object_id(number), b"whole").nbytes == 5
             assert get(tier, object_id(number), 10)[1] == b"whole"
+
+    @level(Level.FAULTS)
+    @pytest.mark.parametrize("slow", ["between two items", "within one item"])
+    def test_a_deadline_that_passes_during_a_write_leaves_the_rest_undone_now_and_later(
+        self, tier: Tier, slow: str
+    ) -> None:
+        """What is LATE is not written, and does not appear later. The deadline passes while the tier fetches its input."""
+        deadline = Deadline()
+        ids = [object_id(number) for number in range(6)]
+        writes = [Write(id, [b"head of an object", pattern(id, 20_000)]) for id in ids]
+        if slow == "within one item":
+            writes[2] = writes[2]._replace(parts=PassesAt(writes[2].parts, 1, deadline))
+        results = tier.write(
+            PassesAt(writes, 2, deadline) if slow == "between two items" else writes, deadline=deadline.at
+        )
+        statuses = [result.status for result in results]
+        assert set(statuses) <= {Status.OK, Status.LATE}, f"{statuses}: not done in time is LATE"
+        assert set(statuses[3:]) == {Status.LATE}, f"{statuses}: these were begun after the deadline"
+        done = {id for id, status in zip(ids, statuses, strict=True) if status is Status.OK}
+        for when in ("at once", "later"):
+            present = {id for id, found in zip(ids, tier.contains(ids), strict=True) if found.status is Status.OK}
+            assert done == present == {found.id for found in tier.scan()}, (
+                f"{when}: OK are {sorted(id.depth for id in done)}, there are {sorted(id.depth for id in present)}"
+            )
+            assert all(get(tier, id, 30_000)[1] == b"".join(writes[id.depth].parts) for id in done)
+            tier.flush()
+            time.sleep(GRACE_S)
+        assert tier.used_bytes() == sum(found.nbytes for found in tier.scan()), "what is LATE was counted as used"
+        for id in ids:
+            assert put(tier, id, pattern(id, 20_000)).status is Status.OK, "after a late write, none succeeds any more"
+
+    @level(Level.FAULTS)
+    def test_a_deadline_that_passes_during_a_call_ends_it(self, tier: Tier) -> None:
+        ids = [object_id(number) for number in range(6)]
+        for id in ids:
+            put(tier, id, pattern(id, 100))
+        buffers = [bytearray(b"?" * 100) for _ in ids]
+        reads = [Read(id, [memoryview(b)], [Range(0, 100)]) for id, b in zip(ids, buffers, strict=True)]
+        deadline = Deadline()
+        results = tier.read_into(PassesAt(reads, 2, deadline), deadline=deadline.at)
+        assert {result.status for result in results[3:]} == {Status.LATE}, "reads were begun after the deadline"
+        for id, buffer, result in zip(ids, buffers, results, strict=True):
+            assert result.status is not Status.OK or buffer == pattern(id, 100)
+        deadline = Deadline()
+        results = tier.contains(PassesAt(ids, 2, deadline), deadline=deadline.at)
+        assert {result.status for result in results[3:]} == {Status.LATE}
+        deadline = Deadline()
+        results = tier.delete(PassesAt(ids, 2, deadline), deadline=deadline.at)
+        assert {result.status for result in results[3:]} == {Status.LATE}
+        kept = {id for id, result in zip(ids, results, strict=True) if result.status is Status.LATE}
+        assert {found.id for found in tier.scan()} == kept, "what is LATE was deleted"
 
     @level(Level.FAULTS)
     @requires("damage")

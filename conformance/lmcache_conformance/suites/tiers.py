@@ -13,11 +13,12 @@ reason. If you implement raw access that bypasses the tier (`raw_get`, `raw_put`
 from __future__ import annotations
 
 from lmcache_conformance.suites.tier_bytes import TierBytesTests
+from lmcache_conformance.suites.tier_durability import TierDurabilityTests
 from lmcache_conformance.suites.tier_factory import TierCapabilities
 from lmcache_conformance.suites.tier_faults import TierFaultTests
 
 __all__ = ["TierCapabilities", "TierTests"]
 
 
-class TierTests(TierFaultTests, TierBytesTests):
+class TierTests(TierDurabilityTests, TierFaultTests, TierBytesTests):
     """The contract of `lmcache.tiers.base.Tier`."""
