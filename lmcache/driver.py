@@ -10,12 +10,16 @@ from dataclasses import replace
 
 from lmcache.control.outcomes import Finished, FlushResult, Lookup, Owner, Store
 from lmcache.control.plane import Plane
+from lmcache.interrupts import deliver, uninterrupted
 from lmcache.plan import Chain, JobKind, Name, Plan, Report, TierFacts
 from lmcache.transfer.jobs import EngineView
 from lmcache.transfer.rank import Rank
 
 _NAP_S = 1.0
 """Seconds between two looks at the progress of jobs, at most."""
+
+_SIGNAL_S = 0.05
+"""Seconds that a signal waits for its handler while the main thread waits for a job, at most."""
 
 
 class Driver:
@@ -42,6 +46,7 @@ class Driver:
 
     # ---------------------------------------------------------------- requests
 
+    @uninterrupted
     def lookup(self, chain: Chain, max_tokens: int) -> tuple[Owner, Lookup]:
         """Returns the longest hit, leased to a new owner. Waits for probes of shared tiers, up to the probe timeout."""
         owner = next(self._owners)
@@ -54,14 +59,20 @@ class Driver:
             if plan is None:
                 return owner, found
             self._execute(plan)
-            self._tracker.wait(seen, self._probe_timeout)  # afterwards the plane no longer waits for the probe
+            try:
+                self._wait(seen, self._probe_timeout)  # afterwards the plane no longer waits for the probe
+            except BaseException:
+                self.release(owner)
+                raise
             self.pump()
 
+    @uninterrupted
     def release(self, owner: Owner) -> None:
         """Ends an owner's lease and removes the owner."""
         with self._lock:
             self._plane.forget(owner)
 
+    @uninterrupted
     def store(self, chain: Chain, view: EngineView, resident: Sequence[Sequence[bool]]) -> Store:
         """Copies the chunks of `chain` from the engine to DRAM; the engine may overwrite them afterwards."""
         self.pump()
@@ -73,6 +84,7 @@ class Driver:
         self.pump()
         return store
 
+    @uninterrupted
     def load(self, owner: Owner, view: EngineView, skip: int = 0) -> int:
         """Loads what `owner` leased into the engine and waits for it; returns how many leading tokens are in place.
 
@@ -96,15 +108,19 @@ class Driver:
                     if finished is not None:
                         self._awaited.discard(job)
                         break
-                self._tracker.wait(seen, 1.0)
+                self._wait(seen, _NAP_S)
         except BaseException:
             self._tracker.fence([job], None)  # the caller may reuse the memory
+            with self._lock:
+                self._awaited.discard(job)
+                self._finished.pop(job, None)
             raise
         if not finished.final:  # late: the caller's memory must not change after return
             self._tracker.fence([job], None)
         self._plane.metrics.loaded(finished.ok_tokens)
         return finished.ok_tokens
 
+    @uninterrupted
     def prefetch(self, owner: Owner, skip: int = 0) -> None:
         """Starts to load what `owner` leased from lower tiers into DRAM."""
         self.pump()
@@ -115,11 +131,13 @@ class Driver:
 
     # ---------------------------------------------------------------- maintenance
 
+    @uninterrupted
     def announce(self, tier: int, names: Iterable[Name]) -> None:
         """Adds objects found on a tier to the index."""
         with self._lock:
             self._plane.announce(tier, 0, names, True, time.monotonic())
 
+    @uninterrupted
     def clear(self, namespaces: Sequence[bytes] | None) -> int:
         """Removes everything (of these namespaces) from the index; returns how many objects were in DRAM."""
         with self._lock:
@@ -127,12 +145,14 @@ class Driver:
             wanted: Sequence[bytes | None] = [None] if namespaces is None else namespaces
             return sum(self._plane.clear(namespace, now) for namespace in wanted)
 
+    @uninterrupted
     def stats(self) -> tuple[dict[str, int], list[dict[str, int]]]:
         """Returns the index's counts, and per group the number of arena slots in each state."""
         self.pump()
         with self._lock:
             return self._plane.stats(), self._plane.arenas()
 
+    @uninterrupted
     def drain(self, timeout: float, *kinds: JobKind, patient: bool = False) -> bool:
         """Waits until no job of these kinds is in progress; False when it gives up.
 
@@ -154,7 +174,7 @@ class Driver:
                 until, progress = now + timeout, latest
             if now >= until:
                 return False
-            self._tracker.wait(seen, min(until - now, _NAP_S))
+            self._wait(seen, min(until - now, _NAP_S))
 
     def in_progress(self, *kinds: JobKind) -> int:
         """Returns the number of jobs of these kinds that have not ended."""
@@ -165,6 +185,7 @@ class Driver:
         """A number that grows with every object that a tier has written or removed."""
         return self._transfer.tier_copier.completed
 
+    @uninterrupted
     def flush(self, timeout: float, *kinds: JobKind) -> FlushResult:
         """Waits for write-backs; those that failed are tried again while that helps. Returns what became of all of them."""
         until = time.monotonic() + timeout
@@ -179,6 +200,7 @@ class Driver:
             result = self._plane.take_receipts()
         return result if done else replace(result, dropped={**result.dropped, "pending": self.in_progress(*kinds)})
 
+    @uninterrupted
     def pump(self) -> None:
         """Applies new reports and expired deadlines, and executes the resulting plans, until there are none."""
         plane, tracker = self._plane, self._tracker
@@ -192,6 +214,8 @@ class Driver:
                     reports = (tracker.report(),)
                     if self._selective:
                         facts = {0: self._rank.facts()}
+                for namespace in self._rank.cleared_elsewhere():
+                    plane.cleared_elsewhere(namespace)
                 finished, plan = plane.advance(reports, facts, time.monotonic())
                 for job in finished:
                     if job.job in self._awaited:
@@ -199,6 +223,15 @@ class Driver:
             if plan.jobs:
                 self._execute(plan)
             elif tracker.news == self._seen:
+                return
+
+    def _wait(self, seen: int, timeout: float) -> None:
+        """Waits until the tracker's `news` differs from `seen`, for `timeout` seconds; raises what a signal handler raises."""
+        until = time.monotonic() + timeout
+        while True:
+            self._tracker.wait(seen, max(0.0, min(until - time.monotonic(), _SIGNAL_S)))
+            deliver()
+            if self._tracker.news != seen or time.monotonic() >= until:
                 return
 
     def _execute(self, plan: Plan, job: int | None = None, view: EngineView | None = None) -> None:
