@@ -40,10 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lmcache-report", metavar="FILE", help="Append JSON lines: one when a test starts, one when it ends."
     )
     group.addoption("--lmcache-resume", action="store_true", help="Skip tests that are already in the report.")
+    group.addoption("--lmcache-parent", metavar="PID", type=int, help="End when this process, the parent, has ended.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the marks; reads the files named by options."""
+    if config.option.lmcache_parent:
+        from lmcache_conformance.runner.processes import end_with_parent
+
+        end_with_parent(config.option.lmcache_parent)
     config.addinivalue_line("markers", f"{LEVEL}(name): what this test proves, see lmcache_conformance.contract.Level")
     config.addinivalue_line("markers", f"{REQUIRES}(*capabilities): skip unless the class under test claims them")
     if config.option.lmcache_xfails:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
-from lmcache_conformance.runner.processes import members
+from lmcache_conformance.runner.processes import kill_group, members
 from lmcache_conformance.runner.records import Began, Event, Started
 from lmcache_conformance.runner.run import Job, Limits, RowResult, run_job
 
@@ -176,3 +178,48 @@ def test_leaving_the_runner_leaves_no_process(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_job(Job("r", file), LIMITS, progress=interrupt)
     assert members(int((tmp_path / "pid").read_text())) == []
+
+
+RUN = """
+import sys
+from lmcache_conformance.runner.run import Job, Limits, run_job
+run_job(Job("r", sys.argv[1]), Limits(test=120, start=120, job=600))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP), (signal.SIGKILL, -9)],
+)
+def test_a_run_that_is_ended_by_a_signal_leaves_no_process(tmp_path: Path, number: int, status: int) -> None:
+    file = suite(
+        tmp_path,
+        f"""
+        def test_hangs():
+            children = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            open({str(tmp_path / "new")!r}, "w").write(f"{{os.getpgrp()}}")
+            os.rename({str(tmp_path / "new")!r}, {str(tmp_path / "group")!r})
+            time.sleep(600)
+        """,
+    )
+    run = subprocess.Popen([sys.executable, "-c", RUN, file])
+    group = tmp_path / "group"
+    try:
+        until = time.monotonic() + 120
+        while not group.exists():
+            assert run.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        child = int(group.read_text())
+        try:
+            run.send_signal(number)
+            assert run.wait(60) == status
+            until = time.monotonic() + 60
+            while left := [pid for pid in members(child) if pid == child or number != signal.SIGKILL]:
+                assert time.monotonic() < until, f"{left} are left"
+                time.sleep(0.02)
+        finally:
+            kill_group(child)
+    finally:
+        run.kill()
+        run.wait()

@@ -1,14 +1,49 @@
-"""Kills process groups and waits for their end, so that none of their processes can still write files."""
+"""Ends processes: groups of them, so that none can still write files, and those whose parent has ended."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 _WAIT_S = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def unwound_when_terminated() -> Iterator[None]:
+    """While this is open, SIGTERM and SIGHUP raise `SystemExit`, so that `finally` blocks end what was started.
+
+    Has no effect outside of the main thread, and on signals that somebody handles or ignores.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    mine = [n for n in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def end_with_parent(parent: int) -> None:
+    """Kills this process when the one with id `parent`, which started it, has ended, even by SIGKILL. Only on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_group(group: int) -> None:

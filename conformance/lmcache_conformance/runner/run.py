@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmcache_conformance.runner.failures import ending
-from lmcache_conformance.runner.processes import kill_group
+from lmcache_conformance.runner.processes import kill_group, unwound_when_terminated
 from lmcache_conformance.runner.records import Began, Ended, Event, Started, TestResult, decode
 
 MAX_RESTARTS = 20
@@ -81,10 +81,13 @@ Progress = Callable[[RowResult, Event], None]
 
 
 def run_job(job: Job, limits: Limits, *, progress: Progress = lambda row, event: None) -> RowResult:
-    """Runs one job to its end, restarting it after crashes and hangs. Calls `progress` with every event."""
+    """Runs one job to its end, restarting it after crashes and hangs. Calls `progress` with every event.
+
+    Leaves no process behind, also if it is interrupted or terminated.
+    """
     row = RowResult(job.row)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="lmcache-conformance-") as name:
+    with unwound_when_terminated(), tempfile.TemporaryDirectory(prefix="lmcache-conformance-") as name:
         for _ in range(MAX_RESTARTS + 1):
             broken = _Attempt(job, Path(name), row, limits, began + limits.job, progress).run()
             row.seconds = time.monotonic() - began
@@ -142,7 +145,7 @@ class _Attempt:
         if not file.is_relative_to(_INI.parent):  # tests of another package: settings of its project must not apply
             words += ["-c", str(_INI), "--rootdir", str(file.parent)]
         words += ["-p", "_hypothesis_pytestplugin", "-p", "lmcache_conformance.plugin"]
-        words += [f"--lmcache-report={self._report}", "--lmcache-resume"]
+        words += [f"--lmcache-report={self._report}", "--lmcache-resume", f"--lmcache-parent={os.getpid()}"]
         words += ["-o", f"faulthandler_timeout={max(1.0, self._limits.test * 0.9):g}"]
         environment = {
             **os.environ,
