@@ -1,0 +1,128 @@
+"""Ctrl-C at any line of a cache call: the process goes on, and so does the cache."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import lmcache
+from lmcache import CacheEngine
+from lmcache_conformance.labs.faulty_tier import FaultyTier
+from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
+
+ROOT = str(Path(lmcache.__file__).parent)
+SPEC = tiny_spec()
+POOL = Pool("packed", 40, seed=1)
+SLOTS = scattered(2 * CHUNK, POOL)
+STEP = 7
+"""Every how many lines of the cache's code an interrupt is tried."""
+
+
+def interrupted_at(line: int, call: Callable[[], object]) -> bool:
+    """Runs `call` with a SIGINT at the given one of the lines of the cache's code that it executes; False: it has fewer lines."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(ROOT):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        assert left <= 0
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+def tokens(n: int) -> torch.Tensor:
+    return torch.arange(2 * CHUNK) + 1000 * n
+
+
+def serve(engine: CacheEngine, n: int, out: Pool) -> int:
+    with engine.lookup(tokens(n)) as hit:
+        loaded = engine.retrieve(hit, out.kv, SLOTS)
+    engine.store(tokens(n), POOL.kv, SLOTS)
+    return loaded
+
+
+@pytest.fixture
+def engine() -> CacheEngine:
+    # Two prompts fill the arena, so that one slot that is never freed makes a later store incomplete.
+    config = tiny_config(dram_bytes=8 * SPEC.object_bytes(0, CHUNK), lease_s=2.0, policy="lru")
+    return CacheEngine(config, SPEC)
+
+
+def test_an_interrupt_at_any_line_leaves_a_whole_cache(engine: CacheEngine) -> None:
+    out = Pool("packed", 40)
+    for n in range(6):
+        serve(engine, n, out)  # evictions, as well
+    line, n = 1, 0
+    while interrupted_at(line, lambda: serve(engine, n % 6, out)):  # noqa: B023
+        line, n = line + STEP, n + 1
+        engine._plane.check()
+    assert line > 100 * STEP, "the tracer has seen the cache's code"
+    time.sleep(2.1)  # a hit that was lost on the way to its caller is leased until `lease_s` has passed
+    for n in range(100, 106):
+        assert engine.store(tokens(n), POOL.kv, SLOTS) == 2 * CHUNK
+        assert serve(engine, n, out) == 2 * CHUNK
+        assert out.sequence(SLOTS) == POOL.sequence(SLOTS)
+    states = {k: v for k, v in engine.stats().items() if "arena_slots" in k and v}
+    assert sum(v for k, v in states.items() if "ready" not in k) == 0, states
+    engine.close()
+
+
+@pytest.mark.parametrize("call", ["lookup", "retrieve", "flush", "close"])
+def test_an_interrupt_ends_a_wait_for_a_tier_that_hangs(call: str) -> None:
+    out = Pool("packed", 40)
+    tier = FaultyTier(shared=True)
+    with CacheEngine(tiny_config(), SPEC, tiers=[tier]) as writer:
+        writer.store(tokens(0), POOL.kv, SLOTS)
+        writer.flush()
+    engine = CacheEngine(tiny_config(probe_timeout_s=60, load_timeout_s=60), SPEC, tiers=[tier])
+    try:
+        if call != "retrieve":
+            engine.store(tokens(1), POOL.kv, SLOTS) if call != "lookup" else None
+            tier.answers.clear()
+        hit = engine.lookup(tokens(0)) if call == "retrieve" else None
+        tier.answers.clear()
+        if call in ("flush", "close"):
+            engine.store(tokens(2), POOL.kv, SLOTS)
+        blank = out.snapshot()
+        threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            if hit is not None:
+                engine.retrieve(hit, out.kv, SLOTS)
+            else:
+                {"lookup": lambda: engine.lookup(tokens(0)), "flush": engine.flush, "close": engine.close}[call]()
+        tier.answers.set()
+        if hit is not None:
+            hit.release()
+            time.sleep(0.2)
+            assert all(map(torch.equal, blank, out.snapshot())), "a load that was given up writes no engine memory"
+        if call != "close":
+            engine.flush()
+            assert serve(engine, 0, out) == 2 * CHUNK
+            assert out.sequence(SLOTS) == POOL.sequence(SLOTS)
+            assert engine.stats()["index_leases"] == 0
+    finally:
+        tier.answers.set()
+        engine.close()
