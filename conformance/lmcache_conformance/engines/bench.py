@@ -14,6 +14,7 @@ import msgspec
 
 from lmcache_conformance.contract import PATIENT, Capabilities, Request, Response, SessionConfig
 from lmcache_conformance.engines.forked import ForkedSession
+from lmcache_conformance.labs.alike import shown
 from lmcache_conformance.labs.models import MODELS, model_folder, vocabulary
 from lmcache_conformance.remote.child import RemoteSession
 from lmcache_conformance.runner.discover import find_adapter
@@ -141,7 +142,7 @@ class Engine:
 
     def _check(self, request: Request, response: Response, history: History) -> None:
         """Checks what must hold for every response."""
-        what = f"prompt of {len(request.tokens)} tokens{f', salt {request.salt!r}' if request.salt else ''}"
+        what = f"prompt of {len(request.tokens)} tokens{f', salt {shown(request.salt)}' if request.salt else ''}"
         if request.cancel_after:
             assert len(response.tokens) <= request.max_new_tokens, f"{what}: more tokens than requested after a cancel"
         else:

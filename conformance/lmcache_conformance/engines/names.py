@@ -8,6 +8,7 @@ from dataclasses import replace
 from lmcache_conformance.contract import Level, Request
 from lmcache_conformance.engines.base import EngineBase
 from lmcache_conformance.engines.bench import Bench, Engine, on, same_answer, same_tokens, session_model
+from lmcache_conformance.labs.alike import ALIKE, shown
 from lmcache_conformance.labs.models import TINY, model_folder, vocabulary
 from lmcache_conformance.runner.marks import level, requires
 
@@ -96,6 +97,23 @@ class NameTests(EngineBase):
             )
             if bench.capabilities.same_split:
                 same_answer(response, engine.recompute(prompt, salt=salt), f"salt {salt!r}")
+
+    @level(Level.ISOLATION)
+    @requires("salt")
+    @on("llama", dtypes=1)
+    def test_salts_that_differ_late_or_little_are_different_tenants(self, bench: Bench) -> None:
+        engine = bench.shared()
+        prompt = bench.chunks(2)
+        for salt in ALIKE:
+            engine.drop_device_cache()
+            response = engine.ask(prompt, salt=salt, max_new_tokens=1)
+            assert response.hit == 0, f"salt {shown(salt)}: a hit of {dict(response.cached)} on KV of a salt like it"
+        for salt in ALIKE:
+            engine.drop_device_cache()
+            response = engine.ask(prompt, salt=salt, max_new_tokens=1)
+            assert response.hit == bench.whole(len(prompt)), (
+                f"salt {shown(salt)}: a hit of only {dict(response.cached)} on its own prompt"
+            )
 
     @level(Level.ISOLATION)
     @requires("salt", "restart")

@@ -17,6 +17,9 @@ from lmcache_conformance.runner.marks import level, requires
 NEW = 20
 """Tokens generated per round: more than a chunk, so that some chunks contain both prompt and generated tokens."""
 
+LONG = 2_600
+"""Tokens of a long prompt: beyond 2,048, and below the 4,096 positions of the tiny models."""
+
 
 def dialogue(bench: Bench, engine: Engine, rounds: int, *, first: int = 70) -> Iterator[tuple[Request, Response]]:
     """Yields the rounds of a chat: each prompt is the previous one, its answer, and new tokens. Checks that later rounds hit.
@@ -91,6 +94,38 @@ class ValueTests(EngineBase):
                 f"repetition {time + 1}: a hit of only {dict(response.cached)}"
             )
             same_bits(response, engine.recompute(prompt), f"repetition {time + 1}")
+
+    @level(Level.TOKENS)
+    @on("llama", dtypes=1)
+    def test_a_hundred_hits_of_one_process_are_all_right(self, bench: Bench) -> None:
+        engine = bench.shared()
+        prompts = [bench.chunks(2, more=1 + n) for n in range(10)]
+        wanted: dict[tuple[int, ...], Response] = {}
+        for prompt in prompts:
+            engine.ask(prompt, max_new_tokens=1)
+        for number in range(100):
+            prompt = prompts[number % len(prompts)]
+            engine.drop_device_cache()
+            response = engine.ask(prompt, max_new_tokens=1)
+            what = f"hit {number + 1} of 100"
+            assert response.hit == bench.whole(len(prompt)), f"{what}: only {dict(response.cached)}"
+            if prompt not in wanted:
+                bench.right(engine, Request(tokens=prompt, max_new_tokens=1), response, what)
+            same_answer(response, wanted.setdefault(prompt, response), what)
+
+    @level(Level.TOKENS)
+    @on("llama", dtypes=1)
+    def test_a_prompt_of_thousands_of_tokens_hits_right(self, bench: Bench) -> None:
+        """A hit, and a hit on its first part: loads have a beginning, a middle and an end beyond 2,048 tokens."""
+        engine = bench.shared()
+        prompt = bench.prompt(bench.whole(LONG) + 3)
+        engine.ask(prompt)
+        for part in (prompt, prompt[: bench.whole(LONG) - bench.chunk_tokens + 1]):
+            engine.drop_device_cache()
+            response = engine.ask(part)
+            what = f"a prompt of {len(part)} tokens"
+            assert response.hit == bench.whole(len(part)), f"{what}: a hit of only {dict(response.cached)}"
+            bench.right(engine, part, response, what)
 
     @level(Level.LOGITS)
     @requires("logprobs", "same_split")

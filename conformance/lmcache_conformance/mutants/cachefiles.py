@@ -97,7 +97,13 @@ class _Mislabels(ObjectCodec):
     """Writes native pages to disk under a header that labels them canonical."""
 
     def save(
-        self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout, made: bytes | None = None
+        self,
+        tier: Tier,
+        id: ObjectId,
+        payload: torch.Tensor,
+        layout: ObjectLayout,
+        made: bytes | None = None,
+        epoch: int | None = None,
     ) -> Result:
         form: Form = self._form(self._canonical[id.group])
         [result] = tier.write([Write(id, form.encode(id, payload.numpy().data.cast("B")))])

@@ -130,6 +130,30 @@ KNOWS_NO_TENANTS = EngineFailure(
     suite=NameTests,
     tests=(NameTests.test_tenants_never_share_a_hit, NameTests.test_tenants_stay_apart_in_a_new_process),
 )
+CUTS_SALTS = EngineFailure(
+    "CutsSalts",
+    "Only the first 32 characters of a salt are part of the key.",
+    row="key lacks kv dtype / TP rank / CP rank / LoRA version / tenant salt",
+    project="fields of fixed size",
+    suite=NameTests,
+    tests=(NameTests.test_salts_that_differ_late_or_little_are_different_tenants,),
+)
+NORMALISES_SALTS = EngineFailure(
+    "NormalisesSalts",
+    "Salts that Unicode regards as equivalent are one tenant.",
+    row="key lacks kv dtype / TP rank / CP rank / LoRA version / tenant salt",
+    project="text that is normalised on the way",
+    suite=NameTests,
+    tests=(NameTests.test_salts_that_differ_late_or_little_are_different_tenants,),
+)
+ENDS_SALTS_AT_NUL = EngineFailure(
+    "EndsSaltsAtNul",
+    "A salt ends at its first NUL, as strings of C do.",
+    row="key lacks kv dtype / TP rank / CP rank / LoRA version / tenant salt",
+    project="names that pass through C",
+    suite=NameTests,
+    tests=(NameTests.test_salts_that_differ_late_or_little_are_different_tenants,),
+)
 TRUSTS_THE_NAME = EngineFailure(
     "TrustsTheName",
     "A model is identified by its name, whatever its weights are.",
@@ -168,6 +192,22 @@ SERVES_ONCE = EngineFailure(
     row="offloaded cache wrong on the second forward",
     project="transformers #48947",
     suite=ValueTests,
+)
+TIRES = EngineFailure(
+    "Tires",
+    "From the 65th load of a process on, wrong values are returned.",
+    row="offloaded cache wrong on the second forward",
+    project="rings and counters that wrap",
+    suite=ValueTests,
+    tests=(ValueTests.test_a_hundred_hits_of_one_process_are_all_right,),
+)
+ENDS_AT_2048 = EngineFailure(
+    "EndsAt2048",
+    "Of a load, what is beyond 2,048 tokens is not filled.",
+    row="load fails but is reported as success",
+    project="buffers and launches of fixed size",
+    suite=ValueTests,
+    tests=(ValueTests.test_a_prompt_of_thousands_of_tokens_hits_right,),
 )
 SWAPS_KEYS_AND_VALUES = EngineFailure(
     "SwapsKeysAndValues",

@@ -7,6 +7,7 @@ unchanged. What each failure means is in `lmcache_conformance.mutants.engine_fai
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +138,37 @@ class ServesOnce(HFSession):
     reuse = _ServesOnce
 
 
+@dataclass(frozen=True)
+class _Tires(ObservedReuse):
+    def _retrieve(self, prompt: Prompt, hits: Sequence[Hit], columns: int, layers: Sequence[LayerKV]) -> int:
+        arrived = super()._retrieve(prompt, hits, columns, layers)
+        if self.engine.stats()["lmcache_retrieve_seconds_count"] > 64:
+            for keys, _ in layers:
+                keys.zero_()
+        return arrived
+
+
+class Tires(HFSession):
+    """Zeroes the keys of every load from the 65th on."""
+
+    reuse = _Tires
+
+
+@dataclass(frozen=True)
+class _EndsAt2048(ObservedReuse):
+    def _retrieve(self, prompt: Prompt, hits: Sequence[Hit], columns: int, layers: Sequence[LayerKV]) -> int:
+        arrived = super()._retrieve(prompt, hits, columns, layers)
+        for tensor in (tensor for layer in layers for tensor in layer):
+            tensor[:, :, 2048:].zero_()
+        return arrived
+
+
+class EndsAt2048(HFSession):
+    """Zeroes the keys and values of a load beyond 2,048 columns."""
+
+    reuse = _EndsAt2048
+
+
 class _StoresOneTooMany(ObservedModel):
     def _keep(self, prepared: Any, out: Any) -> None:
         for layer in prepared.cache.layers:
@@ -222,6 +254,39 @@ class KnowsNoTenants(HFSession):
     """Passes an empty salt."""
 
     wrapper = _KnowsNoTenants
+
+
+class _CutsSalts(ObservedModel):
+    def _reuse(self, opened: Any, digest: str, salt: str) -> Reuse:
+        return super()._reuse(opened, digest, salt[:32])
+
+
+class CutsSalts(HFSession):
+    """Passes the first 32 characters of the salt."""
+
+    wrapper = _CutsSalts
+
+
+class _NormalisesSalts(ObservedModel):
+    def _reuse(self, opened: Any, digest: str, salt: str) -> Reuse:
+        return super()._reuse(opened, digest, unicodedata.normalize("NFC", salt))
+
+
+class NormalisesSalts(HFSession):
+    """Passes the salt in Unicode's normal form."""
+
+    wrapper = _NormalisesSalts
+
+
+class _EndsSaltsAtNul(ObservedModel):
+    def _reuse(self, opened: Any, digest: str, salt: str) -> Reuse:
+        return super()._reuse(opened, digest, salt.partition("\0")[0])
+
+
+class EndsSaltsAtNul(HFSession):
+    """Passes the salt up to its first NUL."""
+
+    wrapper = _EndsSaltsAtNul
 
 
 class TrustsTheName(HFSession):
