@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -56,12 +57,13 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._unanswered: StepMeta | None = None  # the worker's step, until its load results are reported
         self._increments: Increments | None = None
         self._quiet = False
+        self._opening = False  # the scheduler has no offers yet
         self._failed_blocks: set[int] = set()
         self._disabled = ""
-        compat.join_log()
-        extra = dict(self._kv_transfer_config.kv_connector_extra_config)
+        extra = dict(self._kv_transfer_config.kv_connector_extra_config or {})
         strict = extra.get("strict") is True  # applies even if the other settings are invalid
         try:
+            compat.join_log()
             config = Config.load(json=extra)
             strict = config.strict
             if warning := compat.check_version():
@@ -75,7 +77,15 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 info("cache-settings", **changed)
                 events = vllm_config.kv_events_config
                 enabled = bool(events is not None and events.enable_kv_cache_events)
-                self._scheduler = ConnectorScheduler(kv_cache_config, config, events=enabled)
+                transfer = self._kv_transfer_config
+                self._scheduler = ConnectorScheduler(
+                    kv_cache_config,
+                    config,
+                    events=enabled,
+                    ranks=vllm_config.parallel_config.tensor_parallel_size,
+                    loads=transfer.is_kv_consumer,  # true of kv_both, too
+                    stores=transfer.is_kv_producer,
+                )
                 self._increments = Increments(self._scheduler.metrics)
             else:
                 self._worker = ConnectorWorker(vllm_config, kv_cache_config, config)
@@ -117,7 +127,15 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.register_kv_caches(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake | None:
-        """Returns what this worker has opened, or why it caches nothing; None in the scheduler's process."""
+        """Returns what this worker has opened, or why it caches nothing.
+
+        None in the scheduler's process, and inside another connector (`MultiConnector`): that passes the metadata of one
+        connector to all of them, some of which accept only their own. Then offers travel with the first reports.
+        """
+        wrapped = has_kv_transfer_group() and get_kv_transfer_group() is not self
+        return None if wrapped else self._handshake()
+
+    def _handshake(self) -> Handshake | None:
         nothing = Offer(
             int(getattr(self._vllm_config.parallel_config, "rank", 0)),
             None,
@@ -135,6 +153,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepMeta)
         self._quiet = connector_metadata.quiet
+        self._opening = connector_metadata.opening
         self._unanswered = connector_metadata
         self._call(self._worker, lambda worker: worker.bind_connector_metadata(connector_metadata), None)
 
@@ -176,8 +195,12 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return failed
 
     def build_connector_worker_meta(self) -> RankMeta | None:
-        """Returns this rank's reports for the scheduler."""
-        return self._call(self._worker, lambda worker: worker.build_connector_worker_meta(), None)
+        """Returns this rank's reports for the scheduler; until that has opened, with what this rank offers."""
+        meta = self._call(self._worker, lambda worker: worker.build_connector_worker_meta(), None)
+        if self._opening and (offer := self._handshake()) is not None:
+            meta = meta or RankMeta([])
+            meta.offers.append(offer)
+        return meta
 
     # ---------------------------------------------------------------- scheduler
 
@@ -191,6 +214,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         offers = [found.read() for found in metadata.values() if isinstance(found, Handshake)]
         if offers:
             self._call(self._scheduler, lambda scheduler: scheduler.open(offers), None)
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """As `set_xfer_handshake_metadata`, by pipeline stage and tensor-parallel rank: vLLM's own refuses a second stage."""
+        self.set_xfer_handshake_metadata(dict(enumerate(metadata.values())))
 
     def on_new_request(self, request: Request) -> None:
         """Prefetches from lower tiers while the request is queued."""

@@ -1,6 +1,7 @@
 """Messages between scheduler and workers, plain data that vLLM encodes and sends inside its own messages.
 
-`StepMeta` is part of a step's `SchedulerOutput`, `RankMeta` of a worker's output; `Handshake` is sent once at start-up.
+`StepMeta` is part of a step's `SchedulerOutput`, `RankMeta` of a worker's output; `Handshake` is sent once at start-up or,
+inside another connector, in the first `RankMeta`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class StepMeta(KVConnectorMetadata):
         refused: loads that vLLM waits for but that could not be planned; the worker reports them as failed.
         idle: the step has no forward pass.
         quiet: the step is idle and no request is left, so it may be the last one for a long time.
+        opening: the scheduler has no offers yet; workers add theirs to their `RankMeta`.
     """
 
     plan: Plan
@@ -53,24 +55,7 @@ class StepMeta(KVConnectorMetadata):
     refused: list[BlockView] = field(default_factory=list)
     idle: bool = False
     quiet: bool = False
-
-
-@dataclass
-class RankMeta(KVConnectorWorkerMetadata):
-    """The report of one rank or, after aggregation, of several.
-
-    Attributes:
-        reports: of each rank.
-        facts: rank → measurements of each tier, if admission needs them.
-    """
-
-    reports: list[Report]
-    facts: dict[int, list[TierFacts]] = field(default_factory=dict)
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> RankMeta:
-        """Concatenates both. Reports are cumulative and contain their rank, so nothing has to be merged."""
-        assert isinstance(other, RankMeta)
-        return RankMeta([*self.reports, *other.reports], self.facts | other.facts)
+    opening: bool = False
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -107,6 +92,26 @@ class Handshake(KVConnectorHandshakeMetadata):
     def read(self) -> Offer:
         """Decodes the offer."""
         return msgspec.json.decode(self.offer, type=Offer)
+
+
+@dataclass
+class RankMeta(KVConnectorWorkerMetadata):
+    """The report of one rank or, after aggregation, of several.
+
+    Attributes:
+        reports: of each rank.
+        facts: rank → measurements of each tier, if admission needs them.
+        offers: of each rank, if the scheduler has none yet.
+    """
+
+    reports: list[Report]
+    facts: dict[int, list[TierFacts]] = field(default_factory=dict)
+    offers: list[Handshake] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> RankMeta:
+        """Concatenates both. Reports are cumulative and contain their rank, so nothing has to be merged."""
+        assert isinstance(other, RankMeta)
+        return RankMeta([*self.reports, *other.reports], self.facts | other.facts, [*self.offers, *other.offers])
 
 
 def agreed(offers: Sequence[Offer]) -> str:

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 _PATIENCE_S = 60.0
 """Seconds to wait for the result of a probe: workers report with the next step, and a step with a long prefill takes long."""
 
+_OPENING_STEPS = 64
+"""Steps in which requests wait for the workers' offers; workers answer the first one, two or more steps may be under way."""
+
+_FOREIGN = 65_536
+"""Chunks loaded by other connectors that are remembered, at most."""
+
 _STALLED_S = 30.0
 """Seconds without a plan or report after which pending work no longer keeps an idle engine stepping."""
 
@@ -49,16 +55,24 @@ class Tracked:
         found: tokens of the hit before it was prefetched; `sources`: by tier.
         stop: why the hit ends.
         stored: number of chunks whose store was planned or skipped.
-        counted: the request is in the metrics.
+        offered: the answer to vLLM, until blocks are allocated.
+        expected: leading tokens that need no computation, by vLLM's cache and ours, until the first step after the allocation.
+        computed: leading tokens that were not computed for this request.
+        foreign: the chunk from which on the KV is, or depends on, another connector's.
+        counted: the request is in the metrics, or will never be.
     """
 
     __slots__ = (
         "chain",
+        "computed",
         "counted",
+        "expected",
         "extras",
+        "foreign",
         "found",
         "local",
         "lora",
+        "offered",
         "prefetch",
         "prefetched",
         "request",
@@ -75,6 +89,10 @@ class Tracked:
         self.extras = extras
         self.chain: Chain | None = None
         self.local = 0
+        self.offered: int | None = None
+        self.expected: int | None = None
+        self.computed = 0
+        self.foreign: int | None = None
         self.prefetch = 0
         self.prefetched = False
         self.found = 0
@@ -91,13 +109,28 @@ class ConnectorScheduler:
         kv_config: as vLLM passes it to a connector.
         config: settings.
         events: collect KV events.
+        ranks: number of workers.
+        loads, stores: what vLLM's `kv_role` allows.
 
     Attributes:
         disabled: why nothing is cached, or empty.
     """
 
-    def __init__(self, kv_config: KVCacheConfig, config: Config, *, events: bool = False) -> None:
+    def __init__(
+        self,
+        kv_config: KVCacheConfig,
+        config: Config,
+        *,
+        events: bool = False,
+        ranks: int = 1,
+        loads: bool = True,
+        stores: bool = True,
+    ) -> None:
         self._config = config
+        self._ranks = ranks
+        self._loads = loads
+        self._stores = stores
+        self._opening = _OPENING_STEPS  # steps left in which offers may come; 0 once they have
         self._chunk = rounded_chunk(kv_config, config.chunk_tokens)
         self._sizes = [int(group.kv_cache_spec.block_size) for group in kv_config.kv_cache_groups]
         hashed = getattr(kv_config, "hash_block_size", None) or min(self._sizes)
@@ -108,6 +141,7 @@ class ConnectorScheduler:
         self._plane: Plane | None = None
         self._requests: dict[str, Tracked] = {}
         self._loras = names.Loras()
+        self._foreign: dict[bytes, None] = {}  # digests of the first chunks that other connectors have loaded
         self._tables = compat.BlockTables()
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
@@ -117,6 +151,7 @@ class ConnectorScheduler:
 
     def open(self, offers: Iterable[Offer]) -> None:
         """Opens the index for what the workers have opened. If they disagree, the cache stays disabled."""
+        self._opening = 0
         found = sorted(offers, key=lambda offer: offer.rank)
         self.disabled = agreed(found)
         if self.disabled:
@@ -135,25 +170,38 @@ class ConnectorScheduler:
         plane.apply((), {offer.rank: offer.facts for offer in found}, time.monotonic())
         if self.events is not None:
             plane.on_change(self.events.notice)
-        info("cache-ready", ranks=len(found), chunk_tokens=self._chunk, model=specs[0].model)
+        info(
+            "cache-ready",
+            ranks=len(found),
+            chunk_tokens=self._chunk,
+            loads=self._loads,
+            stores=self._stores,
+            model=specs[0].model,
+        )
 
     # ---------------------------------------------------------------- requests
 
     def on_new_request(self, request: Request) -> None:
         """Prefetches from lower tiers while the request is queued."""
         tracked = self._track(request)
-        if tracked is not None and not request.skip_reading_prefix_cache:
-            self._offer(tracked, 0, counted=False)
+        if tracked is not None and self._reads(request):
+            self._offer(tracked, 0)
 
     def get_num_new_matched_tokens(self, request: Request, local: int) -> int | None:
         """Returns how many tokens beyond the first `local` can be loaded; None: call again later."""
+        if self._opening:
+            return None
         tracked = self._track(request)
-        if tracked is None or request.skip_reading_prefix_cache:
+        if tracked is None or not self._reads(request):
             return 0
         tracked.local = local
-        return self._offer(tracked, local)
+        tracked.offered = self._offer(tracked, local)
+        return tracked.offered
 
-    def _offer(self, tracked: Tracked, local: int, *, counted: bool = True) -> int | None:
+    def _reads(self, request: Request) -> bool:
+        return self._loads and not request.skip_reading_prefix_cache
+
+    def _offer(self, tracked: Tracked, local: int) -> int | None:
         plane, now = self._plane, time.monotonic()
         if plane is None:
             return 0
@@ -176,17 +224,22 @@ class ConnectorScheduler:
                     return None
                 found = plane.lookup(owner, self._named(tracked), limit, now, near=local)
         tokens = max(0, found.tokens - local)
-        self._count(tracked, local, tokens, counted)
         if not tokens:
             plane.release(owner)
         return tokens
 
     def update_state_after_alloc(self, request: Request, blocks: tuple[list[int], ...], tokens: int) -> None:
-        """Plans the load of `tokens` of the offered tokens into the blocks that vLLM has allocated for the request."""
+        """Plans the load of `tokens` of the offered tokens into the blocks that vLLM has allocated for the request.
+
+        0: vLLM has no use for the offer, or takes another connector's.
+        """
         plane, tracked = self._plane, self._requests.get(request.request_id)
         if plane is None or tracked is None:
             return
         owner = request.request_id
+        if tracked.offered is not None:  # not the second call, after a load has ended
+            self._count(tracked, tokens)
+            tracked.offered, tracked.expected = None, tracked.local + tokens
         if tokens == 0:
             plane.release(owner)
             return
@@ -230,7 +283,7 @@ class ConnectorScheduler:
         """Returns what the workers do in this step."""
         plane = self._plane
         if plane is None:
-            return StepMeta(plan=Plan(0, (), ()), refused=self._take_refused())
+            return StepMeta(plan=Plan(0, (), ()), refused=self._take_refused(), opening=self._still_opening())
         now = time.monotonic()
         self._tables.update(output)
         for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -246,9 +299,25 @@ class ConnectorScheduler:
         quiet = idle and not self._requests
         return StepMeta(plan, views, self._take_refused(), idle, quiet)
 
+    def _still_opening(self) -> bool:
+        """Whether workers should send their offers; after `_OPENING_STEPS` steps without them nothing is cached."""
+        if self._opening:
+            self._opening -= 1
+            if not self._opening:
+                self.disabled = f"the workers did not say within {_OPENING_STEPS} steps what they hold"
+                self._log.warning("cache-disabled", reason=self.disabled)
+        return self._opening > 0
+
     def _store(self, plane: Plane, tracked: Tracked, scheduled: int, now: float) -> None:
         """Plans to store the chunks whose last token is computed in this step, if all their token ids are known."""
+        if not self._stores:
+            return
         request = tracked.request
+        if tracked.expected is not None:
+            tracked.computed = request.num_computed_tokens
+            if tracked.computed - tracked.expected >= max(self._sizes):
+                tracked.foreign = tracked.expected // self._chunk
+            tracked.expected = None
         computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
         last = computed // self._chunk
         if last <= tracked.stored:
@@ -257,6 +326,9 @@ class ConnectorScheduler:
         if blocks is None or (tracked.lora and not self._is_named(tracked)):
             return
         first, tracked.stored = tracked.stored, last
+        last = self._own(tracked, first, last)
+        if last <= first:
+            return
         resident = [
             resident_chunks(ids, size, self._chunk, last) for ids, size in zip(blocks, self._sizes, strict=True)
         ]
@@ -265,6 +337,27 @@ class ConnectorScheduler:
         )
         if store.job is not None:
             self._views[store.job] = BlockView(request.request_id, blocks, 0, last * self._chunk)
+
+    def _own(self, tracked: Tracked, first: int, last: int) -> int:
+        """Returns up to which of the chunks [first, last) the KV is this engine's own.
+
+        Not so: what another connector has loaded, which may be rounded otherwise than the names say, and what depends on it.
+        """
+        if tracked.foreign is None and not self._foreign:
+            return last
+        digests = self._named(tracked).digests
+        if tracked.foreign is not None and tracked.foreign < last:
+            last = tracked.foreign
+            self._foreign[digests[last]] = None
+            while len(self._foreign) > _FOREIGN:
+                del self._foreign[next(iter(self._foreign))]
+        for i in range(first, last):
+            if digests[i] in self._foreign:
+                if i * self._chunk < tracked.computed:
+                    tracked.foreign = i
+                    return i
+                del self._foreign[digests[i]]  # this time it was computed here
+        return last
 
     def _is_named(self, tracked: Tracked) -> bool:
         """Whether the request's LoRA is still the one that it was named after."""
@@ -275,6 +368,8 @@ class ConnectorScheduler:
 
     def update_connector_output(self, meta: RankMeta) -> None:
         """Applies the workers' reports."""
+        if self._opening and len(meta.offers) == self._ranks:
+            self.open(offer.read() for offer in meta.offers)
         if self._plane is None:
             return
         now = time.monotonic()
@@ -352,17 +447,22 @@ class ConnectorScheduler:
         refused, self._refused = self._refused, []
         return refused
 
-    def _count(self, tracked: Tracked, local: int, tokens: int, counted: bool) -> None:
-        """Counts a request once: tokens requested beyond vLLM's own hit, tokens found, and why the hit ends."""
-        if tracked.counted or not counted or self._plane is None:
+    def _count(self, tracked: Tracked, tokens: int) -> None:
+        """Counts a request once: tokens requested beyond vLLM's own hit, tokens to load, and why the hit ends.
+
+        Not counted: an offer that vLLM does not take.
+        """
+        if tracked.counted or self._plane is None or not self._reads(tracked.request):
             return
         tracked.counted = True
+        if tracked.offered and not tokens:
+            return
         self._plane.count_request(
             tracked.request.num_tokens,
-            local + tokens,
+            tracked.local + tokens,
             last_of(tracked.sources, tokens),
             tracked.stop or StopReason.ABSENT,
-            local=local,
+            local=tracked.local,
         )
 
 
