@@ -7,6 +7,8 @@ tokens are in place. Internal failures are misses, counted and logged; only wron
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -64,16 +66,22 @@ class Hit:
         self.group = found.group
         self.owner = owner
         self._driver = driver
+        self._process = os.getpid()
         self._released = False
 
     def of(self, driver: Driver) -> bool:
         """Whether this hit was found by `driver`."""
         return self._driver is driver
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this process was forked after the hit was found: then nothing can be loaded."""
+        return os.getpid() != self._process
+
     def release(self) -> None:
         """Releases the lease. Idempotent."""
         released, self._released = self._released, True
-        if not released:
+        if not released and not self.inherited:
             self._driver.release(self.owner)
 
     def __enter__(self) -> Hit:
@@ -119,21 +127,50 @@ class CacheEngine:
         self.config = config if config is not None else Config.load()
         spec.validate()
         self.spec = spec
+        self._chunk = self.config.chunk_tokens
+        self._tiers = tiers
+        self._closed = False
+        self._open(tiers)
+
+    def _open(self, tiers: Sequence[Tier] | None) -> None:
+        """Opens the cache in this process."""
         self.metrics = Metrics()
         self._log = Throttle()
-        self._chunk = self.config.chunk_tokens
-        self._rank = open_rank(self.config, spec, self.metrics, self._log, tiers=tiers)
+        self._rank = open_rank(self.config, self.spec, self.metrics, self._log, tiers=tiers)
         self.memory = self._rank.memory
         found = [TierInfo(tier.name, tier.shared, usable_bytes(tier)) for tier in self._rank.tiers]
-        self._plane = Plane(self.config, [spec], self._rank.slots, found, self.metrics)
+        self._plane = Plane(self.config, [self.spec], self._rank.slots, found, self.metrics)
         self._names = self._plane.names
         self._driver = Driver(self._plane, self._rank, probe_timeout=self.config.probe_timeout_s)
-        self._closed = False
+        self._process = os.getpid()
+        self._opening = threading.Lock()
         for position, tier in enumerate(self._rank.tiers):
             if not tier.shared:  # no other process adds objects: the index can list its contents once
                 ids = (found.id for found in tier.scan())
                 self._driver.announce(position, [Name(i.namespace, i.chain, i.group, i.tokens, i.depth) for i in ids])
         info("cache-open", memory=self.memory, slots=list(self._rank.slots), tiers=[t.name for t in self._rank.tiers])
+
+    def _follow_fork(self) -> None:
+        """In a forked child, opens an empty cache on the same tiers.
+
+        The child has none of its parent's threads, and the parent's other threads may have held any lock of the cache when it
+        forked. Nothing of what the child inherited is used, except for the weights version.
+        """
+        if os.getpid() == self._process:
+            return
+        with self._opening:
+            if os.getpid() == self._process:
+                return
+            version = self._names.weights_version
+            try:
+                self._open(self._tiers)
+            except TierError as error:  # `strict` is about the start; here a request waits
+                self._open([])
+                self._log.warning("tier-disabled", reason=error)
+            self._names.set_weights_version(version)
+            self._log.warning(
+                "cache-forked", reason="a forked child starts with an empty cache in memory, of the same size"
+            )
 
     # ---------------------------------------------------------------- names
 
@@ -142,10 +179,12 @@ class CacheEngine:
 
         `scope` separates names that are not derived from tokens, see `lmcache.keyed`.
         """
+        self._follow_fork()
         return self._names.of(salt, lora, scope)
 
     def set_weights_version(self, version: str | int) -> None:
         """Call when the weights change under one model name (RL step, hot reload): nothing stored before is found again."""
+        self._follow_fork()
         self._names.set_weights_version(str(version))
 
     # ---------------------------------------------------------------- store
@@ -175,11 +214,13 @@ class CacheEngine:
         Raises:
             TokenError, SlotError, LayoutError, SpecError: a wrong call; nothing was copied.
         """
+        self._follow_fork()
         with self.metrics.timed("store"):
             return self._store(self._names.chain(as_tokens(tokens), salt, lora, extras), kv, slots)
 
     def store_chain(self, chain: Chain, kv: PagedKV, slots: Slots) -> int:
         """Like `store`, for an engine with its own names, see `lmcache.keyed`."""
+        self._follow_fork()
         with self.metrics.timed("store"):
             return self._store(chain, kv, slots)
 
@@ -211,6 +252,7 @@ class CacheEngine:
         `max_tokens` limits the hit: an engine that must compute the last prompt token itself passes `len(tokens) - 1`.
         Tiers shared with other processes are probed, for at most `probe_timeout_s`.
         """
+        self._follow_fork()
         with self.metrics.timed("lookup"):
             ids = as_tokens(tokens)
             total = len(ids)
@@ -219,6 +261,7 @@ class CacheEngine:
 
     def lookup_chain(self, chain: Chain) -> Hit:
         """Like `lookup`, for an engine with its own names, see `lmcache.keyed`."""
+        self._follow_fork()
         with self.metrics.timed("lookup"):
             total = len(chain.digests) * self._chunk
             return self._lookup(chain, total, total)
@@ -248,13 +291,14 @@ class CacheEngine:
         Raises:
             SlotError, LayoutError, SpecError: a wrong call; nothing was copied.
         """
+        self._follow_fork()
         with self.metrics.timed("retrieve"):
             bound = kv.bind(self.spec)
             view = EngineView(bound, self._slots(bound, slots, hit.tokens, unique=True))
+            if not hit.tokens or hit.inherited:
+                return 0
             if not hit.of(self._driver):
                 raise SlotError("the hit was found by another engine: retrieve it from that one, or look up here")
-            if not hit.tokens:
-                return 0
             return self._safely("retrieve", 0, partial(self._driver.load, hit.owner, view, skip))
 
     def retrieve_layers(self, hit: Hit, kv: PagedKV, slots: Slots) -> LayerLoad:
@@ -264,7 +308,7 @@ class CacheEngine:
 
     def prefetch(self, hit: Hit, *, skip: int = 0) -> None:
         """Starts to load what `hit` found on lower tiers into DRAM, without waiting. `skip` as in `retrieve`."""
-        if hit.of(self._driver):
+        if not hit.inherited and hit.of(self._driver):
             self._safely("prefetch", None, partial(self._driver.prefetch, hit.owner, skip))
 
     # ---------------------------------------------------------------- flush, clear, stats, close
@@ -285,6 +329,7 @@ class CacheEngine:
         Raises:
             TierError: with `durable`, a tier could not make its objects durable.
         """
+        self._follow_fork()
         result = self._driver.flush(timeout, *_WRITING)
         failed = 0
         for tier in self._rank.tiers:
@@ -299,14 +344,17 @@ class CacheEngine:
         return replace(result, dropped={**result.dropped, "flush": failed}) if failed else result
 
     def clear(self, salt: str | None = None) -> int:
-        """Removes everything (of one tenant) from every tier; returns how many objects. None of it is served again.
+        """Removes everything (of one tenant) from every tier; returns how many objects. None of it is served again here, and
+        nothing that any process had gathered before reaches the disk afterwards.
 
         Without `salt` the tiers are emptied, including other models' objects in a shared folder. With it, everything is removed
-        that this process has stored under that salt, for every LoRA and weights version.
+        that this process has stored under that salt, for every LoRA and weights version. Other processes with an engine on the
+        folder drop the same from memory at their next call after a quarter of a second.
 
         Raises:
             TierError: a tier could not remove some objects; they may still be served.
         """
+        self._follow_fork()
         namespaces = None if salt is None else self._names.of_tenant(salt)
         removed = self._driver.clear(namespaces)
         self._driver.drain(30.0, *_WRITING)  # objects being written now would reappear
@@ -321,6 +369,7 @@ class CacheEngine:
 
     def stats(self) -> dict[str, float]:
         """Returns all metrics by name, and the index's own counts as `index_*`."""
+        self._follow_fork()
         index, arenas = self._driver.stats()
         self.metrics.queue(*self._rank.transfer.tier_copier.queue())
         for tier in self._rank.tiers:
@@ -336,17 +385,22 @@ class CacheEngine:
 
         Waits as long as objects are being written. Abandons a tier that makes no progress for a few seconds.
         """
-        if self._closed:
+        if (
+            self._closed or os.getpid() != self._process
+        ):  # a forked child that has not used the cache has nothing to close
+            self._closed = True
             return
         self._closed = True
         self._plane.close()
-        if not self._driver.drain(CLOSE_S, *_WRITING, patient=True):
-            pending = self._driver.in_progress(*_WRITING)
-            reason = f"no progress for {CLOSE_S:g} s: {pending} jobs dropped, what they were to write is on no tier"
-            self._log.warning("close-incomplete", key="jobs", reason=reason)
-            self._rank.close(_HUNG_S)
-        else:
-            self._rank.close()
+        drained = False
+        try:
+            drained = self._driver.drain(CLOSE_S, *_WRITING, patient=True)
+            if not drained:
+                pending = self._driver.in_progress(*_WRITING)
+                reason = f"no progress for {CLOSE_S:g} s: {pending} jobs dropped, what they were to write is on no tier"
+                self._log.warning("close-incomplete", key="jobs", reason=reason)
+        finally:  # also after an interrupt
+            self._rank.close() if drained else self._rank.close(_HUNG_S)
 
     def __enter__(self) -> CacheEngine:
         return self

@@ -1,8 +1,8 @@
 """Delays Python signal handlers while the cache changes its state.
 
 Python runs a signal handler between any two instructions of the main thread. A handler that raises, such as the one for Ctrl-C,
-would end a change of state half-way: slots would be neither free nor in use, jobs neither running nor ended. Within `uninterrupted`
-functions handlers are recorded instead, and run when the function returns, or earlier where it calls `deliver`.
+would end a change of state half-way: slots would be neither free nor in use, jobs neither running nor ended. During a function
+that is `uninterrupted` signals are recorded instead, and handled when it returns, or earlier where it calls `deliver`.
 
 Other threads run no signal handlers; there, all of this does nothing.
 """

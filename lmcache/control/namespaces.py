@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from lmcache.interrupts import uninterrupted
 from lmcache.keys import Extra, TokenArray, chain_of, namespace_of, scoped
 from lmcache.plan import Chain
 from lmcache.spec import KVSpec
@@ -42,6 +43,11 @@ class Namespaces:
         self._outdated: dict[
             tuple[str, bytes], None
         ] = {}  # (salt, namespace) of earlier weights versions, oldest first
+
+    @property
+    def weights_version(self) -> str:
+        """The current weights version; empty until one is set."""
+        return self._version
 
     def of(self, salt: str = "", lora: str = "", scope: str = "") -> bytes:
         """Returns the namespace of a tenant and LoRA under the current weights version.
@@ -85,6 +91,7 @@ class Namespaces:
                 del self._known[key]
         self._limit = max(_KEPT, len(self._known) + _KEPT // 4)
 
+    @uninterrupted  # names of the old version must not stay known under the new one
     def set_weights_version(self, version: str) -> None:
         """Switches to other namespaces, after weights changed under the same model name (RL step, hot reload)."""
         with self._lock:

@@ -99,20 +99,20 @@ def test_an_interrupt_ends_a_wait_for_a_tier_that_hangs(call: str) -> None:
         writer.flush()
     engine = CacheEngine(tiny_config(probe_timeout_s=60, load_timeout_s=60), SPEC, tiers=[tier])
     try:
-        if call != "retrieve":
-            engine.store(tokens(1), POOL.kv, SLOTS) if call != "lookup" else None
-            tier.answers.clear()
         hit = engine.lookup(tokens(0)) if call == "retrieve" else None
         tier.answers.clear()
         if call in ("flush", "close"):
             engine.store(tokens(2), POOL.kv, SLOTS)
         blank = out.snapshot()
         threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+        calls: dict[str, Callable[[], object]] = {
+            "lookup": lambda: engine.lookup(tokens(0)),
+            "retrieve": lambda: hit and engine.retrieve(hit, out.kv, SLOTS),
+            "flush": engine.flush,
+            "close": engine.close,
+        }
         with pytest.raises(KeyboardInterrupt):
-            if hit is not None:
-                engine.retrieve(hit, out.kv, SLOTS)
-            else:
-                {"lookup": lambda: engine.lookup(tokens(0)), "flush": engine.flush, "close": engine.close}[call]()
+            calls[call]()
         tier.answers.set()
         if hit is not None:
             hit.release()
