@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from lmcache import CacheEngine, PagedKV
 from lmcache.engine import Hit, Slots
 from lmcache.keys import Extra, Name, ObjectId
 from lmcache.spec import Rect
-from lmcache_conformance.mutants import mutant
+from lmcache_conformance.mutants import mutant, only
 from lmcache_conformance.mutants.brokencache import BrokenCacheTests
 
 
@@ -22,12 +23,15 @@ class _Names(CacheEngine):
         right = self._names.of
 
         def of(salt: str = "", lora: str = "", scope: str = "") -> bytes:
-            return right(*self.named(salt, lora), scope)
+            return right(*self.named(salt, lora), self.scoped(scope))
 
         self._names.of = of  # type: ignore[method-assign]
 
     def named(self, salt: str, lora: str) -> tuple[str, str]:
         return salt, lora
+
+    def scoped(self, scope: str) -> str:
+        return scope
 
     def clear(self, salt: str | None = None) -> int:
         return super().clear(None if salt is None else self.named(salt, "")[0])
@@ -41,6 +45,21 @@ class _NoSalt(_Names):
 class _NoLora(_Names):
     def named(self, salt: str, lora: str) -> tuple[str, str]:
         return salt, ""
+
+
+class _ShortSalt(_Names):
+    def named(self, salt: str, lora: str) -> tuple[str, str]:
+        return salt[:32], lora
+
+
+class _NormalLora(_Names):
+    def named(self, salt: str, lora: str) -> tuple[str, str]:
+        return salt, unicodedata.normalize("NFC", lora)
+
+
+class _ShortScope(_Names):
+    def scoped(self, scope: str) -> str:
+        return scope[:32]
 
 
 class _HashedSalt(_Names):
@@ -68,6 +87,30 @@ class MutantLorasShare(BrokenCacheTests):
     """The LoRA is not part of the key."""
 
     cache_class = _NoLora
+
+
+@only(BrokenCacheTests.test_names_that_differ_late_or_little_share_nothing)
+@mutant(row=_KEY, project="fields of fixed size")
+class MutantShortSalts(BrokenCacheTests):
+    """Only the first 32 characters of the salt are part of the key."""
+
+    cache_class = _ShortSalt
+
+
+@only(BrokenCacheTests.test_names_that_differ_late_or_little_share_nothing)
+@mutant(row=_KEY, project="text that is normalised on the way")
+class MutantNormalisedLoras(BrokenCacheTests):
+    """LoRA names that Unicode regards as equivalent are one."""
+
+    cache_class = _NormalLora
+
+
+@only(BrokenCacheTests.test_every_salt_lora_and_scope_has_a_namespace_of_its_own)
+@mutant(row=_KEY, project="fields of fixed size")
+class MutantShortScopes(BrokenCacheTests):
+    """Only the first 32 characters of a key scheme's name are part of the key."""
+
+    cache_class = _ShortScope
 
 
 @mutant(row="keys differ between processes (hash(None), PYTHONHASHSEED)", project="LMCache #2979")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,14 @@ class MutantLoraByNameLength(KeyTests):
 
     def namespace(self, spec: KVSpec, *, lora: str = "", **settings: Any) -> bytes:
         return super().namespace(spec, lora=lora[:16], **settings)
+
+
+@mutant(row=_KEY, project="text that is normalised on the way")
+class MutantNormalisedLora(KeyTests):
+    """LoRA names that Unicode regards as equivalent are one."""
+
+    def namespace(self, spec: KVSpec, *, lora: str = "", **settings: Any) -> bytes:
+        return super().namespace(spec, lora=unicodedata.normalize("NFC", lora), **settings)
 
 
 @mutant(row=_KEY, project="LMCache #4825")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ from lmcache import CacheEngine, Layout, PagedKV
 from lmcache.keys import Extra
 from lmcache.spec import KVSpec, Numerics
 from lmcache_conformance.contract import Level
+from lmcache_conformance.labs.alike import ALIKE, shown
 from lmcache_conformance.labs.kv_pool import CHUNK, DIM, Pool, bits, equal_bits, scattered, tiny_config, tiny_spec
 from lmcache_conformance.runner.marks import level
 from lmcache_conformance.suites.cache_factory import CacheFactory, tokens_of
@@ -53,6 +55,35 @@ class CacheNameTests(CacheFactory):
             with cache.lookup(tokens, salt=salt) as hit:
                 assert cache.retrieve(hit, target.kv, slots) == 2 * CHUNK
             assert target.sequence(slots) == pool.sequence(slots), f"salt {salt!r} loaded another tenant's KV"
+
+    @level(Level.ISOLATION)
+    @pytest.mark.parametrize("what", ["salt", "lora"])
+    def test_names_that_differ_late_or_little_share_nothing(self, what: str) -> None:
+        def named(name: str) -> Any:
+            return {what: name}
+
+        tokens = tokens_of(CHUNK)
+        pools = {name: Pool("nhd", 4, seed=seed) for seed, name in enumerate(ALIKE)}
+        slots = torch.arange(CHUNK)
+        with self.open_cache(tiny_config(), tiny_spec()) as cache:
+            for name, pool in pools.items():
+                with cache.lookup(tokens, **named(name)) as hit:
+                    assert hit.tokens == 0, f"{what} {shown(name)} hits KV of a name like it"
+                cache.store(tokens, pool.kv, slots, **named(name))
+            for name, pool in pools.items():
+                target = Pool("nhd", 4, seed=99)
+                with cache.lookup(tokens, **named(name)) as hit:
+                    assert cache.retrieve(hit, target.kv, slots) == CHUNK, f"{what} {shown(name)} misses its own KV"
+                assert target.sequence(slots) == pool.sequence(slots), f"{what} {shown(name)} loaded KV of another"
+
+    @level(Level.KEYS)
+    def test_every_salt_lora_and_scope_has_a_namespace_of_its_own(self) -> None:
+        with self.open_cache(tiny_config(), tiny_spec()) as cache:
+            names = [(what, name) for what in ("salt", "lora", "scope") for name in ALIKE]
+            owners: dict[bytes, tuple[str, str]] = {cache.namespace(): ("", "")}
+            for what, name in names:
+                other = owners.setdefault(cache.namespace(**{what: name}), (what, name))
+                assert other == (what, name), f"{what} {shown(name)} has the namespace of {other[0]} {shown(other[1])}"
 
     @level(Level.KEYS)
     def test_new_weights_do_not_hit_kv_of_old_weights(self, place: Path) -> None:
