@@ -67,12 +67,14 @@ def hit_source(tier: str) -> Any:
 
 
 def check_groups(kv_config: KVCacheConfig) -> None:
-    """Checks that this release supports the number of KV groups.
+    """Checks that there is KV, and that this release supports the number of its groups.
 
     Raises:
-        UnsupportedError: several groups, and the release supports one.
+        UnsupportedError: no group, or several where the release supports one.
     """
     groups = len(kv_config.kv_cache_groups)
+    if not groups:
+        raise UnsupportedError("this model keeps no KV")
     if groups > 1 and not SEVERAL_GROUPS:
         raise UnsupportedError(
             f"this model has {groups} KV cache groups; with vLLM {vllm.__version__} the connector serves models with one"
@@ -80,21 +82,49 @@ def check_groups(kv_config: KVCacheConfig) -> None:
 
 
 def check_config(config: VllmConfig) -> None:
-    """Refuses options under which a hit could differ from what would be computed.
+    """Refuses what can be seen from the configuration to be uncacheable: a hit could differ from what would be computed, or
+    vLLM could not go on from it.
 
     Raises:
         UnsupportedError: the message names the option.
     """
-    parallel = config.parallel_config
+    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     if parallel.pipeline_parallel_size > 1:
         raise UnsupportedError("pipeline parallelism is not supported yet: run with --pipeline-parallel-size 1")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise UnsupportedError(f"context parallelism ({name}) spreads a token's KV over ranks: not supported")
-    if getattr(config.cache_config, "calculate_kv_scales", False):
+    if getattr(cache, "calculate_kv_scales", False):
         raise UnsupportedError("calculate_kv_scales makes scales depend on the first request: give fixed ones")
-    if config.model_config.is_encoder_decoder:
+    if model.is_encoder_decoder:
         raise UnsupportedError("encoder-decoder models are not supported")
+    if getattr(model, "is_diffusion", False):
+        raise UnsupportedError("a diffusion model's KV depends on later tokens")
+    if getattr(config, "is_mm_encoder_only", False):
+        raise UnsupportedError("this instance runs an encoder only and keeps no KV")
+    if getattr(model, "runner_type", "generate") == "pooling" and not (
+        getattr(model, "is_prefix_caching_supported", True) and cache.enable_prefix_caching
+    ):
+        raise UnsupportedError("this pooling model runs without prefix caching: it needs all of a prompt in one pass")
+    if getattr(config, _FORCED_OFF, False):
+        raise UnsupportedError("vLLM has switched prefix caching off for this model or platform")
+    drafter = getattr(config, "speculative_config", None)
+    if drafter is not None and drafter.method not in _DRAFTS_WITHOUT_KV:
+        raise UnsupportedError(
+            f"speculative decoding by {drafter.method!r} keeps KV of its own, which names do not cover"
+        )
+
+
+_DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator")
+"""Ways of drafting tokens that read no KV but the model's."""
+
+_FORCED_OFF = "_lmcache_prefix_caching_forced_off"
+"""Attribute of a configuration whose prefix caching vLLM itself has switched off."""
+
+
+def mark_forced_off(config: VllmConfig) -> None:
+    """Notes that vLLM itself has switched prefix caching off; `check_config` refuses that, also in other processes."""
+    object.__setattr__(config, _FORCED_OFF, True)
 
 
 _NO_PREFIX = {

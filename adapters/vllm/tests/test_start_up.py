@@ -54,9 +54,9 @@ def kv_config(names: list[str], *, blocks: int = 6, block: int = BLOCK, spec: An
 
 def engine_config(cache: dict[str, Any] | None = None, **parallel: int) -> Any:
     """The parts of a `VllmConfig` that the connector reads."""
-    sizes = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    sizes = {f"{kind}_parallel_size": 1 for kind in ("tensor", "pipeline", "decode_context", "prefill_context")}
     return Plain(
-        kv_transfer_config=Plain(kv_connector_extra_config=cache or {}),
+        kv_transfer_config=Plain(kv_connector_extra_config=cache or {}, is_kv_consumer=True, is_kv_producer=True),
         kv_events_config=None,
         parallel_config=Plain(**{**sizes, **parallel}, rank=0),
         cache_config=Plain(calculate_kv_scales=False, cache_dtype="auto"),
@@ -214,6 +214,25 @@ def test_an_unsupported_option_is_named_and_the_engine_goes_on_uncached(
     assert UNSUPPORTED[option] in line
     for connector in made:
         assert_passive(connector)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_stages_of_a_pipeline_shake_hands_and_go_on_uncached() -> None:
+    caches = kv_config(["model.layers.0.self_attn"])
+    config = engine_config(pipeline_parallel_size=2)
+    offer = LMCacheConnector(config, KVConnectorRole.WORKER, caches).get_handshake_metadata()
+    scheduler = LMCacheConnector(config, KVConnectorRole.SCHEDULER, caches)
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): offer, (1, 0): offer})
+    assert_passive(scheduler)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_model_without_kv_goes_on_uncached(warnings: Callable[[], list[str]]) -> None:
+    empty = kv_config([])
+    empty.kv_cache_groups.clear()
+    for role in (KVConnectorRole.WORKER, KVConnectorRole.SCHEDULER):
+        assert_passive(LMCacheConnector(engine_config(), role, empty))
+    assert warnings() == ['cache-disabled reason="this model keeps no KV"']
 
 
 def test_strictness_may_be_asked_for_from_outside_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
