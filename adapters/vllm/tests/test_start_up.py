@@ -292,6 +292,7 @@ def test_a_half_that_raises_is_switched_off_and_says_so_once(warnings: Callable[
     scheduler = LMCacheConnector(engine_config(), KVConnectorRole.SCHEDULER, kv_config(["model.layers.0.self_attn"]))
     assert scheduler._scheduler is not None
     metrics = scheduler._scheduler.metrics
+    scheduler._scheduler._opening = 0
     scheduler._scheduler._plane = Plain()  # type: ignore[assignment]  # every access to it raises
     for _ in range(3):
         assert scheduler.get_num_new_matched_tokens(request(tokens=[1, 2, 3]), 0) == (0, False)
