@@ -214,9 +214,9 @@ class Driver:
                     reports = (tracker.report(),)
                     if self._selective:
                         facts = {0: self._rank.facts()}
-                for namespace in self._rank.cleared_elsewhere():
-                    plane.cleared_elsewhere(namespace)
                 finished, plan = plane.advance(reports, facts, time.monotonic())
+                for namespace in self._rank.cleared_elsewhere():  # after the write-backs of what has just been stored
+                    plane.cleared_elsewhere(namespace)
                 for job in finished:
                     if job.job in self._awaited:
                         self._finished.setdefault(job.job, job)

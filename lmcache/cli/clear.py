@@ -27,7 +27,7 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Remove objects from the disk tier permanently. Objects that running engines hold in memory are not affected.
+    """Remove objects from the disk tier permanently. Running engines may use the folder: all but vLLM drop the same from memory.
 
     \b
     Examples:

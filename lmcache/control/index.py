@@ -311,6 +311,26 @@ class Index:
                     reports.release(job)
         return dropped
 
+    def cleared_elsewhere(self, namespace: bytes | None) -> None:
+        """Forgets everything (of one namespace), because another process has cleared it from the tiers.
+
+        Unlike after `clear`, write-backs under way are left to the tiers, which refuse what was gathered before: what another
+        process has written since must not be deleted. What is lost for the tiers, although it may have been stored since, is
+        remembered as not written.
+        """
+        state = self.state
+        unwritten = OrderedDict(state.unwritten)
+        self._forget_objects(namespace)
+        state.unwritten = unwritten
+        for job in state.jobs.live.values():
+            if namespace not in (None, job.namespace):
+                continue
+            job.cleared = job.cleared or job.kind == "probe"
+            if job.kind == "store" and not job.concluded:
+                for tier in range(len(state.tiers)):
+                    for op in job.ops:
+                        state.not_written(tier, op.name, "cancelled")
+
     def drop_all(self) -> int:
         """Forgets everything at once, for callers whose names have changed; returns the number of objects that left DRAM.
 

@@ -106,8 +106,9 @@ class FlushResult:
         written: objects written to a tier.
         present: objects that a tier held already.
         dropped: objects that are not on a tier, by reason: `refused` (by admission), `skipped` (the write-back queue was full, or
-            the object had left DRAM), `full`, `failed`, `late`, `cancelled`, `pending` (jobs still under way when the time was
-            over), `forgotten` (more were dropped than are remembered), `flush` (tiers that could not flush).
+            the object had left DRAM), `full`, `failed`, `late`, `cancelled` (another process has cleared the tier since),
+            `pending` (jobs still under way when the time was over), `forgotten` (more were dropped than are remembered),
+            `flush` (tiers that could not flush).
     """
 
     written: int = 0

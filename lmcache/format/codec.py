@@ -64,7 +64,13 @@ class ObjectCodec:
         self._local = threading.local()
 
     def save(
-        self, tier: Tier, id: ObjectId, payload: torch.Tensor, layout: ObjectLayout, made: bytes | None = None
+        self,
+        tier: Tier,
+        id: ObjectId,
+        payload: torch.Tensor,
+        layout: ObjectLayout,
+        made: bytes | None = None,
+        begun: float | None = None,
     ) -> Result:
         """Writes an object.
 
@@ -75,6 +81,7 @@ class ObjectCodec:
             layout: of `payload`.
             made: checksum of `payload` from the time it was gathered. If the bytes have changed since, nothing is written and
                 the status is `CORRUPT`.
+            begun: see `Write`.
         """
         target = layout if self._order == "native" else self._canonical[id.group]
         stored = payload
@@ -85,7 +92,7 @@ class ObjectCodec:
         # After the stored form has its own checksums: no byte can change between the two without one of them noticing.
         if made is not None and checksum(payload) != made:
             return Result(Status.CORRUPT, 0, "its bytes have changed in host memory since they were gathered")
-        [result] = tier.write([Write(id, parts)])
+        [result] = tier.write([Write(id, parts, begun)])
         return result
 
     def contains(self, tier: Tier, ids: Sequence[ObjectId], deadline: float | None) -> list[Result]:

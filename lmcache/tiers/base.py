@@ -38,10 +38,15 @@ class Read(NamedTuple):
 
 
 class Write(NamedTuple):
-    """A request to store the concatenation of `parts` under `id`. An existing object is kept; that counts as `OK`."""
+    """A request to store the concatenation of `parts` under `id`. An existing object is kept; that counts as `OK`.
+
+    `begun`: a `time.monotonic()` before the values were gathered; None: now. A tier that knows of clears by other processes
+    answers `CANCELLED`, and publishes nothing, if the object's namespace has been cleared since.
+    """
 
     id: ObjectId
     parts: Sequence[memoryview | bytes]
+    begun: float | None = None
 
 
 class Result(NamedTuple):
@@ -63,6 +68,19 @@ def usable_bytes(tier: Tier) -> int | None:
     """Returns how many bytes a tier holds before it evicts (`usable_bytes`, else `capacity_bytes`); None: no limit."""
     found: int | None = getattr(tier, "usable_bytes", getattr(tier, "capacity_bytes", None))
     return found
+
+
+def clear_epoch(tier: Tier) -> int:
+    """Returns how often a tier was cleared, by any process and as far as known without I/O; 0 if it does not tell."""
+    return getattr(tier, "clear_epoch", 0)
+
+
+def cleared_since(tier: Tier, epoch: int) -> tuple[int, list[bytes | None]]:
+    """Returns a tier's `clear_epoch`, and the namespaces (None: everything) that other processes have cleared since `epoch`, as
+    far as known without I/O. A tier that tells has the method `cleared_since`.
+    """
+    tell = getattr(tier, "cleared_since", None)
+    return (epoch, []) if tell is None else tell(epoch)
 
 
 def refusal(closed: bool, deadline: float | None) -> Result | None:

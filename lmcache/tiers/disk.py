@@ -17,11 +17,11 @@ import stat
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from lmcache.errors import FormatError, FormatVersionError, TierError
 from lmcache.format.file import verify_file
@@ -56,7 +56,15 @@ _BLOCK = 1 << 20
 _MAX_UNSYNCED = 1 << 16
 _MAX_SUSPECTS = 1 << 12
 _RESERVE_TRIES = 8
+_CLEAR_PASSES = 3
 _FIRST_PAUSE, _LAST_PAUSE = 0.1, 30.0
+
+
+_CLEARED = Result(Status.CANCELLED, 0, "the folder was cleared after the object had been gathered")
+
+
+class _ClearedError(Exception):
+    """The namespace was cleared while an object of it was being written."""
 
 
 class DiskTier:
@@ -101,6 +109,7 @@ class DiskTier:
         self._suspects: dict[ObjectId, None] = {}
         self.foreign = 0
         """How often a file of another user was met instead of an object."""
+        self._own_clears: deque[int] = deque(maxlen=1 << 10)
         self._pause = 0.0
         self._resume_at = 0.0
         self._closed = False
@@ -130,8 +139,16 @@ class DiskTier:
 
     @property
     def clear_epoch(self) -> int:
-        """How often objects were cleared from the folder, by any process."""
-        return self._record.current().clear_epoch
+        """How often objects were cleared from the folder, by any process, as known at most a tick ago; no I/O."""
+        return self._record.known.clear_epoch
+
+    def cleared_since(self, epoch: int) -> tuple[int, list[bytes | None]]:
+        """Returns `clear_epoch`, and the namespaces (None: all) that other processes cleared after `epoch`. No I/O."""
+        record = self._record.known
+        if record.clear_epoch == epoch:
+            return epoch, []
+        others = [clear.what for at, clear in record.clears_since(epoch).items() if at not in self._own_clears]
+        return record.clear_epoch, [bytes.fromhex(what) if what else None for what in dict.fromkeys(others)]
 
     @property
     def usable_bytes(self) -> int | None:
@@ -156,7 +173,7 @@ class DiskTier:
         return [self._refusal(deadline) or self._delete(id) for id in ids]
 
     def clear(self, namespace: bytes | None = None) -> int:
-        """See `Tier.clear`. Also cancels writes in progress in other processes: they are not published.
+        """See `Tier.clear`. Nothing that any process had gathered before is published afterwards.
 
         Raises:
             TierError: some files could not be removed and may still be served.
@@ -165,19 +182,29 @@ class DiskTier:
             raise TierError(f"{self._root}: the tier is closed")
         removed, passed = 0, Passed(self._uid)
         with contextlib.suppress(TierError):
-            self._record.update(lambda record: msgspec.structs.replace(record, clear_epoch=record.clear_epoch + 1))
+            # Under the lock under which writers publish: each has published before, and its file is found below, or sees it.
+            self._usage.add(0, commit=partial(self._record_clear, namespace))
         try:
-            for entry in walk(self._objects, namespace, passed):
-                try:
-                    removed += self._usage.remove(entry.path, entry.size) and not entry.temp
-                except OSError as error:
-                    passed.errors.append(error)
+            for _ in range(_CLEAR_PASSES):
+                writing = False
+                for entry in walk(self._objects, namespace, passed):
+                    writing |= entry.temp
+                    try:
+                        removed += self._usage.remove(entry.path, entry.size) and not entry.temp
+                    except OSError as error:
+                        passed.errors.append(error)
+                if not writing or passed.errors:
+                    break  # otherwise one may have been published just now, if its writer did not get the lock
             prune(self._objects, math.inf)
         except OSError as error:
             passed.errors.append(error)
         if passed.errors:
             raise TierError(f"{self._root}: not everything could be removed: {passed.errors[0]}")
         return removed
+
+    def _record_clear(self, namespace: bytes | None) -> None:
+        record = self._record.update(lambda record: record.cleared(namespace))
+        self._own_clears.append(record.clear_epoch)
 
     def scan(self) -> Iterator[Found]:
         """See `Tier.scan`. Reads names only; leaves out, with a log line, what cannot be listed."""
@@ -337,6 +364,9 @@ class DiskTier:
         if capacity is not None and size > HIGH * capacity:
             return Result(Status.FULL, 0, f"{size} bytes do not fit into {capacity}")
         path = self._path(write.id)
+        begun = time.monotonic() if write.begun is None else write.begun
+        if self._record.is_cleared_since(begun, write.id.namespace):
+            return _CLEARED
         try:
             if self._settled(path):
                 self._note_unsynced(path)  # its writer may have been killed before it synced
@@ -347,7 +377,9 @@ class DiskTier:
             return Result(Status.FULL, 0, f"no space left on device; next try in ≤ {self._pause:g} s")
         self._janitor.start()
         try:
-            return self._publish(path, write.parts, size, deadline)
+            return self._publish(path, write, begun, size, deadline)
+        except _ClearedError:
+            return _CLEARED
         except Late as late:
             return Result(Status.LATE, late.moved, "the deadline passed while writing")
         except OSError as error:
@@ -356,8 +388,15 @@ class DiskTier:
                 return Result(Status.FULL, 0, str(error))
             return Result(Status.FAILED, 0, str(error))
 
-    def _publish(self, path: str, parts: Sequence[memoryview | bytes], size: int, deadline: float | None) -> Result:
-        """Writes a temporary file and publishes it as `path`."""
+    def _publish(self, path: str, write: Write, begun: float, size: int, deadline: float | None) -> Result:
+        """Writes a temporary file and publishes it as `path`, unless the namespace was cleared after `begun`."""
+
+        def commit() -> None:
+            self._record.latest()
+            if self._record.is_cleared_since(begun, write.id.namespace):
+                raise _ClearedError
+            publish(temp, path)
+
         temp = f"{os.path.dirname(path)}/{temp_name(self._tag)}"
         reserved = published = False
         fd = self._create(temp)
@@ -366,16 +405,16 @@ class DiskTier:
                 reserved = self._reserve(fd, size, deadline)
                 if not reserved:
                     return Result(Status.FULL, 0, f"{self._capacity} bytes are in use and can't be freed fast enough")
-                write_all(fd, parts, deadline)
+                write_all(fd, write.parts, deadline)
             finally:
                 os.close(fd)  # may raise: some filesystems report a full disk only on close
             try:
-                self._usage.rename(size, lambda: publish(temp, path))
+                self._usage.rename(size, commit)
             except FileExistsError:
                 if self._settled(path):
                     self._note_unsynced(path)
                     return Result(Status.OK)  # another writer was faster
-                self._usage.rename(size, lambda: publish(temp, path))
+                self._usage.rename(size, commit)
             published = True
         finally:
             if not published:

@@ -167,6 +167,7 @@ class Janitor:
     def _run(self) -> None:
         while not self._closed:
             try:
+                self._limit()  # reads what other processes have agreed on meanwhile, whoever holds the lock
                 with self._mutex:
                     if not self._closed and self._acquire():
                         self._beat()

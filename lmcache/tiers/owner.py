@@ -22,17 +22,32 @@ import msgspec
 
 from lmcache.errors import TierError
 from lmcache.observe.log import Throttle, info
+from lmcache.tiers.folder import host_tag
 from lmcache.tiers.usage import locked
 
 FORMAT = 1
 """Version of the folder's structure that this release writes, and the newest it opens."""
 
 RECORD = "folder.json"
-_SIZE = 512
+_SIZE = 4096
 """Bytes of `folder.json`, padded with spaces: it is rewritten in place, by one call."""
+
+_CLEARS = 30
+"""Clears that are recorded by namespace. Who has missed more treats everything as cleared."""
+
+_MAX_CLEARED = 4096
+"""Namespaces whose last clear is remembered."""
 
 _CONTENTS = frozenset({RECORD, "objects", "usage", "janitor.lock", "lost+found"})
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+class Clear(msgspec.Struct, frozen=True, array_like=True):
+    """A clear: of a namespace in hex, or "" for everything; by a process of this `host_tag`; at this `time.monotonic()`."""
+
+    what: str
+    host: str
+    at: float
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -43,12 +58,28 @@ class Record(msgspec.Struct, frozen=True):
         uid: the user whose objects these are; informative, the files' owner decides.
         capacity: limit on the folder's size in bytes for all processes; None: no limit.
         clear_epoch: how often objects were cleared.
+        clears: the last clears, the newest last.
     """
 
     format: int = FORMAT
     uid: int = -1
     capacity: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)] | None = None
     clear_epoch: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)] = 0
+    clears: tuple[Clear, ...] = ()
+
+    def cleared(self, namespace: bytes | None) -> Record:
+        """Returns the record after another clear, now."""
+        clear = Clear("" if namespace is None else namespace.hex(), host_tag(), time.monotonic())
+        clears = (*self.clears, clear)[-_CLEARS:]
+        return msgspec.structs.replace(self, clear_epoch=self.clear_epoch + 1, clears=clears)
+
+    def clears_since(self, epoch: int) -> dict[int, Clear]:
+        """Returns the clears after `epoch`. If they are not all recorded: one of everything, under −1."""
+        missed = self.clear_epoch - epoch
+        if not 0 <= missed <= len(self.clears):  # negative: the folder was made anew
+            return {-1: Clear("", "", 0.0)}
+        first = self.clear_epoch - len(self.clears) + 1
+        return {first + i: clear for i, clear in enumerate(self.clears) if first + i > epoch}
 
 
 class _Version(msgspec.Struct):
@@ -71,6 +102,9 @@ class FolderRecord:
         self._every = every
         self._log = log
         self._now = Record(uid=uid)
+        self._tag = host_tag()
+        self._cleared: dict[str, float] = {}  # namespace in hex, or "" → when it was last cleared, at the latest
+        self._data = b""  # of the file, as last read or written
         self._read_at = -float("inf")
         self._mutex = threading.RLock()
 
@@ -103,6 +137,30 @@ class FolderRecord:
                         os.close(fd)
         return self._now
 
+    @property
+    def known(self) -> Record:
+        """The contents as of the last call that read them; no I/O."""
+        return self._now
+
+    def latest(self) -> Record:
+        """Returns the contents, read now; the last known ones if the file cannot be read."""
+        with contextlib.suppress(OSError, TierError):
+            fd = os.open(self._path, os.O_RDONLY | _OPEN)
+            try:
+                data = os.pread(fd, _SIZE, 0)
+            finally:
+                os.close(fd)
+            if data != self._data:
+                return self.update(lambda record: record)  # reads under the lock: this may be half of a change
+        return self._now
+
+    def is_cleared_since(self, begun: float, namespace: bytes) -> bool:
+        """Whether, as known, a namespace was cleared at or after `begun`.
+
+        A clear by a process on another host, whose clock is not ours, counts as made when it is noticed.
+        """
+        return any(self._cleared.get(what, -math.inf) >= begun for what in ("", namespace.hex()))
+
     def update(self, change: Callable[[Record], Record]) -> Record:
         """Replaces the contents by what `change` returns for them. If the file cannot be written, only this process is affected.
 
@@ -125,9 +183,14 @@ class FolderRecord:
                             self._log.warning(
                                 "disk-folder-record", path=self._path, detail=f"damaged, written anew: {error}"
                             )
-                    self._now = msgspec.structs.replace(change(before or self._now), format=FORMAT, uid=self._uid)
+                    if before is not None:
+                        self._now = before
+                    new = msgspec.structs.replace(change(self._now), format=FORMAT, uid=self._uid)
+                    self._note_clears(new)
+                    self._now = new
                     if self._now != before:
-                        os.pwrite(fd, msgspec.json.encode(self._now).ljust(_SIZE - 1) + b"\n", 0)
+                        self._data = msgspec.json.encode(self._now).ljust(_SIZE - 1) + b"\n"
+                        os.pwrite(fd, self._data, 0)
             except TierError:
                 raise
             except OSError as error:
@@ -159,7 +222,19 @@ class FolderRecord:
                 f"{self._path}: a newer release uses this folder (format {version}, this one knows {FORMAT}); "
                 "upgrade lmcache-sdk, or choose another folder (disk_path)"
             )
-        return msgspec.json.decode(data, type=Record)
+        found = msgspec.json.decode(data, type=Record)
+        self._data = data
+        self._note_clears(found)
+        return found
+
+    def _note_clears(self, new: Record) -> None:
+        """Notes what was cleared since the known record. The mutex must be held."""
+        if new.clear_epoch != self._now.clear_epoch:
+            for clear in new.clears_since(self._now.clear_epoch).values():
+                at = clear.at if clear.host == self._tag else time.monotonic()
+                self._cleared[clear.what] = max(at, self._cleared.get(clear.what, at))
+            if len(self._cleared) > _MAX_CLEARED:
+                self._cleared = {"": max(self._cleared.values())}
 
 
 def user(uid: int) -> str:

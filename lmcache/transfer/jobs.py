@@ -52,6 +52,7 @@ class ActiveJob:
 
     __slots__ = (
         "after",
+        "begun",
         "deadline",
         "detail",
         "epoch",
@@ -68,6 +69,7 @@ class ActiveJob:
         self.job = job
         self.view = view
         self.after: object = None  # point of the engine's stream after which it may write pages
+        self.begun = now
         self.epoch = epoch
         self.deadline = now + job.deadline if job.deadline else None
         self.statuses = [Status.PENDING] * len(job.ops)
@@ -91,12 +93,14 @@ class Tag(NamedTuple):
         name, generation: the object, and the slot's generation that it was assigned.
         layout: layout of its bytes.
         checksum: `lmcache.format.codec.checksum` of its bytes when they were put into the slot; None if it was not made.
+        begun: a `time.monotonic()` before its bytes were gathered or loaded; None: unknown.
     """
 
     name: Name
     generation: int
     layout: ObjectLayout
     checksum: bytes | None = None
+    begun: float | None = None
 
 
 class JobTracker:
@@ -230,7 +234,8 @@ class JobTracker:
                 return
             for copy, checksum in zip(map(active.copy, indices), checksums, strict=False):
                 assert isinstance(copy.dst, ArenaSlot)
-                self._tags[copy.name.group, copy.dst.index] = Tag(copy.name, copy.dst.generation, layout, checksum)
+                tag = Tag(copy.name, copy.dst.generation, layout, checksum, active.begun)
+                self._tags[copy.name.group, copy.dst.index] = tag
 
     def tags(self, active: ActiveJob, indices: Sequence[int]) -> list[Tag | None]:
         """Returns for each op the tag of its source slot; None if the slot does not hold exactly the op's object."""

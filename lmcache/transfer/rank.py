@@ -15,7 +15,7 @@ from lmcache.observe.metrics import Metrics
 from lmcache.plan import TierFacts
 from lmcache.spec import KVSpec
 from lmcache.tiers import open_tiers
-from lmcache.tiers.base import Tier, usable_bytes
+from lmcache.tiers.base import Tier, clear_epoch, cleared_since, usable_bytes
 from lmcache.transfer.arena import Arena, share_out
 from lmcache.transfer.engine_copy import open_copier
 from lmcache.transfer.transfer import Transfer
@@ -42,6 +42,7 @@ class Rank:
         self.arenas = list(arenas)
         self.memory = memory
         self._log = log
+        self._clear_epochs = [clear_epoch(tier) for tier in self.tiers]
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -63,6 +64,14 @@ class Rank:
         for tier in self.tiers:
             tier.flush(durable=durable)
 
+    def cleared_elsewhere(self) -> list[bytes | None]:
+        """Returns the namespaces (None: all) that other processes have cleared since the last call, without calling a tier."""
+        found: list[bytes | None] = []
+        for position, tier in enumerate(self.tiers):
+            self._clear_epochs[position], cleared = cleared_since(tier, self._clear_epochs[position])
+            found += cleared
+        return found
+
     def clear(self, namespaces: Sequence[bytes] | None) -> int:
         """Removes every object (of these namespaces) from the tiers; returns how many.
 
@@ -73,7 +82,9 @@ class Rank:
         removed = 0
         for position, tier in enumerate(self.tiers):
             removed += sum(tier.clear(namespace) for namespace in wanted)
-            kept = sum(1 for found in tier.scan() if namespaces is None or found.id.namespace in namespaces)
+            kept = 0
+            if not hasattr(tier, "clear_epoch"):  # otherwise what is there now was written after the clear
+                kept = sum(1 for found in tier.scan() if namespaces is None or found.id.namespace in namespaces)
             if kept:
                 raise TierError(
                     f"{kept} objects are still on tier {tier.name!r} and may be served: "

@@ -218,7 +218,7 @@ class TierCopier:
                 self._runner.finish(active, [index], Status.PRESENT)
                 return
             payload = self._arenas[op.name.group].view(op.src.index)
-            result = self._codec.save(tier, self._object_id(op.name), payload, tag.layout, tag.checksum)
+            result = self._codec.save(tier, self._object_id(op.name), payload, tag.layout, tag.checksum, tag.begun)
             if result.status is Status.CORRUPT:
                 self._metrics.corrupted("dram")
             if result.status is Status.OK:

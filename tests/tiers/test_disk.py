@@ -126,7 +126,7 @@ def test_clear_ends_a_write_that_has_begun(shm: Path, monkeypatch: pytest.Monkey
     tier.clear()
     cleared.set()
     writer.join()
-    assert results[0].status is Status.FAILED
+    assert results[0].status is Status.CANCELLED
     assert tier.contains([object_id(0)])[0].status is Status.MISSING
     assert tier.used_bytes() == 0
     monkeypatch.undo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import random
@@ -19,6 +20,7 @@ from lmcache.format.file import canonical_form, verify_file
 from lmcache.keys import ObjectId
 from lmcache.plan import Status
 from lmcache.spec import KVSpec
+from lmcache.tiers import owner
 from lmcache.tiers.base import Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import object_of, relative_path, walk
@@ -265,4 +267,126 @@ def test_clear_in_one_process_is_a_miss_in_another(shm: Path) -> None:
     assert tier.used_bytes() == 0
     assert put(tier, object_id(0)).status is Status.OK
     assert (shm / "objects" / relative_path(object_id(0))).exists()
+    tier.close()
+
+
+OTHER_NAMESPACE = bytes(reversed(NAMESPACE))
+
+
+def clear_in_child(folder: Path, namespace: bytes | None) -> None:
+    def clear() -> None:
+        tier = DiskTier(folder, timing=QUICK)
+        tier.clear(namespace)
+        tier.close()
+
+    finish(in_child(clear))
+
+
+@pytest.mark.parametrize("namespace", [None, NAMESPACE])
+def test_what_was_gathered_before_another_processs_clear_is_not_published_after_it(
+    shm: Path, namespace: bytes | None
+) -> None:
+    tier = DiskTier(shm, timing=QUICK)
+    begun = time.monotonic()
+    clear_in_child(shm, namespace)
+    write = Write(big_id(1), BIG.encode(big_id(1), _PAYLOAD), begun)
+    assert tier.write([write])[0].status is Status.CANCELLED
+    assert tier.contains([big_id(1)])[0].status is Status.MISSING
+    assert tier.used_bytes() == 0
+    assert put_big(tier, 1) is Status.OK, "gathered now"
+    wait(lambda: tier.clear_epoch == 1)
+    assert tier.cleared_since(0) == (1, [namespace])
+    assert tier.cleared_since(1) == (1, [])
+    assert tier.write([write._replace(id=big_id(2))])[0].status is Status.CANCELLED
+    assert tier.write([write._replace(id=big_id(2), begun=time.monotonic())])[0].status is Status.OK
+    tier.close()
+
+
+def test_a_clear_of_one_namespace_cancels_no_write_to_another(shm: Path) -> None:
+    tier = DiskTier(shm, timing=QUICK)
+    begun = time.monotonic()
+    clear_in_child(shm, OTHER_NAMESPACE)
+    assert tier.write([Write(big_id(1), BIG.encode(big_id(1), _PAYLOAD), begun)])[0].status is Status.OK
+    tier.close()
+
+
+def test_a_clear_on_another_host_counts_from_when_it_is_noticed(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = DiskTier(shm, timing=QUICK._replace(tick=0.05))
+    other = DiskTier(shm, timing=QUICK)
+    begun = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "host_tag", lambda: "another host")
+        other.clear()
+    wait(lambda: tier.clear_epoch == 1)
+    write = Write(big_id(1), BIG.encode(big_id(1), _PAYLOAD), begun)
+    assert tier.write([write])[0].status is Status.CANCELLED
+    assert tier.write([write._replace(begun=time.monotonic())])[0].status is Status.OK
+    tier.close()
+    other.close()
+
+
+def test_who_has_missed_more_clears_than_are_recorded_treats_everything_as_cleared(shm: Path) -> None:
+    tier = DiskTier(shm, timing=QUICK._replace(tick=0.05))
+    begun = time.monotonic()
+    other = DiskTier(shm, timing=QUICK)
+    for _ in range(100):
+        other.clear(OTHER_NAMESPACE)
+    wait(lambda: tier.clear_epoch == 100)
+    assert tier.cleared_since(0) == (100, [None])
+    assert other.cleared_since(0) == (100, [None]), "it cannot tell which of them were its own"
+    assert other.cleared_since(90) == (100, [])
+    assert tier.write([Write(big_id(1), BIG.encode(big_id(1), _PAYLOAD), begun)])[0].status is Status.CANCELLED
+    tier.close()
+    other.close()
+
+
+def test_a_folder_made_anew_counts_as_cleared(shm: Path) -> None:
+    tier = DiskTier(shm, timing=QUICK)
+    tier.clear()
+    (shm / "folder.json").unlink()
+    DiskTier(shm, timing=QUICK).close()
+    wait(lambda: tier.clear_epoch == 0)
+    assert tier.cleared_since(1) == (0, [None])
+    tier.close()
+
+
+def test_clears_at_random_moments_leave_nothing_that_was_gathered_before(shm: Path) -> None:
+    """A process with two writers, and clears here: after each of them, all that is there was gathered after it began."""
+    gathered = memoryview(mmap.mmap(-1, 8 * 100_000)).cast(
+        "q"
+    )  # object → when its gathering began, on this machine's clock
+    ending = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
+
+    def write() -> None:
+        tier = DiskTier(shm, timing=QUICK)
+
+        def work(number: int) -> None:
+            rng = random.Random(number)
+            while not ending[0]:
+                gathered[number], begun = time.monotonic_ns(), time.monotonic()
+                time.sleep(rng.uniform(0, 0.003))
+                [result] = tier.write([Write(big_id(number), BIG.encode(big_id(number), _PAYLOAD), begun)])
+                assert result.status in (Status.OK, Status.CANCELLED, Status.FAILED)
+                number += 2
+
+        threads = [threading.Thread(target=work, args=(first,)) for first in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        tier.close()
+
+    child = in_child(write)
+    tier, rng, removed = DiskTier(shm, timing=QUICK), random.Random(3), 0
+    for _ in range(150):
+        time.sleep(rng.uniform(0, 0.01))
+        begun = time.monotonic_ns()
+        removed += tier.clear(rng.choice([None, NAMESPACE]))
+        for _ in range(4):
+            early = [found.id.depth for found in tier.scan() if gathered[found.id.depth] < begun]
+            assert early == []
+    ending[0] = 1
+    finish(child)
+    assert removed > 20, "hardly anything was written between clears: this test shows little"
+    assert tier.used_bytes() == sum(found.nbytes for found in tier.scan())
     tier.close()

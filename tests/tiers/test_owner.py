@@ -171,10 +171,12 @@ def test_a_folder_of_before_is_adopted(shm: Path) -> None:
     (shm / "folder.json").unlink()
     tier = DiskTier(shm, 1 << 20)
     assert load(tier, object_id(1)) == payload_of(object_id(1))
-    assert record(shm) == {"format": 1, "uid": os.geteuid(), "capacity": 1 << 20, "clear_epoch": 0}
+    assert record(shm) == {"format": 1, "uid": os.geteuid(), "capacity": 1 << 20, "clear_epoch": 0, "clears": []}
     assert stat.S_IMODE((shm / "folder.json").stat().st_mode) == 0o600
     tier.clear()
     assert record(shm)["clear_epoch"] == tier.clear_epoch == 1
+    tier.clear(b"\xab")
+    assert [what for what, _, _ in record(shm)["clears"]] == ["", "ab"]  # type: ignore[attr-defined]
     tier.close()
 
 

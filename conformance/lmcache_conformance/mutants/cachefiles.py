@@ -103,7 +103,7 @@ class _Mislabels(ObjectCodec):
         payload: torch.Tensor,
         layout: ObjectLayout,
         made: bytes | None = None,
-        epoch: int | None = None,
+        begun: float | None = None,
     ) -> Result:
         form: Form = self._form(self._canonical[id.group])
         [result] = tier.write([Write(id, form.encode(id, payload.numpy().data.cast("B")))])
