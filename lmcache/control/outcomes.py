@@ -47,6 +47,8 @@ class StopReason(StrEnum):
     """An earlier load of this owner failed; it gets no hit again until `Index.forget`."""
     PROBING = "probing", "pending"
     """A shared tier is being probed (status `pending`)."""
+    NO_ROOM = "no_room", "room"
+    """A tier has the next object, and DRAM has no room to load it through (engines that load from DRAM only)."""
     GROUP = "group", "group"
     """A layer group's rule allows no later boundary; `Lookup.group` names it."""
 

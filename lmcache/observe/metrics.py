@@ -34,6 +34,7 @@ MISS_REASONS: Final = {
     "group": "another layer group or rank lacks the objects that a hit up to here needs",
     "pending": "it is being written or loaded at this moment",
     "failed": "a tier failed or was too slow",
+    "room": "a tier holds the chunk, and memory has no room to load it through",
 }
 """Reasons of misses; the values of the label `reason` of `lmcache_miss_tokens_total`."""
 

@@ -85,6 +85,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
                     ranks=vllm_config.parallel_config.tensor_parallel_size,
                     loads=transfer.is_kv_consumer,  # true of kv_both, too
                     stores=transfer.is_kv_producer,
+                    recomputes=getattr(transfer, "kv_load_failure_policy", "fail") == "recompute",
                 )
                 self._increments = Increments(self._scheduler.metrics)
             else:

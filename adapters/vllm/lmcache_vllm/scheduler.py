@@ -1,8 +1,9 @@
 """The connector's scheduler side: decides for one engine. Plans go to the workers with each step, reports come back.
 
 It never blocks. A hit is offered to vLLM only when all of it is verified and in DRAM on every rank, so that its load cannot fail
-on a tier: objects on lower tiers are prefetched first, and until then the answer to vLLM is to call again later. What a forward
-pass computes is stored in the same step, before vLLM can reuse its blocks.
+on a tier: objects on lower tiers are prefetched first, and until then the answer to vLLM is to call again later. Only what
+DRAM has no room for is loaded directly from its tier, and only if vLLM recomputes what fails to load. What a forward pass
+computes is stored in the same step, before vLLM can reuse its blocks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from lmcache.config import Config
@@ -37,6 +39,9 @@ _PATIENCE_S = 60.0
 _OPENING_STEPS = 64
 """Steps in which requests wait for the workers' offers; workers answer the first one, two or more steps may be under way."""
 
+_PREFETCHED = 16
+"""Queued requests that are looked at in a step to prefetch for them."""
+
 _FOREIGN = 65_536
 """Chunks loaded by other connectors that are remembered, at most."""
 
@@ -51,8 +56,12 @@ class Tracked:
         chain: names of its full chunks so far.
         local: tokens that vLLM has computed itself, as of the last lookup.
         prefetch: the job that loads the hit into DRAM, 0 if there is none.
-        prefetched: such a job was started; the request gets no second one.
-        found: tokens of the hit before it was prefetched; `sources`: by tier.
+        prefetched: such a job was started.
+        spent: such a job failed; the request gets no other.
+        lacking: the queued request found no room in DRAM.
+        asked: vLLM has asked about the request.
+        until: when it ceases to wait for room in DRAM, in seconds.
+        found: tokens of the hit, wherever they are; `sources`: by tier, before any of it was prefetched.
         stop: why the hit ends.
         stored: number of chunks whose store was planned or skipped.
         offered: the answer to vLLM, until blocks are allocated.
@@ -63,6 +72,7 @@ class Tracked:
     """
 
     __slots__ = (
+        "asked",
         "chain",
         "computed",
         "counted",
@@ -70,6 +80,7 @@ class Tracked:
         "extras",
         "foreign",
         "found",
+        "lacking",
         "local",
         "lora",
         "offered",
@@ -78,8 +89,10 @@ class Tracked:
         "request",
         "salt",
         "sources",
+        "spent",
         "stop",
         "stored",
+        "until",
     )
 
     def __init__(self, request: Request, salt: str, lora: str, extras: tuple[Extra, ...]) -> None:
@@ -95,6 +108,10 @@ class Tracked:
         self.foreign: int | None = None
         self.prefetch = 0
         self.prefetched = False
+        self.spent = False
+        self.lacking = False
+        self.asked = False
+        self.until = 0.0
         self.found = 0
         self.sources: Mapping[str, int] = {}
         self.stop: StopReason | None = None
@@ -111,6 +128,7 @@ class ConnectorScheduler:
         events: collect KV events.
         ranks: number of workers.
         loads, stores: what vLLM's `kv_role` allows.
+        recomputes: vLLM recomputes what fails to load; otherwise it ends the request with an error.
 
     Attributes:
         disabled: why nothing is cached, or empty.
@@ -125,11 +143,13 @@ class ConnectorScheduler:
         ranks: int = 1,
         loads: bool = True,
         stores: bool = True,
+        recomputes: bool = False,
     ) -> None:
         self._config = config
         self._ranks = ranks
         self._loads = loads
         self._stores = stores
+        self._recomputes = recomputes
         self._opening = _OPENING_STEPS  # steps left in which offers may come; 0 once they have
         self._chunk = rounded_chunk(kv_config, config.chunk_tokens)
         self._sizes = [int(group.kv_cache_spec.block_size) for group in kv_config.kv_cache_groups]
@@ -141,6 +161,10 @@ class ConnectorScheduler:
         self._plane: Plane | None = None
         self._requests: dict[str, Tracked] = {}
         self._loras = names.Loras()
+        self._queued: dict[
+            str, Tracked
+        ] = {}  # requests that vLLM has not asked about and that are not in DRAM yet, in order
+        self._no_room = False  # in this step, a request that vLLM asked about
         self._foreign: dict[bytes, None] = {}  # digests of the first chunks that other connectors have loaded
         self._tables = compat.BlockTables()
         self._views: dict[int, BlockView] = {}
@@ -184,8 +208,8 @@ class ConnectorScheduler:
     def on_new_request(self, request: Request) -> None:
         """Prefetches from lower tiers while the request is queued."""
         tracked = self._track(request)
-        if tracked is not None and self._reads(request):
-            self._offer(tracked, 0)
+        if tracked is not None and self._reads(request) and self._begin_queued(tracked):
+            self._queued[request.request_id] = tracked
 
     def get_num_new_matched_tokens(self, request: Request, local: int) -> int | None:
         """Returns how many tokens beyond the first `local` can be loaded; None: call again later."""
@@ -194,6 +218,8 @@ class ConnectorScheduler:
         tracked = self._track(request)
         if tracked is None or not self._reads(request):
             return 0
+        self._queued.pop(request.request_id, None)
+        tracked.asked = True
         tracked.local = local
         tracked.offered = self._offer(tracked, local)
         return tracked.offered
@@ -201,32 +227,101 @@ class ConnectorScheduler:
     def _reads(self, request: Request) -> bool:
         return self._loads and not request.skip_reading_prefix_cache
 
-    def _offer(self, tracked: Tracked, local: int) -> int | None:
+    def _offer(self, tracked: Tracked, local: int, *, asked: bool = True) -> int | None:
+        """Returns how many tokens can be loaded; None while they are brought into DRAM, or wait for room there."""
         plane, now = self._plane, time.monotonic()
         if plane is None:
             return 0
         owner, limit = tracked.request.request_id, tracked.request.num_tokens - 1
+        tracked.lacking = False
         if tracked.prefetch:
             if plane.awaited(tracked.prefetch) and local < tracked.found:
                 return None  # ends after `load_timeout_s` at the latest: then the job is reported as late
+            tracked.spent |= tracked.prefetch in plane.state.jobs.live  # late: a call still hangs
             tracked.prefetch = 0
-        near = local if tracked.prefetched else None
-        found = plane.lookup(owner, self._named(tracked), limit, now, near=near)
+        if asked and self._no_room and now < tracked.until:  # a request before this one waits for room, in this step
+            return None
+        chain = self._named(tracked)
+        found = plane.lookup(owner, chain, limit, now)
         if found.status == "pending":
             return None
-        if near is None:
-            tracked.sources, tracked.stop, tracked.found = found.by_tier, found.stop, found.tokens
-            if found.tokens > local and set(found.by_tier) != {"dram"}:
-                tracked.prefetched = True
-                job = plane.begin_prefetch(owner, now, skip=local)
-                if job is not None:
-                    tracked.prefetch = job
+        tracked.found, tracked.stop = found.tokens, found.stop
+        if not tracked.prefetched:
+            tracked.sources = found.by_tier
+        if set(found.by_tier) - {"dram"}:
+            if not tracked.spent and self._prefetch(plane, tracked, local, asked, now):
+                return None
+            near = plane.lookup(owner, chain, limit, now, near=local)
+            if near.tokens < found.tokens:
+                if self._waits(plane, tracked, local, asked, now):
                     return None
-                found = plane.lookup(owner, self._named(tracked), limit, now, near=local)
+                if asked and self._recomputes and not tracked.spent:
+                    plane.lookup(owner, chain, limit, now)  # the rest is loaded from its tier, past DRAM
+                else:
+                    found = near
+                    if near.stop is not StopReason.WRITING:
+                        tracked.stop = StopReason.FAILED if tracked.spent else StopReason.NO_ROOM
         tokens = max(0, found.tokens - local)
         if not tokens:
             plane.release(owner)
         return tokens
+
+    def _prefetch(self, plane: Plane, tracked: Tracked, local: int, asked: bool, now: float) -> bool:
+        """Starts to bring the leased hit into DRAM, as far as there is room; returns whether any of it is on its way.
+
+        A request that vLLM asks about takes the room of leases of those behind it.
+        """
+        owner = tracked.request.request_id
+        job = plane.begin_prefetch(owner, now, skip=local)
+        if job is None and asked:
+            for other in self._behind(plane, tracked):
+                plane.release(other)
+                job = plane.begin_prefetch(owner, now, skip=local)
+                if job is not None:
+                    break
+        if job is None:
+            return False
+        tracked.prefetch, tracked.prefetched = job, True
+        return True
+
+    def _behind(self, plane: Plane, tracked: Tracked) -> list[str]:
+        """Returns owners of leases behind a request, last arrived first; not those that are loading, or were offered."""
+        found, ahead = [], False
+        for owner in reversed(self._requests):
+            other = self._requests[owner]
+            if other is tracked:
+                ahead = True
+            elif owner in plane.leases and not (
+                other.offered or plane.awaited(other.prefetch) or (ahead and other.asked)
+            ):
+                found.append(owner)
+        return found
+
+    def _waits(self, plane: Plane, tracked: Tracked, local: int, asked: bool, now: float) -> bool:
+        """Whether a request, some of which is only on a tier, waits for room in DRAM: not longer than a load may take."""
+        if tracked.spent:
+            return False
+        if not asked:
+            tracked.lacking = True
+            return False
+        room = min((pool.slots for pool in plane.state.pools if pool.chained), default=0)
+        if tracked.found - local > room * self._chunk or not plane.state.jobs.live:
+            return False  # more than DRAM, or nothing under way that could make room
+        tracked.until = tracked.until or now + self._config.load_timeout_s
+        self._no_room = now < tracked.until
+        return self._no_room
+
+    def _prefetch_queued(self) -> None:
+        """Prefetches for queued requests for which that has not ended, in order, until there is no room."""
+        for owner, tracked in list(islice(self._queued.items(), _PREFETCHED)):
+            if not self._begin_queued(tracked):
+                del self._queued[owner]
+            elif tracked.lacking:
+                break
+
+    def _begin_queued(self, tracked: Tracked) -> bool:
+        """Prefetches for a queued request, as far as there is room; returns whether there is something left to do."""
+        return self._offer(tracked, 0, asked=False) is None or tracked.lacking
 
     def update_state_after_alloc(self, request: Request, blocks: tuple[list[int], ...], tokens: int) -> None:
         """Plans the load of `tokens` of the offered tokens into the blocks that vLLM has allocated for the request.
@@ -262,6 +357,7 @@ class ConnectorScheduler:
     def request_finished(self, request: Request) -> None:
         """Forgets the request."""
         tracked = self._requests.pop(request.request_id, None)
+        self._queued.pop(request.request_id, None)
         self._tables.forget(request.request_id)
         if self._plane is not None:
             self._plane.forget(request.request_id)
@@ -290,8 +386,10 @@ class ConnectorScheduler:
             tracked = self._requests.get(request_id)
             if tracked is not None:
                 self._store(plane, tracked, scheduled, now)
+        self._no_room = False
+        self._prefetch_queued()
         finished, plan = plane.advance((), {}, now)
-        self._count_loads(finished)
+        self._ended(finished)
         if plan.jobs:
             self._last_activity = now
         views, self._views = self._views, {}
@@ -375,15 +473,19 @@ class ConnectorScheduler:
         now = time.monotonic()
         if meta.reports:
             self._last_activity = now
-        self._count_loads(self._plane.apply(meta.reports, meta.facts, now))
+        self._ended(self._plane.apply(meta.reports, meta.facts, now))
 
-    def _count_loads(self, jobs: Iterable[Finished]) -> None:
+    def _ended(self, jobs: Iterable[Finished]) -> None:
         for job in jobs:
             if job.kind == "load":
                 if any(status != Status.OK for status in job.statuses):
                     self.metrics.failed("load", "lost")
                 else:
                     self.metrics.loaded(job.ok_tokens)
+            elif job.kind == "prefetch" and any(status != Status.OK for status in job.statuses):
+                tracked = self._requests.get(str(job.owner))
+                if tracked is not None:
+                    tracked.spent = True
 
     @property
     def has_pending_push_work(self) -> bool:
@@ -404,6 +506,7 @@ class ConnectorScheduler:
         if self._plane is not None:
             self._plane.names.set_weights_version(uuid.uuid4().hex)
             self._plane.drop_all()
+        self._queued.clear()
         self._requests.clear()  # running requests are no longer stored: part of their KV has the old weights
         return True
 

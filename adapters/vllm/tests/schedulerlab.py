@@ -36,6 +36,7 @@ class Workers:
         used: bytes on the disk at the start.
         slots: chunks that fit into DRAM.
         opened: whether the scheduler has what the workers offer.
+        settings: further settings.
         named: further arguments of the scheduler.
 
     Attributes:
@@ -46,13 +47,19 @@ class Workers:
     """
 
     def __init__(
-        self, admission: str = "all", used: int = 0, slots: int = 2 * CHUNKS, opened: bool = True, **named: Any
+        self,
+        admission: str = "all",
+        used: int = 0,
+        slots: int = 2 * CHUNKS,
+        opened: bool = True,
+        settings: Any = (),
+        **named: Any,
     ) -> None:
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
         groups = [KVCacheGroupSpec(["model.layers.0.self_attn"], spec)]
         kv_config = KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=groups)
         self.scheduler = ConnectorScheduler(
-            kv_config, Config(chunk_tokens=CHUNK, admission=admission), ranks=RANKS, **named
+            kv_config, Config(chunk_tokens=CHUNK, admission=admission, **dict(settings)), ranks=RANKS, **named
         )
         self.used = used
         self.written: list[bytes] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ if importlib.util.find_spec("vllm") is None:
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from schedulerlab import BLOCK, CHUNK, CHUNKS, Workers
+from schedulerlab import BLOCK, CHUNK, CHUNKS, Workers, into_engine
 
+from lmcache.plan import Status
 from lmcache_vllm.messages import Handshake
 
 # ---------------------------------------------------------------- start-up
@@ -103,6 +105,130 @@ def test_a_producer_looks_nothing_up_and_a_consumer_stores_nothing() -> None:
     consumer.disk.update(producer.disk)
     assert consumer.serve(0) == (CHUNKS - 1) * CHUNK
     assert consumer.written == []
+
+
+# ---------------------------------------------------------------- room in DRAM
+
+HIT = (CHUNKS - 1) * CHUNK
+"""Tokens of a whole hit: vLLM computes the last token itself, and with it the last chunk."""
+
+
+def on_disk(prompts: int, slots: int, **named: Any) -> Workers:
+    """Returns workers with room for `slots` chunks in DRAM, and prompts on disk."""
+    first, workers = Workers(), Workers(slots=slots, **named)
+    for number in range(prompts):
+        first.serve(number)
+    assert len(first.disk) == prompts * CHUNKS
+    workers.disk = first.disk
+    return workers
+
+
+def missed(workers: Workers, before: dict[str, float]) -> dict[str, float]:
+    """Returns missed tokens by reason."""
+    name = 'lmcache_miss_tokens_total{reason="'
+    after = workers.scheduler.stats()
+    return {
+        k[len(name) : -2]: v - before.get(k, 0) for k, v in after.items() if k.startswith(name) and v > before.get(k, 0)
+    }
+
+
+def test_queued_requests_that_found_no_room_are_prefetched_when_there_is_some() -> None:
+    workers = on_disk(12, slots=2 * CHUNKS)
+    before = workers.scheduler.stats()
+    requests = [workers.request(number) for number in range(12)]
+    for request in requests:
+        workers.scheduler.on_new_request(request)
+    for request in requests:
+        assert workers.ask(request) == HIT
+        blocks = workers.allocate(request, HIT)
+        workers.compute(request, blocks, CHUNK)
+        workers.kinds()
+        workers.step({})
+        workers.step({})
+        workers.scheduler.request_finished(request)
+    assert missed(workers, before) == {"tail": 12 * CHUNK}
+    assert workers.scheduler.stats()["index_leases"] == 0
+
+
+def test_the_next_request_is_prefetched_while_another_one_computes() -> None:
+    workers = on_disk(2, slots=CHUNKS - 1)
+    requests = [workers.request(number) for number in range(2)]
+    for request in requests:
+        workers.scheduler.on_new_request(request)
+        workers.step({})
+    assert workers.ask(requests[0]) == HIT
+    blocks = workers.allocate(requests[0], HIT)
+    workers.kinds()
+    for _ in range(3):
+        workers.step({})
+    assert "prefetch" in workers.kinds(), "before vLLM has asked about it"
+    workers.compute(requests[0], blocks, CHUNK)
+    assert workers.ask(requests[1]) == HIT
+
+
+def test_the_first_in_the_queue_takes_the_room_of_those_behind_it() -> None:
+    workers = on_disk(2, slots=CHUNKS - 1)
+    first, second = workers.request(0), workers.request(1)
+    workers.scheduler.on_new_request(second)
+    for _ in range(3):
+        workers.step({})
+    assert workers.ask(first) == HIT, "the other's lease holds all of DRAM"
+    workers.allocate(first, HIT)
+    assert workers.ask(second) == HIT
+
+
+def test_a_request_waits_for_the_room_that_a_load_under_way_gives_back() -> None:
+    workers = on_disk(2, slots=CHUNKS - 1)
+    first, second = workers.request(0), workers.request(1)
+    assert workers.ask(first) == HIT
+    workers.hold = {"load"}
+    workers.allocate(first, HIT)
+    for _ in range(5):
+        assert workers.scheduler.get_num_new_matched_tokens(second, 0) is None
+        workers.step({})
+    workers.hold = set()
+    workers.report(0, workers.held)
+    assert workers.ask(second) == HIT
+
+
+def test_a_prefix_longer_than_dram_is_loaded_from_its_tier_only_if_a_failure_is_recomputed() -> None:
+    for recomputes, tokens, reasons in (
+        (True, HIT, {"tail": CHUNK}),
+        (False, 2 * CHUNK, {"room": 2 * CHUNK}),
+    ):
+        small = on_disk(1, slots=2, recomputes=recomputes)
+        before = small.scheduler.stats()
+        request = small.request(0)
+        assert small.ask(request) == tokens
+        small.kinds()
+        small.allocate(request, tokens)
+        [load] = [job for job in small.jobs if job.kind == "load"]
+        assert into_engine(load) == tokens // CHUNK
+        assert missed(small, before) == reasons
+
+
+@pytest.mark.parametrize("status", [Status.FAILED, Status.MISSING, Status.LATE])
+def test_what_a_tier_does_not_give_is_not_waited_for_again(status: Status) -> None:
+    workers = on_disk(1, slots=CHUNKS, recomputes=True)
+    before = workers.scheduler.stats()
+    workers.status = status
+    assert workers.ask(workers.request(0), steps=6) == 0
+    workers.allocate(workers.request(0), 0)
+    [reason] = missed(workers, before)
+    assert reason == ("evicted" if status is Status.MISSING else "failed")
+
+
+def test_a_call_that_hangs_in_dram_costs_room_and_nobody_waits_for_ever() -> None:
+    workers = on_disk(1, slots=CHUNKS, settings={"load_timeout_s": 0.05})
+    workers.hold = {"write_back"}
+    workers.serve(7)
+    assert workers.held
+    before = workers.scheduler.stats()
+    request = workers.request(0)
+    found = workers.ask(request, steps=1 << 20)
+    workers.allocate(request, found)
+    assert found < HIT
+    assert "room" in missed(workers, before)
 
 
 # ---------------------------------------------------------------- reset

@@ -123,11 +123,11 @@ class OffersAgain(Broken):
     """Removes a request from those whose load has failed before each offer; every load loses its first object."""
 
     class _Scheduler(ConnectorScheduler):
-        def _offer(self, tracked: Tracked, local: int) -> int | None:
+        def _offer(self, tracked: Tracked, local: int, *, asked: bool = True) -> int | None:
             if self._plane is not None and tracked.request.request_id in self._plane.state.failed:
                 self._plane.state.failed.discard(tracked.request.request_id)
-                tracked.prefetched = False
-            return super()._offer(tracked, local)
+                tracked.spent = False
+            return super()._offer(tracked, local, asked=asked)
 
     scheduler, worker = _Scheduler, LosesSlots
 
