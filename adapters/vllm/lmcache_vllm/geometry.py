@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 import vllm
 from blake3 import blake3
@@ -40,6 +41,7 @@ def spec_of(
     rank: int,
     ranks: int,
     identity: str,
+    measured: tuple[tuple[str, str], ...] = (),
 ) -> KVSpec:
     """Returns the spec of one tensor-parallel rank.
 
@@ -48,6 +50,7 @@ def spec_of(
         layers: layer name → attention module.
         rank, ranks: of the tensor-parallel group.
         identity: identity of the weights, see `identity_of`.
+        measured: how this worker rounds, see `lmcache_vllm.probe`.
 
     Raises:
         UnsupportedError: a group is of a kind that this adapter cannot cache.
@@ -58,7 +61,7 @@ def spec_of(
         groups.append(made)
         rects.append(Rect((0, max(made.layers) + 1), heads))
     meaning = configuration.meaning(vllm_config, _scales(layers))
-    spec = KVSpec(identity, tuple(groups), tuple(rects), numerics_of(vllm_config, layers, ranks), meaning)
+    spec = KVSpec(identity, tuple(groups), tuple(rects), numerics_of(vllm_config, layers, ranks, measured), meaning)
     spec.validate()
     return spec
 
@@ -133,7 +136,9 @@ def layer_number(name: str) -> int:
     return int(found[0])
 
 
-def numerics_of(config: VllmConfig, layers: Mapping[str, Any], ranks: int) -> Numerics:
+def numerics_of(
+    config: VllmConfig, layers: Mapping[str, Any], ranks: int, measured: tuple[tuple[str, str], ...] = ()
+) -> Numerics:
     """Returns everything besides weights and tokens that determines the bits of KV in this worker."""
     backends = sorted({_backend(layer) for layer in layers.values() if hasattr(layer, "impl")})
     device = config.device_config.device_type
@@ -141,7 +146,7 @@ def numerics_of(config: VllmConfig, layers: Mapping[str, Any], ranks: int) -> Nu
         ("kv_cache_dtype", str(config.cache_config.cache_dtype)),
         ("compilation", f"{config.compilation_config.mode} eager={config.model_config.enforce_eager}"),
     ]
-    extra += [("configuration", configuration.rounding(config)), *torch_switches(device)]
+    extra += [("configuration", configuration.rounding(config)), *torch_switches(device), *measured]
     if device == "cpu":
         isa = host_isa()
     elif device == "cuda":
@@ -211,6 +216,12 @@ def _content(config: VllmConfig, model: Any, fingerprint: Any) -> str:
         revision=model.revision,
         hub_cache=getattr(config.load_config, "download_dir", None),
     )
+
+
+def parts_of(spec: KVSpec) -> dict[str, str]:
+    """Returns short digests of what decides names. Where a restart finds nothing, they tell what has changed."""
+    numerics = blake3(msgspec.json.encode(spec.numerics)).hexdigest(4)
+    return {"weights": blake3(spec.model.encode()).hexdigest(4), "meaning": spec.meaning[:8], "rounding": str(numerics)}
 
 
 def layer_order(group: Any) -> Sequence[str]:

@@ -25,9 +25,10 @@ from lmcache.transfer.jobs import EngineView, JobTracker
 from lmcache.transfer.rank import CLOSE_S, Rank, open_rank
 from lmcache_vllm import compat
 from lmcache_vllm.compat import UnsupportedError
-from lmcache_vllm.geometry import identity_of, rounded_chunk, spec_of
+from lmcache_vllm.geometry import identity_of, parts_of, rounded_chunk, spec_of
 from lmcache_vllm.layouts import prove_layout
 from lmcache_vllm.messages import BlockView, Offer, RankMeta, StepMeta
+from lmcache_vllm.probe import probe
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -145,7 +146,19 @@ class ConnectorWorker:
         layers = compat.attention_layers(self._vllm_config)
         compat.check_layers(layers)
         identity = identity_of(self._vllm_config, self._config.model_identity, self._config.fingerprint)
-        spec = spec_of(self._vllm_config, self._kv_config, layers, rank=self.rank, ranks=self.ranks, identity=identity)
+        device = next(iter(caches.values())).device
+        bits, left_out = probe(self._vllm_config, self._kv_config, layers, device)
+        if left_out:
+            info("probe-left-out", rank=self.rank, reason=left_out)
+        spec = spec_of(
+            self._vllm_config,
+            self._kv_config,
+            layers,
+            rank=self.rank,
+            ranks=self.ranks,
+            identity=identity,
+            measured=bits,
+        )
         kv, layout = prove_layout(spec, self._kv_config, caches, layers)
         self._spec, self._kv = spec, kv.bind(spec)
         self._rank = opened = open_rank(
@@ -168,6 +181,7 @@ class ConnectorWorker:
             slots=opened.slots,
             memory=opened.memory,
             tiers=[tier.name for tier in opened.tiers],
+            **parts_of(spec),
         )
 
     def offer(self) -> Offer:

@@ -60,6 +60,9 @@ assert llm.reset_prefix_cache()
 found["after"] = ask()
 found["another"] = another(store=False)
 found["late"] = ask(203)
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+numerics = get_kv_transfer_group()._worker._spec.numerics
+found["measured"] = {name: bits for name, bits in numerics.extra if name.startswith("measured")}
 print("FOUND", json.dumps(found))
 llm.llm_engine.engine_core.shutdown()
 """
@@ -79,8 +82,10 @@ def run(disk: Path) -> dict[str, Any]:
 def test_a_reset_renames_what_this_process_computes_and_leaves_every_tier_as_it_is(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     written: set[Path] = set()
+    rounding = []
     for process, kept in (("first", 0), ("second", 192)):
         found = run(disk)
+        rounding.append(found["measured"])
         assert found["first"][0] == kept, f"{process} process: what was stored before a reset is right after a restart"
         assert found["again"][0] == 192, "no hit before the reset: the test shows nothing"
         assert found["reset"][0] == 0, "served after a reset"
@@ -91,3 +96,5 @@ def test_a_reset_renames_what_this_process_computes_and_leaves_every_tier_as_it_
         there = {path.relative_to(disk) for path in disk.rglob("*.safetensors")}
         assert written < there, "a reset removes objects, or nothing is written after one"
         written = there
+    assert set(rounding[0]) == {"measured matmul", "measured attention"}
+    assert rounding[0] == rounding[1], "two processes round alike and measured otherwise"
