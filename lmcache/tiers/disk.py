@@ -8,9 +8,7 @@ removes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import functools
 import math
 import os
 import stat
@@ -21,7 +19,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lmcache.errors import FormatError, FormatVersionError, TierError
 from lmcache.format.file import verify_file
@@ -29,6 +26,7 @@ from lmcache.keys import ObjectId
 from lmcache.observe.log import Throttle, info
 from lmcache.plan import Status
 from lmcache.tiers.base import Found, Read, Result, Write, refusal
+from lmcache.tiers.durable import Durability
 from lmcache.tiers.folder import (
     Passed,
     host_tag,
@@ -50,10 +48,6 @@ _OPEN_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _OPEN_TEMP = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_UNSYNCABLE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-_LOST_ON_SYNC = {errno.EIO, errno.ENOSPC, errno.EDQUOT}
-_BLOCK = 1 << 20
-_MAX_UNSYNCED = 1 << 16
 _MAX_SUSPECTS = 1 << 12
 _RESERVE_TRIES = 8
 _CLEAR_PASSES = 3
@@ -101,11 +95,7 @@ class DiskTier:
         self._log = log or Throttle()
         self._tag = host_tag()
         self._lock = threading.Lock()
-        self._sync_lock = threading.Lock()
-        self._unsynced: dict[
-            str, bool
-        ] = {}  # path → a sync failed, so that the data may have left the page cache unwritten
-        self._new_folders: dict[str, None] = {}
+        self._durability = Durability(self._root, self._objects)
         self._suspects: dict[ObjectId, None] = {}
         self.foreign = 0
         """How often a file of another user was met instead of an object."""
@@ -221,66 +211,15 @@ class DiskTier:
     def flush(self, *, durable: bool = False) -> None:
         """Returns at once: accepted writes are already published. With `durable`, returns once they survive a power loss.
 
-        Syncs the files that this process wrote or found written, their folders, and then the filesystem, for objects that other
-        processes published. A concurrent call waits for the one under way; the next one tries again what could not be synced.
-
         Raises:
-            TierError: a sync failed; the objects concerned may not survive a power loss.
+            TierError: a sync failed, see `Durability.sync`.
         """
-        if not durable:
-            return
-        with self._sync_lock:
-            failures: list[OSError] = []
-            folders: dict[str, None] = {}
-            with self._lock:
-                paths, ancestors = [*self._unsynced], [*self._new_folders]
-            for path in paths:
-                folder = os.path.dirname(path)
-                for above in (folder, os.path.dirname(folder), self._objects, self._root):
-                    folders[above] = None
-            if paths:
-                folders |= dict.fromkeys(ancestors)
-            for path in paths:
-                failures += self._sync_file(path)
-            for path in folders:
-                # Some filesystems cannot sync folders, and the parent of the root may be unreadable: then see below.
-                excused = {*_UNSYNCABLE, errno.EACCES, errno.EPERM, errno.EROFS} if path in ancestors else _UNSYNCABLE
-                if (error := _sync(path, follow=True)) and error.errno not in excused:
-                    failures.append(error)
-            if error := _sync_filesystem(self._root):
-                failures.append(error)
-            with self._lock:
-                if failures:
-                    for path in paths:  # their folders may be what was not synced
-                        self._unsynced.setdefault(path, False)
-                else:
-                    for path in folders:
-                        self._new_folders.pop(path, None)
-        if failures:
-            raise TierError(f"{self._root}: not everything could be made durable: {failures[0]}; call flush again")
-
-    def _sync_file(self, path: str) -> list[OSError]:
-        """Syncs one file of `_unsynced`; it stays there if that fails or is interrupted.
-
-        After a failed fsync the kernel regards the pages as clean, and a second fsync succeeds without writing them: then the
-        bytes are written again, the same ones, before the file is synced.
-        """
-        with self._lock:
-            failed = self._unsynced.pop(path, False)
-        error: OSError | None = None
-        done = False
-        try:
-            error = (_write_again(path) if failed else None) or _sync(path)
-            done = error is None
-        finally:
-            if not done:
-                with self._lock:
-                    self._unsynced[path] = failed or (error is not None and error.errno in _LOST_ON_SYNC)
-        return [] if error is None else [error]
+        if durable:
+            self._durability.sync()
 
     def note_present(self, id: ObjectId) -> None:
         """An object was found here instead of written: the next durable flush syncs it, for its writer may have been killed."""
-        self._note_unsynced(self._path(id))
+        self._durability.note_file(self._path(id))
 
     def note_damaged(self, id: ObjectId) -> None:
         """Records that an object was read and found damaged. The next `delete` of it removes it only if it still is: another
@@ -369,7 +308,7 @@ class DiskTier:
             return _CLEARED
         try:
             if self._settled(path):
-                self._note_unsynced(path)  # its writer may have been killed before it synced
+                self._durability.note_file(path)  # its writer may have been killed before it synced
                 return Result(Status.OK)
         except OSError as error:
             return _failed(error)
@@ -412,7 +351,7 @@ class DiskTier:
                 self._usage.rename(size, commit)
             except FileExistsError:
                 if self._settled(path):
-                    self._note_unsynced(path)
+                    self._durability.note_file(path)
                     return Result(Status.OK)  # another writer was faster
                 self._usage.rename(size, commit)
             published = True
@@ -440,12 +379,7 @@ class DiskTier:
             if self._pause:
                 info("disk-recovered", path=self._root)
             self._pause = 0.0
-        self._note_unsynced(path)
-
-    def _note_unsynced(self, path: str) -> None:
-        with self._lock:
-            if len(self._unsynced) < _MAX_UNSYNCED:  # beyond that, syncing the filesystem has to do
-                self._unsynced.setdefault(path, False)
+        self._durability.note_file(path)
 
     def _settled(self, path: str) -> bool:
         """Returns whether the object exists. Removes an empty file (content lost in a power failure) and a file of another user,
@@ -553,9 +487,9 @@ class DiskTier:
             above = self._root
             while not os.path.lexists(above) and above != os.path.dirname(above):
                 above = os.path.dirname(above)
-                self._new_folders[above] = None
-            self._new_folders[os.path.dirname(self._root)] = None
-            self._new_folders[os.path.dirname(os.path.realpath(self._root))] = None
+                self._durability.note_folder(above)
+            self._durability.note_folder(os.path.dirname(self._root))
+            self._durability.note_folder(os.path.dirname(os.path.realpath(self._root)))
             make_folders(self._root, self._root)
             with _space_may_lack():
                 uid = self._probe(self._root)
@@ -612,68 +546,6 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _write_again(path: str) -> OSError | None:
-    """Writes a file's bytes once more in place, so that the kernel writes them to the device again."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            at = 0
-            while data := os.pread(fd, _BLOCK, at):
-                at += os.pwrite(fd, data, at)
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return error
-    return None
-
-
-@functools.cache
-def _syncfs() -> Any:
-    """Returns the C function `syncfs`, or None where there is none."""
-    with contextlib.suppress(OSError):
-        return getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-    return None
-
-
-def _sync_filesystem(root: str) -> OSError | None:
-    """Syncs the filesystem that holds `root`: everything that any process wrote to it."""
-    call = _syncfs()
-    try:
-        fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return error
-    try:
-        if call is not None:
-            if call(fd) == 0:
-                return None
-            code = ctypes.get_errno()
-            if code not in (errno.ENOSYS, errno.EPERM):
-                return OSError(code, os.strerror(code), root)
-    finally:
-        os.close(fd)
-    os.sync()
-    return None
-
-
-def _sync(path: str, *, follow: bool = False) -> OSError | None:
-    """Calls fsync on `path`; a file that has been evicted needs none. `follow`: `path` may be a link (a root is)."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return error
-    return None
-
-
 def _close(janitor: Janitor, usage: Usage) -> None:
     janitor.close()
     usage.close()
@@ -688,7 +560,7 @@ def _after_fork() -> None:
     """
     for tier in list(_tiers):
         tier._lock = threading.Lock()
-        tier._sync_lock = threading.Lock()
+        tier._durability.forked()
         tier._record.reset()
         tier._usage.reopen()
         tier._janitor.forked()

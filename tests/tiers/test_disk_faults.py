@@ -390,10 +390,10 @@ def test_a_durable_flush_syncs_each_new_file_and_its_folders_once(
 def test_too_many_unsynced_files_are_synced_with_their_filesystem(
     tier: DiskTier, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache.tiers.disk._MAX_UNSYNCED", 1)
+    monkeypatch.setattr("lmcache.tiers.durable._MAX_UNSYNCED", 1)
     put(tier, object_id(2))
     calls: list[str] = []
-    monkeypatch.setattr("lmcache.tiers.disk._sync_filesystem", lambda root: calls.append(root))
+    monkeypatch.setattr("lmcache.tiers.durable._sync_filesystem", lambda root: calls.append(root))
     tier.flush(durable=True)
     assert calls == [str(tier.root)]
 
@@ -475,12 +475,12 @@ def test_a_durable_flush_covers_what_other_processes_published(
     assert put(tier, ID).nbytes == 0  # it is there already
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    monkeypatch.setattr("lmcache.tiers.disk._sync_filesystem", lambda root: synced.append("all of " + root))
+    monkeypatch.setattr("lmcache.tiers.durable._sync_filesystem", lambda root: synced.append("all of " + root))
     tier.flush(durable=True)
     assert str(shm / "objects" / relative_path(ID)) in synced
     assert f"all of {shm}" in synced
     failed = OSError(errno.EIO, "the disk is ill")
-    monkeypatch.setattr("lmcache.tiers.disk._sync_filesystem", lambda root: failed)
+    monkeypatch.setattr("lmcache.tiers.durable._sync_filesystem", lambda root: failed)
     with pytest.raises(TierError, match="the disk is ill"):
         tier.flush(durable=True)
     other.close()

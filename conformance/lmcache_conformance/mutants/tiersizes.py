@@ -247,8 +247,8 @@ class MutantNeverSyncs(DiskTierTests):
 
 class _SyncsFiles(DiskTier):
     def flush(self, *, durable: bool = False) -> None:
-        for path in list(self._unsynced) if durable else ():
-            self._sync_file(path)
+        for path in list(self._durability._unsynced) if durable else ():
+            self._durability._sync_file(path)
 
 
 @only(POWER)
@@ -261,8 +261,8 @@ class MutantSyncsNoFolder(DiskTierTests):
 
 class _DoesNotWaitForTheOther(DiskTier):
     def flush(self, *, durable: bool = False) -> None:
-        if self._sync_lock.acquire(blocking=False):
-            self._sync_lock.release()
+        if self._durability._sync_lock.acquire(blocking=False):
+            self._durability._sync_lock.release()
             super().flush(durable=durable)
 
 
@@ -276,13 +276,13 @@ class MutantDoesNotWaitForTheOtherFlush(DiskTierTests):
 
 class _SyncsItsOwn(DiskTier):
     def flush(self, *, durable: bool = False) -> None:
-        with mock.patch("lmcache.tiers.disk._sync_filesystem", return_value=None):
+        with mock.patch("lmcache.tiers.durable._sync_filesystem", return_value=None):
             super().flush(durable=durable)
 
     def _write(self, write: Write, deadline: float | None) -> Result:
         result = super()._write(write, deadline)
         if not result.nbytes:
-            self._unsynced.pop(self._path(write.id), None)
+            self._durability._unsynced.pop(self._path(write.id), None)
         return result
 
 
