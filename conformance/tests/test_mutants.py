@@ -16,7 +16,7 @@ import pytest
 from lmcache_conformance.mutants import ROWS, all_mutants, mutant, skip_row, skipped_rows
 from lmcache_conformance.runner.records import TestResult, read
 
-CACHES = ("cachebytes", "cachefaults", "cachefiles", "cachehost", "cachenames", "cachepressure")
+CACHES = ("cachebytes", "cachefaults", "cachefiles", "cachehost", "cachenames", "cachepressure", "cacheprocess")
 MINE = (*CACHES, "index", "kernels", "keys", "layouts", "tiers", "tiersizes")
 
 

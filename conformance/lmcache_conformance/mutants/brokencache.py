@@ -15,10 +15,10 @@ from lmcache_conformance.suites.cache_faults import CacheFaultTests
 from lmcache_conformance.suites.cache_names import CacheNameTests
 from lmcache_conformance.suites.cache_pressure import CachePressureTests
 
-__all__ = ["BrokenCacheFaultTests", "BrokenCacheTests"]
+__all__ = ["BrokenCache", "BrokenCacheFaultTests", "BrokenCacheTests"]
 
 
-class _BrokenCache(CacheFactory):
+class BrokenCache(CacheFactory):
     """Opens a broken cache."""
 
     cache_class: type[CacheEngine] = CacheEngine
@@ -38,7 +38,7 @@ class _BrokenCache(CacheFactory):
         return cache
 
 
-class BrokenCacheTests(_BrokenCache, CacheNameTests, CacheBytesTests):
+class BrokenCacheTests(BrokenCache, CacheNameTests, CacheBytesTests):
     """For caches that are always wrong."""
 
     # Redefined here, it runs last: it starts a process, and most mutants are killed before.
@@ -47,5 +47,5 @@ class BrokenCacheTests(_BrokenCache, CacheNameTests, CacheBytesTests):
     )
 
 
-class BrokenCacheFaultTests(_BrokenCache, CachePressureTests, CacheFaultTests):
+class BrokenCacheFaultTests(BrokenCache, CachePressureTests, CacheFaultTests):
     """For caches that are wrong under faults and memory pressure."""

@@ -14,9 +14,10 @@ from lmcache_conformance.suites.cache_bytes import CacheBytesTests
 from lmcache_conformance.suites.cache_faults import CacheFaultTests
 from lmcache_conformance.suites.cache_names import CacheNameTests
 from lmcache_conformance.suites.cache_pressure import CachePressureTests
+from lmcache_conformance.suites.cache_process import CacheProcessTests
 
 __all__ = ["CacheTests"]
 
 
-class CacheTests(CachePressureTests, CacheFaultTests, CacheNameTests, CacheBytesTests):
+class CacheTests(CacheProcessTests, CachePressureTests, CacheFaultTests, CacheNameTests, CacheBytesTests):
     """The whole contract of caches."""
