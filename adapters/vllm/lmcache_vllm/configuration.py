@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,7 @@ NEUTRAL: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("node_rank", "nnodes", "rank", "assigned_physical_gpu_ids", "placement_group"), _WHERE),
         **dict.fromkeys(("numa_bind", "numa_bind_nodes", "numa_bind_cpus", "ray_runtime_env"), _WHERE),
         **dict.fromkeys(("data_parallel_rank", "data_parallel_rank_local", "data_parallel_index"), _REPLICAS),
+        **dict.fromkeys(("disable_nccl_for_dp_synchronization",), "how replicas agree on a step"),
         **dict.fromkeys(
             ("data_parallel_size_local", "data_parallel_external_lb", "data_parallel_hybrid_lb"),
             _REPLICAS,
@@ -128,8 +130,32 @@ NEUTRAL: Mapping[str, Mapping[str, str]] = {
 """Fields that `rounding` leaves out, by class, each with the reason: they change no KV, or are named in another way. Every other
 field separates."""
 
-_NEUTRAL_ENVIRONMENT = ("VLLM_DP_", "VLLM_LOG", "RAY_", "VLLM_RAY_", "VLLM_HOST", "VLLM_PORT")
-"""Beginnings of vLLM's environment variables about addresses, replicas and logs."""
+NEUTRAL_ENVIRONMENT: Mapping[str, str] = {
+    **dict.fromkeys(("*_HOST", "*_PORT", "*_IP", "VLLM_LORA_RESOLVER_*"), _WHERE),
+    **dict.fromkeys(("*_TIMEOUT", "*_TIMEOUT_S", "*_TIMEOUT_SECONDS"), "how long to wait"),
+    **dict.fromkeys(("VLLM_LOG*", "VLLM_CONFIGURE_LOGGING", "VLLM_DISABLE_LOG_LOGO", "VLLM_USAGE_SOURCE"), _PRINTS),
+    **dict.fromkeys(("VLLM_PROCESS_NAME_PREFIX", "VLLM_GC_DEBUG", "VLLM_DEBUG_*", "*_FOR_PROFILING"), _PRINTS),
+    **dict.fromkeys(("VLLM_MAX_N_*", "VLLM_MAX_COMPLETION_*", "VLLM_MAX_STOP_*", "VLLM_MAX_*BAD_WORDS*"), _API),
+    **dict.fromkeys(("VLLM_MAX_MEDIA_*", "VLLM_ENABLE_RESPONSES_*", "VLLM_ENABLE_COHERE_API", "VLLM_GPT_OSS_*"), _API),
+    **dict.fromkeys(
+        ("VLLM_TOOL_*", "VLLM_ENFORCE_STRICT_TOOL_CALLING", "VLLM_SYSTEM_START_DATE", "VLLM_USE_FASTOKENS"), _API
+    ),
+    **dict.fromkeys(("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_USE_RUST_*"), _API),
+    **dict.fromkeys(("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"), _API),
+    **dict.fromkeys(("VLLM_XGRAMMAR_*", "VLLM_V1_USE_OUTLINES_CACHE"), _SAMPLING),
+    **dict.fromkeys(("VLLM_DP_*", "RAY_*", "VLLM_RAY_*", "VLLM_USE_RAY_*"), _REPLICAS),
+    **dict.fromkeys(("VLLM_NIXL_*", "VLLM_MOONCAKE_*", "MOONCAKE_*", "VLLM_P2P_*", "VLLM_EC_*"), "other connectors"),
+    **dict.fromkeys(
+        ("VLLM_KV_EVENTS_*", "VLLM_KV_OFFLOAD_*", "VLLM_USE_SIMPLE_KV_OFFLOAD"), "who keeps KV or learns of it"
+    ),
+    **dict.fromkeys(("VLLM_MQ_*", "VLLM_MSGPACK_*", "VLLM_FASTSAFETENSORS_*"), "how messages and files are read"),
+    **dict.fromkeys(("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU"), "the number of threads is named"),
+    **dict.fromkeys(
+        ("VLLM_IMAGE_TAG", "VLLM_BUILD_URL", "VLLM_BUILD_PIPELINE", "VLLM_DOCKER_*"), "how it was packaged"
+    ),
+}
+"""vLLM's environment variables that `rounding` leaves out, as patterns, each with the reason. Every other one that vLLM counts
+among the factors of compilation separates."""
 
 
 def meaning(config: VllmConfig, scales: str) -> str:
@@ -164,7 +190,11 @@ def _environment() -> dict[str, str]:
     import vllm.envs
 
     factors = vllm.envs.compile_factors()
-    return {name: str(value) for name, value in factors.items() if not name.startswith(_NEUTRAL_ENVIRONMENT)}
+    return {
+        name: str(value)
+        for name, value in factors.items()
+        if not any(fnmatchcase(name, pattern) for pattern in NEUTRAL_ENVIRONMENT)
+    }
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -34,7 +34,7 @@ def parts(config: Any) -> list[tuple[Any, str]]:
 
 
 def test_every_field_separates_but_the_reviewed_ones(config: Any) -> None:
-    before, separated = configuration.plain(config), 0
+    before, separated, equal = configuration.plain(config), 0, 0
     for owner, name in parts(config):
         neutral = name in configuration.NEUTRAL.get(type(owner).__name__, {})
         inside = any(owner is getattr(config, n, None) for n in configuration.NEUTRAL["VllmConfig"])
@@ -46,8 +46,103 @@ def test_every_field_separates_but_the_reviewed_ones(config: Any) -> None:
             object.__setattr__(owner, name, old)
         assert differs != (neutral or inside), f"{type(owner).__name__}.{name}"
         separated += differs
+        equal += not differs
+    print(f"fields: {equal} equal, {separated} separate, 0 wrong")
     assert separated > 100
     assert all(reason for fields in configuration.NEUTRAL.values() for reason in fields.values())
+
+
+EVERYDAY: dict[str, Any] = {
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 1024,
+    "max_model_len": 256,
+    "max_num_partial_prefills": 1,
+    "long_prefill_token_threshold": 64,
+    "enable_chunked_prefill": True,
+    "async_scheduling": False,
+    "scheduling_policy": "priority",
+    "gpu_memory_utilization": 0.5,
+    "kv_cache_memory_bytes": 1 << 28,
+    "num_gpu_blocks_override": 50,
+    "enable_prefix_caching": False,
+    "prefix_caching_hash_algo": "sha256_cbor",
+    "seed": 7,
+    "served_model_name": "another",
+    "tokenizer_mode": "slow",
+    "max_logprobs": 5,
+    "logprobs_mode": "raw_logits",
+    "generation_config": "vllm",
+    "override_generation_config": {"temperature": 0.1},
+    "allowed_local_media_path": "/tmp",
+    "enable_prompt_embeds": True,
+    "disable_log_stats": True,
+    "show_hidden_metrics_for_version": "0.31.0",
+    "cudagraph_metrics": True,
+    "download_dir": "/tmp",
+    "use_tqdm_on_load": False,
+    "max_parallel_loading_workers": 2,
+    "max_cpu_loras": None,
+    "distributed_timeout_seconds": 60,
+    "shutdown_timeout": 30,
+    "kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"},
+    "structured_outputs_config": {"backend": "guidance"},
+    "_api_process_count": 2,
+    "data_parallel_address": "10.0.0.1",
+}
+"""Arguments that people change between two starts, and none of which changes KV."""
+
+OTHER_KV: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "kv_cache_dtype": "fp8",
+    "block_size": 64,
+    "tensor_parallel_size": 2,
+    "hf_overrides": {"rms_norm_eps": 1e-3},
+    "disable_sliding_window": True,
+    "model_impl": "transformers",
+    "enforce_eager": False,
+}
+
+EVERYDAY_ENVIRONMENT = {
+    "VLLM_PORT": "5001",
+    "VLLM_HOST_IP": "10.0.0.1",
+    "VLLM_LOGGING_LEVEL": "DEBUG",
+    "VLLM_LOG_STATS_INTERVAL": "3",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "900",
+    "VLLM_MAX_N_SEQUENCES": "8",
+    "VLLM_NIXL_SIDE_CHANNEL_PORT": "5603",
+    "VLLM_CPU_OMP_THREADS_BIND": "0-3",
+    "VLLM_CPU_KVCACHE_SPACE": "7",
+    "VLLM_API_KEY": "secret",
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    "VLLM_PROCESS_NAME_PREFIX": "blue",
+    "VLLM_CACHE_ROOT": "/tmp/elsewhere",
+}
+
+
+def names(config: Any) -> tuple[str, str]:
+    return configuration.meaning(config, ""), configuration.rounding(config)
+
+
+def test_arguments_that_people_change_every_day_change_no_name_and_others_do(config: Any) -> None:
+    before = names(config)
+    known = {f.name for f in dataclasses.fields(EngineArgs)}
+    changed = [
+        name for name, value in EVERYDAY.items() if name in known and names(engine_config(**{name: value})) != before
+    ]
+    kept = [name for name, value in OTHER_KV.items() if names(engine_config(**{name: value})) == before]
+    print(f"arguments: {len(known & set(EVERYDAY))} equal, {len(OTHER_KV)} separate; wrong: {changed + kept}")
+    assert changed == []
+    assert kept == []
+
+
+def test_environments_that_people_change_every_day_change_no_name(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = configuration.rounding(config)
+    for name, value in EVERYDAY_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    assert configuration.rounding(config) == before
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert configuration.rounding(config) != before
 
 
 def test_meaning_follows_overrides_and_fixed_scales(config: Any) -> None:
