@@ -163,10 +163,11 @@ def _platform() -> Finding:
 
 def disk(folder: Path | None, limit: int, probe_bytes: int) -> Finding:
     """Checks that the disk tier's folder is ours, writable and has space, and measures its speed. Leaves no files behind."""
-    from lmcache.tiers.owner import check_folder, check_record
+    from lmcache.tiers.owner import cache_folder, check_folder, check_record
 
     if folder is None:
         return Finding("disk", "note", "no disk tier", "set disk_path to a folder to keep KV across restarts")
+    folder = Path(cache_folder(folder))
     detail = str(folder)
     try:
         there = next(p for p in (folder, *folder.parents) if _exists(p))

@@ -79,11 +79,13 @@ def load_config(path: str | Path | None) -> Config:
 
 
 def disk_folder(path: str | Path | None) -> Path:
-    """Returns the folder of the disk tier, which must exist.
+    """Returns the folder of the disk tier, which must exist: `disk_path`, or our own folder in it if others may write to it.
 
     Raises:
         ConfigError: no folder is configured, or it does not exist.
     """
+    from lmcache.tiers.owner import cache_folder
+
     folder = load_config(path).disk_path
     if folder is None:
         raise ConfigError(
@@ -95,7 +97,13 @@ def disk_folder(path: str | Path | None) -> Path:
         raise ConfigError(f"{str(folder)!r} cannot be looked at ({error.strerror}); check its permissions") from None
     if not found:
         raise ConfigError(f"there is no folder {str(folder)!r}; check --path, or the configured disk_path")
-    return folder
+    own = Path(cache_folder(folder))
+    if not own.is_dir():
+        others = ", ".join(sorted(str(path) for path in folder.glob("lmcache-*"))) or "none"
+        raise ConfigError(
+            f"there is no folder {str(own)!r}, where your cache would be; of other users: {others} (--path)"
+        )
+    return own
 
 
 def human_bytes(size: float) -> str:

@@ -39,7 +39,7 @@ from lmcache.tiers.folder import (
     walk,
 )
 from lmcache.tiers.janitor import HIGH, LOW, Janitor, Timing
-from lmcache.tiers.owner import FolderRecord, check_folder, discard_foreign, make_private, user
+from lmcache.tiers.owner import FolderRecord, cache_folder, check_folder, discard_foreign, make_private, user
 from lmcache.tiers.rawio import Late, read_all, write_all
 from lmcache.tiers.usage import Usage
 
@@ -65,7 +65,8 @@ class DiskTier:
     """Stores objects as files below `root`, a folder with one owner: files of other users are never read.
 
     Args:
-        root: the folder; created if missing, readable by the owner only.
+        root: the folder; created if missing, readable by the owner only. If others may write to it, a folder in it, see
+            `cache_folder`.
         capacity_bytes: limit on the size of the folder. It is recorded there: the one given last holds for all processes. None:
             the recorded one, or no limit if there is none.
         capacity_is_default: nobody chose `capacity_bytes`, so it is used only if none is recorded.
@@ -88,7 +89,7 @@ class DiskTier:
         timing: Timing = Timing(),  # noqa: B008 (immutable)
         log: Throttle | None = None,
     ) -> None:
-        self.root = Path(root).expanduser().absolute()
+        self.root = Path(cache_folder(root))
         self._root = str(self.root)
         self._objects = os.path.join(self._root, "objects")
         self._timing = timing

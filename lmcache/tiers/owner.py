@@ -245,6 +245,34 @@ def user(uid: int) -> str:
         return f"uid {uid}"
 
 
+def cache_folder(path: str | os.PathLike[str]) -> str:
+    """Returns the folder that holds the cache of a configured `disk_path`: usually that.
+
+    Where other users may write (`/tmp`, a tmpfs mounted without options, a Kubernetes `emptyDir`), it is a folder of our own
+    in it, `lmcache-<uid>`, that nobody else may write to. Not if the cache was in the folder itself before others could write:
+    it is then refused when it is opened.
+    """
+    uid, root = os.geteuid(), os.path.abspath(os.path.expanduser(path))
+    own = os.path.join(root, f"lmcache-{uid}")
+    try:
+        link, status = os.lstat(root), os.stat(root)
+        mode = stat.S_IMODE(status.st_mode)
+        if not stat.S_ISDIR(status.st_mode) or (stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, uid)):
+            return root
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(os.path.join(root, "objects")).st_uid == uid:
+                return root
+        if os.path.lexists(own):
+            return own
+        if not mode & 0o022 or not os.access(root, os.W_OK | os.X_OK, effective_ids=True):
+            return root
+        if status.st_uid == uid and _is_private_use(root, mode):
+            return root
+    except OSError:
+        return root  # whoever opens it says why it cannot be used
+    return own
+
+
 def check_folder(root: str, uid: int) -> bool:
     """Checks that `root` and `objects` in it, where they exist, belong to `uid` and that nobody else may write to them.
 
@@ -283,8 +311,7 @@ def check_folder(root: str, uid: int) -> bool:
                 continue
             raise TierError(
                 f"{path} of {user(status.st_uid)} has mode {mode:04o}: other users may write to it and could replace cached "
-                f"data; run `chmod go-w {quoted}`"
-                + (", or set disk_path to a new folder inside it" if path == root else "")
+                f"data; run `chmod go-w {quoted}`" + (", or set disk_path to a new folder" if path == root else "")
             )
         if path != root and not os.access(path, os.W_OK | os.X_OK | os.R_OK, effective_ids=True):
             raise TierError(f"{path} of {user(status.st_uid)} has mode {mode:04o}: run `chmod u+rwx {quoted}`")

@@ -44,6 +44,20 @@ def test_ls_of_an_empty_folder_is_zero_not_an_error(run: Run, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_all_commands_find_the_folder_of_our_own_where_others_may_write(run: Run, tmp_path: Path) -> None:
+    mount, own = tmp_path / "mount", tmp_path / "mount" / f"lmcache-{os.geteuid()}"
+    mount.mkdir()
+    mount.chmod(0o1777)
+    result = run("ls", "--path", mount)
+    assert isinstance(result.exception, ConfigError)
+    assert str(own) in str(result.exception)
+    fill(own)
+    for command in (["ls"], ["verify"], ["clear", "--yes"]):
+        assert parsed(run(*command, "--path", mount, "--json"))["path"] == str(own)
+    assert not list(own.rglob("*.safetensors"))
+    assert any(str(own) in f["detail"] for f in parsed(run("doctor", "--quick", "--path", mount, "--json"))["findings"])
+
+
 def test_the_configured_folder_is_the_default(run: Run, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("ls")
     assert isinstance(result.exception, ConfigError)

@@ -79,6 +79,70 @@ def test_a_folder_used_for_nothing_else_is_closed_to_others(shm: Path) -> None:
     assert stat.S_IMODE((shm / "cache").stat().st_mode) == 0o755
 
 
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o2775, 0o770])
+def test_where_others_may_write_the_cache_has_a_folder_of_its_own(shm: Path, mode: int) -> None:
+    mount, own = shm / "mount", shm / "mount" / f"lmcache-{os.geteuid()}"
+    mount.mkdir()
+    (mount / "of somebody else").touch()
+    mount.chmod(mode)
+    found = disk(mount, 1 << 20, 0)
+    assert found.status != "bad"
+    assert str(own) in found.detail
+    for number in range(2):
+        tier = DiskTier(mount)
+        assert tier.root == own
+        put(tier, object_id(number))
+        assert load(tier, object_id(0)) == payload_of(object_id(0))
+        tier.flush(durable=True)
+        tier.close()
+    assert sorted(os.listdir(mount)) == [own.name, "of somebody else"]
+    assert stat.S_IMODE(own.stat().st_mode) & 0o777 == 0o700
+    assert stat.S_IMODE(mount.stat().st_mode) == mode
+    mount.chmod(0o700)
+    assert DiskTier(mount).root == own, "it is still there when the mode has been corrected"
+    assert DiskTier(own).root == own
+
+
+@as_root
+@pytest.mark.parametrize("mode", [0o1777, 0o777])
+def test_several_users_can_name_one_folder_that_all_may_write_to(shm: Path, mode: int) -> None:
+    mount = shm / "mount"
+    mount.mkdir()
+    mount.chmod(mode)
+    shm.chmod(0o755)
+    (mount / "else").touch()
+    (mount / "objects").mkdir()  # of one who wants to keep the others out
+    os.chown(mount / "objects", 1001, 1001)
+    DiskTier(mount).close()
+    program = (
+        "import os; from lmcache.tiers.disk import DiskTier\n"
+        "from lmcache_conformance.labs.tier_objects import load, object_id, payload_of, put\n"
+        f"tier = DiskTier({str(shm / 'mine')!r}); put(tier, object_id(1)); load(tier, object_id(1)); tier.close()\n"
+        f"os.setegid({OTHER}); os.seteuid({OTHER})  # who may not be able to import\n"
+        f"tier = DiskTier({str(mount)!r}); put(tier, object_id(1)); print(tier.root)\n"
+        "assert load(tier, object_id(1)) == payload_of(object_id(1))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{mount}/lmcache-{OTHER}\n", done.stderr
+    tier = DiskTier(mount)
+    assert tier.root == mount / "lmcache-0"
+    assert load(tier, object_id(1)) is None
+    tier.close()
+
+
+@as_root
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_folder_of_our_name_that_another_user_made_is_refused(shm: Path, kind: str) -> None:
+    mount, own = shm / "mount", shm / "mount" / "lmcache-0"
+    mount.mkdir()
+    mount.chmod(0o1777)
+    own.symlink_to(shm) if kind == "link" else own.mkdir()
+    os.chown(own, OTHER, OTHER, follow_symlinks=False)
+    with pytest.raises(TierError, match=f"lmcache-0 (belongs to|is a symbolic link of) uid {OTHER}"):
+        DiskTier(mount)
+    assert disk(mount, 1 << 20, 0).status == "bad"
+
+
 @as_root
 def test_a_link_of_another_user_is_not_followed(shm: Path) -> None:
     (shm / "real").mkdir(mode=0o700)
