@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -17,13 +16,13 @@ from lmcache_conformance.mutants import ROWS, all_mutants, mutant, skip_row, ski
 from lmcache_conformance.runner.records import TestResult, read
 
 CACHES = ("cachebytes", "cachefaults", "cachefiles", "cachehost", "cachenames", "cachepressure", "cacheprocess")
-MINE = (*CACHES, "index", "kernels", "keys", "layouts", "tiers", "tiersizes")
+MINE = (*CACHES, "hf", "index", "kernels", "keys", "layouts", "tiers", "tiersizes")
 
 
 def run(module: str, report: Path) -> dict[str, str]:
     """Mutant class → the test that killed it."""
-    name = importlib.import_module(f"lmcache_conformance.mutants.{module}").__file__
-    command = [sys.executable, "-m", "pytest", "-q", str(name), "-o", "python_classes=Mutant*", "--no-header"]
+    file = next(m.file for m in all_mutants() if m.name.startswith(f"{module}."))
+    command = [sys.executable, "-m", "pytest", "-q", file, "-o", "python_classes=Mutant*", "--no-header"]
     command += ["-p", "lmcache_conformance.runner.one_failure", f"--lmcache-report={report}"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environ)

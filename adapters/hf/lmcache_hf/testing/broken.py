@@ -18,6 +18,7 @@ from msgspec import structs
 from transformers import DynamicCache
 
 from lmcache.engine import CacheEngine, Hit
+from lmcache.spec import Numerics
 from lmcache_conformance.contract import Request, Response, SessionConfig
 from lmcache_conformance.labs.splits import Owner
 from lmcache_hf import compat
@@ -289,10 +290,16 @@ class EndsSaltsAtNul(HFSession):
     wrapper = _EndsSaltsAtNul
 
 
+class _Unmeasured(ObservedModel):
+    def _measured(self, numerics: Numerics) -> Numerics:
+        return numerics
+
+
 class TrustsTheName(HFSession):
-    """Uses a fixed `model_identity`."""
+    """Uses a fixed `model_identity`, and does not look at what the weights compute."""
 
     identity = "my-model"
+    wrapper = _Unmeasured
 
 
 class _ReportsWhatItDoesNotUse(_IgnoresFailedLoads):
