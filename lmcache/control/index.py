@@ -7,7 +7,8 @@ and consumes reports (`lmcache.plan`); lost, duplicate, late or reordered report
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -215,11 +216,8 @@ class Index:
         if hit.chunks * state.chunk_tokens <= skip:
             reports.release(job)
             return None
-        try:
+        with self._undone(job):
             planner.load(state, job, chain, hit, max(0, skip))
-        except BaseException:
-            reports.release(job)
-            raise
         state.counts["loads"] += 1
         job.until = now + self._load_deadline + _GRACE
         state.jobs.start(job, self._load_deadline)
@@ -238,7 +236,8 @@ class Index:
         job = TrackedJob("prefetch", owner, lease.chain.namespace)
         hit = find(self.state, lease.chain, lease.hit.chunks)
         job.pins = planner.pins_of(self.state, hit)
-        planner.prefetch(self.state, job, lease.chain, hit, skip)
+        with self._undone(job):
+            planner.prefetch(self.state, job, lease.chain, hit, skip)
         if not job.ops:
             reports.release(job)
             return None
@@ -264,7 +263,9 @@ class Index:
         """
         if not 0 <= first <= last <= len(chain.digests):
             raise ValueError(f"chunks [{first}, {last}) are not part of a chain of {len(chain.digests)}")
-        job, taken, skipped = planner.store(self.state, owner, chain, first, last, resident)
+        job = TrackedJob("store", owner, chain.namespace)
+        with self._undone(job):
+            taken, skipped = planner.store(self.state, job, chain, first, last, resident)
         job_id = self.state.jobs.start(job) if job.ops else None
         self.state.counts["stores"] += 1
         self.state.counts["stored_objects"] += len(job.ops)
@@ -444,6 +445,17 @@ class Index:
         invariants.check(self.state, self.leases)
 
     # ---------------------------------------------------------------- internals
+
+    @contextmanager
+    def _undone(self, job: TrackedJob) -> Iterator[None]:
+        """Undoes what was planned so far if an exception is raised: slots that the job took are free again."""
+        try:
+            yield
+        except BaseException:
+            for group, pins in job.inserted.items():
+                self.state.pools[group].discard(pins)
+            reports.release(job)
+            raise
 
     def _forget_objects(self, namespace: bytes | None) -> int:
         """Ends leases and forgets objects (of one namespace), in DRAM and on tiers; returns how many were in DRAM."""

@@ -10,7 +10,6 @@ from operator import itemgetter
 from lmcache.control.extents import Extent, ExtentPin, extents_of
 from lmcache.control.jobs import LoadTarget, TrackedJob
 from lmcache.control.lookup import FoundHit, consecutive
-from lmcache.control.outcomes import Owner
 from lmcache.control.slot_pool import SlotPool
 from lmcache.control.state import State
 from lmcache.plan import ArenaSlot, Chain, Copy, Engine, Name, Place, Tier
@@ -65,14 +64,13 @@ def pins_of(state: State, hit: FoundHit) -> list[tuple[SlotPool, list[ExtentPin]
 
 def store(
     state: State,
-    owner: Owner,
+    job: TrackedJob,
     chain: Chain,
     first: int,
     last: int,
     resident: Sequence[Sequence[bool]] | None,
-) -> tuple[TrackedJob, set[int], Counter[str]]:
-    """Returns a job that copies chunks [first, last) into DRAM, the positions it copies, and skipped objects by reason."""
-    job = TrackedJob("store", owner, chain.namespace)
+) -> tuple[set[int], Counter[str]]:
+    """Adds the ops that copy chunks [first, last) into DRAM to `job`; returns their positions, and skipped objects by reason."""
     skipped: Counter[str] = Counter()
     ops: list[tuple[int, Copy]] = []
     missing: set[int] = set()  # positions that no hit can contain: a group of rule `all` does not have them
@@ -112,7 +110,7 @@ def store(
         pool.touch(pool.carve(pool.present(chain.namespace, touched, 0, len(touched))))
     ops.sort(key=itemgetter(0))
     job.ops.extend(op for _, op in ops)
-    return job, {i for i, _ in ops}, skipped
+    return {i for i, _ in ops}, skipped
 
 
 def _reachable(state: State, chain: Chain, group: int, i: int) -> bool:

@@ -207,6 +207,12 @@ class SlotPool:
             self._remove(extent)
             self.gone.put(digest, reason)
 
+    def discard(self, pins: Iterable[ExtentPin]) -> None:
+        """Removes pinned objects that are still being written, without a reason: they will never be."""
+        for extent in reversed(list(extents_of(pins))):
+            if extent.state == WRITING:
+                self._remove(extent)
+
     def clear(self, namespace: bytes | None) -> int:
         """Removes everything (of one namespace), without a reason; returns the number of objects."""
         spaces = [space for space in self.spaces.values() if namespace in (None, space.namespace)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache.control import Index, TierInfo
+from lmcache.control import Index, TierInfo, planner
 from lmcache.control.eviction import POLICIES, Lru, hears
 from lmcache.control.extents import READY
 from lmcache.errors import ConfigError
@@ -312,3 +312,31 @@ def test_the_audit_detects_a_leaked_reference() -> None:
     next(cluster.index.state.pools[0].residents()).extent.refs += 1
     with pytest.raises(AssertionError, match="1 references counted, 0 held"):
         cluster.index.check()
+
+
+@pytest.mark.parametrize("kind", ["store", "load", "prefetch"])
+def test_an_exception_while_a_job_is_planned_leaves_nothing_behind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = open_cluster(slots=4, tiers=[DISK])
+    if kind != "store":
+        cluster.hold()
+        cluster.lookup()
+    taken = planner._take_slots
+
+    def breaks(*args: Any) -> Any:
+        taken(*args)
+        raise RuntimeError("after the slots were taken")
+
+    monkeypatch.setattr(planner, "_take_slots", breaks)
+    begin: dict[str, Callable[[], object]] = {
+        "store": lambda: cluster.index.begin_store("writer", ABCD, first=0, last=4, now=0.0),
+        "load": lambda: cluster.index.begin_load("reader", 0.0),
+        "prefetch": lambda: cluster.index.begin_prefetch("reader", 0.0),
+    }
+    with pytest.raises(RuntimeError):
+        begin[kind]()
+    monkeypatch.undo()
+    cluster.index.forget("reader")
+    cluster.index.check()
+    stats = cluster.index.stats()
+    assert (stats["slots_free"], stats["jobs"], stats["leases"]) == (4, 0, 0)
+    assert cluster.store(ABCD).accepted == 16

@@ -1,11 +1,15 @@
 """`LMCacheConnector`, the class that vLLM loads: a scheduler in vLLM's scheduler, a worker in each vLLM worker.
 
-No exception of either reaches vLLM: one that raises is switched off and logged once, and the server continues without cache.
+No exception of either reaches vLLM. One that concerns a single request or job costs that request its cache. After one in the
+scheduler's handling of a step the index starts anew, with empty DRAM; a worker in whose step one occurs is switched off until a
+restart, and so is a scheduler that does not recover. Each is counted and logged.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -39,8 +43,30 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+_FAULTS = 4
+"""Faults that cost vLLM a load or the index its state, of which the scheduler recovers within `_FAULTS_S` seconds each."""
+
+_FAULTS_S = 600.0
+
 T = TypeVar("T")
 Side = TypeVar("Side", ConnectorScheduler, Worker)
+
+
+class _Budget:
+    """At most `limit` events, of which one is forgiven every `every` seconds."""
+
+    def __init__(self, limit: int, every: float) -> None:
+        self._limit = limit
+        self._every = every
+        self._used = 0.0
+        self._at = time.monotonic()
+
+    def take(self) -> bool:
+        """Counts an event; returns whether it is within the limit."""
+        now = time.monotonic()
+        self._used = max(0.0, self._used - (now - self._at) / self._every) + 1.0
+        self._at = now
+        return self._used <= self._limit
 
 
 class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
@@ -56,6 +82,8 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._refused: set[str] = set()  # requests without further offers: these would be refused again
         self._unanswered: StepMeta | None = None  # the worker's step, until its load results are reported
         self._increments: Increments | None = None
+        self._faults = _Budget(_FAULTS, _FAULTS_S)
+        self._epoch = 0  # of the last plan
         self._quiet = False
         self._opening = False  # the scheduler has no offers yet
         self._failed_blocks: set[int] = set()
@@ -101,17 +129,50 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # ---------------------------------------------------------------- guards
 
     def _call(self, side: Side | None, call: Callable[[Side], T], default: T) -> T:
-        """Returns `call(side)`, or `default` if `side` is None or raises; one that raises is switched off.
+        """Returns `call(side)`, or `default` if `side` is None or raises.
 
-        A worker is replaced by a `FailedWorker`, because vLLM waits for the result of every load without a timeout.
+        After an exception the scheduler starts anew, as long as that is rare. A worker is replaced by a `FailedWorker`, because
+        vLLM waits for the result of every load without a timeout.
         """
         if side is None:
             return default
         try:
             return call(side)
         except Exception as error:
-            self._switch_off(side, error)
+            if isinstance(side, ConnectorScheduler):
+                self._recover(side, error)
+            else:
+                self._switch_off(side, error)
             return default
+
+    def _call_for(
+        self, request: Request, call: Callable[[ConnectorScheduler], T], default: T, *, lost: bool = False
+    ) -> T:
+        """Returns `call(scheduler)`, or `default` if there is none or it raises: then that request runs uncached.
+
+        `lost`: an exception costs vLLM a load that it was offered, which may end the request with an error.
+        """
+        scheduler = self._scheduler
+        if scheduler is None:
+            return default
+        try:
+            return call(scheduler)
+        except Exception as error:
+            if lost and not self._faults.take():
+                self._switch_off(scheduler, error)
+            else:
+                self._call(scheduler, partial(ConnectorScheduler.abandon, request_id=request.request_id, error=error), None)
+            return default
+
+    def _recover(self, scheduler: ConnectorScheduler, error: Exception) -> None:
+        if not self._faults.take():
+            self._switch_off(scheduler, error)
+            return
+        record_failure(error, "cache-restart", self._throttle, scheduler.metrics)
+        try:
+            scheduler.recover()
+        except Exception as again:
+            self._switch_off(scheduler, again)
 
     def _switch_off(self, side: ConnectorScheduler | Worker, error: Exception) -> None:
         record_failure(error, "cache-off", self._throttle, side.metrics)
@@ -222,7 +283,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def on_new_request(self, request: Request) -> None:
         """Prefetches from lower tiers while the request is queued."""
-        self._call(self._scheduler, lambda scheduler: scheduler.on_new_request(request), None)
+        self._call_for(request, lambda scheduler: scheduler.on_new_request(request), None)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Returns how many tokens can be loaded beyond vLLM's own prefix cache, and whether asynchronously (always).
@@ -232,10 +293,8 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         nothing: int | None = 0
         if request.request_id in self._refused:
             return nothing, False
-        found = self._call(
-            self._scheduler,
-            lambda scheduler: scheduler.get_num_new_matched_tokens(request, num_computed_tokens),
-            nothing,
+        found = self._call_for(
+            request, lambda scheduler: scheduler.get_num_new_matched_tokens(request, num_computed_tokens), nothing
         )
         if found:
             self._offered[request.request_id] = num_computed_tokens
@@ -247,18 +306,17 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         local = self._offered.pop(request.request_id, 0)
         if num_external_tokens:
             self._unsent.append(BlockView(request.request_id, ids, local, local + num_external_tokens))
-        self._call(
-            self._scheduler,
+        self._call_for(
+            request,
             lambda scheduler: scheduler.update_state_after_alloc(request, ids, num_external_tokens),
             None,
+            lost=num_external_tokens > 0,
         )
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         """Returns loaded tokens by source, for vLLM's own metrics."""
         nothing: dict[str, int] = {}
-        by_tier = self._call(
-            self._scheduler, lambda scheduler: scheduler.sources(request, num_external_tokens), nothing
-        )
+        by_tier = self._call_for(request, lambda scheduler: scheduler.sources(request, num_external_tokens), nothing)
         found: dict[CacheHitSource, int] = {}
         for tier, tokens in by_tier.items():
             source = compat.hit_source(tier)
@@ -271,8 +329,9 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         meta = self._call(
             self._scheduler,
             lambda scheduler: scheduler.build_connector_meta(scheduler_output),
-            StepMeta(Plan(0, (), ())),
+            StepMeta(Plan(self._epoch, (), ())),
         )
+        self._epoch = meta.plan.epoch
         if unsent:
             sent = {view.request for view in (*meta.views.values(), *meta.refused)}
             meta.refused.extend(view for view in unsent if view.request not in sent)
@@ -296,7 +355,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """See `request_finished`."""
         self._offered.pop(request.request_id, None)
         self._refused.discard(request.request_id)
-        self._call(self._scheduler, lambda scheduler: scheduler.request_finished(request), None)
+        self._call_for(request, lambda scheduler: scheduler.request_finished(request), None)
         return False, None
 
     def has_pending_push_work(self) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from lmcache.adapter import record_failure
 from lmcache.config import Config
 from lmcache.control.outcomes import Finished, StopReason
 from lmcache.control.plane import Plane
@@ -166,6 +167,7 @@ class ConnectorScheduler:
         ] = {}  # requests that vLLM has not asked about and that are not in DRAM yet, in order
         self._no_room = False  # in this step, a request that vLLM asked about
         self._foreign: dict[bytes, None] = {}  # digests of the first chunks that other connectors have loaded
+        self._abandoned: set[str] = set()  # requests that run uncached after an exception
         self._tables = compat.BlockTables()
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
@@ -314,7 +316,12 @@ class ConnectorScheduler:
     def _prefetch_queued(self) -> None:
         """Prefetches for queued requests for which that has not ended, in order, until there is no room."""
         for owner, tracked in list(islice(self._queued.items(), _PREFETCHED)):
-            if not self._begin_queued(tracked):
+            try:
+                left = self._begin_queued(tracked)
+            except Exception as error:
+                self.abandon(owner, error)
+                continue
+            if not left:
                 del self._queued[owner]
             elif tracked.lacking:
                 break
@@ -356,6 +363,7 @@ class ConnectorScheduler:
 
     def request_finished(self, request: Request) -> None:
         """Forgets the request."""
+        self._abandoned.discard(request.request_id)
         tracked = self._requests.pop(request.request_id, None)
         self._queued.pop(request.request_id, None)
         self._tables.forget(request.request_id)
@@ -385,7 +393,10 @@ class ConnectorScheduler:
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._requests.get(request_id)
             if tracked is not None:
-                self._store(plane, tracked, scheduled, now)
+                try:
+                    self._store(plane, tracked, scheduled, now)
+                except Exception as error:
+                    self.abandon(request_id, error)
         self._no_room = False
         self._prefetch_queued()
         finished, plan = plane.advance((), {}, now)
@@ -494,6 +505,31 @@ class ConnectorScheduler:
             return False
         return bool(self._plane.state.jobs.live)
 
+    # ---------------------------------------------------------------- failures
+
+    def abandon(self, request_id: str, error: Exception) -> None:
+        """Runs a request uncached from now on, after an exception in its handling."""
+        record_failure(error, "request-uncached", self._log, self.metrics, request=request_id)
+        self.metrics.uncached("failed")
+        self._abandoned.add(request_id)
+        self._requests.pop(request_id, None)
+        self._queued.pop(request_id, None)
+        if self._plane is not None:
+            self._plane.forget(request_id)
+
+    def recover(self) -> None:
+        """Starts anew after an exception in the handling of a step: DRAM is empty, tiers keep what they have.
+
+        The next plan has a new epoch, with which the workers end all jobs, and report loads under way as failed.
+        """
+        if self._plane is None:
+            return
+        self._plane.reset(time.monotonic())
+        self._views = {}
+        self._queued.clear()
+        for tracked in self._requests.values():
+            tracked.prefetch = tracked.stored = 0
+
     # ---------------------------------------------------------------- reset, stats
 
     def reset_cache(self) -> bool:
@@ -517,7 +553,7 @@ class ConnectorScheduler:
 
     def _track(self, request: Request) -> Tracked | None:
         tracked = self._requests.get(request.request_id)
-        if tracked is not None or self._plane is None:
+        if tracked is not None or self._plane is None or request.request_id in self._abandoned:
             return tracked
         try:
             found = Tracked(request, names.salt_of(request), self._loras.name_of(request), names.extras_of(request))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import torch
 
+from lmcache.adapter import record_failure
 from lmcache.config import Config
 from lmcache.control.outcomes import TierInfo
 from lmcache.errors import LMCacheError
@@ -123,6 +124,8 @@ class ConnectorWorker:
         self._point: object = None
         self._loads: dict[int, BlockView] = {}
         self._reported: Report | None = None
+        self._void: list[BlockView] = []  # loads of an earlier epoch, not reported yet
+        self._epoch = 0
         self._seen = -1  # the tracker's `news` when its report was last taken
 
     # ---------------------------------------------------------------- start-up
@@ -202,6 +205,11 @@ class ConnectorWorker:
         """Takes the work of the next step."""
         self._step = step
         self._reported = None
+        if step.plan.epoch != self._epoch and self._rank is not None:  # the plan voids all jobs; vLLM waits for their results
+            self._rank.transfer.tracker.fence(tuple(self._loads), None)
+            self._void += self._loads.values()
+            self._loads = {}
+            self._epoch = step.plan.epoch
         # Loads may start from this point, before the step's forward pass, which computes other requests' blocks.
         self._point = None
         if self._rank is not None and self._kv is not None and step.plan.jobs:
@@ -227,7 +235,10 @@ class ConnectorWorker:
             if block_view is not None:
                 if job.kind == "load":  # from here on vLLM waits for its result, even if it fails to start
                     self._loads[job.id] = block_view
-                views[job.id] = self._view(job, block_view)
+                try:
+                    views[job.id] = self._view(job, block_view)
+                except Exception as error:  # without a view the job fails
+                    record_failure(error, "job-failed", self._log, self.metrics, kind=job.kind, request=block_view.request)
         after = None if stores else self._point
         self._rank.transfer.execute(Plan(step.plan.epoch, jobs, step.plan.acked), views, after)
 
@@ -246,8 +257,9 @@ class ConnectorWorker:
         """Returns the loads that ended since the last call; they do not write to vLLM's memory any more."""
         found = LoadResults()
         step = self._step
-        for view in step.refused if step is not None else ():
+        for view in (*self._void, *(step.refused if step is not None else ())):
             self._mark_failed(found, view)
+        self._void = []
         if self._rank is None:
             return found
         tracker = self._rank.transfer.tracker
@@ -259,7 +271,12 @@ class ConnectorWorker:
         for report in ended:
             if not report.final:
                 tracker.fence([report.job], None)
-            self._ended(found, self._loads[report.job], report)
+            load = self._loads[report.job]
+            try:
+                self._ended(found, load, report)
+            except Exception as error:
+                record_failure(error, "job-failed", self._log, self.metrics, kind="load", request=load.request)
+                found.add_failed(load, self._sizes)
         for report in ended:  # only once all are in the result: if this raises, `FailedWorker` reports them
             del self._loads[report.job]
         return found
@@ -365,6 +382,8 @@ class FailedWorker:
         if self._tracker is None or self._step is None:
             return None
         report = self._tracker.report()
+        if report.epoch != self._step.plan.epoch:  # the tracker has not seen the new plan
+            report = msgspec.structs.replace(report, epoch=self._step.plan.epoch, jobs=())
         known = {job.job for job in report.jobs}
         failed = [
             JobReport(job.id, (int(Status.FAILED),) * len(job.ops), True, 0, "the worker's connector is switched off")

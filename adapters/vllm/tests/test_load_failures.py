@@ -138,25 +138,47 @@ def test_an_offer_that_is_gone_is_an_error_where_that_is_the_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "connector"),
+    ("model", "connector", "cost"),
     [
-        ("llama", "SchedulerRaises"),
-        ("llama", "RaisesInAllocated"),
-        ("gemma3", "RaisesInAllocated"),
-        ("llama", "RaisesInStep"),
-        ("gemma3", "RaisesInStep"),
-        ("llama", "RaisesInReported"),
+        ("llama", "SchedulerRaisesOnce", 1),
+        ("llama", "RaisesOnceInAllocated", 1),
+        ("gemma3", "RaisesOnceInAllocated", 1),
+        ("llama", "RaisesOnceInStore", 0),
+        ("llama", "RaisesOnceInView", 1),
+        ("gemma3", "RaisesOnceInEnded", 1),
+        ("gemma3", "RaisesOnceInStep", 3),
+        ("llama", "RaisesOnceInReported", 3),
+        ("llama", "RaisesOnceWhileLoading", 3),
     ],
 )
-def test_a_scheduler_half_that_raises_is_switched_off(model: str, connector: str) -> None:
+def test_an_exception_costs_what_it_concerns_and_nothing_after_it(model: str, connector: str, cost: int) -> None:
+    """A request's exception costs its own hit at most; a step's, what is in DRAM and the loads under way."""
     requests = prompts(model, 3)
     with engine(model, connector) as session:
         first = [ask(session, [request])[0] for request in requests]
+        before = session.stats().get("lmcache_loaded_tokens_total", 0)
         right(ask(session, requests), first)
+        assert session.stats().get("lmcache_loaded_tokens_total", 0) - before >= (3 - cost) * 5 * CHUNK
+        assert "broken on purpose" in session.stderr()
         for _ in range(2):
+            right(ask(session, requests), first)
+        again = ask(session, requests)
+        right(again, first)
+        assert [response.hit for response in again] == [5 * CHUNK] * 3
+        assert counted(session, "jobs", "leases") == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "connector"), [("llama", "SchedulerRaises"), ("gemma3", "RaisesInAllocated"), ("llama", "RaisesInStep")]
+)
+def test_a_scheduler_that_raises_again_and_again_is_switched_off(model: str, connector: str) -> None:
+    requests = prompts(model, 3)
+    with engine(model, connector) as session:
+        first = [ask(session, [request])[0] for request in requests]
+        for _ in range(4):
             again = ask(session, requests)
             right(again, first)
-            assert not any(response.hit for response in again), "hits are still offered"
+        assert not any(response.hit for response in again), "hits are still offered"
         assert "broken on purpose" in session.stderr()
 
 
@@ -166,12 +188,10 @@ def test_a_scheduler_half_that_raises_is_switched_off(model: str, connector: str
         ("llama", "WorkerRaises"),
         ("gemma3", "WorkerRaises"),
         ("llama", "WorkerRaisesInBind"),
-        ("llama", "WorkerRaisesInView"),
-        ("llama", "WorkerRaisesInLanded"),
-        ("gemma3", "WorkerRaisesInLanded"),
+        ("gemma3", "WorkerRaisesInResults"),
     ],
 )
-def test_behind_a_worker_half_that_raises_nobody_waits(model: str, connector: str, tmp_path: Path) -> None:
+def test_behind_a_worker_that_raises_in_a_step_nobody_waits(model: str, connector: str, tmp_path: Path) -> None:
     requests = prompts(model, 3)
     with engine(model, connector, disk=tmp_path / "disk") as session:
         first = [ask(session, [request])[0] for request in requests]

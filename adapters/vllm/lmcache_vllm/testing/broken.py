@@ -440,16 +440,16 @@ class ForgetsLeases(Broken):
 
 
 class SchedulerRaises(Broken):
-    """The scheduler side raises in `method`, from its first hit on."""
-
-    method: ClassVar[str] = "get_num_new_matched_tokens"
+    """The scheduler side raises in `method`, from its first hit on, `times` times."""
 
     class _Scheduler(ConnectorScheduler):
         method = "get_num_new_matched_tokens"
+        times = 1 << 30
         hit = False
 
         def _raise(self, method: str) -> None:
-            if method == self.method and self.hit:
+            if method == self.method and self.hit and self.times:
+                self.times -= 1
                 raise RuntimeError(f"broken on purpose, in {method}")
 
         def get_num_new_matched_tokens(self, request: Any, local: int) -> int | None:
@@ -491,23 +491,94 @@ class RaisesInStep(SchedulerRaises):
     scheduler = _Scheduler
 
 
-class RaisesInReported(SchedulerRaises):
-    """See `SchedulerRaises`."""
+class RaisesOnceInReported(SchedulerRaises):
+    """See `SchedulerRaises`: once."""
 
     class _Scheduler(SchedulerRaises._Scheduler):
         method = "update_connector_output"
+        times = 1
 
     scheduler = _Scheduler
 
 
+class SchedulerRaisesOnce(SchedulerRaises):
+    """See `SchedulerRaises`: once."""
+
+    class _Scheduler(SchedulerRaises._Scheduler):
+        times = 1
+
+    scheduler = _Scheduler
+
+
+class RaisesOnceInAllocated(SchedulerRaises):
+    """See `SchedulerRaises`: once."""
+
+    class _Scheduler(SchedulerRaises._Scheduler):
+        method = "update_state_after_alloc"
+        times = 1
+
+    scheduler = _Scheduler
+
+
+class RaisesOnceInStep(SchedulerRaises):
+    """See `SchedulerRaises`: once."""
+
+    class _Scheduler(SchedulerRaises._Scheduler):
+        method = "build_connector_meta"
+        times = 1
+
+    scheduler = _Scheduler
+
+
+class RaisesOnceInStore(SchedulerRaises):
+    """See `SchedulerRaises`: once."""
+
+    class _Scheduler(SchedulerRaises._Scheduler):
+        method = "_store"
+        times = 1
+
+        def _store(self, plane: Plane, tracked: Tracked, scheduled: int, now: float) -> None:
+            self._raise("_store")
+            super()._store(plane, tracked, scheduled, now)
+
+    scheduler = _Scheduler
+
+
+class RaisesOnceWhileLoading(Broken):
+    """The scheduler side raises once in a step while a load is under way, whose result the worker reports three steps late."""
+
+    class _Scheduler(ConnectorScheduler):
+        times = 1
+
+        def build_connector_meta(self, output: Any) -> Any:
+            jobs = self._plane.state.jobs.live.values() if self._plane is not None else ()
+            if self.times and any(job.kind == "load" for job in jobs) and not self._views:
+                self.times -= 1
+                raise RuntimeError("broken on purpose, while a load is under way")
+            return super().build_connector_meta(output)
+
+    class _Worker(ConnectorWorker):
+        late = 3
+
+        def get_transfer_results(self) -> LoadResults:
+            if self.late and (self._loads or self._void):
+                self.late -= 1
+                return LoadResults()
+            return super().get_transfer_results()
+
+    scheduler, worker = _Scheduler, _Worker
+
+
 class WorkerRaises(Broken):
-    """The worker side raises in `method`, in every step that has a load."""
+    """The worker side raises in `method`, in every step that has a load, `times` times."""
 
     class _Worker(ConnectorWorker):
         method = "start_load_kv"
+        times = 1 << 30
 
         def _raise(self, method: str) -> None:
-            if method == self.method and (self._loads or loads_of(self)):
+            if method == self.method and (self._loads or loads_of(self)) and self.times:
+                self.times -= 1
                 raise RuntimeError(f"broken on purpose, in {method}")
 
         def bind_connector_metadata(self, step: Any) -> None:
@@ -529,8 +600,7 @@ class WorkerRaises(Broken):
 
         def _ended(self, found: LoadResults, load: BlockView, report: JobReport) -> None:
             super()._ended(found, load, report)
-            if self.method == "get_transfer_results":
-                raise RuntimeError("broken on purpose, in get_transfer_results")
+            self._raise("_ended")
 
         def build_connector_worker_meta(self) -> Any:
             self._raise("build_connector_worker_meta")
@@ -548,19 +618,34 @@ class WorkerRaisesInBind(Broken):
     worker = _Worker
 
 
-class WorkerRaisesInView(Broken):
-    """See `WorkerRaises`: before the load begins."""
+class RaisesOnceInView(Broken):
+    """See `WorkerRaises`: once, before the load begins."""
 
     class _Worker(WorkerRaises._Worker):
         method = "_view"
+        times = 1
 
     worker = _Worker
 
 
-class WorkerRaisesInLanded(Broken):
-    """See `WorkerRaises`: after the load has ended, before it is reported."""
+class RaisesOnceInEnded(Broken):
+    """See `WorkerRaises`: once, after the load has ended, before it is reported."""
+
+    class _Worker(WorkerRaises._Worker):
+        method = "_ended"
+        times = 1
+
+    worker = _Worker
+
+
+class WorkerRaisesInResults(Broken):
+    """See `WorkerRaises`: after loads have ended, before they are reported."""
 
     class _Worker(WorkerRaises._Worker):
         method = "get_transfer_results"
+
+        def get_transfer_results(self) -> LoadResults:
+            self._raise("get_transfer_results")
+            return super().get_transfer_results()
 
     worker = _Worker
