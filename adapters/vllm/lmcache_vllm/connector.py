@@ -26,8 +26,9 @@ from lmcache.adapter import reason_of, record_failure
 from lmcache.config import Config
 from lmcache.observe.log import Throttle, info
 from lmcache.plan import Plan
-from lmcache_vllm import compat
+from lmcache_vllm import compat, plugin
 from lmcache_vllm.messages import BlockView, Handshake, Offer, RankMeta, StepMeta
+from lmcache_vllm.names import Loras
 from lmcache_vllm.scheduler import ConnectorScheduler
 from lmcache_vllm.stats import CacheStats, Increments, PromMetrics
 from lmcache_vllm.worker import ConnectorWorker, LoadResults, Worker
@@ -116,6 +117,8 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
                     recomputes=getattr(transfer, "kv_load_failure_policy", "fail") == "recompute",
                 )
                 self._increments = Increments(self._scheduler.metrics)
+                if getattr(vllm_config, "lora_config", None) is not None:
+                    plugin.watch_loras()
             else:
                 self._worker = ConnectorWorker(vllm_config, kv_cache_config, config)
                 self._increments = Increments(self._worker.metrics)
@@ -265,6 +268,11 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return meta
 
     # ---------------------------------------------------------------- scheduler
+
+    @property
+    def loras(self) -> Loras | None:
+        """The adapters that the scheduler has named."""
+        return self._scheduler.loras if self._scheduler is not None else None
 
     @property
     def requires_kv_delivery(self) -> bool:

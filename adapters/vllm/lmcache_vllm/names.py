@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from blake3 import blake3
@@ -28,15 +29,28 @@ def salt_of(request: Request) -> str:
     return request.cache_salt or ""
 
 
-class Loras:
-    """The LoRAs of one engine, named by the content of their files when a request first used them.
+class _Adapter:
+    """One LoRA: its name, the stamps of its files when it was named, and whether vLLM is known to have loaded just these."""
 
-    vLLM loads an adapter once and keeps it. If its files change afterwards, or its name or id comes to mean another adapter,
-    what is in memory and in vLLM's own blocks is unknown: its requests run uncached.
+    __slots__ = ("loaded", "name", "stamps")
+
+    def __init__(self, name: str, stamps: object) -> None:
+        self.name = name
+        self.stamps = stamps
+        self.loaded = False
+
+
+class Loras:
+    """The LoRAs of one engine, named by the content of their files, while vLLM can only have loaded just these.
+
+    vLLM loads an adapter once and keeps it: before its first request (`add_lora`), or in the step that first needs it. What is
+    in memory has the name if the files are the same before and after that. If they change later, or the adapter's path, name or
+    id comes to mean another one, what is in memory and in vLLM's own blocks is unknown: its requests run uncached from then on.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, object], tuple[str, object]] = {}
+        self._seen: dict[tuple[str, object], _Adapter] = {}
+        self._unknown: set[tuple[str, object]] = set()
 
     def name_of(self, request: Request) -> str:
         """The adapter's weights and scaling, by content; empty without one.
@@ -47,25 +61,73 @@ class Loras:
         lora = request.lora_request
         if lora is None:
             return ""
-        path = getattr(lora, "lora_path", "") or getattr(lora, "path", "")
+        if getattr(lora, "load_inplace", False):
+            self._give_up(lora)
+            raise Unnamed("lora", f"the LoRA {_path(lora)} is loaded anew in every step (load_inplace)")
+        return self._find(lora).name
+
+    def is_loaded(self, request: Request) -> bool:
+        """Whether vLLM has loaded the request's adapter, from the files that name it."""
+        try:
+            return request.lora_request is None or self._find(request.lora_request).loaded
+        except Unnamed:
+            return False
+
+    def used(self, request: Request) -> None:
+        """Takes note that vLLM has computed with the request's adapter: it is loaded. Its files must still be the same."""
+        with contextlib.suppress(Unnamed):
+            if request.lora_request is not None:
+                self._find(request.lora_request).loaded = True
+
+    def loading(self, lora: Any) -> None:
+        """Names an adapter that vLLM is about to load, also in place of one of the same id."""
+        with contextlib.suppress(Unnamed):
+            self._find(lora)
+
+    def loaded(self, lora: Any) -> None:
+        """Takes note that vLLM has loaded it."""
+        with contextlib.suppress(Unnamed):
+            self._find(lora).loaded = True
+
+    def _find(self, lora: Any) -> _Adapter:
+        path, keys = _path(lora), _keys(lora)
         if not path:
             raise Unnamed("lora", "the LoRA's weights cannot be named: it has no path")
-        keys = [("path", path), ("id", getattr(lora, "lora_int_id", None)), ("name", getattr(lora, "lora_name", None))]
         try:
             stamps = file_stamps(path)
             known = {self._seen[key] for key in keys if key in self._seen}
-            found = known.pop() if len(known) == 1 else None
-            if known or (found is not None and found[1] != stamps):
+            if self._unknown.intersection(keys) or len(known) > 1 or any(found.stamps != stamps for found in known):
+                self._give_up(lora)
                 raise Unnamed("lora", f"the LoRA in {path} changed after it was first used; restart to cache it again")
-            if found is None:
+            if known:
+                found = known.pop()
+            else:
                 form = " 3d" if getattr(lora, "is_3d_lora_weight", False) else ""
-                found = model_identity(path) + form, stamps
+                found = _Adapter(model_identity(path) + form, stamps)
                 if file_stamps(path) != stamps:
                     raise Unnamed("lora", f"the LoRA in {path} changes while it is read")
         except (LMCacheError, OSError) as error:
+            self._give_up(lora)
             raise Unnamed("lora", f"the LoRA's weights cannot be named: {error}") from error
-        self._seen |= {key: found for key in keys if key[1] is not None}
-        return found[0]
+        self._seen |= dict.fromkeys(keys, found)
+        return found
+
+    def _give_up(self, lora: Any) -> None:
+        """Names nothing any more by what is known of this adapter: a link that is turned back gives the first stamps again."""
+        self._unknown.update(key for key in _keys(lora) if key in self._seen)
+
+
+def _path(lora: Any) -> str:
+    return getattr(lora, "lora_path", "") or getattr(lora, "path", "")
+
+
+def _keys(lora: Any) -> list[tuple[str, object]]:
+    keys = [
+        ("path", _path(lora)),
+        ("id", getattr(lora, "lora_int_id", None)),
+        ("name", getattr(lora, "lora_name", None)),
+    ]
+    return [key for key in keys if key[1] is not None]
 
 
 def lora_of(request: Request) -> str:

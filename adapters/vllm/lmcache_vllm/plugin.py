@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.v1.engine.core import EngineCore
 
 NAME = "LMCacheConnector"
 
@@ -87,3 +88,29 @@ def _is_strict(extra: dict[str, Any]) -> bool:
         return Config.load(json=dict(extra)).strict
     except Exception:
         return extra.get("strict") is True
+
+
+def watch_loras() -> None:
+    """Tells the connector which adapters vLLM loads before their first request: their files may be replaced between the two."""
+    from vllm.v1.engine.core import EngineCore
+
+    load = EngineCore.add_lora
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(load)
+    def add_lora(core: EngineCore, lora_request: Any) -> bool:
+        connector = core.scheduler.get_kv_connector()
+        watchers = [
+            loras
+            for each in (connector, *getattr(connector, "_connectors", ()))
+            if (loras := getattr(each, "loras", None))
+        ]
+        for loras in watchers:
+            loras.loading(lora_request)
+        result = load(core, lora_request)
+        for loras in watchers:
+            loras.loaded(lora_request)
+        return bool(result)
+
+    EngineCore.add_lora = add_lora
