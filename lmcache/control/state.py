@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from lmcache.control.eviction import PolicyFactory
 from lmcache.control.extents import Extent
@@ -149,6 +150,20 @@ class State:
         """Queues another write-back of each unwritten object that is still in DRAM and was not refused; returns how many."""
         retried = 0
         for (tier, name), reason in list(self.unwritten.items()):
+            found = self.pools[name.group].find(name.namespace, name.chain, name.depth)
+            if found is not None and self.may_be_written(name, reason):
+                self.write_back(name.namespace, name.group, self.pools[name.group].carve([found.part]), [tier])
+                retried += 1
+        return retried
+
+    def retry_oldest(self, limit: int) -> int:
+        """Queues another write-back of the `limit` objects that have been unwritten longest; returns how many.
+
+        For callers that never ask what became of write-backs: those that cannot be written any more are forgotten.
+        """
+        retried = 0
+        for tier, name in list(islice(self.unwritten, limit)):
+            reason = self.unwritten.pop((tier, name))
             found = self.pools[name.group].find(name.namespace, name.chain, name.depth)
             if found is not None and self.may_be_written(name, reason):
                 self.write_back(name.namespace, name.group, self.pools[name.group].carve([found.part]), [tier])

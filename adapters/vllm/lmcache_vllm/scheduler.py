@@ -40,6 +40,12 @@ _PATIENCE_S = 60.0
 _OPENING_STEPS = 64
 """Steps in which requests wait for the workers' offers; workers answer the first one, two or more steps may be under way."""
 
+_RETRIED = 64
+"""Objects whose write-back failed that are tried again together."""
+
+_RETRY_S = 5.0
+"""Least seconds between two such attempts, unless the last one succeeded."""
+
 _PREFETCHED = 16
 """Queued requests that are looked at in a step to prefetch for them."""
 
@@ -161,7 +167,7 @@ class ConnectorScheduler:
         self.disabled = "the workers have not reported what they hold"
         self._plane: Plane | None = None
         self._requests: dict[str, Tracked] = {}
-        self.loras = names.Loras()
+        self._loras = names.Loras()
         self._queued: dict[
             str, Tracked
         ] = {}  # requests that vLLM has not asked about and that are not in DRAM yet, in order
@@ -172,6 +178,8 @@ class ConnectorScheduler:
         self._views: dict[int, BlockView] = {}
         self._refused: list[BlockView] = []
         self._last_activity = 0.0
+        self._retry_at = 0.0
+        self._retried = self._written = 0  # objects of the last retry; objects that had been written before it
 
     # ---------------------------------------------------------------- start-up
 
@@ -227,7 +235,7 @@ class ConnectorScheduler:
         return tracked.offered
 
     def _reads(self, request: Request) -> bool:
-        return self._loads and not request.skip_reading_prefix_cache and self.loras.is_loaded(request)
+        return self._loads and not request.skip_reading_prefix_cache
 
     def _offer(self, tracked: Tracked, local: int, *, asked: bool = True) -> int | None:
         """Returns how many tokens can be loaded; None while they are brought into DRAM, or wait for room there."""
@@ -370,7 +378,6 @@ class ConnectorScheduler:
         if self._plane is not None:
             self._plane.forget(request.request_id)
         if tracked is not None:
-            self._note_lora(tracked)
             event(
                 logging.DEBUG,
                 "request",
@@ -400,6 +407,10 @@ class ConnectorScheduler:
                     self.abandon(request_id, error)
         self._no_room = False
         self._prefetch_queued()
+        if self._retry_is_due(plane, now):
+            self._written = plane.state.counts["written"]
+            self._retried = plane.state.retry_oldest(_RETRIED)
+            self._retry_at = now + _RETRY_S
         finished, plan = plane.advance((), {}, now)
         self._ended(finished)
         if plan.jobs:
@@ -434,7 +445,7 @@ class ConnectorScheduler:
             return
         blocks = self._tables.of(request.request_id)
         if blocks is None or (tracked.lora and not self._is_named(tracked)):
-            return  # a later step stores these chunks, if the request still has their blocks
+            return
         first, tracked.stored = tracked.stored, last
         last = self._own(tracked, first, last)
         if last <= first:
@@ -470,17 +481,11 @@ class ConnectorScheduler:
         return last
 
     def _is_named(self, tracked: Tracked) -> bool:
-        """Whether the request's LoRA is loaded, and still the one that the request was named after."""
-        self._note_lora(tracked)
+        """Whether the request's LoRA is still the one that it was named after."""
         try:
-            return self.loras.name_of(tracked.request) == tracked.lora and self.loras.is_loaded(tracked.request)
+            return self._loras.name_of(tracked.request) == tracked.lora
         except names.Unnamed:
             return False
-
-    def _note_lora(self, tracked: Tracked) -> None:
-        """Takes note that a LoRA is loaded, once a token computed with it has returned."""
-        if tracked.lora and tracked.request.num_output_tokens:
-            self.loras.used(tracked.request)
 
     def update_connector_output(self, meta: RankMeta) -> None:
         """Applies the workers' reports."""
@@ -510,7 +515,17 @@ class ConnectorScheduler:
         """Whether there is work that continues only while the engine steps."""
         if self._plane is None or time.monotonic() - self._last_activity > _STALLED_S:
             return False
-        return bool(self._plane.state.jobs.live)
+        return bool(self._plane.state.jobs.live) or self._retry_is_due(self._plane, time.monotonic())
+
+    def _retry_is_due(self, plane: Plane, now: float) -> bool:
+        """Whether to try failed write-backs again: when nothing else is under way, or a tier takes objects (again)."""
+        state = plane.state
+        if not state.unwritten:
+            return False
+        written = state.counts["written"] - self._written
+        if now < self._retry_at:
+            return 0 < self._retried <= written
+        return written > 0 or not state.jobs.live
 
     # ---------------------------------------------------------------- failures
 
@@ -563,7 +578,7 @@ class ConnectorScheduler:
         if tracked is not None or self._plane is None or request.request_id in self._abandoned:
             return tracked
         try:
-            found = Tracked(request, names.salt_of(request), self.loras.name_of(request), names.extras_of(request))
+            found = Tracked(request, names.salt_of(request), self._loras.name_of(request), names.extras_of(request))
             chain = self._named(found)
         except names.Unnamed as unnamed:
             self.metrics.uncached(unnamed.reason)

@@ -255,3 +255,39 @@ def test_after_a_reset_nothing_is_stored_under_an_old_name() -> None:
     assert workers.disk == old
     assert [workers.serve(1), workers.serve(0), workers.serve(0)] == [0, 0, (CHUNKS - 1) * CHUNK]
     assert workers.disk > old
+
+
+# ---------------------------------------------------------------- write-backs that failed
+
+
+def test_a_write_back_that_failed_is_tried_again_when_the_tier_has_recovered() -> None:
+    workers = Workers(slots=4 * CHUNKS)
+    workers.status = Status.FAILED
+    workers.serve(0)
+    workers.serve(1)
+    assert not workers.disk
+    for _ in range(30):
+        workers.step({})
+    failed = [job for job in workers.jobs if job.kind == "write_back"]
+    assert sum(len(job.ops) for job in failed) <= 2 * 2 * CHUNKS, "tried again and again"
+    assert not workers.scheduler.has_pending_push_work, "an idle engine keeps stepping for a tier that fails"
+    workers.status = Status.OK
+    workers.serve(2)
+    while workers.scheduler.has_pending_push_work:
+        workers.step({})
+    assert len(workers.disk) == 3 * CHUNKS
+
+
+def test_a_write_back_that_failed_once_is_tried_again_before_the_engine_rests() -> None:
+    workers = Workers(slots=4 * CHUNKS)
+    request = workers.request(0)
+    assert workers.ask(request) == 0
+    blocks = workers.allocate(request, 0)
+    workers.compute(request, blocks, request.num_tokens)
+    workers.status = Status.FULL
+    workers.step({})  # its write-back
+    assert not workers.disk
+    workers.status = Status.OK
+    while workers.scheduler.has_pending_push_work:
+        workers.step({})
+    assert len(workers.disk) == CHUNKS
