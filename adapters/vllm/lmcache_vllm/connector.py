@@ -8,7 +8,7 @@ restart, and so is a scheduler that does not recover. Each is counted and logged
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,8 +26,9 @@ from lmcache.adapter import reason_of, record_failure
 from lmcache.config import Config
 from lmcache.observe.log import Throttle, info
 from lmcache.plan import Plan
-from lmcache_vllm import compat
+from lmcache_vllm import compat, plugin
 from lmcache_vllm.messages import BlockView, Handshake, Offer, RankMeta, StepMeta
+from lmcache_vllm.names import Loras
 from lmcache_vllm.scheduler import ConnectorScheduler
 from lmcache_vllm.stats import CacheStats, Increments, PromMetrics
 from lmcache_vllm.worker import ConnectorWorker, LoadResults, Worker
@@ -116,9 +117,9 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
                     recomputes=getattr(transfer, "kv_load_failure_policy", "fail") == "recompute",
                 )
                 self._increments = Increments(self._scheduler.metrics)
-                plugin.watch_engine()
+                if getattr(vllm_config, "lora_config", None) is not None:
+                    plugin.watch_loras()
             else:
-                plugin.watch_worker(vllm_config)
                 self._worker = ConnectorWorker(vllm_config, kv_cache_config, config)
                 self._increments = Increments(self._worker.metrics)
         except Exception as error:
@@ -163,9 +164,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
             if lost and not self._faults.take():
                 self._switch_off(scheduler, error)
             else:
-                self._call(
-                    scheduler, partial(ConnectorScheduler.abandon, request_id=request.request_id, error=error), None
-                )
+                self._call(scheduler, partial(ConnectorScheduler.abandon, request_id=request.request_id, error=error), None)
             return default
 
     def _recover(self, scheduler: ConnectorScheduler, error: Exception) -> None:
@@ -191,14 +190,6 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Opens the cache on vLLM's KV tensors."""
         if self._worker is not None:
             self._worker.register_kv_caches(kv_caches)
-
-    def before_sleep(self) -> None:
-        """The memory of the KV is about to go away: nothing touches it from here on."""
-        self._call(self._worker, lambda worker: worker.before_sleep(), None)
-
-    def after_wake_up(self, tags: Sequence[str] | None) -> None:
-        """Memory of these kinds, or all, is back. Once all is, the layout is proven anew; if it is not, the cache is off."""
-        self._call(self._worker, lambda worker: worker.after_wake_up(tags), None)
 
     def get_handshake_metadata(self) -> Handshake | None:
         """Returns what this worker has opened, or why it caches nothing.
@@ -277,6 +268,11 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return meta
 
     # ---------------------------------------------------------------- scheduler
+
+    @property
+    def loras(self) -> Loras | None:
+        """The adapters that the scheduler has named."""
+        return self._scheduler.loras if self._scheduler is not None else None
 
     @property
     def requires_kv_delivery(self) -> bool:

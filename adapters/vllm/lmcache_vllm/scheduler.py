@@ -167,7 +167,7 @@ class ConnectorScheduler:
         self.disabled = "the workers have not reported what they hold"
         self._plane: Plane | None = None
         self._requests: dict[str, Tracked] = {}
-        self._loras = names.Loras()
+        self.loras = names.Loras()
         self._queued: dict[
             str, Tracked
         ] = {}  # requests that vLLM has not asked about and that are not in DRAM yet, in order
@@ -235,7 +235,7 @@ class ConnectorScheduler:
         return tracked.offered
 
     def _reads(self, request: Request) -> bool:
-        return self._loads and not request.skip_reading_prefix_cache
+        return self._loads and not request.skip_reading_prefix_cache and self.loras.is_loaded(request)
 
     def _offer(self, tracked: Tracked, local: int, *, asked: bool = True) -> int | None:
         """Returns how many tokens can be loaded; None while they are brought into DRAM, or wait for room there."""
@@ -378,6 +378,7 @@ class ConnectorScheduler:
         if self._plane is not None:
             self._plane.forget(request.request_id)
         if tracked is not None:
+            self._note_lora(tracked)
             event(
                 logging.DEBUG,
                 "request",
@@ -445,7 +446,7 @@ class ConnectorScheduler:
             return
         blocks = self._tables.of(request.request_id)
         if blocks is None or (tracked.lora and not self._is_named(tracked)):
-            return
+            return  # a later step stores these chunks, if the request still has their blocks
         first, tracked.stored = tracked.stored, last
         last = self._own(tracked, first, last)
         if last <= first:
@@ -481,11 +482,17 @@ class ConnectorScheduler:
         return last
 
     def _is_named(self, tracked: Tracked) -> bool:
-        """Whether the request's LoRA is still the one that it was named after."""
+        """Whether the request's LoRA is loaded, and still the one that the request was named after."""
+        self._note_lora(tracked)
         try:
-            return self._loras.name_of(tracked.request) == tracked.lora
+            return self.loras.name_of(tracked.request) == tracked.lora and self.loras.is_loaded(tracked.request)
         except names.Unnamed:
             return False
+
+    def _note_lora(self, tracked: Tracked) -> None:
+        """Takes note that a LoRA is loaded, once a token computed with it has returned."""
+        if tracked.lora and tracked.request.num_output_tokens:
+            self.loras.used(tracked.request)
 
     def update_connector_output(self, meta: RankMeta) -> None:
         """Applies the workers' reports."""
@@ -578,7 +585,7 @@ class ConnectorScheduler:
         if tracked is not None or self._plane is None or request.request_id in self._abandoned:
             return tracked
         try:
-            found = Tracked(request, names.salt_of(request), self._loras.name_of(request), names.extras_of(request))
+            found = Tracked(request, names.salt_of(request), self.loras.name_of(request), names.extras_of(request))
             chain = self._named(found)
         except names.Unnamed as unnamed:
             self.metrics.uncached(unnamed.reason)
