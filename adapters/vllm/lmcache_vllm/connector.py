@@ -8,7 +8,7 @@ restart, and so is a scheduler that does not recover. Each is counted and logged
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -117,9 +117,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
                     recomputes=getattr(transfer, "kv_load_failure_policy", "fail") == "recompute",
                 )
                 self._increments = Increments(self._scheduler.metrics)
-                if getattr(vllm_config, "lora_config", None) is not None:
-                    plugin.watch_loras()
+                plugin.watch_engine()
             else:
+                if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+                    plugin.watch_worker(vllm_config)
                 self._worker = ConnectorWorker(vllm_config, kv_cache_config, config)
                 self._increments = Increments(self._worker.metrics)
         except Exception as error:
@@ -164,7 +165,9 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
             if lost and not self._faults.take():
                 self._switch_off(scheduler, error)
             else:
-                self._call(scheduler, partial(ConnectorScheduler.abandon, request_id=request.request_id, error=error), None)
+                self._call(
+                    scheduler, partial(ConnectorScheduler.abandon, request_id=request.request_id, error=error), None
+                )
             return default
 
     def _recover(self, scheduler: ConnectorScheduler, error: Exception) -> None:
@@ -190,6 +193,14 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Opens the cache on vLLM's KV tensors."""
         if self._worker is not None:
             self._worker.register_kv_caches(kv_caches)
+
+    def before_sleep(self, tags: Sequence[str]) -> None:
+        """Memory of these kinds (`weights`, `kv_cache`) is about to go away: nothing touches KV from here on."""
+        self._call(self._worker, lambda worker: worker.before_sleep(tags), None)
+
+    def after_wake_up(self, tags: Sequence[str] | None) -> None:
+        """Memory of these kinds, or all, is back. Once all is, the layout is proven anew; if it is not, the cache is off."""
+        self._call(self._worker, lambda worker: worker.after_wake_up(tags), None)
 
     def get_handshake_metadata(self) -> Handshake | None:
         """Returns what this worker has opened, or why it caches nothing.

@@ -2,16 +2,21 @@
 
 It registers the connector's name, and adds a step to the end of `VllmConfig.__post_init__`: a configuration that cannot be cached
 loses its connector, with one line that says why. vLLM would stop on some of them with any connector (encoder-decoder models).
+
+The connector itself calls `watch_engine` and `watch_worker`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
     from vllm.v1.engine.core import EngineCore
+
+    from lmcache_vllm.connector import LMCacheConnector
 
 NAME = "LMCacheConnector"
 
@@ -23,12 +28,10 @@ def register() -> None:
 
     if NAME not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(NAME, "lmcache_vllm.connector", NAME)
-    if not hasattr(VllmConfig.__post_init__, "__wrapped__"):
-        VllmConfig.__post_init__ = _checked(VllmConfig.__post_init__)
+    _wrap(VllmConfig, "__post_init__", _checked)
 
 
 def _checked(resolve: Any) -> Any:
-    @functools.wraps(resolve)
     def resolve_and_check(config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         wanted = _caches_prefixes(config)
         resolve(config, *args, **kwargs)
@@ -90,27 +93,98 @@ def _is_strict(extra: dict[str, Any]) -> bool:
         return extra.get("strict") is True
 
 
-def watch_loras() -> None:
-    """Tells the connector which adapters vLLM loads before their first request: their files may be replaced between the two."""
+def watch_engine() -> None:
+    """Tells connectors in the scheduler's process what vLLM's interface does not: which adapters are loaded ahead of their
+    first request (their files may be replaced between the two), and that weights change.
+    """
     from vllm.v1.engine.core import EngineCore
 
-    load = EngineCore.add_lora
-    if hasattr(load, "__wrapped__"):
-        return
+    def add_lora(load: Any) -> Any:
+        def watched(core: EngineCore, lora_request: Any) -> bool:
+            known = [loras for each in _ours(_connector_of(core)) if (loras := each.loras) is not None]
+            for loras in known:
+                loras.loading(lora_request)
+            result = load(core, lora_request)
+            for loras in known:
+                loras.loaded(lora_request)
+            return bool(result)
 
-    @functools.wraps(load)
-    def add_lora(core: EngineCore, lora_request: Any) -> bool:
-        connector = core.scheduler.get_kv_connector()
-        watchers = [
-            loras
-            for each in (connector, *getattr(connector, "_connectors", ()))
-            if (loras := getattr(each, "loras", None))
-        ]
-        for loras in watchers:
-            loras.loading(lora_request)
-        result = load(core, lora_request)
-        for loras in watchers:
-            loras.loaded(lora_request)
-        return bool(result)
+        return watched
 
-    EngineCore.add_lora = add_lora
+    def collective_rpc(call: Any) -> Any:
+        def watched(core: EngineCore, method: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(core, method, *args, **kwargs)
+            finally:
+                if isinstance(method, str) and "weight" in method and method not in _KEEP_WEIGHTS:
+                    for each in _ours(_connector_of(core)):
+                        each.reset_cache()
+
+        return watched
+
+    _wrap(EngineCore, "add_lora", add_lora)
+    _wrap(EngineCore, "collective_rpc", collective_rpc)
+
+
+_KEEP_WEIGHTS = ("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "compute_weight_checksums")
+"""Calls of workers about weights that do not change them."""
+
+
+def watch_worker(config: VllmConfig) -> None:
+    """Tells connectors in a worker's process when the memory of its KV goes away and comes back."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    def connectors() -> list[LMCacheConnector]:
+        return _ours(get_kv_transfer_group() if has_kv_transfer_group() else None)
+
+    def sleep(call: Any) -> Any:
+        def watched(worker: Any, *args: Any, **kwargs: Any) -> Any:
+            for each in connectors():
+                each.before_sleep(("weights", "kv_cache"))
+            return call(worker, *args, **kwargs)
+
+        return watched
+
+    def discard(call: Any) -> Any:
+        def watched(worker: Any, tags: Sequence[str]) -> Any:
+            for each in connectors():
+                each.before_sleep(tags)
+            return call(worker, tags)
+
+        return watched
+
+    def wake_up(call: Any) -> Any:
+        def watched(worker: Any, tags: Sequence[str] | None = None) -> Any:
+            result = call(worker, tags)
+            for each in connectors():
+                each.after_wake_up(tags)
+            return result
+
+        return watched
+
+    worker = resolve_obj_by_qualname(config.parallel_config.worker_cls)
+    for name, around in (("sleep", sleep), ("discard", discard), ("wake_up", wake_up)):
+        if hasattr(worker, name):
+            _wrap(worker, name, around)
+
+
+def _wrap(owner: type, name: str, around: Any) -> None:
+    """Replaces a method once per process."""
+    plain = getattr(owner, name)
+    if not hasattr(plain, "wrapped_by_lmcache"):
+        wrapped: Any = functools.wraps(plain)(around(plain))
+        wrapped.wrapped_by_lmcache = True
+        setattr(owner, name, wrapped)
+
+
+def _connector_of(core: EngineCore) -> Any:
+    scheduler = getattr(core, "scheduler", None)  # there is none yet while the engine starts
+    return None if scheduler is None else scheduler.get_kv_connector()
+
+
+def _ours(connector: Any) -> list[LMCacheConnector]:
+    """Returns the connector, or those inside it (`MultiConnector`), that are this one."""
+    from lmcache_vllm.connector import LMCacheConnector
+
+    return [each for each in (connector, *getattr(connector, "_connectors", ())) if isinstance(each, LMCacheConnector)]

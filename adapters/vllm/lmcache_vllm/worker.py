@@ -70,6 +70,14 @@ class Worker(Protocol):
         """Opens the cache on vLLM's KV tensors."""
         ...
 
+    def before_sleep(self, tags: Sequence[str]) -> None:
+        """Ends all access to vLLM's KV tensors."""
+        ...
+
+    def after_wake_up(self, tags: Sequence[str] | None) -> None:
+        """Goes on once all memory is back."""
+        ...
+
     def offer(self) -> Offer:
         """Returns what this rank has opened, for the scheduler."""
         ...
@@ -119,6 +127,8 @@ class ConnectorWorker:
         self.disabled = "vLLM has registered no KV cache"
         self._spec: KVSpec | None = None
         self._kv: BoundKV | None = None
+        self._caches: Mapping[str, torch.Tensor] = {}
+        self._asleep: set[str] = set()  # kinds of memory that vLLM has released
         self._rank: Rank | None = None
         self._step: StepMeta | None = None
         self._point: object = None
@@ -163,7 +173,7 @@ class ConnectorWorker:
             measured=bits,
         )
         kv, layout = prove_layout(spec, self._kv_config, caches, layers)
-        self._spec, self._kv = spec, kv.bind(spec)
+        self._spec, self._kv, self._caches = spec, kv.bind(spec), caches
         self._rank = opened = open_rank(
             self._config,
             spec,
@@ -187,6 +197,26 @@ class ConnectorWorker:
             **parts_of(spec),
         )
 
+    def before_sleep(self, tags: Sequence[str]) -> None:
+        """Ends loads under way and fails new jobs: memory of these kinds (`weights`, `kv_cache`) is about to be unmapped.
+
+        Stores have been enqueued by the end of their step, and vLLM waits for the device before it sleeps.
+        """
+        self._asleep |= set(tags)
+        self._kv = None
+        if self._rank is not None:
+            self._rank.transfer.tracker.fence(tuple(self._loads), None)
+
+    def after_wake_up(self, tags: Sequence[str] | None) -> None:
+        """Proves the layout anew once all memory is back; if that fails, raises, and the cache is switched off."""
+        self._asleep -= self._asleep if tags is None else set(tags)
+        if self._asleep or self._kv is not None or self._spec is None:
+            return
+        layers = compat.attention_layers(self._vllm_config)
+        kv, layout = prove_layout(self._spec, self._kv_config, self._caches, layers)
+        self._kv = kv.bind(self._spec)
+        info("cache-awake", rank=self.rank, layout=layout)
+
     def offer(self) -> Offer:
         """Returns what this rank has opened, for the scheduler."""
         opened = self._rank
@@ -205,7 +235,9 @@ class ConnectorWorker:
         """Takes the work of the next step."""
         self._step = step
         self._reported = None
-        if step.plan.epoch != self._epoch and self._rank is not None:  # the plan voids all jobs; vLLM waits for their results
+        if (
+            step.plan.epoch != self._epoch and self._rank is not None
+        ):  # the plan voids all jobs; vLLM waits for their results
             self._rank.transfer.tracker.fence(tuple(self._loads), None)
             self._void += self._loads.values()
             self._loads = {}
@@ -238,7 +270,9 @@ class ConnectorWorker:
                 try:
                     views[job.id] = self._view(job, block_view)
                 except Exception as error:  # without a view the job fails
-                    record_failure(error, "job-failed", self._log, self.metrics, kind=job.kind, request=block_view.request)
+                    record_failure(
+                        error, "job-failed", self._log, self.metrics, kind=job.kind, request=block_view.request
+                    )
         after = None if stores else self._point
         self._rank.transfer.execute(Plan(step.plan.epoch, jobs, step.plan.acked), views, after)
 
@@ -350,6 +384,12 @@ class FailedWorker:
             self.bind_connector_metadata(step)
 
     def register_kv_caches(self, caches: Mapping[str, torch.Tensor]) -> None:
+        """Does nothing."""
+
+    def before_sleep(self, tags: Sequence[str]) -> None:
+        """Does nothing: the failed worker's loads were fenced."""
+
+    def after_wake_up(self, tags: Sequence[str] | None) -> None:
         """Does nothing."""
 
     def offer(self) -> Offer:

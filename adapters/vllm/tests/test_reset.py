@@ -61,6 +61,18 @@ found["after"] = ask()
 found["another"] = another(store=False)
 found["late"] = ask(203)
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from lmcache_vllm.plugin import watch_worker
+watch_worker(llm.llm_engine.vllm_config)  # CPUs have no sleep mode: the calls are vLLM's, and keep the memory
+assert llm.reset_prefix_cache()
+llm.collective_rpc("sleep")
+found["asleep"] = get_kv_transfer_group()._worker._kv is None
+llm.collective_rpc("wake_up", kwargs={"tags": ["weights"]})
+found["half asleep"] = get_kv_transfer_group()._worker._kv is None
+llm.collective_rpc("wake_up", kwargs={"tags": ["kv_cache"]})
+found["awake"] = ask()
+llm.collective_rpc("reload_weights")
+assert llm.reset_prefix_cache()
+found["reloaded"] = ask()
 numerics = get_kv_transfer_group()._worker._spec.numerics
 found["measured"] = {name: bits for name, bits in numerics.extra if name.startswith("measured")}
 print("FOUND", json.dumps(found))
@@ -92,6 +104,10 @@ def test_a_reset_renames_what_this_process_computes_and_leaves_every_tier_as_it_
         assert found["after"][0] == 192, "nothing is cached after a reset"
         assert found["late"][0] == 0, f"{process} process: hits objects that the other computed after its reset"
         assert len({tuple(tokens) for _, tokens in (found[name] for name in ("first", "again", "reset", "after"))}) == 1
+        assert all((found["asleep"], found["half asleep"])), "KV is touched while vLLM has released its memory"
+        assert found["awake"][0] == 192, "after waking up nothing is loaded"
+        assert found["reloaded"][0] == 0, "KV of earlier weights is served after a reload"
+        assert found["awake"][1] == found["reloaded"][1] == found["first"][1]
         assert found["another"] == 160, "a reset removes another model's objects"
         there = {path.relative_to(disk) for path in disk.rglob("*.safetensors")}
         assert written < there, "a reset removes objects, or nothing is written after one"

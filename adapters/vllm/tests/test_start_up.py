@@ -288,7 +288,9 @@ def test_a_worker_that_fails_alone_tells_the_scheduler_why(warnings: Callable[[]
     assert scheduler.get_num_new_matched_tokens(Plain(request_id="1"), 0) == (0, False)
 
 
-def test_a_half_that_raises_and_cannot_start_anew_is_switched_off_and_says_so_once(warnings: Callable[[], list[str]]) -> None:
+def test_a_half_that_raises_and_cannot_start_anew_is_switched_off_and_says_so_once(
+    warnings: Callable[[], list[str]],
+) -> None:
     scheduler = LMCacheConnector(engine_config(), KVConnectorRole.SCHEDULER, kv_config(["model.layers.0.self_attn"]))
     assert scheduler._scheduler is not None
     metrics = scheduler._scheduler.metrics
@@ -401,6 +403,29 @@ def test_a_folder_that_cannot_be_opened_leaves_a_cache_in_memory(
     connector_worker.shutdown()
     with pytest.raises(RuntimeError, match="strict is set"):
         worker(disk_path=folder, strict=True)
+
+
+# ---------------------------------------------------------------- sleep
+
+
+def test_a_worker_that_sleeps_touches_no_kv_and_proves_its_layout_anew(
+    worker: Callable[..., Any], warnings: Callable[[], list[str]]
+) -> None:
+    arrange = [write_packed]  # how vLLM arranges KV; another way after waking up
+    connector_worker, _ = worker(lambda *args: arrange[0](*args))
+    for tags in (("weights", "kv_cache"), ("kv_cache",)):
+        connector_worker.before_sleep(tags)
+        assert connector_worker._kv is None
+        for tag in tags:
+            connector_worker.after_wake_up([tag])
+        assert connector_worker._kv is not None
+    connector_worker.before_sleep(("kv_cache",))
+    arrange[0] = lying
+    with pytest.raises(UnsupportedError, match="no known layout"):  # the connector then switches the worker off
+        connector_worker.after_wake_up(None)
+    assert connector_worker._kv is None
+    connector_worker.shutdown()
+    assert warnings() == []
 
 
 # ---------------------------------------------------------------- layouts are proven
