@@ -111,7 +111,9 @@ class Tier(Protocol):
         ...
 
     def write(self, writes: Sequence[Write], *, deadline: float | None = None) -> list[Result]:
-        """Publishes each object completely or not at all, visible to others on return; `FULL` when there is no room."""
+        """Publishes each object completely or not at all, visible to others on return; `FULL` when there is no room. What is
+        `LATE` is not published, then or later.
+        """
         ...
 
     def delete(self, ids: Sequence[ObjectId], *, deadline: float | None = None) -> list[Result]:
