@@ -11,6 +11,7 @@ from lmcache.adapter import guarded, reason_of, record_failure
 from lmcache.config import Config
 from lmcache.engine import CacheEngine
 from lmcache.observe.log import Throttle
+from lmcache_sglang.export import Exporter
 
 T = TypeVar("T")
 
@@ -21,6 +22,7 @@ class Guarded:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._log = Throttle()
+        self._exporter = Exporter()
         self._off = ""  # why caching is disabled
 
     def _engines(self) -> Sequence[CacheEngine]:
@@ -39,7 +41,9 @@ class Guarded:
             metrics = next((engine.metrics for engine in self._engines()), None)
             record_failure(error, "storage-failed", self._log, metrics, key=op, op=op)
 
-        return guarded(call, default, failed)
+        found = guarded(call, default, failed)
+        guarded(lambda: self._exporter.export(engine.metrics for engine in self._engines()), None, failed)
+        return found
 
     def _weights_changed(self) -> None:
         """Starts a new epoch: earlier KV no longer hits, and other processes do not see what is stored from now on."""

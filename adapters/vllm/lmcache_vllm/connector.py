@@ -398,7 +398,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> CacheStats | None:
         """Returns what was counted since the last call."""
-        return self._increments.take(self._quiet) if self._increments is not None else None
+        return self._increments.stats(self._quiet) if self._increments is not None else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheStats | None:

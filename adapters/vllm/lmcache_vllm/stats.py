@@ -8,6 +8,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from lmcache.observe import increments
 from lmcache.observe.metrics import Metrics
 
 _EVERY_S = 1.0
@@ -39,29 +40,20 @@ class CacheStats(KVConnectorStats):
         return not self.data
 
 
-class Increments:
-    """Computes how much counters have grown."""
+class Increments(increments.Increments):
+    """Increments for vLLM, which asks for them after every step."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._seen: dict[str, float] = {}
+        super().__init__(metrics)
         self._due = 0.0
 
-    def take(self, quiet: bool = False) -> CacheStats | None:
+    def stats(self, quiet: bool = False) -> CacheStats | None:
         """Returns the growth since the last result, at most once a second unless `quiet` (no step may follow for long)."""
         now = time.monotonic()
         if now < self._due and not quiet:
             return None
         self._due = now + _EVERY_S
-        current = {
-            "|".join((sample.name, *sample.labels.values())): sample.value
-            for family in self._metrics.registry.collect()
-            for sample in family.samples
-            if sample.name.endswith("_total")
-        }
-        grown = {key: value - self._seen.get(key, 0) for key, value in current.items()}
-        self._seen = current
-        changed = {key: amount for key, amount in grown.items() if amount}
+        changed = self.take()
         return CacheStats(changed) if changed else None
 
 
