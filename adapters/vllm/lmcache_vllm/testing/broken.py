@@ -412,14 +412,15 @@ class ReportsWhatItDoesNotUse(Broken):
 
 
 class DeafToFullMemory(Broken):
-    """Raises after a store that evicted something; the connector then disables the cache for good."""
+    """Raises in a step that evicted something; the connector starts anew each time, then disables the cache for good."""
 
     class _Scheduler(ConnectorScheduler):
-        def _store(self, plane: Plane, tracked: Tracked, scheduled: int, now: float) -> None:
-            evicted = plane.evictions
-            super()._store(plane, tracked, scheduled, now)
-            if plane.evictions > evicted:
+        def build_connector_meta(self, output: Any) -> Any:
+            evicted = self._plane.evictions if self._plane is not None else 0
+            meta = super().build_connector_meta(output)
+            if self._plane is not None and self._plane.evictions > evicted:
                 raise MemoryError("the RAM tier is full")
+            return meta
 
     scheduler = _Scheduler
 
