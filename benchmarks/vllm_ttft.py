@@ -31,6 +31,9 @@ CHUNK = 256
 TAIL = 17
 """Prompt tokens that no cache gives: neither vLLM's blocks nor our chunks reach them."""
 
+MIN_SLOTS = 8
+"""Chunks for which our DRAM has room, however little it is given."""
+
 _WARM = 3
 """Hits of each kind before any counts: the first calls at a shape are slow."""
 
@@ -278,6 +281,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         < 1
     ):
         parser.error("sizes and numbers of repetitions are at least 1, --prompts at least 4")
+    chunks = -(-options.tokens // CHUNK) * (options.prompts - 1)
+    if options.part != "misses" and chunks < MIN_SLOTS:
+        parser.error(
+            f"all prompts but one have {chunks} chunks, and DRAM holds at least {MIN_SLOTS}: none would come from disk a second "
+            "time; give more --tokens or --prompts"
+        )
     if CHUNK % options.block_tokens:
         parser.error(f"--block-tokens {options.block_tokens}: give a divisor of {CHUNK}, or the tails would differ")
     return options
