@@ -183,7 +183,15 @@ def meaning(config: VllmConfig, scales: str) -> str:
 
 def rounding(config: VllmConfig) -> str:
     """Returns the digest of everything else in vLLM's configuration and environment that may decide bits."""
-    return meaning_of({"config": plain(config), "environment": _environment()}, neutral={})
+    found = plain(config)
+    if not getattr(config.model_config, "is_moe", True):
+        for name in _EXPERTS:
+            found["parallel_config"].pop(name, None)
+    return meaning_of({"config": found, "environment": _environment()}, neutral={})
+
+
+_EXPERTS = ("data_parallel_size", "elastic_ep_max_dp_size")
+"""How many replicas there are: it counts where experts are spread over them."""
 
 
 def _environment() -> dict[str, str]:

@@ -88,6 +88,7 @@ EVERYDAY: dict[str, Any] = {
     "structured_outputs_config": {"backend": "guidance"},
     "_api_process_count": 2,
     "data_parallel_address": "10.0.0.1",
+    "data_parallel_size": 2,
 }
 """Arguments that people change between two starts, and none of which changes KV."""
 
