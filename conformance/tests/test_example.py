@@ -121,7 +121,15 @@ class TestForgets(TierTests):
 def test_a_tier_that_is_broken_fails_and_its_command_fails_again(place: Place) -> None:
     (place.folder / "test_broken.py").write_text(BROKEN)
     done = place.run(
-        "-m", "pytest", "test_broken.py", "-q", "-p", "no:cacheprovider", "-k", "deleted", "--lmcache-report=broken"
+        "-m",
+        "pytest",
+        "test_broken.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "deleted_objects",
+        "--lmcache-report=broken",
     )
     assert done.returncode == 1, done.stdout
     [failed] = [e for e in read(place.folder / "broken") if isinstance(e, TestResult) and e.outcome == "failed"]
