@@ -33,6 +33,8 @@ CHUNKS = 8
 PROMPTS = 240
 SALTS = ("", "alice", "bob")
 NOBODY = 65534
+_START_S = 300.0
+"""Seconds that workers may take to start; vLLM takes a minute on an idle machine."""
 
 EXAMPLES = """\
 examples:
@@ -158,7 +160,7 @@ class Soak:
 
     def run(self, seconds: float) -> dict[str, Any]:
         """Runs for so many seconds; returns the outcome."""
-        until = time.monotonic() + 120
+        until = time.monotonic() + _START_S
         while not all(process.ready for process in self._all):
             self._listen()
             if self._counts["crashes"] or time.monotonic() > until:
@@ -563,8 +565,8 @@ def run_vllm(options: dict[str, Any], seed: int) -> None:
         cache = {"chunk_tokens": 128, "dram_bytes": "64MiB", "disk_path": options["folder"], "disk_bytes": "3GiB"}
         engine_options = EngineOptions(model=model_folder(None), cache=cache, blocks=24, max_tokens=2048, threads=1)
         chance = random.Random(seed)
-        say("ready")
         with EngineProcess(engine_options, "soak") as engine:
+            say("ready")
             while not any(command[0] == "end" for command in commands()):
                 answer = engine.ask("one", seed=f"soak {chance.randrange(12)}", tokens=529, new=4, reset=True)
                 say("counts", vllm_answers=1, vllm_hit_tokens=answer["cached"])
