@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from lmcache.adapter import reason_of, record_failure
 from lmcache.config import Config
+from lmcache.interrupts import uninterrupted
 from lmcache.observe.log import Throttle, info
 from lmcache.plan import Plan
 from lmcache_vllm import compat, plugin
@@ -132,6 +133,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     # ---------------------------------------------------------------- guards
 
+    @uninterrupted  # an LLM in a notebook goes on after Ctrl-C
     def _call(self, side: Side | None, call: Callable[[Side], T], default: T) -> T:
         """Returns `call(side)`, or `default` if `side` is None or raises.
 
@@ -149,6 +151,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 self._switch_off(side, error)
             return default
 
+    @uninterrupted
     def _call_for(
         self, request: Request, call: Callable[[ConnectorScheduler], T], default: T, *, lost: bool = False
     ) -> T:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from schedulerlab import BLOCK, CHUNK, CHUNKS, Workers, into_engine
 
 from lmcache.plan import Status
+from lmcache_vllm.connector import LMCacheConnector
 from lmcache_vllm.messages import Handshake
 
 # ---------------------------------------------------------------- start-up
@@ -291,3 +294,22 @@ def test_a_write_back_that_failed_once_is_tried_again_before_the_engine_rests() 
     while workers.scheduler.has_pending_push_work:
         workers.step({})
     assert len(workers.disk) == CHUNKS
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_a_signal_is_handled_once_the_cache_has_changed_its_state() -> None:
+    connector, done = object.__new__(LMCacheConnector), []
+
+    def interrupted(side: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        done.append(side)
+
+    request: Any = SimpleNamespace(request_id="r")
+    connector._scheduler = Workers().scheduler
+    with pytest.raises(KeyboardInterrupt):
+        connector._call_for(request, interrupted, None)
+    with pytest.raises(KeyboardInterrupt):
+        connector._call(connector._scheduler, interrupted, None)
+    assert len(done) == 2
