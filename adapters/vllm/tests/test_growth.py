@@ -57,6 +57,7 @@ def found():
         "rss": psutil.Process().memory_info().rss,
         "free": pool.get_num_free_blocks(),
         "requests": len(scheduler._requests), "views": len(scheduler._views),
+        "queued": len(scheduler._queued), "abandoned": len(scheduler._abandoned), "foreign": len(scheduler._foreign),
         **{name: value for name, value in scheduler._plane.stats().items() if name in ("jobs", "leases", "failed_owners")},
         "references": sum(held.extent.refs for p in scheduler._plane.state.pools for held in p.residents()),
         "questions": len(scheduler._plane._probes),
@@ -82,7 +83,10 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
     print(first, last)
     assert last["hits"] > first["hits"] + 10_000, "hardly anything was loaded: the test shows nothing"
     assert last["free"] == first["free"], "blocks of vLLM are still held"
-    for name in ("requests", "views", "jobs", "leases", "failed_owners", "references", "questions"):
+    for name in (
+        *("requests", "views", "queued", "abandoned", "foreign"),
+        *("jobs", "leases", "failed_owners", "references", "questions"),
+    ):
         assert last[name] == 0, f"{last[name]} {name} are left"
     # vLLM itself allocates memory per new batch shape, here about 20 KiB per request.
     assert last["rss"] - first["rss"] < 96 << 20, "memory grows"
