@@ -96,6 +96,8 @@ class DiskTier:
         self._log = log or Throttle()
         self._tag = host_tag()
         self._lock = threading.Lock()
+        if self.root != Path(os.path.abspath(os.path.expanduser(root))):
+            info("disk-folder-own", path=self._root, reason=f"others may write to {os.fspath(root)}")
         self._durability = Durability(self._root, self._objects)
         self._suspects: dict[ObjectId, None] = {}
         self.foreign = 0

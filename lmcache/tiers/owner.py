@@ -257,8 +257,8 @@ def cache_folder(path: str | os.PathLike[str]) -> str:
     try:
         link, status = os.lstat(root), os.stat(root)
         mode = stat.S_IMODE(status.st_mode)
-        if not stat.S_ISDIR(status.st_mode) or (stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, uid)):
-            return root
+        if not stat.S_ISDIR(status.st_mode) or not {link.st_uid, status.st_uid} <= {0, uid}:
+            return root  # its owner could put anything in the place of ours
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(os.path.join(root, "objects")).st_uid == uid:
                 return root

@@ -80,7 +80,10 @@ def test_a_folder_used_for_nothing_else_is_closed_to_others(shm: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o1777, 0o777, 0o2775, 0o770])
-def test_where_others_may_write_the_cache_has_a_folder_of_its_own(shm: Path, mode: int) -> None:
+def test_where_others_may_write_the_cache_has_a_folder_of_its_own(
+    shm: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="lmcache")
     mount, own = shm / "mount", shm / "mount" / f"lmcache-{os.geteuid()}"
     mount.mkdir()
     (mount / "of somebody else").touch()
@@ -98,6 +101,7 @@ def test_where_others_may_write_the_cache_has_a_folder_of_its_own(shm: Path, mod
     assert sorted(os.listdir(mount)) == [own.name, "of somebody else"]
     assert stat.S_IMODE(own.stat().st_mode) & 0o777 == 0o700
     assert stat.S_IMODE(mount.stat().st_mode) == mode
+    assert "disk-folder-own" in caplog.text
     mount.chmod(0o700)
     assert DiskTier(mount).root == own, "it is still there when the mode has been corrected"
     assert DiskTier(own).root == own
@@ -128,6 +132,16 @@ def test_several_users_can_name_one_folder_that_all_may_write_to(shm: Path, mode
     assert tier.root == mount / "lmcache-0"
     assert load(tier, object_id(1)) is None
     tier.close()
+
+
+@as_root
+def test_a_folder_that_all_may_write_to_and_another_user_owns_is_refused(shm: Path) -> None:
+    (shm / "theirs").mkdir()
+    (shm / "theirs").chmod(0o1777)
+    os.chown(shm / "theirs", OTHER, OTHER)
+    with pytest.raises(TierError, match=f"belongs to uid {OTHER}"):
+        DiskTier(shm / "theirs")
+    assert os.listdir(shm / "theirs") == []
 
 
 @as_root
