@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from types import CodeType
 
 import pytest
 import torch
 
 from lmcache import CacheEngine
+from lmcache.driver import Driver
 from lmcache_conformance.labs.faulty_tier import FaultyTier
 from lmcache_conformance.labs.interrupts import interrupted_at
 from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
@@ -36,7 +39,7 @@ def serve(engine: CacheEngine, n: int, out: Pool) -> int:
 @pytest.fixture
 def engine() -> CacheEngine:
     # Two prompts fill the arena, so that one slot that is never freed makes a later store incomplete.
-    config = tiny_config(dram_bytes=8 * SPEC.object_bytes(0, CHUNK), lease_s=2.0, policy="lru")
+    config = tiny_config(dram_bytes=8 * SPEC.object_bytes(0, CHUNK), lease_s=4.0, policy="lru")
     return CacheEngine(config, SPEC)
 
 
@@ -50,7 +53,7 @@ def test_an_interrupt_at_any_moment_leaves_a_whole_cache(engine: CacheEngine) ->
         moment, n = moment + STEP, n + 1
         engine._plane.check()
     assert moment > 50 * STEP, "the cache was hardly interrupted"
-    time.sleep(2.1)  # a hit that was lost on the way to its caller is leased until `lease_s` has passed
+    time.sleep(4.1)  # a hit that was lost on the way to its caller is leased until `lease_s` has passed
     for n in range(100, 106):
         assert engine.store(tokens(n), POOL.kv, SLOTS) == 2 * CHUNK
         assert serve(engine, n, out) == 2 * CHUNK
@@ -58,6 +61,18 @@ def test_an_interrupt_at_any_moment_leaves_a_whole_cache(engine: CacheEngine) ->
     states = {k: v for k, v in engine.stats().items() if "arena_slots" in k and v}
     assert sum(v for k, v in states.items() if "ready" not in k) == 0, states
     engine.close()
+
+
+def interrupt_main_in(code: CodeType) -> None:
+    """Sends SIGINT once the main thread runs this code."""
+    main = threading.main_thread().ident
+    while True:
+        frame = sys._current_frames().get(main or 0)
+        while frame is not None and frame.f_code is not code:
+            frame = frame.f_back
+        if frame is not None:
+            return signal.raise_signal(signal.SIGINT)
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("call", ["lookup", "retrieve", "flush", "close"])
@@ -74,13 +89,14 @@ def test_an_interrupt_ends_a_wait_for_a_tier_that_hangs(call: str) -> None:
         if call in ("flush", "close"):
             engine.store(tokens(2), POOL.kv, SLOTS)
         blank = out.snapshot()
-        threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+        interrupter = threading.Thread(target=interrupt_main_in, args=(Driver._wait.__code__,), daemon=True)
         calls: dict[str, Callable[[], object]] = {
             "lookup": lambda: engine.lookup(tokens(0)),
             "retrieve": lambda: hit and engine.retrieve(hit, out.kv, SLOTS),
             "flush": engine.flush,
             "close": engine.close,
         }
+        interrupter.start()
         with pytest.raises(KeyboardInterrupt):
             calls[call]()
         tier.answers.set()

@@ -129,10 +129,14 @@ def _payload_start(data: bytearray) -> int:
     return 8 + int.from_bytes(data[:8], "little")
 
 
-def _flip_payload(data: bytearray, rng: random.Random) -> bytearray:
+def _payload_end(data: bytearray) -> int:
     start = _payload_start(data)
     meta = json.loads(json.loads(data[8:start])["__metadata__"]["lmcache"])
-    return _flip(data, start + rng.randrange(int(meta["payload_bytes"])), rng)
+    return start + int(meta["payload_bytes"])
+
+
+def _flip_payload(data: bytearray, rng: random.Random) -> bytearray:
+    return _flip(data, rng.randrange(_payload_start(data), _payload_end(data)), rng)
 
 
 def _flip_header(data: bytearray, rng: random.Random) -> bytearray:
@@ -159,6 +163,8 @@ def _rotate(files: Sequence[Path], rng: random.Random) -> None:
 
 DAMAGES: Mapping[str, Damage] = {
     "bit flipped in the payload": _each(_flip_payload),
+    "bit flipped in the payload's first byte": _each(lambda data, rng: _flip(data, _payload_start(data), rng)),
+    "bit flipped in the payload's last byte": _each(lambda data, rng: _flip(data, _payload_end(data) - 1, rng)),
     "bit flipped in the header": _each(_flip_header),
     "payload cut short": _each(_cut_payload),
     "header cut short": _each(lambda data, rng: data[: rng.randrange(1, 4096)]),

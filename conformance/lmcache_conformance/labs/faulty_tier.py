@@ -139,6 +139,8 @@ def assert_idle(cache: CacheEngine, patience: float) -> None:
 assert tiny_spec().object_bytes(0, CHUNK) == 3072  # the offsets below depend on this size
 DAMAGE: dict[str, Callable[[bytearray], object]] = {
     "truncated by a few bytes of payload": lambda c: c.__delitem__(slice(len(c) - 1024 - 64, None)),
+    "a bit of the payload's first byte": lambda c: c.__setitem__(-4096, c[-4096] ^ 1),
+    "a bit of the payload's last byte": lambda c: c.__setitem__(-1025, c[-1025] ^ 1),
     "a bit of the payload": lambda c: c.__setitem__(-2000, c[-2000] ^ 1),  # the last 1024 bytes are padding
     "a bit of the header": lambda c: c.__setitem__(100, c[100] ^ 4),
     "truncated by half": lambda c: c.__delitem__(slice(len(c) // 2, None)),

@@ -19,6 +19,7 @@ class _PartialChecks(ObjectCodec):
     """Reads header and payload at the offsets of its own layout, and performs only the checks that are switched on."""
 
     checks_id = checks_length = checks_segments = True
+    checked = slice(None)  # of the segments
 
     def load(
         self, tier: Tier, id: ObjectId, out: torch.Tensor, want: ObjectLayout | None, deadline: float | None
@@ -36,7 +37,7 @@ class _PartialChecks(ObjectCodec):
             if self.checks_length and result.nbytes < start + layout.nbytes:
                 raise FormatError("truncated")
             if self.checks_segments:
-                verify(header, target.numpy().data.cast("B"))
+                verify(header, target.numpy().data.cast("B"), range(len(header.segments))[self.checked])
         except FormatError as error:
             return Loaded(Result(Status.CORRUPT, result.nbytes, str(error)))
         if want is not None and layout.signature != want.signature:
@@ -58,6 +59,10 @@ class _NoChecksums(_PartialChecks):
     checks_segments = False
 
 
+class _NotTheLast(_PartialChecks):
+    checked = slice(-1)
+
+
 @mutant(row="another request's KV served from disk", project="LMCache #4385")
 class MutantTrustsTheFileName(BrokenCacheFaultTests):
     """Serves any file under an object's name, even if it was renamed or swapped with another."""
@@ -77,6 +82,27 @@ class MutantFlippedIsAHit(BrokenCacheFaultTests):
     """Checks length and header, not the payload."""
 
     io_class = _NoChecksums
+
+
+@mutant(row="flipped bits in a chunk file reported as a full hit", project="lmcache 0.5.6")
+class MutantTheLastSegmentIsUnchecked(BrokenCacheFaultTests):
+    """Verifies all segments of the payload but the last."""
+
+    io_class = _NotTheLast
+
+
+class _NamesSuffice(ObjectCodec):
+    """Takes a name on a tier for its object."""
+
+    def check(self, tier: Tier, id: ObjectId) -> Status:
+        return tier.contains([id])[0].status
+
+
+@mutant(row="truncated chunk file reported as a full hit; stale pool bytes fill the rest", project="lmcache 0.5.6")
+class MutantNamesSuffice(BrokenCacheFaultTests):
+    """Skips the write of an object whose name is on the tier, and lets flush vouch for it."""
+
+    io_class = _NamesSuffice
 
 
 class _OwnOrder(ObjectCodec):

@@ -57,6 +57,20 @@ class CacheFaultTests(FaultyTierFactory):
         assert case.load() == len(TOKENS), "the damaged copies were not replaced with intact ones"
 
     @level(Level.FAULTS)
+    def test_a_damaged_object_that_nobody_has_read_is_written_anew(self, case: Case) -> None:
+        """A flush vouches for what is on the tier, not for a name that is taken."""
+        case.tier.shared = True
+        for id, data in list(case.tier.contents().items()):
+            case.tier.contents()[id] = data[: len(data) // 2]
+        case.cache.close()
+        case.cache = self.reopen(case.tier)
+        assert case.cache.store(TOKENS, case.source.kv, case.slots) == len(TOKENS)
+        assert case.cache.flush(timeout=case.patience), "flush did not say that everything is on the tier"
+        case.cache.close()
+        case.cache = self.reopen(case.tier)
+        assert case.load() == len(TOKENS), "flush vouched for objects that are damaged"
+
+    @level(Level.FAULTS)
     def test_objects_with_swapped_ids_are_never_served(self, case: Case) -> None:
         contents = case.tier.contents()
         ids, data = list(contents), list(contents.values())
