@@ -216,7 +216,7 @@ def test_several_groups_take_a_mapping_and_may_have_their_own_layouts() -> None:
 
 def test_binding_is_checked_once_per_spec() -> None:
     paged = PagedKV([torch.zeros(5, 4, 2, 16)] * 3, Layout.parse("block slot head (kv dim)", block_tokens=4))
-    bound = paged.bind(kv_spec(torch.float32))  # made now, as the next: engines set switches of arithmetic when they load
+    bound = paged.bind(kv_spec(torch.float32))  # made now: engines set switches of arithmetic when they load
     assert paged.bind(kv_spec(torch.float32)) is bound
     with pytest.raises(LMCacheError):
         paged.bind(kv_spec(torch.float32, heads=3))
