@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from lmcache.simulate.trace import read_traces
 from lmcache.tiers.base import Result
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.memory import MemoryTier
+from lmcache.transfer.engine_copy import HostCopier
 from lmcache.transfer.workers import Workers
 from lmcache_conformance.labs.faulty_tier import FaultyTier
 from lmcache_conformance.labs.kv_pool import CHUNK, DIM, HEADS, LAYERS, Pool, bits, scattered, tiny_config, tiny_spec
@@ -468,3 +471,74 @@ def test_a_tier_that_cannot_tell_its_size_costs_nothing_but_the_estimate() -> No
         assert engine.flush()
         assert engine.stats()['lmcache_failures_total{op="measure",reason="memory"}'] >= 1
         engine.clear()
+
+
+def test_objects_that_are_not_adjacent_are_loaded_to_their_own_slots(tmp_path: Path) -> None:
+    tokens, source, target = torch.arange(4 * CHUNK), Pool("packed", 40, seed=1), Pool("packed", 40)
+    slots = scattered(len(tokens), source)
+    config = tiny_config(disk_path=tmp_path)
+    with CacheEngine(config, tiny_spec()) as other:
+        other.store(tokens, source.kv, slots)
+        other.flush()
+    with CacheEngine(config, tiny_spec()) as engine:
+        hole = slots.clone()
+        hole[CHUNK : 2 * CHUNK] = -1  # the second chunk is on disk alone
+        engine.lookup(tokens).release()
+        assert engine.store(tokens[:CHUNK], source.kv, slots) == CHUNK
+        assert engine.store(tokens, source.kv, hole) == 2 * CHUNK
+        with engine.lookup(tokens) as hit:
+            assert hit.by_tier == {"dram": 3 * CHUNK, "disk": CHUNK}
+            assert engine.retrieve(hit, target.kv, slots) == len(tokens)
+    assert target.sequence(slots) == source.sequence(slots)
+
+
+def test_objects_that_are_not_adjacent_are_stored_from_their_own_slots(tmp_path: Path) -> None:
+    tokens, source, target = torch.arange(4 * CHUNK), Pool("packed", 40, seed=1), Pool("packed", 40)
+    slots = scattered(len(tokens), source)
+    config = tiny_config(disk_path=tmp_path)
+    with CacheEngine(config, tiny_spec()) as other:
+        other.store(tokens, source.kv, slots)
+        other.flush()
+    with CacheEngine(config, tiny_spec()) as engine:
+        engine.lookup(tokens).release()
+        hole = slots.clone()
+        hole[CHUNK : 2 * CHUNK] = -1
+        assert engine.store(tokens, source.kv, hole) == 3 * CHUNK
+        with engine.lookup(tokens) as hit:
+            assert hit.by_tier == {"dram": 3 * CHUNK, "disk": CHUNK}
+            assert engine.retrieve(hit, target.kv, slots) == len(tokens)
+    assert target.sequence(slots) == source.sequence(slots)
+
+
+class SlowCopier(HostCopier):
+    """Begins a copy to the engine, and ends it when `go` is set."""
+
+    def __init__(self) -> None:
+        self.begun, self.go, self.ended = threading.Event(), threading.Event(), threading.Event()
+
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        self.begun.set()
+        self.go.wait(30)
+        super().load(*args, **kwargs)
+        self.ended.set()
+
+
+def test_a_late_load_does_not_return_while_a_copy_is_under_way() -> None:
+    tokens, source, target = torch.arange(2 * CHUNK), Pool("packed", 40, seed=1), Pool("packed", 40)
+    slots = scattered(len(tokens), source)
+    tier, copier = FaultyTier(), SlowCopier()
+    with CacheEngine(tiny_config(), tiny_spec(), tiers=[tier]) as writer:
+        writer.store(tokens, source.kv, slots)
+        writer.flush()
+    with CacheEngine(tiny_config(load_timeout_s=1.0), tiny_spec(), tiers=[tier]) as engine:
+        engine._rank.transfer._open_copier = lambda device: copier
+
+        def go_on_after_the_deadline() -> None:
+            copier.begun.wait(30)
+            time.sleep(2.0)
+            copier.go.set()
+
+        threading.Thread(target=go_on_after_the_deadline, daemon=True).start()
+        with engine.lookup(tokens) as hit:
+            engine.retrieve(hit, target.kv, slots)
+        assert copier.ended.is_set() or not copier.begun.is_set(), "engine memory was written after retrieve returned"
