@@ -535,7 +535,7 @@ def test_a_late_load_does_not_return_while_a_copy_is_under_way() -> None:
 
         def go_on_after_the_deadline() -> None:
             copier.begun.wait(30)
-            time.sleep(2.0)
+            time.sleep(3.5)
             copier.go.set()
 
         threading.Thread(target=go_on_after_the_deadline, daemon=True).start()
