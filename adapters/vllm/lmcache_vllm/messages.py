@@ -102,16 +102,23 @@ class RankMeta(KVConnectorWorkerMetadata):
         reports: of each rank.
         facts: rank → measurements of each tier, if admission needs them.
         offers: of each rank, if the scheduler has none yet.
+        cleared: namespaces (None: all) that other processes have removed from the tiers, by any rank.
     """
 
     reports: list[Report]
     facts: dict[int, list[TierFacts]] = field(default_factory=dict)
     offers: list[Handshake] = field(default_factory=list)
+    cleared: list[bytes | None] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> RankMeta:
         """Concatenates both. Reports are cumulative and contain their rank, so nothing has to be merged."""
         assert isinstance(other, RankMeta)
-        return RankMeta([*self.reports, *other.reports], self.facts | other.facts, [*self.offers, *other.offers])
+        return RankMeta(
+            [*self.reports, *other.reports],
+            self.facts | other.facts,
+            [*self.offers, *other.offers],
+            [*self.cleared, *other.cleared],
+        )
 
 
 def agreed(offers: Sequence[Offer]) -> str:

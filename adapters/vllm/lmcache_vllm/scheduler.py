@@ -504,6 +504,8 @@ class ConnectorScheduler:
         if meta.reports:
             self._last_activity = now
         self._ended(self._plane.apply(meta.reports, meta.facts, now))
+        for namespace in dict.fromkeys(meta.cleared):
+            self._plane.cleared_elsewhere(namespace)
 
     def _ended(self, jobs: Iterable[Finished]) -> None:
         for job in jobs:

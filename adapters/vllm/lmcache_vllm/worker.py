@@ -329,7 +329,8 @@ class ConnectorWorker:
         """Returns this rank's report for the scheduler, or None if there is nothing to report."""
         reports = [self._reported] if self._reported is not None and self._reported.jobs else []
         facts = {self.rank: known} if reports and (known := self._facts()) else {}
-        return RankMeta(reports, facts) if reports else None
+        cleared = self._rank.cleared_elsewhere() if self._rank is not None else []
+        return RankMeta(reports, facts, cleared=cleared) if reports or cleared else None
 
     # ---------------------------------------------------------------- flush, shutdown
 

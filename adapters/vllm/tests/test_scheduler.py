@@ -20,7 +20,8 @@ from schedulerlab import BLOCK, CHUNK, CHUNKS, Workers, into_engine
 
 from lmcache.plan import Status
 from lmcache_vllm.connector import LMCacheConnector
-from lmcache_vllm.messages import Handshake
+from lmcache_vllm.messages import Handshake, RankMeta
+from lmcache_vllm.worker import ConnectorWorker
 
 # ---------------------------------------------------------------- start-up
 
@@ -294,6 +295,25 @@ def test_a_write_back_that_failed_once_is_tried_again_before_the_engine_rests() 
     while workers.scheduler.has_pending_push_work:
         workers.step({})
     assert len(workers.disk) == CHUNKS
+
+
+# ---------------------------------------------------------------- clears by other processes
+
+
+def test_what_another_process_has_cleared_is_not_served_from_memory() -> None:
+    workers = Workers()
+    assert workers.serve(0) == 0
+    assert workers.serve(0) == (CHUNKS - 1) * CHUNK
+    workers.disk.clear()
+    cleared: list[bytes | None] = [None]
+    rank: Any = object.__new__(ConnectorWorker)
+    rank._reported, rank._rank = None, SimpleNamespace(cleared_elsewhere=lambda: cleared)
+    meta = rank.build_connector_worker_meta()
+    workers.scheduler.update_connector_output(meta.aggregate(RankMeta([], cleared=[None])))
+    assert workers.serve(0) == 0
+    assert workers.serve(0) == (CHUNKS - 1) * CHUNK
+    cleared.clear()
+    assert rank.build_connector_worker_meta() is None
 
 
 # ---------------------------------------------------------------- signals
