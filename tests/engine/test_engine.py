@@ -473,7 +473,8 @@ def test_a_tier_that_cannot_tell_its_size_costs_nothing_but_the_estimate() -> No
         engine.clear()
 
 
-def test_objects_that_are_not_adjacent_are_loaded_to_their_own_slots(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [0, CHUNK], ids=["stored together", "loaded together"])
+def test_objects_that_are_not_adjacent_keep_their_slots(tmp_path: Path, known: int) -> None:
     tokens, source, target = torch.arange(4 * CHUNK), Pool("packed", 40, seed=1), Pool("packed", 40)
     slots = scattered(len(tokens), source)
     config = tiny_config(disk_path=tmp_path)
@@ -481,29 +482,11 @@ def test_objects_that_are_not_adjacent_are_loaded_to_their_own_slots(tmp_path: P
         other.store(tokens, source.kv, slots)
         other.flush()
     with CacheEngine(config, tiny_spec()) as engine:
+        engine.lookup(tokens).release()
         hole = slots.clone()
         hole[CHUNK : 2 * CHUNK] = -1  # the second chunk is on disk alone
-        engine.lookup(tokens).release()
-        assert engine.store(tokens[:CHUNK], source.kv, slots) == CHUNK
-        assert engine.store(tokens, source.kv, hole) == 2 * CHUNK
-        with engine.lookup(tokens) as hit:
-            assert hit.by_tier == {"dram": 3 * CHUNK, "disk": CHUNK}
-            assert engine.retrieve(hit, target.kv, slots) == len(tokens)
-    assert target.sequence(slots) == source.sequence(slots)
-
-
-def test_objects_that_are_not_adjacent_are_stored_from_their_own_slots(tmp_path: Path) -> None:
-    tokens, source, target = torch.arange(4 * CHUNK), Pool("packed", 40, seed=1), Pool("packed", 40)
-    slots = scattered(len(tokens), source)
-    config = tiny_config(disk_path=tmp_path)
-    with CacheEngine(config, tiny_spec()) as other:
-        other.store(tokens, source.kv, slots)
-        other.flush()
-    with CacheEngine(config, tiny_spec()) as engine:
-        engine.lookup(tokens).release()
-        hole = slots.clone()
-        hole[CHUNK : 2 * CHUNK] = -1
-        assert engine.store(tokens, source.kv, hole) == 3 * CHUNK
+        assert engine.store(tokens[:known], source.kv, hole) == known
+        assert engine.store(tokens, source.kv, hole) == 3 * CHUNK - known
         with engine.lookup(tokens) as hit:
             assert hit.by_tier == {"dram": 3 * CHUNK, "disk": CHUNK}
             assert engine.retrieve(hit, target.kv, slots) == len(tokens)
