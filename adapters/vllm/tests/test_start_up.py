@@ -33,7 +33,8 @@ from lmcache_vllm.connector import KVConnectorRole, LMCacheConnector
 from lmcache_vllm.geometry import layer_number
 from lmcache_vllm.layouts import prove_layout
 from lmcache_vllm.messages import Handshake, Offer, StepMeta, agreed
-from lmcache_vllm.scheduler import ConnectorScheduler, last_of, resident_chunks
+from lmcache_vllm.requests import last_of, resident_chunks
+from lmcache_vllm.scheduler import ConnectorScheduler
 from lmcache_vllm.stats import Increments
 from lmcache_vllm.worker import ConnectorWorker, slots_of
 

@@ -23,7 +23,8 @@ from lmcache.plan import ArenaSlot, Copy, Job, JobReport
 from lmcache.tiers.base import Tier
 from lmcache.transfer.jobs import EngineView
 from lmcache_vllm.messages import BlockView
-from lmcache_vllm.scheduler import ConnectorScheduler, Tracked
+from lmcache_vllm.requests import Tracked
+from lmcache_vllm.scheduler import ConnectorScheduler
 from lmcache_vllm.testing.session import Observed, ObservedConnector
 from lmcache_vllm.worker import ConnectorWorker, LoadResults
 
