@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from schedulerlab import BLOCK, CHUNK, CHUNKS, Workers, into_engine
 
 from lmcache.plan import Status
+from lmcache_conformance.labs.interrupts import ctrl_c_raises
 from lmcache_vllm.connector import LMCacheConnector
 from lmcache_vllm.messages import Handshake, RankMeta
 from lmcache_vllm.worker import ConnectorWorker
@@ -328,8 +329,8 @@ def test_a_signal_is_handled_once_the_cache_has_changed_its_state() -> None:
 
     request: Any = SimpleNamespace(request_id="r")
     connector._scheduler = Workers().scheduler
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c_raises(), pytest.raises(KeyboardInterrupt):
         connector._call_for(request, interrupted, None)
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c_raises(), pytest.raises(KeyboardInterrupt):
         connector._call(connector._scheduler, interrupted, None)
     assert len(done) == 2

@@ -706,16 +706,16 @@ def test_what_was_counted_is_told_now_and_then_and_all_of_it_when_the_engine_fal
     scheduler = ConnectorScheduler(kv_config(["model.layers.0.self_attn"]), Config())
     increments = Increments(scheduler.metrics)
     scheduler.metrics.requested(5)
-    first = increments.take()
+    first = increments.stats()
     assert first is not None
     assert first.data == {"lmcache_requested_tokens_total": 5}
     scheduler.metrics.hit("disk", 3)
     increments._due = float("inf")
-    assert increments.take() is None
-    last = increments.take(quiet=True)
+    assert increments.stats() is None
+    last = increments.stats(quiet=True)
     assert last is not None
     assert last.data == {"lmcache_hit_tokens_total|disk": 3}
-    assert increments.take(quiet=True) is None
+    assert increments.stats(quiet=True) is None
 
 
 @contextmanager

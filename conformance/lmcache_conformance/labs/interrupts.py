@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -36,12 +37,23 @@ def interrupted_at(moment: int, call: Callable[[], object], *, root: str = _ROOT
                 signal.raise_signal(signal.SIGINT)
 
     before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        call()
-    except KeyboardInterrupt:
-        if left > 0:
-            raise
-    finally:
-        sys.setprofile(before)
+    with ctrl_c_raises():
+        sys.setprofile(profile)
+        try:
+            call()
+        except KeyboardInterrupt:
+            if left > 0:
+                raise
+        finally:
+            sys.setprofile(before)
     return left <= 0
+
+
+@contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Makes SIGINT raise KeyboardInterrupt in the main thread, as it does by default; test runners may have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
