@@ -214,9 +214,12 @@ class DiskTier:
     def flush(self, *, durable: bool = False) -> None:
         """Returns at once: accepted writes are already published. With `durable`, returns once they survive a power loss.
 
+        Notices what other processes have cleared until now.
+
         Raises:
             TierError: a sync failed, see `Durability.sync`.
         """
+        self._record.latest()
         if durable:
             self._durability.sync()
 

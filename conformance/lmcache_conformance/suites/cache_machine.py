@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lmcache import CacheEngine, Config
 from lmcache.engine import Hit
 from lmcache.spec import KVSpec
+from lmcache.tiers.base import clear_epoch
 from lmcache_conformance.contract import Level
 from lmcache_conformance.labs.kv_pool import (
     CHUNK,
@@ -43,6 +45,8 @@ PROMPTS = st.lists(st.sampled_from("xyz"), min_size=1, max_size=5)
 """Prompts that share prefixes: each letter stands for one chunk of tokens."""
 TAILS = st.integers(0, CHUNK - 1)
 SESSIONS = st.integers(0, 1)
+_NOTICE_S = 60.0
+"""Seconds in which a cache must notice that another process has cleared its folder; it takes a quarter of one."""
 DAMAGE = st.sampled_from(["truncate", "flip", "delete", "empty", "swap"])
 
 
@@ -155,13 +159,26 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(session=SESSIONS, salt=st.one_of(st.none(), SALTS))
     def clear(self, session: int, salt: str | None) -> None:
-        """Clears one cache and the disk; the other cache keeps its DRAM contents."""
+        """Clears one cache and the disk; the other cache drops the same from DRAM once it has noticed."""
         for cache in self.caches:
             assert cache.flush()
         at = session % len(self.caches)
         self.caches[at].clear(salt)
-        for names in (self.own[at], self.shared):
+        self._wait_for_notice()
+        for names in (*self.own, self.shared):
             names.intersection_update({name for name in names if salt is not None and name[0] != salt})
+
+    def _wait_for_notice(self) -> None:
+        """Waits until every cache knows of all clears of the folder, and has dropped what they removed."""
+        tiers = [tier for cache in self.caches for tier in cache._rank.tiers]
+        until = time.monotonic() + _NOTICE_S
+        for cache in self.caches:
+            cache.flush()  # looks at the folder
+        while len({clear_epoch(tier) for tier in tiers}) > 1:
+            assert time.monotonic() < until, "a clear is not noticed"
+            time.sleep(0.01)
+        for cache in self.caches:
+            cache.flush()  # drops what was cleared, and says so
 
     @rule(session=SESSIONS, flush=st.booleans())
     def restart(self, session: int, flush: bool) -> None:
