@@ -202,7 +202,8 @@ def test_a_run_that_is_ended_by_a_signal_leaves_no_process(tmp_path: Path, numbe
             time.sleep(600)
         """,
     )
-    run = subprocess.Popen([sys.executable, "-c", RUN, file])
+    take = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n" if number != signal.SIGKILL else ""
+    run = subprocess.Popen([sys.executable, "-c", take + RUN, file])  # `nohup` ignores SIGHUP
     group = tmp_path / "group"
     try:
         until = time.monotonic() + 120

@@ -183,7 +183,8 @@ class DiskTier:
                 for entry in walk(self._objects, namespace, passed):
                     writing |= entry.temp
                     try:
-                        removed += self._usage.remove(entry.path, entry.size) and not entry.temp
+                        size = None if entry.temp else entry.size  # its writer may just reserve its bytes
+                        removed += self._usage.remove(entry.path, size) and not entry.temp
                     except OSError as error:
                         passed.errors.append(error)
                 if not writing or passed.errors:
@@ -347,7 +348,7 @@ class DiskTier:
         fd = self._create(temp)
         try:
             try:
-                reserved = self._reserve(fd, size, deadline)
+                reserved = self._reserve(fd, temp, size, deadline)
                 if not reserved:
                     return Result(Status.FULL, 0, f"{self._capacity} bytes are in use and can't be freed fast enough")
                 write_all(fd, write.parts, deadline)
@@ -368,13 +369,13 @@ class DiskTier:
         self._note_success(path)
         return Result(Status.OK, size)
 
-    def _reserve(self, fd: int, size: int, deadline: float | None) -> bool:
+    def _reserve(self, fd: int, temp: str, size: int, deadline: float | None) -> bool:
         """Reserves `size` bytes of the capacity, evicting if necessary; retries, since others may take the freed space.
 
         The file gets its final size at the same time, so that a listing finds what is counted.
         """
         for _ in range(_RESERVE_TRIES):
-            if self._usage.add(size, limit=self._capacity, commit=lambda: os.ftruncate(fd, size)):
+            if self._usage.add(size, limit=self._capacity, commit=lambda: _grow(fd, temp, size)):
                 return True
             if not self._janitor.make_room(size, deadline):
                 return False
@@ -550,6 +551,12 @@ def _space_may_lack() -> Iterator[None]:
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _grow(fd: int, path: str, size: int) -> None:
+    """Gives a new file its final size. Raises `FileNotFoundError` if a clear has removed it: then its bytes do not count."""
+    os.stat(path, follow_symlinks=False)
+    os.ftruncate(fd, size)
 
 
 def _close(janitor: Janitor, usage: Usage) -> None:

@@ -74,12 +74,22 @@ class Usage:
         self._update(change)
         return fits
 
-    def remove(self, path: str, nbytes: int) -> bool:
-        """Unlinks a counted file and subtracts its size. Returns False, and changes nothing, if the file is already gone."""
+    def remove(self, path: str, nbytes: int | None) -> bool:
+        """Unlinks a counted file and subtracts its size. Returns False, and changes nothing, if the file is already gone.
+
+        `nbytes`: its size, None if it may be growing: then the size that it has under the lock counts.
+        """
+
+        def change(now: Count) -> Count:
+            size = os.stat(path, follow_symlinks=False).st_size if nbytes is None else nbytes
+            os.unlink(path)
+            return Count(max(0, now.used - size), now.wanted, now.moved + size)
+
         try:
-            return self.add(-nbytes, commit=lambda: os.unlink(path))
+            self._update(change)
         except FileNotFoundError:
             return False
+        return True
 
     def rename(self, nbytes: int, commit: Callable[[], None]) -> None:
         """Renames a counted file by calling `commit`. A listing in progress may include the file twice, or not at all.

@@ -10,7 +10,7 @@ import signal
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from lmcache.format.file import canonical_form, verify_file
 from lmcache.keys import ObjectId
 from lmcache.plan import Status
 from lmcache.spec import KVSpec
-from lmcache.tiers import owner
+from lmcache.tiers import disk, owner
 from lmcache.tiers.base import Write
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.folder import object_of, relative_path, walk
 from lmcache.tiers.janitor import Timing
+from lmcache.tiers.rawio import write_all
 from lmcache_conformance.labs.tier_objects import NAMESPACE, load, object_id, payload_of, put
 
 BIG_SPEC = KVSpec.uniform("big", layers=4, kv_heads=8, head_dim=128, dtype="bfloat16")
@@ -390,3 +391,44 @@ def test_clears_at_random_moments_leave_nothing_that_was_gathered_before(shm: Pa
     assert removed > 20, "hardly anything was written between clears: this test shows little"
     assert tier.used_bytes() == sum(found.nbytes for found in tier.scan())
     tier.close()
+
+
+@pytest.mark.parametrize("listed_first", [False, True], ids=["removed before its bytes are reserved", "after"])
+def test_a_clear_that_removes_what_is_being_written_leaves_the_count_exact(
+    shm: Path, monkeypatch: pytest.MonkeyPatch, listed_first: bool
+) -> None:
+    tier, other = DiskTier(shm, timing=QUICK), DiskTier(shm, timing=QUICK)
+    create, remove = tier._create, other._usage.remove
+    go_on, removing = threading.Event(), threading.Event()
+
+    def slow_remove(path: str, nbytes: int | None) -> bool:
+        removing.set()
+        go_on.wait(30)
+        return remove(path, nbytes)
+
+    def cleared_meanwhile(path: str) -> int:
+        fd = create(path)
+        if listed_first:  # the clear has seen an empty file, and removes it once it has its size
+            monkeypatch.setattr(other._usage, "remove", slow_remove)
+            clearing.start()
+            removing.wait(30)
+        else:
+            clearing.start()
+            clearing.join()
+        return fd
+
+    def write_all_later(fd: int, parts: Sequence[memoryview | bytes], deadline: float | None) -> int:
+        if listed_first:
+            go_on.set()
+            clearing.join()
+        return write_all(fd, parts, deadline)
+
+    clearing = threading.Thread(target=other.clear)
+    monkeypatch.setattr(tier, "_create", cleared_meanwhile)
+    monkeypatch.setattr(disk, "write_all", write_all_later)
+    [result] = tier.write([Write(big_id(0), BIG.encode(big_id(0), _PAYLOAD))])
+    assert result.status in (Status.CANCELLED, Status.FAILED)
+    assert list(other.scan()) == []
+    assert other.used_bytes() == 0
+    tier.close()
+    other.close()
