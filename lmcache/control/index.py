@@ -305,6 +305,7 @@ class Index:
         """
         jobs = self.state.jobs
         dropped = self._forget_objects(namespace)
+        self._forget_unwritten(namespace)
         for job in list(jobs.live.values()):
             if namespace in (None, job.namespace):
                 job.cleared = True
@@ -320,9 +321,7 @@ class Index:
         remembered as not written.
         """
         state = self.state
-        unwritten = OrderedDict(state.unwritten)
         self._forget_objects(namespace)
-        state.unwritten = unwritten
         for job in state.jobs.live.values():
             if namespace not in (None, job.namespace):
                 continue
@@ -338,6 +337,7 @@ class Index:
         Unlike after `clear`, what is on tiers stays there, and write-backs under way finish: under the names that they have,
         these objects are still right.
         """
+        self._forget_unwritten(None)
         return self._forget_objects(None)
 
     def tick(self, now: float) -> list[Finished]:
@@ -465,11 +465,15 @@ class Index:
         dropped = sum(pool.clear(namespace) for pool in state.pools)
         for directory in state.directories:
             directory.clear(namespace)
+        return dropped
+
+    def _forget_unwritten(self, namespace: bytes | None) -> None:
+        """Forgets which objects (of one namespace) did not reach their tier."""
+        state = self.state
         for key in [key for key in state.unwritten if namespace in (None, key[1].namespace)]:
             del state.unwritten[key]
         if namespace is None:
             state.counts.pop("unwritten_forgotten", None)
-        return dropped
 
     def _observe(self, owner: Owner, chain: Chain, hit: FoundHit) -> None:
         """Passes the request to the policies and the admission rule that learn from requests, once per request."""
