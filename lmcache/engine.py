@@ -130,7 +130,9 @@ class CacheEngine:
         self._chunk = self.config.chunk_tokens
         self._tiers = tiers
         self._closed = False
+        self._opening = threading.Lock()
         self._open(tiers)
+        self._process = os.getpid()
 
     def _open(self, tiers: Sequence[Tier] | None) -> None:
         """Opens the cache in this process."""
@@ -142,8 +144,6 @@ class CacheEngine:
         self._plane = Plane(self.config, [self.spec], self._rank.slots, found, self.metrics)
         self._names = self._plane.names
         self._driver = Driver(self._plane, self._rank, probe_timeout=self.config.probe_timeout_s)
-        self._process = os.getpid()
-        self._opening = threading.Lock()
         for position, tier in enumerate(self._rank.tiers):
             if not tier.shared:  # no other process adds objects: the index can list its contents once
                 ids = (found.id for found in tier.scan())
@@ -168,6 +168,7 @@ class CacheEngine:
                 self._open([])
                 self._log.warning("tier-disabled", reason=error)
             self._names.set_weights_version(version)
+            self._process = os.getpid()  # last: until then other threads wait above
             self._log.warning(
                 "cache-forked", reason="a forked child starts with an empty cache in memory, of the same size"
             )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lmcache import CacheEngine
+from lmcache.control.namespaces import Namespaces
 from lmcache_conformance.labs.kv_pool import CHUNK, Pool, scattered, tiny_config, tiny_spec
 
 SPEC = tiny_spec()
@@ -107,6 +108,31 @@ def test_a_hit_from_before_the_fork_loads_nothing(engine: CacheEngine) -> None:
         assert hit.tokens == 2 * CHUNK
         assert in_child(child) == (0, True, 2 * CHUNK)
         assert engine.retrieve(hit, out.kv, SLOTS) == 2 * CHUNK
+
+
+def test_no_thread_of_a_child_sees_names_of_earlier_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(disk_path=tmp_path / "kv", disk_bytes="64MiB", dram_bytes="1MiB")
+    change = Namespaces.set_weights_version
+
+    def child() -> object:
+        found: list[int] = []
+        reader = threading.Thread(target=lambda: found.append(serve(engine, 0)))
+
+        def changes_late(names: Namespaces, version: str) -> None:
+            reader.start()
+            reader.join(1.0)
+            change(names, version)
+
+        monkeypatch.setattr(Namespaces, "set_weights_version", changes_late)
+        found.append(serve(engine, 1))
+        reader.join(TIMEOUT_S)
+        return found
+
+    with CacheEngine(config, SPEC) as engine:
+        engine.store(tokens(0), POOL.kv, SLOTS)
+        engine.flush()
+        engine.set_weights_version(7)
+        assert in_child(child) == [0, 0]
 
 
 def test_a_child_that_does_not_use_the_cache_closes_nothing_of_its_parent(engine: CacheEngine) -> None:
