@@ -99,9 +99,7 @@ class ConnectorScheduler:
         self._plane: Plane | None = None
         self._requests: dict[str, Tracked] = {}
         self.loras = names.Loras()
-        self._queued: dict[
-            str, Tracked
-        ] = {}  # requests that vLLM has not asked about and that are not in DRAM yet, in order
+        self._queued: dict[str, Tracked] = {}  # not asked about by vLLM and not in DRAM yet, in order
         self._no_room = False  # in this step, a request that vLLM asked about
         self._foreign: dict[bytes, None] = {}  # digests of the first chunks that other connectors have loaded
         self._abandoned: set[str] = set()  # requests that run uncached after an exception

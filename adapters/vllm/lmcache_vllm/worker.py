@@ -235,9 +235,8 @@ class ConnectorWorker:
         """Takes the work of the next step."""
         self._step = step
         self._reported = None
-        if (
-            step.plan.epoch != self._epoch and self._rank is not None
-        ):  # the plan voids all jobs; vLLM waits for their results
+        if step.plan.epoch != self._epoch and self._rank is not None:
+            # The plan voids all jobs; vLLM waits for their results.
             self._rank.transfer.tracker.fence(tuple(self._loads), None)
             self._void += self._loads.values()
             self._loads = {}
